@@ -1,0 +1,15 @@
+//! Child networks: which weights train, chosen anew at every step (Bernoulli) or once by Fisher information.
+
+mod bernoulli;
+mod fisher;
+mod hooks;
+mod mask_file;
+mod network;
+mod per_example;
+mod select;
+
+pub use bernoulli::BernoulliMask;
+pub use fisher::{Estimator, FisherBatch, FisherOptions, fisher_information};
+pub use hooks::{GradientMask, install_hooks};
+pub use mask_file::{MaskFile, read_mask, write_mask};
+pub use network::{ChildNetwork, MaskScope, TensorMask, Threshold};

@@ -1,0 +1,285 @@
+//! Fixed child networks: one bit a weight.
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+
+use super::select::{Selection, largest, percentile};
+use crate::error::{Error, Result};
+use crate::libtorch::{elements, elements_mut};
+use crate::model::{Parameter, ParameterKind, ParameterPlace, Parameters};
+
+const WORD: usize = 64;
+/// Words that one thread works on at a time.
+const CHUNK: usize = 256;
+
+/// The part of a model that a mask may reach; the rest always trains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MaskScope {
+    /// The Transformer layers: names with `layer` in them, as in the released code's D.
+    EncoderLayers,
+    /// Everything that pretraining brings: embeddings, layers and pooler.
+    Backbone,
+    /// Every parameter, the new head included, as in the released code's F.
+    All,
+    /// The matrices of the backbone's linear layers.
+    Linear,
+}
+
+impl MaskScope {
+    /// Returns whether the mask reaches a parameter.
+    pub fn covers(self, parameter: &Parameter) -> bool {
+        let backbone = parameter.place != ParameterPlace::Head;
+        match self {
+            MaskScope::EncoderLayers => matches!(parameter.place, ParameterPlace::EncoderLayer(_)),
+            MaskScope::Backbone => backbone,
+            MaskScope::All => true,
+            MaskScope::Linear => backbone && parameter.kind == ParameterKind::Weight,
+        }
+    }
+}
+
+/// How a child network is cut out of the scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Threshold {
+    /// The highest round(p · N) scores of all tensors together; ties go to the earlier element.
+    Global,
+    /// The highest round(p · n) scores of each tensor.
+    PerTensor,
+    /// Scores at or above numpy's linear (1 − p)-percentile of all tensors together, ties included: the released rule.
+    Percentile,
+}
+
+/// The share of one tensor that is in the child network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorMask {
+    /// The parameter's name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// The encoder layer it belongs to, if any.
+    pub layer: Option<usize>,
+    /// Its elements in the flat buffer.
+    pub start: usize,
+    /// Number of elements.
+    pub count: usize,
+    /// Number of elements in the child network.
+    pub kept: usize,
+}
+
+/// A fixed child network C: the weights that train. Weights that the mask does not reach all belong to it.
+#[derive(Clone, Debug)]
+pub struct ChildNetwork {
+    words: Vec<u64>,
+    tensors: Vec<TensorMask>,
+    scope: MaskScope,
+}
+
+impl ChildNetwork {
+    /// Keeps the share `p` of the weights in `scope` with the highest scores (`scores` has the layout of the flat
+    /// parameter buffer).
+    ///
+    /// # Errors
+    /// Fails if a score is not a number or the scope is empty.
+    pub fn from_scores(
+        parameters: &Parameters,
+        scores: &Tensor,
+        p: f64,
+        scope: MaskScope,
+        threshold: Threshold,
+    ) -> Result<Self> {
+        let scores = scores.f_to_device(Device::Cpu)?;
+        let scores: &[f32] = elements(&scores)?;
+        let mut child = Self::full(parameters, scope)?;
+        let ranges: Vec<_> = child.tensors.iter().map(|tensor| tensor.start..tensor.start + tensor.count).collect();
+        if ranges.par_iter().any(|range| scores[range.clone()].iter().any(|score| !(*score >= 0.0))) {
+            return Err(Error::Diverged("the Fisher information has entries that are not numbers".into()));
+        }
+        let slices: Vec<&[f32]> = ranges.iter().map(|range| &scores[range.clone()]).collect();
+        let count = |slices: &[&[f32]]| slices.iter().map(|slice| slice.len()).sum::<usize>();
+        let share = |total: usize| (p * total as f64).round() as usize;
+        match threshold {
+            Threshold::Global => child.select(scores, &mut largest(&slices, share(count(&slices))), 0..slices.len()),
+            Threshold::PerTensor => {
+                for (index, slice) in slices.iter().enumerate() {
+                    child.select(scores, &mut largest(&[slice], share(slice.len())), index..index + 1);
+                }
+            }
+            Threshold::Percentile => {
+                child.select(scores, &mut Selection::at_least(percentile(&slices, 1.0 - p)), 0..slices.len());
+            }
+        }
+        Ok(child)
+    }
+
+    /// Makes the child network that is the whole network.
+    ///
+    /// # Errors
+    /// Fails if the scope covers no parameter.
+    pub fn full(parameters: &Parameters, scope: MaskScope) -> Result<Self> {
+        let tensors: Vec<TensorMask> = parameters
+            .iter()
+            .filter(|(_, parameter)| scope.covers(parameter))
+            .map(|(_, parameter)| TensorMask {
+                name: parameter.name.clone(),
+                shape: parameter.shape.clone(),
+                layer: match parameter.place {
+                    ParameterPlace::EncoderLayer(layer) => Some(layer),
+                    _ => None,
+                },
+                start: parameter.range.start,
+                count: parameter.count(),
+                kept: parameter.count(),
+            })
+            .collect();
+        if tensors.is_empty() {
+            return Err(Error::configuration("mask.scope covers no parameter of this model"));
+        }
+        Ok(Self { words: vec![u64::MAX; parameters.buffer_len() / WORD], tensors, scope })
+    }
+
+    /// Sets the bits of one tensor.
+    fn set_bits(&mut self, index: usize, bits: impl IntoIterator<Item = bool>) {
+        let TensorMask { start, count, .. } = self.tensors[index];
+        let mut kept = 0;
+        for (element, bit) in (start..start + count).zip(bits) {
+            let word = &mut self.words[element / WORD];
+            let flag = 1 << (element % WORD);
+            *word = if bit { *word | flag } else { *word & !flag };
+            kept += usize::from(bit);
+        }
+        self.tensors[index].kept = kept;
+    }
+
+    fn select(&mut self, scores: &[f32], selection: &mut Selection, tensors: std::ops::Range<usize>) {
+        for index in tensors {
+            let TensorMask { start, count, .. } = self.tensors[index];
+            self.set_bits(index, scores[start..start + count].iter().map(|&score| selection.takes(score)));
+        }
+    }
+
+    /// Returns the tensors that the mask reaches.
+    pub fn tensors(&self) -> &[TensorMask] {
+        &self.tensors
+    }
+
+    /// Returns the part of the model that the mask reaches.
+    pub fn scope(&self) -> MaskScope {
+        self.scope
+    }
+
+    /// Returns the number of maskable weights.
+    pub fn maskable(&self) -> usize {
+        self.tensors.iter().map(|tensor| tensor.count).sum()
+    }
+
+    /// Returns the number of maskable weights in the child network.
+    pub fn kept(&self) -> usize {
+        self.tensors.iter().map(|tensor| tensor.kept).sum()
+    }
+
+    /// Returns whether nothing is masked out.
+    pub fn is_full(&self) -> bool {
+        self.kept() == self.maskable()
+    }
+
+    /// Iterates over the bits of a tensor.
+    pub fn bits(&self, tensor: &TensorMask) -> impl Iterator<Item = bool> {
+        (tensor.start..tensor.start + tensor.count).map(|element| self.words[element / WORD] >> (element % WORD) & 1 == 1)
+    }
+
+    /// Returns a tensor's bits packed into bytes, element 0 in the lowest bit of byte 0; unused bits are zero.
+    pub fn packed_bits(&self, tensor: &TensorMask) -> Vec<u8> {
+        let first = tensor.start / WORD;
+        let words = &self.words[first..first + tensor.count.div_ceil(WORD)];
+        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        bytes.truncate(tensor.count.div_ceil(8));
+        if let (Some(last), used @ 1..) = (bytes.last_mut(), tensor.count % 8) {
+            *last &= (1 << used) - 1;
+        }
+        bytes
+    }
+
+    /// Returns the SHA-256 over names, shapes and bits, in hexadecimal: equal masks have equal hashes.
+    pub fn sha256(&self) -> String {
+        let mut hash = Sha256::new();
+        for tensor in &self.tensors {
+            hash.update(format!("{}{:?}\n", tensor.name, tensor.shape));
+            hash.update(self.packed_bits(tensor));
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Multiplies a parameter's contiguous float32 gradient by the mask, in place.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn apply(&self, gradient: &mut Tensor, parameter: &Parameter) -> Result<()> {
+        if gradient.device().is_cuda() {
+            let _ = gradient.f_mul_(&self.device_mask(parameter, gradient)?)?;
+            return Ok(());
+        }
+        multiply(elements_mut(gradient)?, self.words_from(parameter.range.start), 1.0, 0.0);
+        Ok(())
+    }
+
+    /// Multiplies the weights of the child network in `values`, the first elements of the flat buffer, by `factor`; the
+    /// others keep every bit.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn scale_members(&self, values: &mut Tensor, factor: f64) -> Result<()> {
+        if values.device().is_cuda() {
+            let mask = self.expanded(0, values.numel(), values)?;
+            let factors = mask.f_mul_scalar(factor - 1.0)?.f_add_scalar(1.0)?;
+            let _ = values.f_mul_(&factors)?;
+            return Ok(());
+        }
+        multiply(elements_mut(values)?, &self.words, factor as f32, 1.0);
+        Ok(())
+    }
+
+    fn words_from(&self, start: usize) -> &[u64] {
+        // Ranges of parameters start at multiples of a word.
+        &self.words[start / WORD..]
+    }
+
+    fn device_mask(&self, parameter: &Parameter, like: &Tensor) -> Result<Tensor> {
+        Ok(self.expanded(parameter.range.start, parameter.count(), like)?.f_view(like.size().as_slice())?)
+    }
+
+    /// Spreads the bits out on the device of another tensor, as zeros and ones of its type.
+    fn expanded(&self, start: usize, count: usize, like: &Tensor) -> Result<Tensor> {
+        let first = start / WORD;
+        let bytes: Vec<u8> =
+            self.words[first..first + count.div_ceil(WORD)].iter().flat_map(|word| word.to_le_bytes()).collect();
+        let bytes = Tensor::from_slice(&bytes).f_to_device(like.device())?.f_unsqueeze(1)?;
+        let shifts = Tensor::f_arange(8, (Kind::Uint8, like.device()))?;
+        let bits = bytes.f_bitwise_right_shift(&shifts)?.f_bitwise_and(1)?.f_view([-1])?;
+        Ok(bits.f_narrow(0, 0, count as i64)?.f_to_kind(like.kind())?)
+    }
+}
+
+/// Multiplies each value by `inside` where its bit is set, by `outside` elsewhere.
+fn multiply(values: &mut [f32], words: &[u64], inside: f32, outside: f32) {
+    values
+        .par_chunks_mut(CHUNK * WORD)
+        .zip(words.par_chunks(CHUNK))
+        .for_each(|(values, words)| multiply_chunk(values, words, inside, outside));
+}
+
+#[multiversion(targets = "simd")]
+fn multiply_chunk(values: &mut [f32], words: &[u64], inside: f32, outside: f32) {
+    for (values, word) in values.chunks_mut(WORD).zip(words) {
+        let halves = [*word as u32, (*word >> 32) as u32];
+        for (values, half) in values.chunks_mut(32).zip(halves) {
+            for (bit, value) in values.iter_mut().enumerate() {
+                *value *= if half >> bit & 1 == 1 { inside } else { outside };
+            }
+        }
+    }
+}

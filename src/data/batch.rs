@@ -1,0 +1,190 @@
+//! Batches of examples as tensors, without padding.
+//!
+//! The tokens of all examples of a batch stand one after the other, `[tokens]`; nothing is computed for positions that
+//! do not exist. Where attention needs a rectangle, [`Padding`] says how to get there and back.
+
+use tch::{Device, Tensor};
+
+use super::encode::Encoded;
+use super::sheet::{Example, Label};
+use crate::error::{Error, Result};
+
+/// A batch of examples, packed.
+pub struct PackedBatch {
+    /// Token ids, `[tokens]`, int64.
+    pub input_ids: Tensor,
+    /// Segment of each token, `[tokens]`, int64.
+    pub token_types: Tensor,
+    /// Position of each token in its example, from 0, `[tokens]`, int64.
+    pub positions: Tensor,
+    /// Index of each example's first token, `[examples]`, int64.
+    pub first_tokens: Tensor,
+    /// Number of tokens of each example.
+    pub lengths: Vec<usize>,
+    /// Number of each example within its optimizer step; what dropout draws depends on it, not on the micro-batch.
+    pub slots: Vec<u32>,
+    /// How to lay the tokens out as a rectangle; `None` if all examples are of one length.
+    pub padding: Option<Padding>,
+}
+
+/// The way from packed tokens to the rectangle `[examples, longest]` and back.
+pub struct Padding {
+    /// Place of each token in the flattened rectangle, `[tokens]`, int64.
+    pub places: Tensor,
+    /// Zero for real tokens, minus infinity for padding, `[examples, 1, 1, longest]`, float32.
+    pub bias: Tensor,
+}
+
+impl PackedBatch {
+    /// Packs examples on a device. `first_slot` is the number of the first one within its optimizer step.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn pack(examples: &[&Encoded], first_slot: usize, device: Device) -> Result<Self> {
+        let lengths: Vec<usize> = examples.iter().map(|example| example.ids.len()).collect();
+        let tokens = lengths.iter().sum();
+        let mut input_ids = Vec::with_capacity(tokens);
+        let mut token_types = Vec::with_capacity(tokens);
+        let mut positions = Vec::with_capacity(tokens);
+        let mut first_tokens = Vec::with_capacity(examples.len());
+        for example in examples {
+            first_tokens.push(input_ids.len() as i64);
+            input_ids.extend(example.ids.iter().map(|&id| i64::from(id)));
+            token_types.extend(example.token_types.iter().map(|&kind| i64::from(kind)));
+            positions.extend(0..example.ids.len() as i64);
+        }
+        let tensor = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::from_slice(values).f_to_device(device)?) };
+        Ok(Self {
+            input_ids: tensor(&input_ids)?,
+            token_types: tensor(&token_types)?,
+            positions: tensor(&positions)?,
+            first_tokens: tensor(&first_tokens)?,
+            slots: (first_slot as u32..).take(examples.len()).collect(),
+            padding: Padding::new(&lengths, device)?,
+            lengths,
+        })
+    }
+
+    /// Returns the number of examples.
+    pub fn examples(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Returns the number of tokens of all examples.
+    pub fn tokens(&self) -> usize {
+        self.lengths.iter().sum()
+    }
+
+    /// Returns the number of tokens of the longest example.
+    pub fn longest(&self) -> usize {
+        self.lengths.iter().copied().max().unwrap_or(0)
+    }
+}
+
+impl Padding {
+    fn new(lengths: &[usize], device: Device) -> Result<Option<Self>> {
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        if lengths.iter().all(|&length| length == longest) {
+            return Ok(None);
+        }
+        let mut places = Vec::with_capacity(lengths.iter().sum());
+        let mut bias = vec![f32::NEG_INFINITY; lengths.len() * longest];
+        for (example, &length) in lengths.iter().enumerate() {
+            let start = example * longest;
+            places.extend((start..start + length).map(|place| place as i64));
+            bias[start..start + length].fill(0.0);
+        }
+        let shape = [lengths.len() as i64, 1, 1, longest as i64];
+        Ok(Some(Self {
+            places: Tensor::from_slice(&places).f_to_device(device)?,
+            bias: Tensor::from_slice(&bias).f_view(shape)?.f_to_device(device)?,
+        }))
+    }
+
+    /// Lays packed rows `[tokens, width]` out as `[examples · longest, width]`, zeros where nothing is.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn pad(&self, rows: &Tensor) -> Result<Tensor> {
+        let shape = self.bias.size();
+        let empty = Tensor::f_zeros([shape[0] * shape[3], rows.size()[1]], (rows.kind(), rows.device()))?;
+        Ok(empty.f_index_copy(0, &self.places, rows)?)
+    }
+
+    /// Takes the real rows out of `[examples · longest, width]` again.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn unpad(&self, rows: &Tensor) -> Result<Tensor> {
+        Ok(rows.f_index_select(0, &self.places)?)
+    }
+}
+
+/// What the examples of a data set should be predicted as.
+#[derive(Clone, Debug)]
+pub enum Targets {
+    /// Class ids.
+    Classes(Vec<i64>),
+    /// Scores.
+    Scores(Vec<f32>),
+}
+
+/// A data set as token ids, ready to be batched.
+#[derive(Clone, Debug)]
+pub struct EncodedDataset {
+    /// The tokens of each example.
+    pub inputs: Vec<Encoded>,
+    /// What each should be predicted as.
+    pub targets: Targets,
+}
+
+impl EncodedDataset {
+    /// Joins tokens and labels.
+    ///
+    /// # Errors
+    /// Fails if an example has no label, or labels of both kinds are mixed.
+    pub fn new(inputs: Vec<Encoded>, examples: &[Example]) -> Result<Self> {
+        let class = |example: &Example| match example.label {
+            Some(Label::Class(id)) => Some(id as i64),
+            _ => None,
+        };
+        let score = |example: &Example| match example.label {
+            Some(Label::Score(score)) => Some(score),
+            _ => None,
+        };
+        let targets = match examples.first().and_then(|example| example.label) {
+            Some(Label::Score(_)) => examples.iter().map(score).collect::<Option<_>>().map(Targets::Scores),
+            _ => examples.iter().map(class).collect::<Option<_>>().map(Targets::Classes),
+        };
+        let targets = targets.ok_or_else(|| Error::configuration("an example of the data set has no label"))?;
+        Ok(Self { inputs, targets })
+    }
+
+    /// Returns the number of examples.
+    pub fn len(&self) -> usize {
+        self.inputs.len()
+    }
+
+    /// Returns whether there are no examples.
+    pub fn is_empty(&self) -> bool {
+        self.inputs.is_empty()
+    }
+
+    /// Returns the number of tokens of all examples.
+    pub fn tokens(&self) -> usize {
+        self.inputs.iter().map(|input| input.ids.len()).sum()
+    }
+
+    /// Packs the examples with the given numbers, and their targets: int64 class ids or float32 scores, `[examples]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn batch(&self, numbers: &[usize], first_slot: usize, device: Device) -> Result<(PackedBatch, Tensor)> {
+        let inputs: Vec<&Encoded> = numbers.iter().map(|&number| &self.inputs[number]).collect();
+        let targets = match &self.targets {
+            Targets::Classes(ids) => Tensor::from_slice(&numbers.iter().map(|&n| ids[n]).collect::<Vec<_>>()),
+            Targets::Scores(scores) => Tensor::from_slice(&numbers.iter().map(|&n| scores[n]).collect::<Vec<_>>()),
+        };
+        Ok((PackedBatch::pack(&inputs, first_slot, device)?, targets.f_to_device(device)?))
+    }
+}

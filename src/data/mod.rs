@@ -1,0 +1,17 @@
+//! Data: what a task is, its files as examples, its examples as token ids, its metrics.
+
+mod batch;
+mod custom;
+mod encode;
+mod metrics;
+mod reader;
+mod sheet;
+mod table;
+mod task;
+
+pub use batch::{EncodedDataset, PackedBatch, Padding, Targets};
+pub use custom::CustomTask;
+pub use encode::{Encoded, Encoder as TokenEncoder};
+pub use metrics::{Metric, score_classes, score_values};
+pub use reader::{Dataset, Example, Label, read_file, read_split};
+pub use task::{Format, Keep, Layout, Objective, RowFilter, Split, SplitFiles, TaskCard};

@@ -1,0 +1,234 @@
+//! Splits and files of a task as data sets: which files there are, and what they hold together.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::sheet::{Labels, Listed, Sheet};
+use super::table::{TextFile, hexadecimal};
+use super::task::{Split, SplitFiles, TaskCard};
+use crate::error::{Error, Result};
+
+pub use super::sheet::{Example, Label};
+
+/// The examples of one split or file, in file order.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    /// The examples, at least one.
+    pub examples: Vec<Example>,
+    /// The file they come from; the first where there are several.
+    pub path: PathBuf,
+    /// SHA-256 of the bytes of all files read, in reading order, in hexadecimal.
+    pub sha256: String,
+}
+
+/// Reads a split of a task, from the first of `roots` that holds it.
+///
+/// Train and dev examples must be labelled, test examples may be.
+///
+/// # Errors
+///
+/// [`Error::Configuration`] if no root holds the split, with the places and names tried;
+/// [`Error::Data`] with file and line if a row is not an example of the task.
+pub fn read_split(card: &TaskCard, roots: &[PathBuf], split: Split) -> Result<Dataset> {
+    let choices = card.splits.get(&split).map_or(&[][..], Vec::as_slice);
+    let Some(only) = choices.first() else {
+        return Err(Error::configuration(format!(
+            "task `{}` has no {split} data; name a file as `{split}:` in its card",
+            card.name
+        )));
+    };
+    let labels = if split == Split::Test { Labels::Optional } else { Labels::Required };
+    if card.folders.is_empty() {
+        return read_files(card, Path::new(""), only, labels);
+    }
+    for root in roots {
+        for folder in card.folders.iter().map(|folder| root.join(folder)) {
+            if let Some(found) = choices.iter().find(|choice| is_present(choice, &folder)) {
+                return read_files(card, &folder, found, labels);
+            }
+        }
+    }
+    Err(not_found(card, roots, split, choices))
+}
+
+/// Reads one file of a task, such as the input of a prediction; labels may be missing.
+///
+/// # Errors
+///
+/// [`Error::Data`] with file and line if the file has none of the card's layouts or a row is not
+/// an example of the task.
+pub fn read_file(card: &TaskCard, path: &Path) -> Result<Dataset> {
+    let files = SplitFiles { files: vec![path.to_path_buf()], rows: None };
+    read_files(card, Path::new(""), &files, Labels::Optional)
+}
+
+/// Returns the distinct spellings in the label column of a file, for a card without label names.
+pub(super) fn label_spellings(card: &TaskCard, path: &Path) -> Result<BTreeSet<String>> {
+    let file = TextFile::read(path)?;
+    let sheet = Sheet::open(card, &file)?;
+    sheet.require_label()?;
+    let spellings = sheet.rows.iter().filter_map(|row| sheet.label(row));
+    Ok(spellings.map(str::to_string).collect())
+}
+
+fn is_present(choice: &SplitFiles, folder: &Path) -> bool {
+    let list = choice.rows.as_ref().map(|filter| &filter.list);
+    choice.files.iter().chain(list).all(|file| folder.join(file).exists())
+}
+
+fn not_found(card: &TaskCard, roots: &[PathBuf], split: Split, choices: &[SplitFiles]) -> Error {
+    let mut names: Vec<String> = Vec::new();
+    for choice in choices {
+        let list = choice.rows.as_ref().map(|filter| &filter.list);
+        let files: Vec<_> =
+            choice.files.iter().chain(list).map(|file| file.display().to_string()).collect();
+        names.push(files.join(" with "));
+    }
+    let roots: Vec<_> = roots.iter().map(|root| root.display().to_string()).collect();
+    Error::configuration(format!(
+        "found no {split} data of task `{}`: looked in {} for a folder {} that holds {}",
+        card.name,
+        if roots.is_empty() { "no data folder at all".to_string() } else { roots.join(", ") },
+        card.folders.join(" or "),
+        names.join(", or "),
+    ))
+}
+
+fn read_files(card: &TaskCard, folder: &Path, choice: &SplitFiles, labels: Labels) -> Result<Dataset> {
+    let mut checksum = Sha256::new();
+    let mut examples = Vec::new();
+    let listed = match &choice.rows {
+        Some(filter) => Some(Listed::read(filter, folder, &mut checksum)?),
+        None => None,
+    };
+    for path in &choice.files {
+        let file = TextFile::read(&folder.join(path))?;
+        file.add_to(&mut checksum);
+        let sheet = Sheet::open(card, &file)?;
+        let before = examples.len();
+        sheet.read(card, listed.as_ref(), labels, &mut examples)?;
+        if examples.len() == before {
+            return Err(Error::data(file.path(), 0, "has no examples"));
+        }
+    }
+    let path = choice.files.first().map(|path| folder.join(path)).unwrap_or_default();
+    Ok(Dataset { examples, path, sha256: hexadecimal(checksum) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRAIN: &str = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\tc\td\tnot_entailment\n";
+    const MICROSOFT: &str = "\u{feff}Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n\
+        1\t10\t11\ta\tb\n0\t20\t21\tc\td\n1\t10\t21\te\tf\n";
+
+    fn write(root: &Path, files: &[(&str, &str)]) {
+        for (name, content) in files {
+            let path = root.join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        }
+    }
+
+    fn firsts(dataset: &Dataset) -> Vec<&str> {
+        dataset.examples.iter().map(|example| example.first.as_str()).collect()
+    }
+
+    fn card(name: &str) -> TaskCard {
+        TaskCard::builtin(name).unwrap()
+    }
+
+    #[test]
+    fn roots_are_searched_in_order_under_every_folder_name() {
+        let (near, far) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let roots = [near.path().to_path_buf(), far.path().to_path_buf()];
+        write(far.path(), &[("RTE/train.tsv", TRAIN)]);
+        let found = read_split(&card("rte"), &roots, Split::Train).unwrap();
+        assert_eq!(found.path, far.path().join("RTE/train.tsv"));
+        assert_eq!(firsts(&found), ["a", "c"]);
+        assert_eq!(found.examples[1].label, Some(Label::Class(1)));
+        write(near.path(), &[("rte/train.tsv", TRAIN)]);
+        let found = read_split(&card("rte"), &roots, Split::Train).unwrap();
+        assert_eq!(found.path, near.path().join("rte/train.tsv"));
+    }
+
+    #[test]
+    fn a_split_that_is_nowhere_is_reported_with_places_and_names() {
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), &[("MRPC/msr_paraphrase_train.txt", MICROSOFT)]);
+        let error = read_split(&card("mrpc"), &[root.path().into()], Split::Dev).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        let message = error.to_string();
+        for part in [
+            "found no dev data of task `mrpc`",
+            &root.path().display().to_string(),
+            "a folder MRPC or mrpc",
+            "dev.tsv",
+            "msr_paraphrase_train.txt with dev_ids.tsv",
+        ] {
+            assert!(message.contains(part), "{part}: {message}");
+        }
+        let message = read_split(&card("rte"), &[], Split::Dev).unwrap_err().to_string();
+        assert!(message.contains("no data folder at all"), "{message}");
+    }
+
+    #[test]
+    fn microsofts_file_is_split_by_pairs_of_ids() {
+        let root = tempfile::tempdir().unwrap();
+        let ids = ("MRPC/dev_ids.tsv", "10\t11\n20\t99\n");
+        write(root.path(), &[("MRPC/msr_paraphrase_train.txt", MICROSOFT), ids]);
+        let roots = [root.path().to_path_buf()];
+        let train = read_split(&card("mrpc"), &roots, Split::Train).unwrap();
+        let dev = read_split(&card("mrpc"), &roots, Split::Dev).unwrap();
+        assert_eq!(firsts(&train), ["c", "e"]);
+        assert_eq!(firsts(&dev), ["a"]);
+        assert_eq!(train.sha256, dev.sha256, "both splits come from the same two files");
+    }
+
+    #[test]
+    fn a_split_of_two_files_is_read_in_order_and_hashed_as_one() {
+        let row = |text: &str| format!("gj04\t1\t\t{text}\n");
+        let (inner, outer) = (row("in"), row("out"));
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), &[
+            ("cola/original/raw/in_domain_dev.tsv", &inner),
+            ("cola/original/raw/out_of_domain_dev.tsv", &outer),
+        ]);
+        let two = read_split(&card("cola"), &[root.path().into()], Split::Dev).unwrap();
+        assert_eq!(firsts(&two), ["in", "out"]);
+        write(root.path(), &[("CoLA/dev.tsv", &(inner + &outer))]);
+        let one = read_split(&card("cola"), &[root.path().into()], Split::Dev).unwrap();
+        assert_eq!((one.examples, one.sha256), (two.examples, two.sha256));
+    }
+
+    #[test]
+    fn only_test_and_prediction_files_may_lack_labels() {
+        let root = tempfile::tempdir().unwrap();
+        let unlabelled = "index\tsentence1\tsentence2\n0\ta\tb\n";
+        write(root.path(), &[("RTE/test.tsv", unlabelled), ("RTE/dev.tsv", unlabelled)]);
+        let roots = [root.path().to_path_buf()];
+        let test = read_split(&card("rte"), &roots, Split::Test).unwrap();
+        assert_eq!(test.examples[0].label, None);
+        assert_eq!(read_file(&card("rte"), &test.path).unwrap().examples, test.examples);
+        let message = read_split(&card("rte"), &roots, Split::Dev).unwrap_err().to_string();
+        assert!(message.contains("dev.tsv:1: has no label column; expected one named `label`"), "{message}");
+    }
+
+    #[test]
+    fn files_without_examples_and_folders_are_refused() {
+        let root = tempfile::tempdir().unwrap();
+        for content in ["", "\n\n", "\u{feff}", "index\tsentence1\tsentence2\tlabel\n"] {
+            write(root.path(), &[("RTE/train.tsv", content)]);
+            let error = read_split(&card("rte"), &[root.path().into()], Split::Train).unwrap_err();
+            assert!(error.to_string().ends_with("train.tsv: has no examples"), "{content:?}: {error}");
+        }
+        std::fs::create_dir(root.path().join("RTE/dev.tsv")).unwrap();
+        let error = read_split(&card("rte"), &[root.path().into()], Split::Dev).unwrap_err();
+        assert!(error.to_string().contains("is a folder"), "{error}");
+        let error = read_file(&card("rte"), &root.path().join("none.tsv")).unwrap_err();
+        assert!(error.to_string().contains("there is no such file"), "{error}");
+    }
+}

@@ -1,0 +1,55 @@
+//! Subsets of training data: random, stratified by label, nested, and a pure function of the seed.
+
+use crate::data::{Example, Label};
+use crate::random::{self, Key, Purpose};
+
+/// Returns the numbers of `count` examples, in file order. Each class has its share to within one example, and for one
+/// seed a smaller subset is part of every larger one.
+pub fn subset(examples: &[Example], count: usize, seed: u64) -> Vec<usize> {
+    let order = random::permutation(examples.len(), Key::derive(seed, Purpose::Subset, 0));
+    let class = |number: usize| match examples[number].label {
+        Some(Label::Class(id)) => id,
+        _ => 0,
+    };
+    let classes = examples.iter().enumerate().map(|(number, _)| class(number) + 1).max().unwrap_or(0);
+    let mut sizes = vec![0usize; classes];
+    order.iter().for_each(|&number| sizes[class(number)] += 1);
+    // The k-th of n members of a class stands at (k + ½)/n: cutting anywhere leaves equal shares of all classes.
+    let mut seen = vec![0usize; classes];
+    let mut placed: Vec<(f64, usize)> = order
+        .into_iter()
+        .map(|number| {
+            let class = class(number);
+            seen[class] += 1;
+            ((seen[class] as f64 - 0.5) / sizes[class] as f64, number)
+        })
+        .collect();
+    placed.sort_by(|left, right| left.0.total_cmp(&right.0));
+    let mut chosen: Vec<usize> = placed.into_iter().take(count).map(|(_, number)| number).collect();
+    chosen.sort_unstable();
+    chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn examples(classes: &[usize]) -> Vec<Example> {
+        let example = |&class| Example { first: "a".into(), second: None, label: Some(Label::Class(class)) };
+        classes.iter().map(example).collect()
+    }
+
+    #[test]
+    fn subsets_are_stratified_nested_and_seeded() {
+        let classes: Vec<usize> = (0..300).map(|number| usize::from(number % 3 == 0)).collect();
+        let examples = examples(&classes);
+        let small = subset(&examples, 30, 1);
+        let large = subset(&examples, 90, 1);
+        assert_eq!((small.len(), large.len()), (30, 90));
+        assert!(small.iter().all(|number| large.contains(number)));
+        let minority = large.iter().filter(|&&number| classes[number] == 1).count();
+        assert!((29..=31).contains(&minority), "{minority}");
+        assert_ne!(small, subset(&examples, 30, 2));
+        assert_eq!(subset(&examples, 300, 5), (0..300).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,32 @@
+//! Fine-tunes pretrained text encoders by training only a *child network* (Xu et al., EMNLP 2021), and compares that
+//! with other methods over many seeds.
+//!
+//! The floors of the house, each importing only what stands below it:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`experiment`] | YAML as typed → plan of runs → runner → result CSV |
+//! | [`analysis`] | comparisons, from result CSVs only |
+//! | [`train`] | the training loop, optimizer, schedule, evaluation of one run |
+//! | [`method`] | fine-tuning methods behind one trait |
+//! | [`child`] | child networks: Bernoulli and Fisher masks, gradient hooks |
+//! | [`model`] | pretrained encoders, one file a family, and Hugging Face folders |
+//! | [`data`] | tasks, readers, tokens, batches, metrics |
+//! | [`libtorch`] | what tch leaves out; the only `unsafe` code |
+//!
+//! The library prints nothing: it returns values and reports events, which the command line shows.
+
+#![warn(missing_docs)]
+
+//pub mod analysis;
+pub mod child;
+pub mod data;
+pub mod error;
+//pub mod experiment;
+pub mod libtorch;
+pub mod method;
+pub mod model;
+pub mod random;
+pub mod spelling;
+pub mod train;
+pub mod values;

@@ -1,0 +1,68 @@
+//! The C interface of `shim.cpp`, and the one place where its messages become errors.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+
+use torch_sys::C_tensor;
+
+use crate::error::{Error, Result};
+
+pub(super) type HookFunction = unsafe extern "C" fn(
+    state: *mut c_void,
+    gradient: *mut C_tensor,
+    exclusive: bool,
+    replacement: *mut *mut C_tensor,
+) -> *mut c_char;
+
+pub(super) type ReleaseFunction = unsafe extern "C" fn(state: *mut c_void);
+
+unsafe extern "C" {
+    fn child_tuning_free_message(message: *mut c_char);
+
+    pub(super) fn child_tuning_libtorch_version() -> *const c_char;
+
+    pub(super) fn child_tuning_register_hook(
+        tensor: *mut C_tensor,
+        function: HookFunction,
+        state: *mut c_void,
+        release: ReleaseFunction,
+        handle: *mut c_uint,
+    ) -> *mut c_char;
+
+    pub(super) fn child_tuning_remove_hook(tensor: *mut C_tensor, handle: c_uint) -> *mut c_char;
+
+    pub(super) fn child_tuning_set_gradient(leaf: *mut C_tensor, gradient: *mut C_tensor) -> *mut c_char;
+
+    pub(super) fn child_tuning_fused_adamw(
+        parameters: *const *mut C_tensor,
+        gradients: *const *mut C_tensor,
+        first_moments: *const *mut C_tensor,
+        second_moments: *const *mut C_tensor,
+        steps: *const *mut C_tensor,
+        count: usize,
+        learning_rate: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        epsilon: f64,
+    ) -> *mut c_char;
+
+    pub(super) fn child_tuning_set_float32_precision(precision: *const c_char) -> *mut c_char;
+
+    pub(super) fn child_tuning_set_deterministic(deterministic: bool) -> *mut c_char;
+
+    pub(super) fn child_tuning_cuda_peak_bytes(device: c_int, bytes: *mut i64) -> *mut c_char;
+
+    pub(super) fn child_tuning_cuda_reset_peak(device: c_int) -> *mut c_char;
+}
+
+/// Turns what a shim function returned into a result, and frees the message.
+pub(super) fn check(message: *mut c_char) -> Result<()> {
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: a non-null message is a NUL-terminated string that the shim allocated for us.
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    // SAFETY: the message came from the shim and is not used after this line.
+    unsafe { child_tuning_free_message(message) };
+    Err(Error::Libtorch(text.lines().next().unwrap_or_default().to_owned()))
+}

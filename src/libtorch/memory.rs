@@ -1,0 +1,74 @@
+//! Memory as Rust slices: the elements of a tensor, the bytes of a mapped file.
+
+use std::fs::File;
+
+use memmap2::Mmap;
+use tch::{Device, Tensor, kind::Element};
+
+use crate::error::{Error, Result};
+
+/// Borrows the elements of a contiguous CPU tensor, in row-major order.
+///
+/// # Errors
+/// Fails if the tensor is elsewhere, of another type, or not contiguous.
+pub fn elements<T: Element>(tensor: &Tensor) -> Result<&[T]> {
+    let (pointer, count) = view::<T>(tensor)?;
+    // SAFETY: `view` checked type, place and layout; the borrow of the tensor keeps the memory alive.
+    Ok(unsafe { std::slice::from_raw_parts(pointer, count) })
+}
+
+/// Borrows the elements of a contiguous CPU tensor for writing, in row-major order.
+///
+/// Tensors share memory freely, so libtorch must not compute with this memory while the slice is in use; with the
+/// exclusive borrow of the handle this holds as long as no other thread works on a view of it.
+///
+/// # Errors
+/// Fails if the tensor is elsewhere, of another type, or not contiguous.
+pub fn elements_mut<T: Element>(tensor: &mut Tensor) -> Result<&mut [T]> {
+    let (pointer, count) = view::<T>(tensor)?;
+    // SAFETY: as in `elements`, and the exclusive borrow of the handle covers the writing.
+    Ok(unsafe { std::slice::from_raw_parts_mut(pointer, count) })
+}
+
+/// Maps a file for reading. The file must not be cut shorter while it is mapped; checkpoints are written once.
+///
+/// # Errors
+/// Fails if the operating system cannot map the file.
+pub fn map_file(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the bytes are only read; a checkpoint that another process truncates meanwhile would end this process
+    // with SIGBUS, as it does in every program that maps weights, and is accepted for not copying gigabytes.
+    unsafe { Mmap::map(file) }
+}
+
+fn view<T: Element>(tensor: &Tensor) -> Result<(*mut T, usize)> {
+    if tensor.device() != Device::Cpu || tensor.kind() != T::KIND || !tensor.is_contiguous() {
+        return Err(Error::Libtorch(format!(
+            "a contiguous {:?} tensor on the CPU was expected, not {:?} on {:?}",
+            T::KIND,
+            tensor.kind(),
+            tensor.device()
+        )));
+    }
+    let count = tensor.numel();
+    // An empty tensor may have a null pointer, which no slice may have.
+    let pointer =
+        if count == 0 { std::ptr::NonNull::<T>::dangling().as_ptr() } else { tensor.data_ptr().cast::<T>() };
+    Ok((pointer, count))
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    #[test]
+    fn slices_show_and_change_the_tensor() {
+        let mut tensor = Tensor::from_slice(&[1.0f32, 2.0, 3.0]);
+        elements_mut::<f32>(&mut tensor).unwrap()[1] = 5.0;
+        assert_eq!(elements::<f32>(&tensor).unwrap(), [1.0, 5.0, 3.0]);
+        assert!(elements::<f64>(&tensor).is_err());
+        assert!(elements::<f32>(&tensor.reshape([3, 1]).expand([3, 2], false)).is_err());
+        assert_eq!(elements::<f32>(&Tensor::zeros([0], (Kind::Float, Device::Cpu))).unwrap(), [0.0f32; 0]);
+    }
+}

@@ -1,0 +1,98 @@
+//! Fine-tuning methods: what happens to gradients between backward and the optimizer.
+//!
+//! A method is one file and one line in [`registry`]. It reads its options from YAML, and before training turns them into
+//! a [`Prepared`] plan: the gradient mask, where it meets clipping, and what weight decay may touch.
+
+mod child_tuning_d;
+mod child_tuning_f;
+mod registry;
+mod vanilla;
+
+pub use registry::{METHODS, MethodSpec};
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::child::GradientMask;
+use crate::data::EncodedDataset;
+use crate::error::Result;
+use crate::model::Classifier;
+
+/// Which description of Child-Tuning fills in what the experiment leaves out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Preset {
+    /// The paper's text.
+    #[default]
+    Paper,
+    /// The code released with it.
+    Official,
+}
+
+/// Whether the gradient norm is clipped before or after the mask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClipOrder {
+    /// The mask acts in the backward pass; the norm of what is left is clipped.
+    AfterMask,
+    /// The full gradient is clipped, then masked, as in the released code.
+    BeforeMask,
+}
+
+/// The weights that weight decay touches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecayScope {
+    /// The child network's only: all others keep every bit of the checkpoint.
+    Child,
+    /// All weights, as in the released code.
+    All,
+}
+
+/// A fine-tuning method with all its options settled.
+pub trait Method: Send + Sync {
+    /// Returns its name in YAML and results.
+    fn name(&self) -> &'static str;
+
+    /// Returns its options as canonical text, such as `p=0.3 scope=backbone`; equal texts are equal methods.
+    fn options(&self) -> String;
+
+    /// Returns whether it is one of the paper's; the released code trains those without warm-up.
+    fn is_child_tuning(&self) -> bool;
+
+    /// Returns whether [`Method::prepare`] passes over the training data.
+    fn passes_over_data(&self) -> bool;
+
+    /// Does what comes before training. The model's weights are as before afterwards.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation or the user asks to stop.
+    fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared>;
+}
+
+/// What a method may use to prepare a run.
+pub struct Preparation<'a> {
+    /// The model, reset for the run's seed.
+    pub classifier: &'a mut Classifier,
+    /// The training data.
+    pub data: &'a EncodedDataset,
+    /// The run's seed.
+    pub seed: u64,
+    /// The number of examples of an optimizer step.
+    pub batch_size: usize,
+    /// Whether examples are taken in another order than the file's.
+    pub shuffled: bool,
+    /// Told after each batch how many examples it had; an error ends the preparation.
+    pub progress: &'a mut dyn FnMut(usize) -> Result<()>,
+}
+
+/// What training does differently from plain fine-tuning.
+pub struct Prepared {
+    /// The mask on the gradients.
+    pub mask: Option<Arc<GradientMask>>,
+    /// Where the mask meets clipping.
+    pub clip: ClipOrder,
+    /// What weight decay touches.
+    pub decay: DecayScope,
+}

@@ -1,0 +1,105 @@
+//! The methods by name, and how YAML names them.
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use super::{Method, Preset, child_tuning_d, child_tuning_f, vanilla};
+use crate::error::Result;
+use crate::spelling::suggestion;
+
+/// A method's options as typed.
+pub trait MethodOptions: fmt::Debug + Send + Sync {
+    /// Settles the options: one method for each point of their grid.
+    ///
+    /// # Errors
+    /// Fails, naming the method, if options contradict each other.
+    fn resolve(&self, preset: Preset) -> Result<Vec<Arc<dyn Method>>>;
+}
+
+/// A method as typed: `vanilla`, or `child_tuning_f: {p: 0.3}`.
+#[derive(Clone, Debug)]
+pub struct MethodSpec(Arc<dyn MethodOptions>);
+
+/// Each method is a module with an `Options` type, under the name it has in YAML.
+macro_rules! registry {
+    ($($method:ident),+ $(,)?) => {
+        /// The names of all methods.
+        pub const METHODS: &[&str] = &[$(stringify!($method)),+];
+
+        fn with_defaults(name: &str) -> Option<MethodSpec> {
+            match name {
+                $(stringify!($method) => Some(MethodSpec(Arc::new($method::Options::default()))),)+
+                _ => None,
+            }
+        }
+
+        fn with_options<'de, A: MapAccess<'de>>(name: &str, map: &mut A) -> Result<MethodSpec, A::Error> {
+            match name {
+                $(stringify!($method) => {
+                    let options: Option<$method::Options> = map.next_value()?;
+                    Ok(MethodSpec(Arc::new(options.unwrap_or_default())))
+                })+
+                _ => Err(unknown(name)),
+            }
+        }
+    };
+}
+
+registry!(vanilla, child_tuning_f, child_tuning_d);
+
+impl MethodSpec {
+    /// Settles the options: one method for each point of their grid.
+    ///
+    /// # Errors
+    /// Fails, naming the method, if options contradict each other.
+    pub fn resolve(&self, preset: Preset) -> Result<Vec<Arc<dyn Method>>> {
+        self.0.resolve(preset)
+    }
+}
+
+impl<'de> Deserialize<'de> for MethodSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(SpecVisitor)
+    }
+}
+
+struct SpecVisitor;
+
+impl<'de> Visitor<'de> for SpecVisitor {
+    type Value = MethodSpec;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        write!(formatter, "a method ({}), alone or with its options", METHODS.join(", "))
+    }
+
+    fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<MethodSpec, E> {
+        with_defaults(name).ok_or_else(|| unknown(name))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<MethodSpec, A::Error> {
+        let name: String = map.next_key()?.ok_or_else(|| A::Error::custom("a method is missing"))?;
+        let spec = with_options(&name, &mut map)?;
+        match map.next_key::<String>()? {
+            None => Ok(spec),
+            Some(second) => Err(A::Error::custom(format!(
+                "`{second}` stands in the entry of `{name}`; give each method its own `- ` and indent its options"
+            ))),
+        }
+    }
+}
+
+fn unknown<E: serde::de::Error>(name: &str) -> E {
+    let known = METHODS.iter().copied();
+    E::custom(format!("unknown method `{name}`{}; known are {}", suggestion(name, known), METHODS.join(", ")))
+}
+
+/// Returns the YAML spelling of an option's value.
+pub(super) fn snake_case<T: Serialize>(value: &T) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(text)) => text,
+        _ => String::new(),
+    }
+}

@@ -1,0 +1,235 @@
+//! Hugging Face model folders: reading `model.safetensors` by memory map, and writing a folder that transformers loads.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use tch::{Kind, Tensor};
+
+use super::classifier::{Labels, Network};
+use super::config::ModelConfig;
+use super::params::{ParameterId, ParameterPlace, Parameters};
+use crate::error::{Error, Result};
+use crate::libtorch::elements;
+
+const WEIGHTS: &str = "model.safetensors";
+
+/// A model folder, opened and checked but not yet read.
+pub struct ModelFolder {
+    /// The folder.
+    pub path: PathBuf,
+    /// Its config, with the experiment's overrides.
+    pub config: ModelConfig,
+    weights: Mmap,
+}
+
+/// What happened to the tensors of a checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    /// Parameters of the model that the file lacks and that start from fresh values.
+    pub fresh: Vec<String>,
+    /// Tensors in the file that the model has no use for.
+    pub unexpected: Vec<String>,
+    /// Pretraining heads and buffers in the file, left out as usual.
+    pub ignored: Vec<String>,
+}
+
+impl ModelFolder {
+    /// Opens a folder with `config.json` and `model.safetensors`.
+    ///
+    /// # Errors
+    /// Fails, naming what is missing, if the folder or a file is not there.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.is_dir() {
+            return Err(Error::model(
+                path,
+                "no such model folder; name a Hugging Face folder with config.json, model.safetensors and tokenizer.json",
+            ));
+        }
+        let config = ModelConfig::read(path)?;
+        let file_path = path.join(WEIGHTS);
+        let file = File::open(&file_path).map_err(|error| {
+            Error::model(path, format!("has no readable {WEIGHTS} ({error}); save the model with safe_serialization"))
+        })?;
+        let weights = crate::libtorch::map_file(&file).map_err(Error::io("map", &file_path))?;
+        let folder = Self { path: path.to_path_buf(), config, weights };
+        folder.tensors()?;
+        Ok(folder)
+    }
+
+    /// Returns the SHA-256 of the weights file, in hexadecimal.
+    pub fn sha256(&self) -> String {
+        hexadecimal(&Sha256::digest(&self.weights))
+    }
+
+    /// Copies the file's tensors into the parameters of a model.
+    ///
+    /// Names may stand with or without the family's prefix. A head with the same labels is loaded; parameters of pooler
+    /// and head that the file lacks are listed as fresh and left untouched.
+    ///
+    /// # Errors
+    /// Fails, naming the tensors, if the encoder's are missing, have another shape or type, or hold non-finite numbers.
+    pub fn load(&self, parameters: &mut Parameters, network: &dyn Network, keep_head: bool) -> Result<LoadReport> {
+        let tensors = self.tensors()?;
+        let prefix = network.body_prefix();
+        let mut names: BTreeMap<&str, TensorView> = tensors.iter().collect();
+        let mut report = LoadReport::default();
+        let (mut missing, mut mismatched) = (Vec::new(), Vec::new());
+        let wanted: Vec<(ParameterId, String, ParameterPlace)> =
+            parameters.iter().map(|(id, parameter)| (id, parameter.name.clone(), parameter.place)).collect();
+        for (id, name, place) in wanted {
+            let optional = matches!(place, ParameterPlace::Pooler | ParameterPlace::Head);
+            let found = (names.remove(name.as_str()))
+                .or_else(|| name.strip_prefix(prefix).and_then(|bare| names.remove(bare)))
+                .filter(|_| keep_head || place != ParameterPlace::Head);
+            match found {
+                Some(view) => {
+                    let expected = &parameters.get(id).shape;
+                    let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
+                    if shape == *expected {
+                        parameters.set(id, &self.tensor(&name, &view)?)?;
+                    } else {
+                        mismatched.push(format!("{name} is {shape:?}, config.json makes it {expected:?}"));
+                    }
+                }
+                None if optional => report.fresh.push(name),
+                None => missing.push(name),
+            }
+        }
+        for name in names.into_keys() {
+            let known = name.starts_with("cls.") || name.ends_with("position_ids");
+            if known { &mut report.ignored } else { &mut report.unexpected }.push(name.to_owned());
+        }
+        if missing.is_empty() && mismatched.is_empty() {
+            return Ok(report);
+        }
+        let mut problems = Vec::new();
+        for (what, list) in
+            [("missing", &missing), ("of another shape", &mismatched), ("unexpected", &report.unexpected)]
+        {
+            if !list.is_empty() {
+                problems.push(format!("{} {what}: {}", list.len(), shortened(list)));
+            }
+        }
+        Err(Error::model(self.path.join(WEIGHTS), format!("does not fit config.json: {}", problems.join("; "))))
+    }
+
+    /// Returns whether the file has a head of `outputs` outputs for the same labels as a task's.
+    pub fn has_head_for(&self, labels: &Labels, head_names: &[String]) -> Result<bool> {
+        let tensors = self.tensors()?;
+        let present = head_names.iter().all(|name| tensors.tensor(name).is_ok());
+        let same_labels = match labels {
+            Labels::Classes(names) => self.config.labels().is_some_and(|found| found == *names),
+            Labels::Score => {
+                self.config.labels().is_none_or(|found| found.len() == 1)
+                    && head_names.iter().all(|name| {
+                        tensors.tensor(name).is_ok_and(|view| view.shape().first() == Some(&1))
+                    })
+            }
+        };
+        Ok(present && same_labels)
+    }
+
+    fn tensors(&self) -> Result<SafeTensors<'_>> {
+        SafeTensors::deserialize(&self.weights).map_err(|error| {
+            Error::model(
+                self.path.join(WEIGHTS),
+                format!("is not a complete safetensors file ({error}); download or save it again"),
+            )
+        })
+    }
+
+    fn tensor(&self, name: &str, view: &TensorView) -> Result<Tensor> {
+        let at = |message: String| Error::model(self.path.join(WEIGHTS), message);
+        let kind = match view.dtype() {
+            Dtype::F32 => Kind::Float,
+            Dtype::F16 => Kind::Half,
+            Dtype::BF16 => Kind::BFloat16,
+            Dtype::F64 => Kind::Double,
+            other => return Err(at(format!("tensor {name} has type {other:?}; weights must be floating point"))),
+        };
+        let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
+        let tensor = Tensor::f_from_data_size(view.data(), &shape, kind)?.f_to_kind(Kind::Float)?;
+        if i64::try_from(tensor.f_isfinite()?.f_all()?)? == 0 {
+            return Err(at(format!("tensor {name} holds NaN or infinite values; the checkpoint is damaged")));
+        }
+        Ok(tensor)
+    }
+}
+
+/// Writes config and weights of a model as a Hugging Face folder; the tokenizer's files are the caller's.
+///
+/// # Errors
+/// Fails if the folder cannot be written.
+pub fn write(
+    folder: &Path,
+    config: &ModelConfig,
+    network: &dyn Network,
+    labels: &Labels,
+    parameters: &Parameters,
+) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    let values = exported_config(config, network, labels);
+    let text = serde_json::to_string_pretty(&values).map_err(|error| Error::configuration(error.to_string()))?;
+    let path = folder.join("config.json");
+    std::fs::write(&path, text + "\n").map_err(Error::io("write", &path))?;
+
+    let flat = parameters.values().f_to_device(tch::Device::Cpu)?;
+    let flat: &[f32] = elements(&flat)?;
+    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = parameters
+        .iter()
+        .map(|(_, parameter)| {
+            let shape = parameter.shape.iter().map(|&size| size as usize).collect();
+            let bytes = flat[parameter.range.clone()].iter().flat_map(|value| value.to_le_bytes()).collect();
+            (parameter.name.clone(), shape, bytes)
+        })
+        .collect();
+    let path = folder.join(WEIGHTS);
+    let unwritable = |error: safetensors::SafeTensorError| Error::model(&path, format!("cannot be written: {error}"));
+    let views = bytes
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(unwritable)?;
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    // Written beside and renamed, so that a folder never holds half a file under the real name.
+    let temporary = folder.join(format!(".{WEIGHTS}.partial"));
+    safetensors::serialize_to_file(views, Some(metadata), &temporary).map_err(unwritable)?;
+    std::fs::rename(&temporary, &path).map_err(Error::io("write", &path))
+}
+
+fn exported_config(config: &ModelConfig, network: &dyn Network, labels: &Labels) -> Map<String, Value> {
+    let mut values = config.values().clone();
+    for key in ["num_labels", "_name_or_path", "_num_labels"] {
+        values.remove(key);
+    }
+    values.insert("architectures".into(), json!([network.architecture()]));
+    values.entry("model_type").or_insert(json!("bert"));
+    let (names, problem) = match labels {
+        Labels::Classes(names) => (names.clone(), "single_label_classification"),
+        Labels::Score => (vec!["LABEL_0".to_owned()], "regression"),
+    };
+    let by_id: Map<_, _> = names.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
+    let by_name: Map<_, _> = names.iter().enumerate().map(|(id, name)| (name.clone(), json!(id))).collect();
+    values.insert("id2label".into(), Value::Object(by_id));
+    values.insert("label2id".into(), Value::Object(by_name));
+    values.insert("problem_type".into(), json!(problem));
+    values
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn shortened(names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    let mut text = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text += &format!(" and {} more", names.len() - SHOWN);
+    }
+    text
+}

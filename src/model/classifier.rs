@@ -1,0 +1,168 @@
+//! A pretrained encoder with a head for one task: what training changes and prediction uses.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use super::checkpoint::{self, LoadReport, ModelFolder};
+use super::config::ModelConfig;
+use super::layers::Pass;
+use super::params::{ParameterId, ParameterPlace, ParameterTable, Parameters};
+use crate::data::{Objective, TokenEncoder};
+use crate::error::{Error, Result};
+
+/// The arithmetic of a family; the parameters live in [`Parameters`].
+pub trait Network: Send {
+    /// Computes the features that the head sees, `[examples, hidden]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    fn features(&self, pass: &Pass) -> Result<Tensor>;
+
+    /// Applies the head to features: `[examples, outputs]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    fn head(&self, pass: &Pass, features: &Tensor) -> Result<Tensor>;
+
+    /// Returns the name of the class in transformers.
+    fn architecture(&self) -> &'static str;
+
+    /// Returns the prefix of the body's tensors in a checkpoint with a head, such as `bert.`.
+    fn body_prefix(&self) -> &'static str;
+}
+
+/// What the outputs of a head mean.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Labels {
+    /// Classes, named in id order.
+    Classes(Vec<String>),
+    /// One number.
+    Score,
+}
+
+impl Labels {
+    /// Returns the number of outputs.
+    pub fn outputs(&self) -> i64 {
+        match self {
+            Labels::Classes(names) => names.len() as i64,
+            Labels::Score => 1,
+        }
+    }
+}
+
+impl From<&Objective> for Labels {
+    fn from(objective: &Objective) -> Self {
+        match objective {
+            Objective::Classification { labels } => Labels::Classes(labels.clone()),
+            Objective::Regression => Labels::Score,
+        }
+    }
+}
+
+/// What to do with a head that the model folder brings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadStart {
+    /// Keep it if its labels are the task's.
+    #[default]
+    Keep,
+    /// Always start from a new one.
+    Fresh,
+}
+
+/// A model for one task.
+pub struct Classifier {
+    /// The parameters, which training changes.
+    pub parameters: Parameters,
+    /// What happened to the tensors of the checkpoint.
+    pub report: LoadReport,
+    network: Box<dyn Network>,
+    config: ModelConfig,
+    labels: Labels,
+    pretrained: Tensor,
+    fresh: Vec<ParameterId>,
+    initializer_range: f64,
+}
+
+impl Classifier {
+    /// Loads a model folder for a task with the given labels.
+    ///
+    /// # Errors
+    /// Fails if the family does not run here or the checkpoint does not fit its config.
+    pub fn load(folder: &ModelFolder, labels: Labels, head: HeadStart, device: Device) -> Result<Self> {
+        let config = folder.config.clone();
+        let mut table = ParameterTable::default();
+        let network = config.family()?(&config, labels.outputs(), &mut table)?;
+        let mut parameters = Parameters::allocate(table, device)?;
+        let head_names: Vec<String> = parameters
+            .iter()
+            .filter(|(_, parameter)| parameter.place == ParameterPlace::Head)
+            .map(|(_, parameter)| parameter.name.clone())
+            .collect();
+        let keep_head = head == HeadStart::Keep && folder.has_head_for(&labels, &head_names)?;
+        let report = folder.load(&mut parameters, network.as_ref(), keep_head)?;
+        let fresh = report.fresh.iter().filter_map(|name| parameters.find(name)).collect();
+        let pretrained = parameters.values_copy()?;
+        let initializer_range = config.number_or("initializer_range", 0.02)?;
+        Ok(Self { parameters, report, network, config, labels, pretrained, fresh, initializer_range })
+    }
+
+    /// Puts all weights back to the checkpoint's, with new values for the parameters that the checkpoint lacks.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses.
+    pub fn reset(&mut self, seed: u64) -> Result<()> {
+        self.parameters.restore(&self.pretrained)?;
+        for &id in &self.fresh {
+            self.parameters.initialise(id, seed, self.initializer_range)?;
+        }
+        self.parameters.zero_gradients()
+    }
+
+    /// Computes the logits of a pass in float32, `[examples, outputs]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn logits(&self, pass: &Pass) -> Result<Tensor> {
+        let features = self.network.features(pass)?;
+        Ok(self.network.head(pass, &features)?.f_to_kind(Kind::Float)?)
+    }
+
+    /// Checks that a tokenizer makes only tokens that the model has embeddings for, and inputs that it has positions for.
+    ///
+    /// # Errors
+    /// Fails, naming the two sizes, if not.
+    pub fn check_inputs(&self, encoder: &TokenEncoder, max_length: usize) -> Result<()> {
+        let entries = self.config.integer("vocab_size")? as usize;
+        if encoder.vocabulary_size() > entries {
+            return Err(self.config.error(format!(
+                "`vocab_size` is {entries}, but the folder's tokenizer makes ids up to {}; tokenizer and weights do not \
+                 belong together",
+                encoder.vocabulary_size() - 1
+            )));
+        }
+        let positions = self.config.integer("max_position_embeddings")? as usize;
+        if max_length > positions {
+            return Err(Error::configuration(format!(
+                "train.max_length is {max_length}, but the model has positions for {positions} tokens only"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Returns what the outputs mean.
+    pub fn labels(&self) -> &Labels {
+        &self.labels
+    }
+
+    /// Writes the model as a Hugging Face folder that transformers loads.
+    ///
+    /// # Errors
+    /// Fails if the folder cannot be written.
+    pub fn save(&self, folder: &Path, encoder: &TokenEncoder) -> Result<()> {
+        checkpoint::write(folder, &self.config, self.network.as_ref(), &self.labels, &self.parameters)?;
+        encoder.save(folder)
+    }
+}

@@ -1,0 +1,142 @@
+//! Dropout whose pattern is a pure function of seed, step, place in the network, example and token.
+//!
+//! So it does not depend on what else is in the batch, on how the batch is cut into micro-batches, on padding, or on the
+//! number of threads: gradient accumulation equals the whole batch also with dropout. This holds on the CPU; on CUDA
+//! libtorch's own dropout is used, seeded by the same key.
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use crate::data::PackedBatch;
+use crate::error::Result;
+use crate::libtorch::elements_mut;
+use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
+
+/// The dropout pattern of one optimizer step.
+#[derive(Clone, Copy, Debug)]
+pub struct Dropout {
+    key: Key,
+}
+
+impl Dropout {
+    /// Makes the pattern of a step (or of a batch of the Fisher pass, by `purpose`).
+    pub fn new(seed: u64, purpose: Purpose, step: u64, device: Device) -> Self {
+        let key = Key::derive(seed, purpose, step);
+        if device.is_cuda() {
+            tch::manual_seed((key.as_u64() >> 1) as i64);
+        }
+        Self { key }
+    }
+
+    /// Drops elements of packed rows `[tokens, width]`, scaling the others by 1 / (1 − probability).
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn tokens(&self, rows: &Tensor, probability: f64, site: u32, batch: &PackedBatch) -> Result<Tensor> {
+        let counters: Vec<_> = (batch.lengths.iter().zip(&batch.slots))
+            .flat_map(|(&length, &slot)| (0..length as u32).map(move |position| [position, slot, site]))
+            .collect();
+        self.apply(rows, probability, &counters)
+    }
+
+    /// Drops elements of one row an example, `[examples, width]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn examples(&self, rows: &Tensor, probability: f64, site: u32, batch: &PackedBatch) -> Result<Tensor> {
+        let counters: Vec<_> = batch.slots.iter().map(|&slot| [0, slot, site]).collect();
+        self.apply(rows, probability, &counters)
+    }
+
+    /// Drops elements of attention probabilities `[examples, heads, longest, longest]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn attention(&self, weights: &Tensor, probability: f64, site: u32, batch: &PackedBatch) -> Result<Tensor> {
+        let [heads, longest] = [1, 2].map(|dimension| weights.size()[dimension] as u32);
+        let counters: Vec<_> = batch
+            .slots
+            .iter()
+            .flat_map(|&slot| {
+                (0..heads).flat_map(move |head| (0..longest).map(move |query| [query | head << 16, slot, site]))
+            })
+            .collect();
+        self.apply(weights, probability, &counters)
+    }
+
+    fn apply(&self, input: &Tensor, probability: f64, counters: &[[u32; 3]]) -> Result<Tensor> {
+        if probability == 0.0 {
+            return Ok(input.shallow_clone());
+        }
+        if input.device() != Device::Cpu {
+            return Ok(input.f_dropout(probability, true)?);
+        }
+        let mut mask = Tensor::f_empty(input.size(), (Kind::Float, Device::Cpu))?;
+        let keep = Bernoulli::new(1.0 - probability);
+        let scale = (1.0 / (1.0 - probability)) as f32;
+        let width = input.size().last().copied().unwrap_or(1) as usize;
+        let rows_per_task = (16_384 / width.max(1)).max(1);
+        elements_mut::<f32>(&mut mask)?
+            .par_chunks_mut(width * rows_per_task)
+            .zip(counters.par_chunks(rows_per_task))
+            .for_each(|(rows, counters)| {
+                for (row, &counter) in rows.chunks_mut(width).zip(counters) {
+                    fill_row(row, self.key, counter, keep.limit, scale);
+                }
+            });
+        Ok(input.f_mul(&mask.f_to_kind(input.kind())?)?)
+    }
+}
+
+/// Fills one row with `scale` where the random number is at most `limit`, zero elsewhere.
+#[multiversion(targets = "simd")]
+fn fill_row(row: &mut [f32], key: Key, counter: [u32; 3], limit: u32, scale: f32) {
+    for (index, values) in row.chunks_mut(GROUP).enumerate() {
+        let numbers = random::group(key, index as u32, counter);
+        for (value, number) in values.iter_mut().zip(numbers) {
+            *value = if number <= limit { scale } else { 0.0 };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Encoded;
+
+    fn batch(lengths: &[usize], first_slot: usize) -> PackedBatch {
+        let examples: Vec<_> = lengths
+            .iter()
+            .map(|&length| Encoded { ids: vec![1; length], token_types: vec![0; length] })
+            .collect();
+        PackedBatch::pack(&examples.iter().collect::<Vec<_>>(), first_slot, Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn the_pattern_of_an_example_does_not_depend_on_its_batch() {
+        let dropout = Dropout::new(42, Purpose::Dropout, 7, Device::Cpu);
+        let ones = |tokens: i64| Tensor::ones([tokens, 100], (Kind::Float, Device::Cpu));
+        let whole = dropout.tokens(&ones(9), 0.3, 2, &batch(&[4, 5], 0)).unwrap();
+        let second = dropout.tokens(&ones(5), 0.3, 2, &batch(&[5], 1)).unwrap();
+        assert_eq!(whole.narrow(0, 4, 5), second);
+
+        let square = |examples: i64, longest: i64| Tensor::ones([examples, 3, longest, longest], (Kind::Float, Device::Cpu));
+        let whole = dropout.attention(&square(2, 5), 0.3, 2, &batch(&[4, 5], 0)).unwrap();
+        let first = dropout.attention(&square(1, 4), 0.3, 2, &batch(&[4], 0)).unwrap();
+        assert_eq!(whole.narrow(0, 0, 1).narrow(2, 0, 4).narrow(3, 0, 4), first);
+    }
+
+    #[test]
+    fn the_share_of_dropped_elements_is_the_probability_and_the_mean_is_kept() {
+        let dropout = Dropout::new(1, Purpose::Dropout, 0, Device::Cpu);
+        let rows = Tensor::ones([1000, 300], (Kind::Float, Device::Cpu));
+        let dropped = dropout.tokens(&rows, 0.1, 0, &batch(&[1000], 0)).unwrap();
+        let zeros = f64::try_from(dropped.eq(0.0).to_kind(Kind::Double).mean(Kind::Double)).unwrap();
+        // Five standard errors of a share over 300,000 draws.
+        assert!((zeros - 0.1).abs() < 5.0 * (0.09f64 / 3e5).sqrt(), "{zeros}");
+        assert_eq!(dropped.max(), Tensor::from((1.0f64 / 0.9) as f32));
+        let other_site = dropout.tokens(&rows, 0.1, 1, &batch(&[1000], 0)).unwrap();
+        assert_ne!(dropped, other_site);
+    }
+}

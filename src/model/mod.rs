@@ -1,0 +1,16 @@
+//! Pretrained encoders: their parameters, layers, families, and the Hugging Face folders they live in.
+
+mod bert;
+mod checkpoint;
+mod classifier;
+mod config;
+mod dropout;
+mod layers;
+mod params;
+
+pub use checkpoint::{LoadReport, ModelFolder};
+pub use classifier::{Classifier, HeadStart, Labels, Network};
+pub use config::{FAMILIES, ModelConfig};
+pub use dropout::Dropout;
+pub use layers::{Embedding, LayerNorm, LayerObserver, Linear, Pass, Rows, loss};
+pub use params::{Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters};

@@ -1,0 +1,287 @@
+//! The parameters of a model in one flat buffer.
+//!
+//! Values and gradients of all parameters are two contiguous float32 tensors; each parameter is a view of a range of
+//! them. So the optimizer is one kernel launch, a norm is one reduction, and a model is reset for the next seed by one
+//! copy. Ranges start at multiples of [`ALIGNMENT`]; the gaps between them hold zeros and stay zero.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::libtorch::{elements_mut, set_gradient};
+use crate::random::{self, Key, Purpose};
+
+/// Ranges start at multiples of this many elements: a cache line, and one group of random numbers.
+pub const ALIGNMENT: usize = random::GROUP;
+
+/// What a parameter is to its layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParameterKind {
+    /// The matrix of a linear layer, `[out, in]`.
+    Weight,
+    /// The bias of a linear layer, `[out]`.
+    Bias,
+    /// The scale of a layer normalisation.
+    LayerNormWeight,
+    /// The shift of a layer normalisation.
+    LayerNormBias,
+    /// A table of embeddings, `[entries, hidden]`.
+    Embedding,
+}
+
+/// The part of the model that a parameter belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParameterPlace {
+    /// The embeddings and what normalises them.
+    Embeddings,
+    /// An encoder layer, counted from 0 at the input.
+    EncoderLayer(usize),
+    /// The pooler, which pretraining brings and the encoder layers feed.
+    Pooler,
+    /// The task's head, which fine-tuning adds.
+    Head,
+}
+
+/// Names one parameter of a model; valid for the table that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParameterId(usize);
+
+impl ParameterId {
+    /// Returns the parameter's number in the order of declaration.
+    pub fn index(self) -> usize {
+        self.0
+    }
+}
+
+/// One parameter, as a model declares it.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    /// Its name in transformers, such as `bert.encoder.layer.0.output.dense.weight`.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// What it is to its layer.
+    pub kind: ParameterKind,
+    /// Where in the model it is.
+    pub place: ParameterPlace,
+    /// Its elements in the flat buffers.
+    pub range: Range<usize>,
+}
+
+impl Parameter {
+    /// Returns whether weight decay applies: to matrices and embeddings, not to biases and layer normalisations.
+    pub fn decays(&self) -> bool {
+        matches!(self.kind, ParameterKind::Weight | ParameterKind::Embedding)
+    }
+
+    /// Returns the number of elements.
+    pub fn count(&self) -> usize {
+        self.range.len()
+    }
+}
+
+/// The parameters that a model declares, in the order of declaration.
+#[derive(Clone, Debug, Default)]
+pub struct ParameterTable {
+    parameters: Vec<Parameter>,
+}
+
+impl ParameterTable {
+    /// Declares a parameter and returns its name tag.
+    pub fn declare(
+        &mut self,
+        name: impl Into<String>,
+        shape: &[i64],
+        kind: ParameterKind,
+        place: ParameterPlace,
+    ) -> ParameterId {
+        let count = shape.iter().product::<i64>() as usize;
+        self.parameters.push(Parameter { name: name.into(), shape: shape.to_vec(), kind, place, range: 0..count });
+        ParameterId(self.parameters.len() - 1)
+    }
+
+    /// Gives every parameter its range: those with weight decay first, so that each group is contiguous. Returns the
+    /// end of the first group and of the second.
+    fn place(&mut self) -> (usize, usize) {
+        let mut next = 0;
+        let mut ends = [0; 2];
+        for (group, end) in ends.iter_mut().enumerate() {
+            for parameter in self.parameters.iter_mut().filter(|parameter| parameter.decays() == (group == 0)) {
+                let count = parameter.count();
+                parameter.range = next..next + count;
+                next = (next + count).next_multiple_of(ALIGNMENT);
+            }
+            *end = next;
+        }
+        (ends[0], ends[1])
+    }
+}
+
+/// The parameters of one model: values, gradients, and the leaves of the autograd graph.
+pub struct Parameters {
+    parameters: Vec<Parameter>,
+    by_name: HashMap<String, usize>,
+    values: Tensor,
+    gradients: Tensor,
+    leaves: Vec<Tensor>,
+    decay_end: usize,
+}
+
+impl Parameters {
+    /// Allocates zeroed values and gradients for the declared parameters.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn allocate(mut table: ParameterTable, device: Device) -> Result<Self> {
+        let (decay_end, total) = table.place();
+        let values = Tensor::f_zeros([total as i64], (Kind::Float, device))?;
+        let gradients = Tensor::f_zeros([total as i64], (Kind::Float, device))?;
+        let parameters = table.parameters;
+        let mut leaves = Vec::with_capacity(parameters.len());
+        for parameter in &parameters {
+            let leaf = view(&values, parameter)?.f_detach()?.f_set_requires_grad(true)?;
+            set_gradient(&leaf, &view(&gradients, parameter)?)?;
+            leaves.push(leaf);
+        }
+        let by_name =
+            parameters.iter().enumerate().map(|(index, parameter)| (parameter.name.clone(), index)).collect();
+        Ok(Self { parameters, by_name, values, gradients, leaves, decay_end })
+    }
+
+    /// Iterates over the parameters with their name tags, in the order of declaration.
+    pub fn iter(&self) -> impl Iterator<Item = (ParameterId, &Parameter)> {
+        self.parameters.iter().enumerate().map(|(index, parameter)| (ParameterId(index), parameter))
+    }
+
+    /// Returns the parameter of a name tag.
+    pub fn get(&self, id: ParameterId) -> &Parameter {
+        &self.parameters[id.0]
+    }
+
+    /// Looks a parameter up by its transformers name.
+    pub fn find(&self, name: &str) -> Option<ParameterId> {
+        self.by_name.get(name).copied().map(ParameterId)
+    }
+
+    /// Returns the leaf of a parameter: a view of the values that requires a gradient.
+    pub fn leaf(&self, id: ParameterId) -> &Tensor {
+        &self.leaves[id.0]
+    }
+
+    /// Returns the values of all parameters, `[total]` in float32.
+    pub fn values(&self) -> &Tensor {
+        &self.values
+    }
+
+    /// Returns the gradients of all parameters, `[total]` in float32.
+    pub fn gradients(&self) -> &Tensor {
+        &self.gradients
+    }
+
+    /// Copies the values of all parameters, for [`Parameters::restore`].
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn values_copy(&self) -> Result<Tensor> {
+        let mut copy = self.values.f_empty_like()?;
+        copy.f_copy_(&self.values)?;
+        Ok(copy)
+    }
+
+    /// Returns the range of the parameters with weight decay; the rest of the buffer is without.
+    pub fn decay_range(&self) -> Range<usize> {
+        0..self.decay_end
+    }
+
+    /// Returns the length of the flat buffers, gaps included.
+    pub fn buffer_len(&self) -> usize {
+        self.values.numel()
+    }
+
+    /// Returns the number of weights, without the gaps of the buffer.
+    pub fn count(&self) -> usize {
+        self.parameters.iter().map(Parameter::count).sum()
+    }
+
+    /// Returns the device of the buffers.
+    pub fn device(&self) -> Device {
+        self.values.device()
+    }
+
+    /// Returns the weights in the type that the forward pass computes in, one tensor a parameter.
+    ///
+    /// In float32 these are the leaves. In bfloat16 the body is cast (a differentiable copy, so that gradients arrive
+    /// at the float32 leaves) and pooler and head stay in float32, where their few products cost nothing.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn compute_weights(&self, kind: Kind) -> Result<Vec<Tensor>> {
+        let cast = |(leaf, parameter): (&Tensor, &Parameter)| {
+            let body = !matches!(parameter.place, ParameterPlace::Pooler | ParameterPlace::Head);
+            Ok(if body && leaf.kind() != kind { leaf.f_to_kind(kind)? } else { leaf.shallow_clone() })
+        };
+        self.leaves.iter().zip(&self.parameters).map(cast).collect()
+    }
+
+    /// Sets all gradients to zero.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses.
+    pub fn zero_gradients(&mut self) -> Result<()> {
+        let _ = self.gradients.f_zero_()?;
+        Ok(())
+    }
+
+    /// Copies all values from a buffer of the same layout.
+    ///
+    /// # Errors
+    /// Fails if the lengths differ.
+    pub fn restore(&mut self, values: &Tensor) -> Result<()> {
+        tch::no_grad(|| self.values.f_copy_(values))?;
+        Ok(())
+    }
+
+    /// Overwrites one parameter.
+    ///
+    /// # Errors
+    /// Fails if the shapes differ.
+    pub fn set(&mut self, id: ParameterId, values: &Tensor) -> Result<()> {
+        let parameter = &self.parameters[id.0];
+        if values.size() != parameter.shape {
+            return Err(Error::Libtorch(format!(
+                "{} has shape {:?}, not {:?}",
+                parameter.name,
+                parameter.shape,
+                values.size()
+            )));
+        }
+        tch::no_grad(|| view(&self.values, parameter)?.f_copy_(values).map(|_| ()).map_err(Error::from))
+    }
+
+    /// Gives a parameter the initial values that transformers gives a new one: normal weights and embeddings, zero
+    /// biases, unit normalisation scales. The values depend on the seed and the parameter's name only.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses.
+    pub fn initialise(&mut self, id: ParameterId, seed: u64, standard_deviation: f64) -> Result<()> {
+        let parameter = &self.parameters[id.0];
+        let mut values = Tensor::f_zeros(&parameter.shape, (Kind::Float, Device::Cpu))?;
+        match parameter.kind {
+            ParameterKind::Weight | ParameterKind::Embedding => {
+                let stream = parameter.name.bytes().fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte)));
+                let key = Key::derive(seed, Purpose::Head, 0);
+                random::fill_normal(elements_mut(&mut values)?, standard_deviation, key, stream);
+            }
+            ParameterKind::LayerNormWeight => values = values.f_ones_like()?,
+            ParameterKind::Bias | ParameterKind::LayerNormBias => {}
+        }
+        self.set(id, &values)
+    }
+}
+
+fn view(flat: &Tensor, parameter: &Parameter) -> Result<Tensor> {
+    let range = &parameter.range;
+    Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?.f_view(parameter.shape.as_slice())?)
+}

@@ -1,0 +1,125 @@
+//! What a run's training is made of, with no options left.
+
+use serde::{Deserialize, Serialize};
+use tch::Kind;
+
+/// The number type of the forward and backward pass; weights and optimizer are float32 always.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Precision {
+    /// float32 throughout.
+    #[serde(rename = "float32")]
+    Float32,
+    /// bfloat16 activations and matrix products.
+    #[serde(rename = "bf16")]
+    Bf16,
+}
+
+impl Precision {
+    /// Returns the type that the body of the model computes in.
+    pub fn kind(self) -> Kind {
+        match self {
+            Precision::Float32 => Kind::Float,
+            Precision::Bf16 => Kind::BFloat16,
+        }
+    }
+}
+
+/// The two forms of AdamW in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdamWForm {
+    /// `torch.optim.AdamW`: decay before the update, epsilon beside the bias-corrected root.
+    Torch,
+    /// The AdamW of transformers 4 and of the released code: decay after the update, epsilon beside the raw root.
+    HfLegacy,
+}
+
+/// The order of the training examples in an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Another permutation in every epoch, a pure function of seed and epoch.
+    Shuffled,
+    /// As in the file.
+    Sequential,
+}
+
+/// The weights that are scored at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Checkpoint {
+    /// Those after the last step, as in the paper.
+    Last,
+    /// Those of the epoch with the best headline metric on the dev set.
+    Best,
+}
+
+/// The length of the warm-up, as typed: a share of all steps if below 1, a number of steps from 1 on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64")]
+pub struct Warmup(pub f64);
+
+impl TryFrom<f64> for Warmup {
+    type Error = String;
+
+    fn try_from(value: f64) -> Result<Self, String> {
+        if (0.0..1.0).contains(&value) || (value >= 1.0 && value.fract() == 0.0 && value < 1e12) {
+            return Ok(Self(value));
+        }
+        Err(format!("must be a share of the steps in [0, 1) or a whole number of steps, not {value}"))
+    }
+}
+
+impl Warmup {
+    /// Returns the number of warm-up steps out of `total`; shares are rounded up, as in transformers.
+    pub fn steps(self, total: u64) -> u64 {
+        if self.0 < 1.0 { (self.0 * total as f64).ceil() as u64 } else { self.0 as u64 }
+    }
+}
+
+/// Everything that decides how a run trains, besides data, model, method and seed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Hyperparameters {
+    /// Passes over the training data; may be fractional.
+    pub epochs: f64,
+    /// Examples of one optimizer step.
+    pub batch_size: usize,
+    /// Examples of one forward and backward pass; a step adds up as many as it needs.
+    pub micro_batch: usize,
+    /// Longest example in tokens; longer ones are truncated.
+    pub max_length: usize,
+    /// Highest learning rate of the schedule.
+    pub learning_rate: f64,
+    /// Length of the linear warm-up; a linear decay to zero follows.
+    pub warmup: Warmup,
+    /// Decoupled weight decay of matrices and embeddings.
+    pub weight_decay: f64,
+    /// Largest global gradient norm; `None` does not clip.
+    pub max_gradient_norm: Option<f64>,
+    /// Decay rates of Adam's moments.
+    pub betas: (f64, f64),
+    /// Adam's epsilon.
+    pub epsilon: f64,
+    /// Form of AdamW.
+    pub adamw: AdamWForm,
+    /// Number type of the passes.
+    pub precision: Precision,
+    /// Order of the examples.
+    pub order: Order,
+    /// Weights that are scored.
+    pub checkpoint: Checkpoint,
+    /// Epochs without a better dev score after which training stops; `None` never stops early.
+    pub early_stopping: Option<usize>,
+}
+
+impl Hyperparameters {
+    /// Returns the number of optimizer steps of one epoch.
+    pub fn steps_per_epoch(&self, examples: usize) -> u64 {
+        examples.div_ceil(self.batch_size) as u64
+    }
+
+    /// Returns the number of optimizer steps of the whole run.
+    pub fn total_steps(&self, examples: usize) -> u64 {
+        (self.epochs * self.steps_per_epoch(examples) as f64).ceil() as u64
+    }
+}

@@ -1,0 +1,13 @@
+//! Training and evaluation of one run.
+
+mod evaluate;
+mod hyperparameters;
+mod optimizer;
+mod schedule;
+mod trainer;
+
+pub use evaluate::{Evaluation, evaluate, predict};
+pub use hyperparameters::{AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Warmup};
+pub use optimizer::AdamW;
+pub use schedule::Schedule;
+pub use trainer::{Control, Event, Progress, Trained, train};

@@ -1,0 +1,328 @@
+//! The training loop of one run.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tch::{Kind, Tensor};
+
+use super::evaluate::{Evaluation, evaluate};
+use super::hyperparameters::{Checkpoint, Hyperparameters, Order};
+use super::optimizer::AdamW;
+use super::schedule::Schedule;
+use crate::child::{GradientMask, install_hooks};
+use crate::data::{EncodedDataset, TaskCard};
+use crate::error::{Error, Result};
+use crate::libtorch::GradientHook;
+use crate::method::{ClipOrder, DecayScope, Method, Preparation, Prepared};
+use crate::model::{Classifier, Dropout, Pass, loss};
+use crate::random::{self, Key, Purpose};
+
+/// On a GPU the loss is looked at once in so many steps: each look waits for the device.
+const STEPS_BETWEEN_LOOKS: u64 = 20;
+
+/// Something that happened in a run, for whoever shows or logs it.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A method passed over examples before training.
+    Prepared(Progress),
+    /// An optimizer step ended.
+    Step {
+        /// Steps done, of all steps.
+        progress: Progress,
+        /// The loss at the last look.
+        loss: f64,
+    },
+    /// Examples were evaluated.
+    Evaluated(Progress),
+    /// An epoch was scored on the dev set.
+    Epoch {
+        /// The epoch, from 1.
+        epoch: usize,
+        /// Its headline metric.
+        headline: f64,
+    },
+}
+
+/// So many of so many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// How many are done.
+    pub done: u64,
+    /// How many there are.
+    pub total: u64,
+}
+
+impl Progress {
+    /// Makes the progress of a count.
+    pub fn new(done: usize, total: usize) -> Self {
+        Self { done: done as u64, total: total as u64 }
+    }
+}
+
+/// How a run is watched and stopped.
+pub struct Control<'a> {
+    /// Set to ask the run to stop.
+    pub interrupted: &'a AtomicBool,
+    /// Told what happens.
+    pub report: &'a mut dyn FnMut(Event),
+}
+
+impl Control<'_> {
+    /// Returns an error if the run was asked to stop.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub fn check(&self) -> Result<()> {
+        if self.interrupted.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+    }
+}
+
+/// What training left behind besides the weights.
+pub struct Trained {
+    /// The mask that was used.
+    pub mask: Option<Arc<GradientMask>>,
+    /// The epoch whose weights the model has now.
+    pub epoch: f64,
+    /// The optimizer steps behind these weights.
+    pub step: u64,
+    /// Time for what the method does before training.
+    pub prepare_time: Duration,
+    /// Time for the training steps, without evaluations.
+    pub train_time: Duration,
+    /// Examples and tokens that the steps went through.
+    pub examples: u64,
+    /// Tokens that the steps went through.
+    pub tokens: u64,
+    /// Bytes of optimizer state.
+    pub optimizer_bytes: usize,
+}
+
+/// Trains a model, which was reset for the run's seed, and leaves the weights to be scored in it.
+///
+/// `dev` is only looked at to choose a checkpoint or to stop early.
+///
+/// # Errors
+/// [`Error::Diverged`] if the loss stops being a number, [`Error::Interrupted`] on request, or a libtorch error.
+pub fn train(
+    classifier: &mut Classifier,
+    data: &EncodedDataset,
+    dev: Option<(&EncodedDataset, &TaskCard)>,
+    method: &dyn Method,
+    hyperparameters: &Hyperparameters,
+    seed: u64,
+    control: &mut Control,
+) -> Result<Trained> {
+    let started = Instant::now();
+    let mut done = 0;
+    let prepared = method.prepare(&mut Preparation {
+        classifier,
+        data,
+        seed,
+        batch_size: hyperparameters.batch_size,
+        shuffled: hyperparameters.order == Order::Shuffled,
+        progress: &mut |examples| {
+            done += examples;
+            (control.report)(Event::Prepared(Progress::new(done, data.len())));
+            control.check()
+        },
+    })?;
+    let prepare_time = started.elapsed();
+    let run = Training::new(classifier, data, hyperparameters, prepared, seed)?;
+    run.run(dev, prepare_time, control)
+}
+
+/// A run in progress.
+struct Training<'a> {
+    classifier: &'a mut Classifier,
+    data: &'a EncodedDataset,
+    hyperparameters: &'a Hyperparameters,
+    prepared: Prepared,
+    optimizer: AdamW,
+    schedule: Schedule,
+    seed: u64,
+    step: u64,
+    tokens: u64,
+    examples: u64,
+    /// Removed when the run ends, so that the next run's gradients are its own.
+    _hooks: Vec<GradientHook>,
+}
+
+impl<'a> Training<'a> {
+    fn new(
+        classifier: &'a mut Classifier,
+        data: &'a EncodedDataset,
+        hyperparameters: &'a Hyperparameters,
+        prepared: Prepared,
+        seed: u64,
+    ) -> Result<Self> {
+        let hooks = match (&prepared.mask, prepared.clip) {
+            (Some(mask), ClipOrder::AfterMask) => install_hooks(&classifier.parameters, mask)?,
+            _ => Vec::new(),
+        };
+        let total = hyperparameters.total_steps(data.len());
+        let warmup = hyperparameters.warmup.steps(total);
+        Ok(Self {
+            optimizer: AdamW::new(&classifier.parameters, hyperparameters)?,
+            schedule: Schedule { learning_rate: hyperparameters.learning_rate, warmup, total },
+            classifier,
+            data,
+            hyperparameters,
+            prepared,
+            seed,
+            step: 0,
+            tokens: 0,
+            examples: 0,
+            _hooks: hooks,
+        })
+    }
+
+    /// One optimizer step over the examples with the given numbers. Returns their mean loss, on the device.
+    fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
+        let device = self.classifier.parameters.device();
+        self.classifier.parameters.zero_gradients()?;
+        if let Some(mask) = &self.prepared.mask {
+            mask.begin_step(self.step);
+        }
+        let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, device);
+        let mut mean_loss = Tensor::f_zeros([], (Kind::Float, device))?;
+        for (part, micro_batch) in examples.chunks(self.hyperparameters.micro_batch).enumerate() {
+            let first_slot = part * self.hyperparameters.micro_batch;
+            let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
+            let weights = self.classifier.parameters.compute_weights(self.hyperparameters.precision.kind())?;
+            let logits = self.classifier.logits(&Pass::new(&weights, &batch, Some(dropout)))?;
+            let loss = loss(&logits, &targets, examples.len())?;
+            loss.f_backward()?;
+            mean_loss = mean_loss.f_add(&loss.f_detach()?)?;
+            self.tokens += batch.tokens() as u64;
+        }
+        self.clip_gradients()?;
+        if let (Some(mask), ClipOrder::BeforeMask) = (&self.prepared.mask, self.prepared.clip) {
+            mask.apply_to_all(&self.classifier.parameters)?;
+        }
+        let decayed = match self.prepared.decay {
+            DecayScope::Child => self.prepared.mask.as_ref().and_then(|mask| mask.child()),
+            DecayScope::All => None,
+        };
+        self.optimizer.step(&self.classifier.parameters, self.schedule.at(self.step), decayed)?;
+        self.step += 1;
+        self.examples += examples.len() as u64;
+        Ok(mean_loss)
+    }
+
+    /// Scales all gradients so that their global norm is at most the limit (`torch.nn.utils.clip_grad_norm_`), without
+    /// waiting for a GPU.
+    fn clip_gradients(&self) -> Result<()> {
+        let Some(limit) = self.hyperparameters.max_gradient_norm else { return Ok(()) };
+        let mut gradients = self.classifier.parameters.gradients().shallow_clone();
+        let factor = gradients.f_norm()?.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?.f_clamp_max(1.0)?;
+        if !factor.device().is_cuda() && f64::try_from(&factor)? == 1.0 {
+            return Ok(());
+        }
+        let _ = gradients.f_mul_(&factor)?;
+        Ok(())
+    }
+
+    fn run(
+        mut self,
+        dev: Option<(&EncodedDataset, &TaskCard)>,
+        prepare_time: Duration,
+        control: &mut Control,
+    ) -> Result<Trained> {
+        let mut train_time = Duration::ZERO;
+        let mut selection = Selection::default();
+        let epochs = self.hyperparameters.epochs.ceil() as usize;
+        for epoch in 0..epochs {
+            let started = Instant::now();
+            self.epoch(epoch, control)?;
+            train_time += started.elapsed();
+            let Some((dev, card)) = dev else { continue };
+            let evaluation = self.score(dev, card, control)?;
+            (control.report)(Event::Epoch { epoch: epoch + 1, headline: evaluation.headline });
+            selection.consider(&self, evaluation.headline)?;
+            if self.hyperparameters.early_stopping.is_some_and(|patience| selection.epochs_without_gain >= patience) {
+                break;
+            }
+        }
+        let mut step = self.step;
+        if let (Checkpoint::Best, Some(best)) = (self.hyperparameters.checkpoint, selection.best) {
+            self.classifier.parameters.restore(&best.values)?;
+            step = best.step;
+        }
+        let per_epoch = self.hyperparameters.steps_per_epoch(self.data.len());
+        Ok(Trained {
+            epoch: step as f64 / per_epoch as f64,
+            step,
+            prepare_time,
+            train_time,
+            examples: self.examples,
+            tokens: self.tokens,
+            optimizer_bytes: self.optimizer.state_bytes(),
+            mask: self.prepared.mask,
+        })
+    }
+
+    /// Trains one epoch, or what the schedule has left of it.
+    fn epoch(&mut self, epoch: usize, control: &mut Control) -> Result<()> {
+        let order = match self.hyperparameters.order {
+            Order::Shuffled => random::permutation(self.data.len(), Key::derive(self.seed, Purpose::Order, epoch as u64)),
+            Order::Sequential => (0..self.data.len()).collect(),
+        };
+        let on_gpu = self.classifier.parameters.device().is_cuda();
+        let mut last_loss = f64::NAN;
+        for examples in order.chunks(self.hyperparameters.batch_size) {
+            if self.step == self.schedule.total {
+                break;
+            }
+            control.check()?;
+            let loss = self.step(examples)?;
+            if !on_gpu || self.step % STEPS_BETWEEN_LOOKS == 0 || self.step == self.schedule.total {
+                last_loss = f64::try_from(&loss)?;
+                if !last_loss.is_finite() {
+                    return Err(Error::Diverged(format!("the loss became {last_loss} at step {}", self.step)));
+                }
+            }
+            let progress = Progress { done: self.step, total: self.schedule.total };
+            (control.report)(Event::Step { progress, loss: last_loss });
+        }
+        Ok(())
+    }
+
+    fn score(&self, dev: &EncodedDataset, card: &TaskCard, control: &mut Control) -> Result<Evaluation> {
+        let mut done = 0;
+        evaluate(self.classifier, dev, card, self.hyperparameters.precision, |examples| {
+            done += examples;
+            (control.report)(Event::Evaluated(Progress::new(done, dev.len())));
+            control.check()
+        })
+    }
+}
+
+/// The best epoch so far.
+#[derive(Default)]
+struct Selection {
+    best: Option<Best>,
+    epochs_without_gain: usize,
+}
+
+struct Best {
+    headline: f64,
+    values: Tensor,
+    step: u64,
+}
+
+impl Selection {
+    /// Takes an epoch's score in; among equals the earlier epoch stays the best, and a score that is no number never is
+    /// better than one that is.
+    fn consider(&mut self, training: &Training, headline: f64) -> Result<()> {
+        let worse = |best: &Best| !(headline > best.headline || best.headline.is_nan() && !headline.is_nan());
+        if self.best.as_ref().is_some_and(worse) {
+            self.epochs_without_gain += 1;
+            return Ok(());
+        }
+        let values = training.classifier.parameters.values_copy()?;
+        self.best = Some(Best { headline, values, step: training.step });
+        self.epochs_without_gain = 0;
+        Ok(())
+    }
+}

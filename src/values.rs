@@ -1,0 +1,120 @@
+//! Kinds of values that YAML files share, checked where they are read so that an error knows its line.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+/// One value, or a list of values that makes an axis of the grid.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OneOrMany<T>(pub Vec<T>);
+
+impl<T> From<T> for OneOrMany<T> {
+    fn from(value: T) -> Self {
+        Self(vec![value])
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(OneOrManyVisitor(PhantomData))
+    }
+}
+
+struct OneOrManyVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for OneOrManyVisitor<T> {
+    type Value = OneOrMany<T>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a value or a list of values")
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Self::Value, E> {
+        T::deserialize(value.into_deserializer()).map(OneOrMany::from)
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Self::Value, E> {
+        T::deserialize(value.into_deserializer()).map(OneOrMany::from)
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Self::Value, E> {
+        T::deserialize(value.into_deserializer()).map(OneOrMany::from)
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Self::Value, E> {
+        T::deserialize(value.into_deserializer()).map(OneOrMany::from)
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<Self::Value, E> {
+        T::deserialize(value.into_deserializer()).map(OneOrMany::from)
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Self::Value, E> {
+        T::deserialize(().into_deserializer()).map(OneOrMany::from)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map(OneOrMany::from)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, sequence: A) -> Result<Self::Value, A::Error> {
+        let values = Vec::deserialize(SeqAccessDeserializer::new(sequence))?;
+        if values.is_empty() { Err(A::Error::custom("the list is empty")) } else { Ok(OneOrMany(values)) }
+    }
+}
+
+macro_rules! checked_number {
+    ($(#[$about:meta])* $name:ident, $what:literal, $valid:expr) => {
+        $(#[$about])*
+        #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize, Deserialize)]
+        #[serde(try_from = "f64")]
+        pub struct $name(pub f64);
+
+        impl TryFrom<f64> for $name {
+            type Error = String;
+
+            fn try_from(value: f64) -> Result<Self, String> {
+                let valid: fn(f64) -> bool = $valid;
+                if valid(value) { Ok(Self(value)) } else { Err(format!(concat!("must be ", $what, ", not {}"), value)) }
+            }
+        }
+    };
+}
+
+checked_number!(
+    /// The share of weights that train: above 0, at most 1.
+    Share,
+    "above 0 and at most 1",
+    |value| value > 0.0 && value <= 1.0
+);
+checked_number!(
+    /// A finite number above zero, such as a learning rate.
+    Positive,
+    "a finite number above 0",
+    |value| value > 0.0 && value.is_finite()
+);
+checked_number!(
+    /// A finite number of at least zero, such as a weight decay.
+    NonNegative,
+    "a finite number of at least 0",
+    |value| value >= 0.0 && value.is_finite()
+);
+
+/// A count of at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64")]
+pub struct Count(pub usize);
+
+impl TryFrom<u64> for Count {
+    type Error = String;
+
+    fn try_from(value: u64) -> Result<Self, String> {
+        match usize::try_from(value) {
+            Ok(value @ 1..) => Ok(Self(value)),
+            _ => Err(format!("must be at least 1, not {value}")),
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! Numbers against references that this project did not compute: PyTorch, transformers, the released optimizer.
+//!
+//! The references are files under `tests/fixtures`, written by `scripts/make_fixtures.py`.
+
+mod bert;
+mod fisher;
+mod fixture;
+mod optimizer;
+mod training;

@@ -1,0 +1,61 @@
+//! Ten AdamW steps against `torch.optim.AdamW` and the released (legacy transformers) form.
+
+use child_tuning::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
+use child_tuning::train::{AdamW, AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Warmup};
+use tch::Device;
+
+use crate::fixture::{assert_close, part, tensors};
+
+pub fn hyperparameters() -> Hyperparameters {
+    Hyperparameters {
+        epochs: 1.0,
+        batch_size: 4,
+        micro_batch: 4,
+        max_length: 40,
+        learning_rate: 1e-3,
+        warmup: Warmup(0.0),
+        weight_decay: 0.01,
+        max_gradient_norm: Some(1.0),
+        betas: (0.9, 0.999),
+        epsilon: 1e-8,
+        adamw: AdamWForm::Torch,
+        precision: Precision::Float32,
+        order: Order::Sequential,
+        checkpoint: Checkpoint::Last,
+        early_stopping: None,
+    }
+}
+
+#[test]
+fn ten_steps_agree_with_both_references() {
+    let reference = tensors("optimizer.safetensors");
+    let learning_rates = Vec::<f64>::try_from(&reference["learning_rates"]).unwrap();
+    assert_eq!(learning_rates.len(), 10);
+    for (form, prefix) in [(AdamWForm::Torch, "torch"), (AdamWForm::HfLegacy, "hf_legacy")] {
+        let mut table = ParameterTable::default();
+        let names = ["first", "second", "third"];
+        for name in names {
+            // Weight decay applies to the first two, as in the reference.
+            let kind = if name == "third" { ParameterKind::Bias } else { ParameterKind::Weight };
+            table.declare(name, &reference[&format!("initial/{name}")].size(), kind, ParameterPlace::Head);
+        }
+        let mut parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        for name in names {
+            let id = parameters.find(name).unwrap();
+            parameters.set(id, &reference[&format!("initial/{name}")]).unwrap();
+        }
+        let settings = Hyperparameters { adamw: form, ..hyperparameters() };
+        let mut optimizer = AdamW::new(&parameters, &settings).unwrap();
+        for (step, &learning_rate) in learning_rates.iter().enumerate() {
+            for name in names {
+                part(&parameters, parameters.gradients(), name).copy_(&reference[&format!("gradient/{step}/{name}")]);
+            }
+            optimizer.step(&parameters, learning_rate, None).unwrap();
+            for name in names {
+                let found = part(&parameters, parameters.values(), name);
+                let expected = &reference[&format!("{prefix}/{step}/{name}")];
+                assert_close(&format!("{prefix} step {step} {name}"), &found, expected, 1e-6, false);
+            }
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! Whole small trainings: what must be equal bit for bit, and what must not move.
+
+use std::sync::atomic::AtomicBool;
+
+use child_tuning::child::ChildNetwork;
+use child_tuning::data::EncodedDataset;
+use child_tuning::method::{Method, MethodSpec, Preset};
+use child_tuning::model::Classifier;
+use child_tuning::train::{Control, Hyperparameters, Order, Precision, Trained, train};
+use tch::{Kind, Tensor};
+
+use crate::fixture::{assert_close, classifier, dataset, part, tensors};
+use crate::optimizer::hyperparameters;
+
+pub fn run(
+    classifier: &mut Classifier,
+    data: &EncodedDataset,
+    method: &dyn Method,
+    settings: &Hyperparameters,
+    seed: u64,
+) -> Trained {
+    classifier.reset(seed).unwrap();
+    let interrupted = AtomicBool::new(false);
+    let mut control = Control { interrupted: &interrupted, report: &mut |_| {} };
+    train(classifier, data, None, method, settings, seed, &mut control).unwrap()
+}
+
+pub fn child_bits(child: &ChildNetwork, name: &str) -> Vec<bool> {
+    let tensor = child.tensors().iter().find(|tensor| tensor.name == name).unwrap();
+    child.bits(tensor).collect()
+}
+
+fn method(text: &str) -> std::sync::Arc<dyn Method> {
+    serde_yaml::from_str::<MethodSpec>(text).unwrap().resolve(Preset::Paper).unwrap().remove(0)
+}
+
+/// Twelve steps with dropout on a model of its own head; returns the final weights.
+fn weights_after(text: &str, settings: &Hyperparameters, seed: u64) -> Tensor {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    let mut classifier = classifier("bert_pair");
+    run(&mut classifier, &data, method(text).as_ref(), settings, seed);
+    classifier.parameters.values_copy().unwrap()
+}
+
+fn settings() -> Hyperparameters {
+    Hyperparameters { epochs: 4.0, batch_size: 2, micro_batch: 2, order: Order::Shuffled, ..hyperparameters() }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bits_and_another_seed_does_not() {
+    for text in ["vanilla", "child_tuning_f", "child_tuning_d"] {
+        let first = weights_after(text, &settings(), 1);
+        assert_eq!(first, weights_after(text, &settings(), 1), "{text}");
+        assert_ne!(first, weights_after(text, &settings(), 2), "{text}");
+    }
+}
+
+#[test]
+fn with_p_of_one_every_child_network_is_vanilla_bit_for_bit() {
+    let vanilla = weights_after("vanilla", &settings(), 7);
+    for text in [
+        "child_tuning_f: {p: 1}",
+        "child_tuning_f: {p: 1, clip: before_mask}",
+        "child_tuning_d: {p: 1}",
+        "child_tuning_d: {p: 1.0, mask: {scope: encoder_layers}, clip: before_mask, decay_scope: all}",
+    ] {
+        assert_eq!(weights_after(text, &settings(), 7), vanilla, "{text}");
+    }
+}
+
+#[test]
+fn micro_batches_add_up_to_the_whole_batch() {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    // One step, after which the model still holds the accumulated gradients: compared are these, for Adam would blow
+    // the rounding of gradients that should be zero (the key biases') up to whole steps.
+    let gradients = |text: &str, micro_batch: usize| {
+        let mut classifier = classifier("bert_pair");
+        let settings = Hyperparameters { epochs: 1.0, batch_size: 5, micro_batch, ..settings() };
+        assert_eq!(run(&mut classifier, &data, method(text).as_ref(), &settings, 3).step, 1);
+        classifier.parameters.gradients().copy()
+    };
+    for text in ["vanilla", "child_tuning_f", "child_tuning_d"] {
+        let expected = gradients(text, 5);
+        // 5 = 2 + 2 + 1 and 3 + 2: uneven micro-batches of uneven lengths, dropout on.
+        for micro_batch in [1, 2, 3] {
+            assert_close(&format!("{text} {micro_batch}"), &gradients(text, micro_batch), &expected, 1e-6, true);
+        }
+    }
+}
+
+#[test]
+fn weights_outside_the_child_network_keep_every_bit() {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    for (text, frozen) in [
+        ("child_tuning_d: {p: 0.3}", true),
+        ("child_tuning_d: {p: 0.3, mask: {threshold: per_tensor, scope: all}, clip: before_mask}", true),
+        ("child_tuning_d: {p: 0.3, decay_scope: all}", false),
+    ] {
+        let mut classifier = classifier("bert_pair");
+        let before = classifier.parameters.values_copy().unwrap();
+        let trained = run(&mut classifier, &data, method(text).as_ref(), &settings(), 5);
+        let mask = trained.mask.unwrap();
+        let child = mask.child().unwrap();
+        let (mut outside, mut moved_outside, mut inside, mut moved_inside) = (0, 0, 0, 0);
+        for tensor in child.tensors() {
+            let values = |flat: &Tensor| {
+                Vec::<f32>::try_from(part(&classifier.parameters, flat, &tensor.name).reshape([-1])).unwrap()
+            };
+            let (old, new) = (values(&before), values(classifier.parameters.values()));
+            for ((old, new), bit) in old.iter().zip(&new).zip(child.bits(tensor)) {
+                let moved = usize::from(old.to_bits() != new.to_bits());
+                if bit {
+                    (inside, moved_inside) = (inside + 1, moved_inside + moved);
+                } else {
+                    (outside, moved_outside) = (outside + 1, moved_outside + moved);
+                }
+            }
+        }
+        assert!(outside > inside && inside > 0, "{text}");
+        assert_eq!(moved_outside == 0, frozen, "{text}: {moved_outside} of {outside} moved");
+        assert!(moved_inside > inside * 9 / 10, "{text}: {moved_inside} of {inside} moved");
+    }
+}
+
+#[test]
+fn bf16_trains_to_nearly_the_same_place() {
+    let expected = weights_after("child_tuning_d", &settings(), 3);
+    let found = weights_after("child_tuning_d", &Hyperparameters { precision: Precision::Bf16, ..settings() }, 3);
+    assert_ne!(found, expected);
+    // Ten steps of at most 1e-3 each.
+    assert!((found - expected).abs().max().double_value(&[]) < 1.2e-2);
+}
+
+#[test]
+fn the_head_is_new_for_each_seed_and_the_body_is_the_checkpoint() {
+    let folder = child_tuning::model::ModelFolder::open(&crate::fixture::path("bert_pair")).unwrap();
+    let labels = child_tuning::model::Labels::Classes(vec!["no".into(), "yes".into()]);
+    let mut classifier = Classifier::load(
+        &folder,
+        labels,
+        child_tuning::model::HeadStart::Keep,
+        tch::Device::Cpu,
+    )
+    .unwrap();
+    assert_eq!(classifier.report.fresh, ["classifier.weight", "classifier.bias"]);
+    let mut heads = Vec::new();
+    for seed in [1, 2, 1] {
+        classifier.reset(seed).unwrap();
+        heads.push(part(&classifier.parameters, classifier.parameters.values(), "classifier.weight").copy());
+    }
+    assert_eq!(heads[0], heads[2]);
+    assert_ne!(heads[0], heads[1]);
+    let deviation = heads[0].std(false).double_value(&[]);
+    assert!((0.012..0.028).contains(&deviation), "{deviation}");
+    assert_eq!(heads[0].kind(), Kind::Float);
+}
