@@ -12,6 +12,7 @@ Needs only the standard library; the peer needs requirements-dev.txt.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -42,7 +43,10 @@ class Child:
             "--device": arguments.device,
         }
         command = command + [word for option in options.items() for word in option]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as problem:
+            raise SystemExit(f"error: cannot start {self.name()}: {problem}") from None
         self.ready = self.answer("ready")
         self.speeds = []
 
@@ -60,17 +64,16 @@ class Child:
 
     def go(self, steps):
         """Trains `steps` steps; returns the real tokens per second and the number of real tokens."""
-        try:
+        with contextlib.suppress(BrokenPipeError):  # if it has ended, `answer` says so
             self.process.stdin.write(f"go {steps}\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the process has ended, and `answer` says so
         answer = self.answer("seconds")
         return answer["tokens"] / answer["seconds"], answer["tokens"]
 
     def end(self):
         """Ends the process by ending its input."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
+            self.process.stdin.close()
         self.process.wait()
 
     def name(self):

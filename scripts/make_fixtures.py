@@ -390,8 +390,8 @@ def write_fisher():
 def write_fisher_regression():
     """Writes fisher_regression/: a model folder without dropout, and reference.safetensors for 11 pairs with scores.
 
-        input_ids, attention_mask, token_type_ids, labels    the padded data set, labels float32
-        per_example/<parameter>      (1/|D|) sum_j (d (logit_j - y_j)^2 / dw)^2
+    input_ids, attention_mask, token_type_ids, labels    the padded data set, labels float32
+    per_example/<parameter>      (1/|D|) sum_j (d (logit_j - y_j)^2 / dw)^2
     """
     folder = FIXTURES / "fisher_regression"
     model, inputs = fisher_model(

@@ -161,13 +161,13 @@ def rte(draw):
     if follows:
         place = draw.random() < 0.4
         return premise, event.worded(draw, draw.randrange(2), place, not place), follows
-    kind = draw.randrange(3)
+    kind = draw.randrange(4)
     if kind == 0:
         base = event.verb[0][1]
         return premise, sentence([event.agent, "did not", base, "the " + event.thing[0]]), follows
-    slots = [{"thing", "verb"}, {"agent", "thing"}][kind - 1]
-    other = event.changed(draw, slots)
-    return premise, other.worded(draw, draw.randrange(2), place=False, time=draw.random() < 0.4), follows
+    other = event.changed(draw, [{"thing"}, {"agent"}, {"thing", "verb"}][kind - 1])
+    place = draw.random() < 0.4
+    return premise, other.worded(draw, draw.randrange(2), place, not place), follows
 
 
 def mrpc(draw):

@@ -18,11 +18,11 @@
 
 #![warn(missing_docs)]
 
-//pub mod analysis;
+pub mod analysis;
 pub mod child;
 pub mod data;
 pub mod error;
-//pub mod experiment;
+pub mod experiment;
 pub mod libtorch;
 pub mod method;
 pub mod model;

@@ -34,6 +34,14 @@ impl GradientMask {
         }
     }
 
+    /// Returns the share of the maskable weights that trains: on average over the steps, or exactly.
+    pub fn share(&self) -> f64 {
+        match self {
+            GradientMask::Bernoulli(mask) => mask.probability(),
+            GradientMask::Fixed(child) => child.kept() as f64 / child.maskable() as f64,
+        }
+    }
+
     /// Returns the fixed child network, if there is one.
     pub fn child(&self) -> Option<&ChildNetwork> {
         match self {

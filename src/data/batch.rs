@@ -160,6 +160,17 @@ impl EncodedDataset {
         Ok(Self { inputs, targets })
     }
 
+    /// Returns the data set of the examples with the given numbers.
+    pub fn part(&self, numbers: &[usize]) -> Self {
+        Self {
+            inputs: numbers.iter().map(|&number| self.inputs[number].clone()).collect(),
+            targets: match &self.targets {
+                Targets::Classes(ids) => Targets::Classes(numbers.iter().map(|&number| ids[number]).collect()),
+                Targets::Scores(scores) => Targets::Scores(numbers.iter().map(|&number| scores[number]).collect()),
+            },
+        }
+    }
+
     /// Returns the number of examples.
     pub fn len(&self) -> usize {
         self.inputs.len()

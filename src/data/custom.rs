@@ -204,9 +204,7 @@ impl TaskCard {
             .map_err(|error| Error::configuration(format!("{}: {error}", path.display())))?;
         let card = task.into_card(path.parent().unwrap_or(Path::new("")));
         card.map_err(|error| match error {
-            Error::Configuration(message) => {
-                Error::configuration(format!("{}: {message}", path.display()))
-            }
+            Error::Configuration(message) => Error::configuration(format!("{}: {message}", path.display())),
             other => other,
         })
     }
@@ -337,7 +335,10 @@ mod tests {
         assert_eq!(card.labels(), ["no", "1", "true"]);
         let folder = folder(&[("f.csv", "t,y\nx,true\nx,0\n")]);
         let message = read_file(&card, &folder.path().join("f.csv")).unwrap_err().to_string();
-        assert!(message.ends_with("f.csv:3: unknown label `0`; the labels of `n` are no, 1, true"), "{message}");
+        assert!(
+            message.ends_with("f.csv:3: unknown label `0`; the labels of `n` are no, 1, true"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -358,8 +359,14 @@ mod tests {
         let three = CARD.replace("[claim, evidence]", "[claim, evidence, verdict]");
         let cases = [
             (refusal(&three), "`text` takes one or two columns, not 3"),
-            (with("objective: regression\nheadline: f1"), "`f1` compares classes and does not fit a regression"),
-            (with("labels: [a, b, c]\nmetrics: [accuracy, f1]"), "`f1` is defined for two labels, the task has 3"),
+            (
+                with("objective: regression\nheadline: f1"),
+                "`f1` compares classes and does not fit a regression",
+            ),
+            (
+                with("labels: [a, b, c]\nmetrics: [accuracy, f1]"),
+                "`f1` is defined for two labels, the task has 3",
+            ),
             (with("labels: [a, b]\nobjective: regression"), "exclude each other"),
             (with("labels: [a, a]"), "the label `a` is listed twice"),
             (with("labels: [a]"), "at least two labels, not 1"),

@@ -41,7 +41,7 @@ pub struct Encoded {
 }
 
 /// The tokenizer of a model folder.
-pub struct Encoder {
+pub struct TokenEncoder {
     tokenizer: Tokenizer,
     folder: PathBuf,
     vocabulary_size: usize,
@@ -63,14 +63,14 @@ impl Default for WordPieceConfig {
     }
 }
 
-impl Encoder {
+impl TokenEncoder {
     /// Reads the tokenizer of a Hugging Face folder: its `tokenizer.json`, or else a WordPiece
     /// vocabulary in `vocab.txt`. Truncation and padding stored in the former are dropped.
     ///
     /// # Errors
     ///
     /// [`Error::Model`] if the folder has neither file or one that cannot be understood.
-    pub fn from_folder(folder: &Path) -> Result<Encoder> {
+    pub fn from_folder(folder: &Path) -> Result<TokenEncoder> {
         let (json, vocabulary) = (folder.join("tokenizer.json"), folder.join("vocab.txt"));
         let mut tokenizer = if json.exists() {
             Tokenizer::from_file(&json).map_err(|error| Error::model(&json, error.to_string()))?
@@ -87,7 +87,7 @@ impl Encoder {
         tokenizer.with_truncation(None).map_err(|error| Error::model(folder, error.to_string()))?;
         let largest = tokenizer.get_vocab(true).into_values().max();
         let vocabulary_size = largest.map_or(0, |id| id as usize + 1);
-        Ok(Encoder { tokenizer, folder: folder.to_path_buf(), vocabulary_size })
+        Ok(TokenEncoder { tokenizer, folder: folder.to_path_buf(), vocabulary_size })
     }
 
     /// Returns the largest token id plus one.
@@ -108,11 +108,11 @@ impl Encoder {
         self.assemble(tokens(first)?, second.map(tokens).transpose()?, max_length)
     }
 
-    /// Encodes every example, in order, on all cores; see [`Encoder::encode`].
+    /// Encodes every example, in order, on all cores; see [`TokenEncoder::encode`].
     ///
     /// # Errors
     ///
-    /// As for [`Encoder::encode`].
+    /// As for [`TokenEncoder::encode`].
     pub fn encode_dataset(&self, examples: &[Example], max_length: usize) -> Result<Vec<Encoded>> {
         let batch = |texts: Vec<&str>| {
             self.tokenizer.encode_batch_fast(texts, false).map_err(|error| self.fault(error))
@@ -168,10 +168,8 @@ impl Encoder {
             direction: TruncationDirection::Right,
             stride: 0,
         };
-        let (first, second) =
-            truncate_encodings(first, second, &limit).map_err(|error| self.fault(error))?;
-        let joined =
-            self.tokenizer.post_process(first, second, true).map_err(|error| self.fault(error))?;
+        let (first, second) = truncate_encodings(first, second, &limit).map_err(|error| self.fault(error))?;
+        let joined = self.tokenizer.post_process(first, second, true).map_err(|error| self.fault(error))?;
         Ok(Encoded { ids: joined.get_ids().to_vec(), token_types: joined.get_type_ids().to_vec() })
     }
 
@@ -240,8 +238,8 @@ mod tests {
         folder
     }
 
-    fn encoder(files: &[(&str, &str)]) -> Encoder {
-        Encoder::from_folder(folder(files).path()).unwrap()
+    fn encoder(files: &[(&str, &str)]) -> TokenEncoder {
+        TokenEncoder::from_folder(folder(files).path()).unwrap()
     }
 
     #[test]
@@ -290,7 +288,7 @@ mod tests {
         let encoder = encoder(&[("vocab.txt", VOCABULARY)]);
         let example = |index: usize| Example {
             first: "cat ".repeat(index % 7 + 1),
-            second: (index % 3 > 0).then(|| "sat ".repeat(index % 5 + 1)),
+            second: (!index.is_multiple_of(3)).then(|| "sat ".repeat(index % 5 + 1)),
             label: None,
         };
         let examples: Vec<_> = (0..CHUNK + 30).map(example).collect();
@@ -322,7 +320,7 @@ mod tests {
     #[test]
     fn saving_copies_the_files_that_exist_and_spares_its_own_folder() {
         let source = folder(&[("vocab.txt", VOCABULARY), ("config.json", "{}")]);
-        let encoder = Encoder::from_folder(source.path()).unwrap();
+        let encoder = TokenEncoder::from_folder(source.path()).unwrap();
         assert_eq!(encoder.files(), [source.path().join("vocab.txt")]);
         let target = tempfile::tempdir().unwrap();
         encoder.save(target.path()).unwrap();
@@ -335,9 +333,8 @@ mod tests {
 
     #[test]
     fn folders_without_a_usable_tokenizer_are_refused() {
-        let message = |files: &[(&str, &str)]| {
-            Encoder::from_folder(folder(files).path()).err().unwrap().to_string()
-        };
+        let message =
+            |files: &[(&str, &str)]| TokenEncoder::from_folder(folder(files).path()).err().unwrap().to_string();
         assert!(message(&[("config.json", "{}")]).contains("neither tokenizer.json nor vocab.txt"));
         assert!(message(&[("vocab.txt", "the\ncat\n")]).contains("lacks the special token [SEP]"));
         assert!(message(&[("tokenizer.json", "{")]).contains("tokenizer.json"));

@@ -10,8 +10,8 @@ mod table;
 mod task;
 
 pub use batch::{EncodedDataset, PackedBatch, Padding, Targets};
-pub use custom::CustomTask;
-pub use encode::{Encoded, Encoder as TokenEncoder};
+pub use custom::{CustomObjective, CustomTask};
+pub use encode::{Encoded, TokenEncoder};
 pub use metrics::{Metric, score_classes, score_values};
 pub use reader::{Dataset, Example, Label, read_file, read_split};
 pub use task::{Format, Keep, Layout, Objective, RowFilter, Split, SplitFiles, TaskCard};

@@ -82,8 +82,7 @@ fn not_found(card: &TaskCard, roots: &[PathBuf], split: Split, choices: &[SplitF
     let mut names: Vec<String> = Vec::new();
     for choice in choices {
         let list = choice.rows.as_ref().map(|filter| &filter.list);
-        let files: Vec<_> =
-            choice.files.iter().chain(list).map(|file| file.display().to_string()).collect();
+        let files: Vec<_> = choice.files.iter().chain(list).map(|file| file.display().to_string()).collect();
         names.push(files.join(" with "));
     }
     let roots: Vec<_> = roots.iter().map(|root| root.display().to_string()).collect();
@@ -193,10 +192,13 @@ mod tests {
         let row = |text: &str| format!("gj04\t1\t\t{text}\n");
         let (inner, outer) = (row("in"), row("out"));
         let root = tempfile::tempdir().unwrap();
-        write(root.path(), &[
-            ("cola/original/raw/in_domain_dev.tsv", &inner),
-            ("cola/original/raw/out_of_domain_dev.tsv", &outer),
-        ]);
+        write(
+            root.path(),
+            &[
+                ("cola/original/raw/in_domain_dev.tsv", &inner),
+                ("cola/original/raw/out_of_domain_dev.tsv", &outer),
+            ],
+        );
         let two = read_split(&card("cola"), &[root.path().into()], Split::Dev).unwrap();
         assert_eq!(firsts(&two), ["in", "out"]);
         write(root.path(), &[("CoLA/dev.tsv", &(inner + &outer))]);

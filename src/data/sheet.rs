@@ -82,8 +82,7 @@ impl<'a> Sheet<'a> {
             }
         }
         let expected: Vec<_> = card.layouts.iter().map(describe).collect();
-        let message =
-            format!("does not look like task `{}`: expected {}", card.name, expected.join(", or "));
+        let message = format!("does not look like task `{}`: expected {}", card.name, expected.join(", or "));
         Err(Error::data(file.path(), 1, format!("{message}; found {}", preview(&seen))))
     }
 
@@ -112,8 +111,7 @@ impl<'a> Sheet<'a> {
 
     /// Finds the layout's columns; if one is missing, notes in `seen` what the first row holds.
     fn fit(mut self, seen: &mut Vec<String>) -> Option<Self> {
-        let text: Option<Vec<usize>> =
-            self.layout.text.iter().map(|column| self.position(column)).collect();
+        let text: Option<Vec<usize>> = self.layout.text.iter().map(|column| self.position(column)).collect();
         let right_width = self.widths.is_empty() || self.widths.contains(&self.columns.len());
         match text {
             Some(text) if right_width => {
@@ -239,7 +237,8 @@ fn parse_label(card: &TaskCard, layout: &Layout, cell: &str) -> Result<Option<La
                 None if cell == "-1" => Ok(None),
                 None => {
                     let (known, other) = (labels.join(", "), layout.labels.join(", "));
-                    let other = if other.is_empty() { other } else { format!(", in this order also {other}") };
+                    let other =
+                        if other.is_empty() { other } else { format!(", in this order also {other}") };
                     Err(format!("unknown label `{cell}`; the labels of `{}` are {known}{other}", card.name))
                 }
             }
@@ -287,6 +286,8 @@ fn preview(cells: &[String]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// Reads a file's content as the named task does.
@@ -339,8 +340,7 @@ mod tests {
     fn prediction_files_may_be_json_lines_or_quoted_csv_under_the_hubs_names() {
         let rows = "{\"sentence2\": \"b, c\", \"sentence1\": \"a\", \"idx\": 0, \"label\": 1}\n\
                     {\"sentence1\": \"d\", \"sentence2\": \"e\", \"label\": -1}\n";
-        let expected =
-            [example("a", Some("b, c"), Some(Label::Class(1))), example("d", Some("e"), None)];
+        let expected = [example("a", Some("b, c"), Some(Label::Class(1))), example("d", Some("e"), None)];
         assert_eq!(read("mrpc", "f.jsonl", rows, Labels::Optional).unwrap(), expected);
         let rows = "sentence1,sentence2,label\na,\"b, c\",equivalent\nd,e,\n";
         assert_eq!(read("mrpc", "f.csv", rows, Labels::Optional).unwrap(), expected);
@@ -363,7 +363,8 @@ mod tests {
         for (message, expected) in cases {
             assert!(message.ends_with(expected), "{expected}: {message}");
         }
-        let rows = "{\"sentence1\": \"a\", \"sentence2\": \"b\"}\n{\"sentence1\": \"a\", \"sentence2\": [\"b\"]}\n";
+        let rows =
+            "{\"sentence1\": \"a\", \"sentence2\": \"b\"}\n{\"sentence1\": \"a\", \"sentence2\": [\"b\"]}\n";
         let message = read("rte", "f.jsonl", rows, Labels::Optional).unwrap_err().to_string();
         assert!(message.ends_with(":2: has no text in column `sentence2`"), "{message}");
     }
@@ -396,5 +397,20 @@ mod tests {
         let rows = "sentence1,sentence2,label\na,\"b,1\nc,d,0\n";
         let message = read("mrpc", "f.csv", rows, Labels::Required).unwrap_err().to_string();
         assert!(message.contains(":2: expected 3 columns, found 2; if a `\"` is"), "{message}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_either_labelled_examples_or_a_refusal(
+            task in prop::sample::select(TaskCard::builtin_names()),
+            header in prop::sample::select(vec!["", "sentence\tlabel\n", "sentence1,sentence2,label\n", "{"]),
+            body in "[\t\n\r\",{}:a01.\u{feff}é-]{0,60}",
+        ) {
+            if let Ok(examples) = read(task, "f.txt", &format!("{header}{body}"), Labels::Required) {
+                for example in examples {
+                    prop_assert!(!example.first.is_empty() && example.label.is_some());
+                }
+            }
+        }
     }
 }

@@ -196,7 +196,8 @@ mod tests {
     #[test]
     fn byte_order_mark_line_ends_and_missing_final_newline_leave_no_trace() {
         let expected = ["1:a|b", "2:c|", "3:|d"];
-        for content in ["a\tb\nc\t\n\td\n", "\u{feff}a\tb\r\nc\t\r\n\td\r\n", "a\tb\nc\t\n\td", "a\tb\r\nc\t\r\n\td\r"]
+        for content in
+            ["a\tb\nc\t\n\td\n", "\u{feff}a\tb\r\nc\t\r\n\td\r\n", "a\tb\nc\t\n\td", "a\tb\r\nc\t\r\n\td\r"]
         {
             assert_eq!(rows("f.tsv", content, Format::Tsv, false), expected, "{content:?}");
         }

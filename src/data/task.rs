@@ -333,12 +333,13 @@ mod tests {
 
     #[test]
     fn cards_that_contradict_themselves_are_refused() {
-        let spoilt = |spoil: fn(&mut TaskCard)| {
+        type Spoil = fn(&mut TaskCard);
+        let spoilt = |spoil: Spoil| {
             let mut card = TaskCard::builtin("mrpc").unwrap();
             spoil(&mut card);
             card.check().unwrap_err().to_string()
         };
-        let cases: [(fn(&mut TaskCard), &str); 8] = [
+        let cases: [(Spoil, &str); 8] = [
             (|card| card.headline = Metric::Pearson, "does not fit a classification"),
             (|card| card.headline = Metric::Matthews, "none of its metrics (f1, accuracy, combined)"),
             (|card| card.objective = Objective::Regression, "does not fit a regression"),
@@ -356,8 +357,7 @@ mod tests {
             assert!(message.contains(expected) && message.contains("mrpc"), "{message}");
         }
         let three = |card: &mut TaskCard| {
-            card.objective =
-                Objective::Classification { labels: ["a", "b", "c"].map(String::from).to_vec() };
+            card.objective = Objective::Classification { labels: ["a", "b", "c"].map(String::from).to_vec() };
         };
         assert!(spoilt(three).contains("`f1` is defined for two labels, the task has 3"));
     }

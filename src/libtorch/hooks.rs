@@ -122,7 +122,8 @@ unsafe extern "C" fn release(state: *mut c_void) {
     }));
 }
 
-fn panic_message(panic: &(dyn Any + Send)) -> &str {
+/// Returns the text of a caught panic.
+pub fn panic_message(panic: &(dyn Any + Send)) -> &str {
     match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
         (Some(text), _) => text,
         (_, Some(text)) => text,

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 
 use super::classifier::{Labels, Network};
 use super::config::ModelConfig;
-use super::params::{ParameterId, ParameterPlace, Parameters};
+use super::params::{Parameter, ParameterId, ParameterPlace, ParameterTable, Parameters};
 use crate::error::{Error, Result};
 use crate::libtorch::elements;
 
@@ -118,20 +118,34 @@ impl ModelFolder {
         Err(Error::model(self.path.join(WEIGHTS), format!("does not fit config.json: {}", problems.join("; "))))
     }
 
-    /// Returns whether the file has a head of `outputs` outputs for the same labels as a task's.
-    pub fn has_head_for(&self, labels: &Labels, head_names: &[String]) -> Result<bool> {
+    /// Returns the labels of the file's head, in its order, if it is a head for a task's labels.
+    ///
+    /// Names must be the task's, in any order; a head without names, or with transformers' `LABEL_0` and so on, counts as
+    /// the task's if it has as many outputs.
+    ///
+    /// # Errors
+    /// Fails if the family does not run here.
+    pub fn labels_for(&self, task: &Labels) -> Result<Option<Labels>> {
+        let mut table = ParameterTable::default();
+        self.config.family()?(&self.config, task.outputs(), &mut table)?;
         let tensors = self.tensors()?;
-        let present = head_names.iter().all(|name| tensors.tensor(name).is_ok());
-        let same_labels = match labels {
-            Labels::Classes(names) => self.config.labels().is_some_and(|found| found == *names),
-            Labels::Score => {
-                self.config.labels().is_none_or(|found| found.len() == 1)
-                    && head_names.iter().all(|name| {
-                        tensors.tensor(name).is_ok_and(|view| view.shape().first() == Some(&1))
-                    })
-            }
+        let fits = |parameter: &Parameter| {
+            let shape = tensors.tensor(&parameter.name).map(|view| view.shape().to_vec());
+            shape.is_ok_and(|shape| shape.first() == Some(&(task.outputs() as usize)))
         };
-        Ok(present && same_labels)
+        let mut head = table.iter().filter(|parameter| parameter.place == ParameterPlace::Head);
+        if !head.all(fits) {
+            return Ok(None);
+        }
+        let (Labels::Classes(names), Some(found)) = (task, self.config.labels()) else {
+            return Ok(Some(task.clone()));
+        };
+        let unnamed = found.iter().enumerate().all(|(id, name)| *name == format!("LABEL_{id}"));
+        if unnamed || found == *names {
+            return Ok(Some(task.clone()));
+        }
+        let same_set = found.len() == names.len() && names.iter().all(|name| found.contains(name));
+        Ok(same_set.then_some(Labels::Classes(found)))
     }
 
     fn tensors(&self) -> Result<SafeTensors<'_>> {

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::checkpoint::{self, LoadReport, ModelFolder};
 use super::config::ModelConfig;
 use super::layers::Pass;
-use super::params::{ParameterId, ParameterPlace, ParameterTable, Parameters};
+use super::params::{ParameterId, ParameterTable, Parameters};
 use crate::data::{Objective, TokenEncoder};
 use crate::error::{Error, Result};
 
@@ -96,16 +96,26 @@ impl Classifier {
         let mut table = ParameterTable::default();
         let network = config.family()?(&config, labels.outputs(), &mut table)?;
         let mut parameters = Parameters::allocate(table, device)?;
-        let head_names: Vec<String> = parameters
-            .iter()
-            .filter(|(_, parameter)| parameter.place == ParameterPlace::Head)
-            .map(|(_, parameter)| parameter.name.clone())
-            .collect();
-        let keep_head = head == HeadStart::Keep && folder.has_head_for(&labels, &head_names)?;
+        let keep_head = head == HeadStart::Keep && folder.labels_for(&labels)?.as_ref() == Some(&labels);
         let report = folder.load(&mut parameters, network.as_ref(), keep_head)?;
         let fresh = report.fresh.iter().filter_map(|name| parameters.find(name)).collect();
         let pretrained = parameters.values_copy()?;
         let initializer_range = config.number_or("initializer_range", 0.02)?;
+        Ok(Self { parameters, report, network, config, labels, pretrained, fresh, initializer_range })
+    }
+
+    /// Makes a model of a config's shape with all weights still to be drawn by [`Classifier::reset`], to measure with.
+    ///
+    /// # Errors
+    /// Fails if the family does not run here or the config is incomplete.
+    pub fn untrained(config: ModelConfig, labels: Labels, device: Device) -> Result<Self> {
+        let mut table = ParameterTable::default();
+        let network = config.family()?(&config, labels.outputs(), &mut table)?;
+        let parameters = Parameters::allocate(table, device)?;
+        let fresh = parameters.iter().map(|(id, _)| id).collect();
+        let pretrained = parameters.values_copy()?;
+        let initializer_range = config.number_or("initializer_range", 0.02)?;
+        let report = LoadReport::default();
         Ok(Self { parameters, report, network, config, labels, pretrained, fresh, initializer_range })
     }
 

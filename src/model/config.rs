@@ -38,6 +38,11 @@ impl ModelConfig {
         }
     }
 
+    /// Makes a config that is in no file.
+    pub fn from_values(values: Map<String, Value>) -> Self {
+        Self { path: PathBuf::from("config.json"), values }
+    }
+
     /// Overrides keys of the config (`model_config:` of an experiment).
     ///
     /// # Errors

@@ -102,6 +102,11 @@ impl ParameterTable {
         ParameterId(self.parameters.len() - 1)
     }
 
+    /// Iterates over the parameters in the order of declaration.
+    pub fn iter(&self) -> impl Iterator<Item = &Parameter> {
+        self.parameters.iter()
+    }
+
     /// Gives every parameter its range: those with weight decay first, so that each group is contiguous. Returns the
     /// end of the first group and of the second.
     fn place(&mut self) -> (usize, usize) {

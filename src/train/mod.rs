@@ -10,4 +10,4 @@ pub use evaluate::{Evaluation, evaluate, predict};
 pub use hyperparameters::{AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Warmup};
 pub use optimizer::AdamW;
 pub use schedule::Schedule;
-pub use trainer::{Control, Event, Progress, Trained, train};
+pub use trainer::{Control, Event, Progress, Trained, Trainer, prepare, train};

@@ -114,8 +114,26 @@ pub fn train(
     control: &mut Control,
 ) -> Result<Trained> {
     let started = Instant::now();
+    let prepared = prepare(classifier, data, method, hyperparameters, seed, control)?;
+    let prepare_time = started.elapsed();
+    let run = Trainer::new(classifier, data, hyperparameters, prepared, seed)?;
+    run.run(dev, prepare_time, control)
+}
+
+/// Does what a method does before training, such as choosing a child network.
+///
+/// # Errors
+/// [`Error::Interrupted`] on request, or a libtorch error.
+pub fn prepare(
+    classifier: &mut Classifier,
+    data: &EncodedDataset,
+    method: &dyn Method,
+    hyperparameters: &Hyperparameters,
+    seed: u64,
+    control: &mut Control,
+) -> Result<Prepared> {
     let mut done = 0;
-    let prepared = method.prepare(&mut Preparation {
+    method.prepare(&mut Preparation {
         classifier,
         data,
         seed,
@@ -126,14 +144,11 @@ pub fn train(
             (control.report)(Event::Prepared(Progress::new(done, data.len())));
             control.check()
         },
-    })?;
-    let prepare_time = started.elapsed();
-    let run = Training::new(classifier, data, hyperparameters, prepared, seed)?;
-    run.run(dev, prepare_time, control)
+    })
 }
 
-/// A run in progress.
-struct Training<'a> {
+/// A run in progress: a model, its data, and what the next step needs.
+pub struct Trainer<'a> {
     classifier: &'a mut Classifier,
     data: &'a EncodedDataset,
     hyperparameters: &'a Hyperparameters,
@@ -148,8 +163,12 @@ struct Training<'a> {
     _hooks: Vec<GradientHook>,
 }
 
-impl<'a> Training<'a> {
-    fn new(
+impl<'a> Trainer<'a> {
+    /// Starts a run: registers the mask and makes the optimizer.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses a hook or cannot allocate.
+    pub fn new(
         classifier: &'a mut Classifier,
         data: &'a EncodedDataset,
         hyperparameters: &'a Hyperparameters,
@@ -177,8 +196,11 @@ impl<'a> Training<'a> {
         })
     }
 
-    /// One optimizer step over the examples with the given numbers. Returns their mean loss, on the device.
-    fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
+    /// Takes one optimizer step over the examples with the given numbers. Returns their mean loss, on the device.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
         let device = self.classifier.parameters.device();
         self.classifier.parameters.zero_gradients()?;
         if let Some(mask) = &self.prepared.mask {
@@ -314,14 +336,14 @@ struct Best {
 impl Selection {
     /// Takes an epoch's score in; among equals the earlier epoch stays the best, and a score that is no number never is
     /// better than one that is.
-    fn consider(&mut self, training: &Training, headline: f64) -> Result<()> {
+    fn consider(&mut self, trainer: &Trainer, headline: f64) -> Result<()> {
         let worse = |best: &Best| !(headline > best.headline || best.headline.is_nan() && !headline.is_nan());
         if self.best.as_ref().is_some_and(worse) {
             self.epochs_without_gain += 1;
             return Ok(());
         }
-        let values = training.classifier.parameters.values_copy()?;
-        self.best = Some(Best { headline, values, step: training.step });
+        let values = trainer.classifier.parameters.values_copy()?;
+        self.best = Some(Best { headline, values, step: trainer.step });
         self.epochs_without_gain = 0;
         Ok(())
     }

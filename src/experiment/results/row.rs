@@ -1,10 +1,8 @@
-//! One row of a results file: its columns, how it is written and how it is read.
+//! One row of a results file: its columns.
 
-use std::path::Path;
+use serde::{Deserialize, Serialize};
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-use crate::error::{Error, Result};
+use super::text::{count, flag, number};
 
 /// The version of the columns below; a column that is added, dropped or given another meaning raises it.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -58,20 +56,25 @@ pub struct Row {
     pub epochs: f64,
     /// Examples of one optimizer step.
     pub batch_size: u64,
-    /// Micro-batches that one optimizer step is split into.
-    pub gradient_accumulation: u64,
+    /// Examples of one forward and backward pass; a step adds up as many passes as it needs.
+    pub micro_batch: u64,
     /// Longest input in tokens; what is longer was cut.
     pub max_length: u64,
-    /// Warmup as a share of all optimizer steps.
+    /// Warmup: below 1 a share of all optimizer steps, from 1 on a number of steps.
     pub warmup: f64,
     /// Coefficient of the decoupled weight decay.
     pub weight_decay: f64,
     /// Norm that gradients are clipped to; empty if they are not clipped.
+    #[serde(default, with = "number")]
     pub max_gradient_norm: Option<f64>,
+    /// Adam's epsilon.
+    pub epsilon: f64,
     /// Rule of the optimizer, `torch` or `hf_legacy`.
     pub adamw: String,
     /// Arithmetic of the forward and backward pass, such as `bf16`.
     pub precision: String,
+    /// Order of the training examples, `shuffled` or `sequential`.
+    pub order: String,
     /// Checkpoint that was scored, `last` or `best`.
     pub checkpoint: String,
 
@@ -183,13 +186,15 @@ impl Default for Row {
             learning_rate: 0.0,
             epochs: 0.0,
             batch_size: 0,
-            gradient_accumulation: 0,
+            micro_batch: 0,
             max_length: 0,
             warmup: 0.0,
             weight_decay: 0.0,
             max_gradient_norm: None,
+            epsilon: 0.0,
             adamw: String::new(),
             precision: String::new(),
+            order: String::new(),
             checkpoint: String::new(),
             status: Status::Ok,
             reason: None,
@@ -224,231 +229,5 @@ impl Default for Row {
             commit: None,
             started_at: String::new(),
         }
-    }
-}
-
-/// Reads the rows of a results file.
-///
-/// Takes what pandas would take, and what pandas writes: columns in any order, further columns (ignored), optional
-/// columns left out, `True` for `true` and `12.0` for a whole number.
-///
-/// # Errors
-/// Fails if the file cannot be read, is empty, or holds a row that does not parse; the error names the line.
-pub fn read(path: impl AsRef<Path>) -> Result<Vec<Row>> {
-    let path = path.as_ref();
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    parse(path, &bytes)
-}
-
-/// Parses the text of a results file; `path` is for messages.
-pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
-    let mut reader = csv::Reader::from_reader(bytes);
-    let header = reader.headers().map_err(|error| misread(path, &csv::StringRecord::new(), error))?.clone();
-    if header.is_empty() {
-        return Err(Error::data(path, 0, "is empty: a results file starts with a line of column names"));
-    }
-    reader
-        .records()
-        .map(|record| {
-            let row: Row = record
-                .and_then(|record| record.deserialize(Some(&header)))
-                .map_err(|error| misread(path, &header, error))?;
-            Ok(row)
-        })
-        .collect()
-}
-
-/// Says what csv found wrong, in terms of this file's lines and columns.
-fn misread(path: &Path, header: &csv::StringRecord, error: csv::Error) -> Error {
-    let line = error.position().map_or(0, |position| position.line() as usize);
-    let message = match error.kind() {
-        csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!(
-            "has {len} fields under {expected_len} column names; delete the line, and the run will be done again"
-        ),
-        csv::ErrorKind::Deserialize { err, .. } => {
-            match err.field().and_then(|field| header.get(field as usize)) {
-                Some(column) => format!("column `{column}`: {}", err.kind()),
-                None => err.kind().to_string(),
-            }
-        }
-        _ => error.to_string(),
-    };
-    Error::data(path, line, message)
-}
-
-/// Returns the header line, with its newline.
-pub(super) fn header() -> csv::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let mut writer = csv::Writer::from_writer(&mut bytes);
-    writer.serialize(Row::default())?;
-    writer.flush()?;
-    drop(writer);
-    bytes.truncate(bytes.iter().position(|&byte| byte == b'\n').map_or(0, |end| end + 1));
-    Ok(bytes)
-}
-
-/// Writes rows as lines of text.
-///
-/// Control characters become spaces, so that a row is one line whatever a reason holds.
-pub(super) fn encode(rows: &[&Row]) -> csv::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    for row in rows {
-        let start = bytes.len();
-        let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(&mut bytes);
-        writer.serialize(row)?;
-        writer.flush()?;
-        drop(writer);
-        bytes.pop();
-        bytes[start..].iter_mut().filter(|byte| byte.is_ascii_control()).for_each(|byte| *byte = b' ');
-        bytes.push(b'\n');
-    }
-    Ok(bytes)
-}
-
-/// A number that may be missing; NaN counts as missing, as it does in pandas.
-mod number {
-    use super::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
-        value.filter(|number| !number.is_nan()).serialize(serializer)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
-        Ok(Option::<f64>::deserialize(deserializer)?.filter(|number| !number.is_nan()))
-    }
-}
-
-/// Reads a whole number that may be missing; pandas writes one as `12.0` if the column has gaps.
-fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
-    let parse = |text: String| {
-        let digits = text.strip_suffix(".0").unwrap_or(&text);
-        digits.parse().map_err(|_| serde::de::Error::custom(format!("`{text}` is not a whole number")))
-    };
-    Option::<String>::deserialize(deserializer)?.map(parse).transpose()
-}
-
-/// Reads a truth value that may be missing, in any case of letters.
-fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
-    let parse = |text: String| match text.to_ascii_lowercase().as_str() {
-        "true" => Ok(true),
-        "false" => Ok(false),
-        _ => Err(serde::de::Error::custom(format!("`{text}` is neither true nor false"))),
-    };
-    Option::<String>::deserialize(deserializer)?.map(parse).transpose()
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn file_of(rows: &[&Row]) -> Vec<u8> {
-        [header().unwrap(), encode(rows).unwrap()].concat()
-    }
-
-    fn parsed(text: &str) -> Result<Vec<Row>> {
-        parse(Path::new("results.csv"), text.as_bytes())
-    }
-
-    /// Any finite or infinite number, of any bits.
-    fn any_number() -> impl Strategy<Value = f64> {
-        any::<u64>().prop_map(f64::from_bits).prop_filter("NaN is an empty field", |number| !number.is_nan())
-    }
-
-    proptest! {
-        #[test]
-        fn rows_come_back_bit_for_bit(
-            texts in prop::array::uniform4("[ -~äß漢\"',;]{0,20}"),
-            numbers in prop::array::uniform4(any_number()),
-            optional in prop::option::of(any_number()),
-            whole in prop::option::of(any::<u64>()),
-            flag in prop::option::of(any::<bool>()),
-            seed in any::<u64>(),
-        ) {
-            let [experiment, model, method_config, reason] = texts;
-            let row = Row {
-                experiment,
-                model,
-                method_config,
-                reason: Some(reason).filter(|text| !text.is_empty()),
-                seed,
-                learning_rate: numbers[0],
-                epochs: numbers[1],
-                warmup: numbers[2],
-                weight_decay: numbers[3],
-                score: optional,
-                step: whole,
-                degenerate: flag,
-                status: Status::Diverged,
-                ..Row::default()
-            };
-            let back = parse(Path::new("results.csv"), &file_of(&[&row, &row])).unwrap();
-            prop_assert_eq!(&back, &vec![row.clone(), row.clone()]);
-            // PartialEq takes -0 for 0; the bits tell them apart.
-            prop_assert_eq!(back[0].learning_rate.to_bits(), row.learning_rate.to_bits());
-        }
-    }
-
-    #[test]
-    fn control_characters_become_spaces() {
-        let row = Row { reason: Some("out of\r\nmemory,\t\"8\u{7f}GB\"".into()), ..Row::default() };
-        let bytes = file_of(&[&row]);
-        assert_eq!(bytes.iter().filter(|&&byte| byte == b'\n').count(), 2);
-        let back = parse(Path::new("results.csv"), &bytes).unwrap();
-        assert_eq!(back[0].reason.as_deref(), Some("out of  memory, \"8 GB\""));
-    }
-
-    #[test]
-    fn quotes_as_rfc_4180_does() {
-        let row = Row { experiment: "a,b".into(), model: "say \"x\"".into(), ..Row::default() };
-        let line = String::from_utf8(encode(&[&row]).unwrap()).unwrap();
-        assert!(line.starts_with("1,\"a,b\",,\"say \"\"x\"\"\",,"), "{line}");
-    }
-
-    #[test]
-    fn nan_is_an_empty_field() {
-        let row = Row { score: Some(f64::NAN), loss: Some(f64::INFINITY), ..Row::default() };
-        let back = parse(Path::new("results.csv"), &file_of(&[&row])).unwrap();
-        assert_eq!((back[0].score, back[0].loss), (None, Some(f64::INFINITY)));
-    }
-
-    /// The columns that must be there, in another order, with one of the user's own.
-    const REQUIRED: &str = "note,seed,learning_rate,epochs,batch_size,gradient_accumulation,max_length,warmup,\
-        weight_decay,schema_version,experiment,run,model,model_sha256,task,evaluated_on,split,preset,method,\
-        method_config,adamw,precision,checkpoint,status,headline,examples_train,examples_evaluated,device,torch,\
-        version,started_at";
-    const VALUES: &str = "mine,42,4e-5,3.0,16,1,128,0.1,0.01,1,e,0f,m,s,rte,rte,validation,paper,vanilla,,torch,\
-        bf16,last,ok,accuracy,10,5,cpu,2.11.0,0.1.0,2026-01-01T00:00:00Z";
-
-    #[test]
-    fn takes_any_order_missing_optional_columns_and_further_ones() {
-        let rows = parsed(&format!("{REQUIRED}\n{VALUES}\n")).unwrap();
-        assert_eq!((rows[0].seed, rows[0].learning_rate, rows[0].task.as_str()), (42, 4e-5, "rte"));
-        assert_eq!((rows[0].score, rows[0].step, rows[0].degenerate), (None, None, None));
-    }
-
-    #[test]
-    fn takes_what_pandas_writes() {
-        let text = format!("{REQUIRED},step,degenerate,score\n{VALUES},12.0,True,\n{VALUES},,False,0.5\n");
-        let rows = parsed(&text).unwrap();
-        assert_eq!((rows[0].step, rows[0].degenerate, rows[0].score), (Some(12), Some(true), None));
-        assert_eq!((rows[1].step, rows[1].degenerate, rows[1].score), (None, Some(false), Some(0.5)));
-    }
-
-    #[test]
-    fn errors_name_file_line_and_column() {
-        let bad_number = parsed(&format!("{REQUIRED},score\n{VALUES},1\n{VALUES},high\n")).unwrap_err().to_string();
-        assert_eq!(bad_number, "results.csv:3: column `score`: invalid float literal");
-        let bad_step = parsed(&format!("{REQUIRED},step\n{VALUES},1.5\n")).unwrap_err().to_string();
-        assert!(bad_step.starts_with("results.csv:2: ") && bad_step.contains("`1.5` is not a whole"), "{bad_step}");
-        let torn = parsed(&format!("{REQUIRED}\n{VALUES}\nmine,42")).unwrap_err().to_string();
-        assert!(torn.starts_with("results.csv:3: has 2 fields under 31 column names"), "{torn}");
-        let missing = parsed("schema_version\n1\n").unwrap_err().to_string();
-        assert!(missing.starts_with("results.csv:2: ") && missing.contains("`experiment`"), "{missing}");
-        assert_eq!(
-            parsed("").unwrap_err().to_string(),
-            "results.csv: is empty: a results file starts with a line of column names"
-        );
     }
 }

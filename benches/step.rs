@@ -1,0 +1,161 @@
+//! One side of the speed benchmark: training steps of this program, on request.
+//!
+//! Speaks the protocol of `benches/compare.py`: builds a model, takes one warm-up step, prints `{"ready": true}`, and then
+//! for every line `go N` takes N steps and prints a line with their time and tokens.
+
+use std::io::{BufRead, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use child_tuning::child::{BernoulliMask, ChildNetwork, GradientMask, MaskScope, Threshold};
+use child_tuning::data::{Encoded, EncodedDataset, Targets};
+use child_tuning::error::Result;
+use child_tuning::method::{ClipOrder, DecayScope, Prepared};
+use child_tuning::model::{Classifier, Labels, ModelConfig};
+use child_tuning::random::philox;
+use child_tuning::train::{AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Trainer, Warmup};
+use clap::Parser;
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+const BATCH_SIZE: usize = 16;
+const VOCABULARY: u32 = 30522;
+const SHARE: f64 = 0.3;
+const SEED: u64 = 42;
+
+/// Training steps of a model with random weights and tokens.
+#[derive(Parser)]
+struct Arguments {
+    /// vanilla, child_tuning_f or child_tuning_d
+    #[arg(long, default_value = "vanilla")]
+    method: String,
+    /// float32 or bf16
+    #[arg(long, default_value = "float32")]
+    precision: String,
+    /// One token count a line
+    #[arg(long, default_value = "benches/rte_lengths.txt")]
+    lengths: PathBuf,
+    /// CPU threads
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// cpu or cuda
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Transformer layers
+    #[arg(long, default_value_t = 12)]
+    layers: i64,
+    /// Hidden size; heads are 64 wide, the feed-forward layer is four times as wide
+    #[arg(long, default_value_t = 768)]
+    hidden: i64,
+    /// Passed by cargo bench
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    tch::set_num_threads(arguments.threads as i32);
+    rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
+    let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
+    let data = random_data(&arguments.lengths)?;
+    let mut classifier = Classifier::untrained(config(&arguments), Labels::Classes(vec!["0".into(), "1".into()]), device)?;
+    classifier.reset(SEED)?;
+    let prepared = prepared(&arguments.method, &classifier)?;
+    let settings = settings(&arguments.precision);
+    let order: Vec<usize> = (0..data.len()).collect();
+    let batches: Vec<&[usize]> = order.chunks_exact(BATCH_SIZE).collect();
+    let mut trainer = Trainer::new(&mut classifier, &data, &settings, prepared, SEED)?;
+    finished(trainer.step(batches[0])?)?;
+    println!("{}", json!({"ready": true, "torch": child_tuning::libtorch::version()}));
+
+    let mut next = batches.iter().cycle();
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        let steps: usize = line.trim().trim_start_matches("go ").parse()?;
+        let (mut tokens, mut loss) = (0, None);
+        let started = Instant::now();
+        for batch in next.by_ref().take(steps) {
+            tokens += batch.iter().map(|&number| data.inputs[number].ids.len()).sum::<usize>();
+            loss = Some(trainer.step(batch)?);
+        }
+        loss.map(finished).transpose()?;
+        println!("{}", json!({"seconds": started.elapsed().as_secs_f64(), "tokens": tokens, "steps": steps}));
+        std::io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+/// Waits for the device by reading the loss.
+fn finished(loss: Tensor) -> anyhow::Result<f64> {
+    Ok(f64::try_from(&loss)?)
+}
+
+fn random_data(lengths: &PathBuf) -> anyhow::Result<EncodedDataset> {
+    let text = std::fs::read_to_string(lengths)?;
+    let lengths = text.split_whitespace().map(str::parse).collect::<Result<Vec<usize>, _>>()?;
+    let token = |example: usize, position: usize| {
+        philox([position as u32, example as u32, 0, 0], child_tuning::random::Key([1, 2]))[0] % VOCABULARY
+    };
+    let inputs: Vec<Encoded> = (lengths.iter().enumerate())
+        .map(|(example, &length)| Encoded {
+            ids: (0..length).map(|position| token(example, position)).collect(),
+            token_types: vec![0; length],
+        })
+        .collect();
+    let classes = (0..inputs.len()).map(|example| (token(example, 999) % 2) as i64).collect();
+    Ok(EncodedDataset { inputs, targets: Targets::Classes(classes) })
+}
+
+fn config(arguments: &Arguments) -> ModelConfig {
+    let config = json!({
+        "model_type": "bert",
+        "vocab_size": VOCABULARY,
+        "hidden_size": arguments.hidden,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.hidden / 64,
+        "intermediate_size": arguments.hidden * 4,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+    });
+    ModelConfig::from_values(config.as_object().cloned().unwrap_or_default())
+}
+
+fn settings(precision: &str) -> Hyperparameters {
+    Hyperparameters {
+        epochs: 1e6,
+        batch_size: BATCH_SIZE,
+        micro_batch: BATCH_SIZE,
+        max_length: 128,
+        learning_rate: 1e-5,
+        warmup: Warmup(0.1),
+        weight_decay: 0.01,
+        max_gradient_norm: Some(1.0),
+        betas: (0.9, 0.999),
+        epsilon: 1e-8,
+        adamw: AdamWForm::Torch,
+        precision: if precision == "bf16" { Precision::Bf16 } else { Precision::Float32 },
+        order: Order::Sequential,
+        checkpoint: Checkpoint::Last,
+        early_stopping: None,
+    }
+}
+
+/// The masks of the methods, D's from random scores: only the step is measured, not the Fisher pass.
+fn prepared(method: &str, classifier: &Classifier) -> anyhow::Result<Prepared> {
+    let parameters = &classifier.parameters;
+    let (mask, decay) = match method {
+        "vanilla" => (None, DecayScope::All),
+        "child_tuning_f" => {
+            (Some(GradientMask::Bernoulli(BernoulliMask::new(MaskScope::All, SHARE, true, SEED))), DecayScope::All)
+        }
+        "child_tuning_d" => {
+            let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
+            let child =
+                ChildNetwork::from_scores(parameters, &scores, SHARE, MaskScope::EncoderLayers, Threshold::Global)?;
+            (Some(GradientMask::Fixed(child)), DecayScope::Child)
+        }
+        other => anyhow::bail!("unknown method {other}"),
+    };
+    Ok(Prepared { mask: mask.map(Arc::new), clip: ClipOrder::AfterMask, decay })
+}

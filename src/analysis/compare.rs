@@ -1,0 +1,309 @@
+//! The comparison of methods, from the rows of result files.
+//!
+//! Runs that differ in nothing but the seed make a group, groups that answer the same question stand in a block. Runs
+//! that failed are counted, not dropped, and a method is set against vanilla on the seeds that both have finished.
+
+mod render;
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::statistics::{confidence_half_width, maximum, mean, median, standard_deviation};
+use crate::experiment::results::{Row, Status};
+
+/// Name of the method that the others are set against: plain fine-tuning.
+const BASELINE: &str = "vanilla";
+
+/// A comparison of all groups of runs; shown by [`Comparison::to_text`] and its siblings.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Comparison {
+    /// The blocks, in the order in which they first appear.
+    pub blocks: Vec<Block>,
+    /// Rows left out because the same run was there already, as when two files share runs.
+    pub repeated: usize,
+}
+
+/// The groups that were trained on the same task and scored with the same metric on the same split.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Block {
+    /// Task that was trained on.
+    pub task: String,
+    /// Task that was scored.
+    pub evaluated_on: String,
+    /// Split that was scored.
+    pub split: String,
+    /// Name of the headline metric.
+    pub headline: String,
+    /// The groups, in the order in which they first appear.
+    pub groups: Vec<Group>,
+}
+
+/// The runs that differ in nothing but the seed. Scores are unscaled: 1 is best.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    /// The pretrained encoder.
+    pub model: String,
+    /// Name of the method.
+    pub method: String,
+    /// The settings that tell this group from others of its block, as `key=value` pairs between spaces.
+    pub settings: String,
+    /// All runs, however they ended.
+    pub runs: usize,
+    /// Runs that ended well, degenerate ones among them; the statistics are of these.
+    pub ok: usize,
+    /// Runs that ended well and have no score; the metric is undefined for their predictions.
+    pub unscored: usize,
+    /// Runs whose loss or gradient stopped being finite.
+    pub diverged: usize,
+    /// Runs that ended in an error.
+    pub failed: usize,
+    /// Runs that ended well and predicted one class only.
+    pub degenerate: usize,
+    /// Runs beyond the first of a seed: they differ in something that the result file has no column for.
+    pub surplus: usize,
+    /// Mean score.
+    pub mean: Option<f64>,
+    /// Standard deviation of the scores over seeds.
+    pub standard_deviation: Option<f64>,
+    /// Half the width of the 95 % confidence interval of the mean.
+    pub half_width: Option<f64>,
+    /// Median score.
+    pub median: Option<f64>,
+    /// Highest score.
+    pub best: Option<f64>,
+    /// Whether no group of the same model in this block has a higher mean.
+    pub has_best_mean: bool,
+    /// What sets it apart from vanilla with the same model and hyper-parameters.
+    pub difference: Option<Difference>,
+}
+
+/// The differences of scores to vanilla, seed by seed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Difference {
+    /// Seeds that both have a score for.
+    pub seeds: usize,
+    /// Mean difference; above 0, vanilla is beaten.
+    pub mean: f64,
+    /// Standard deviation of the differences.
+    pub standard_deviation: Option<f64>,
+    /// Half the width of the 95 % confidence interval of the mean difference.
+    pub half_width: Option<f64>,
+}
+
+/// Compares runs. All headline metrics are taken to be better the higher they are.
+pub fn compare(rows: &[Row]) -> Comparison {
+    let (rows, repeated) = without_repetition(rows);
+    let blocks = gather(&rows, |row| (&row.task, &row.evaluated_on, &row.split, &row.headline))
+        .into_iter()
+        .map(|((task, evaluated_on, split, headline), rows)| Block {
+            task: task.clone(),
+            evaluated_on: evaluated_on.clone(),
+            split: split.clone(),
+            headline: headline.clone(),
+            groups: groups(&rows),
+        })
+        .collect();
+    Comparison { blocks, repeated }
+}
+
+/// Keeps one row of each (run, data set, split), and counts the others. The first is kept, unless it failed.
+fn without_repetition(rows: &[Row]) -> (Vec<&Row>, usize) {
+    let mut places: HashMap<_, usize> = HashMap::new();
+    let mut kept: Vec<&Row> = Vec::new();
+    for row in rows {
+        let place = *places.entry((&row.run, &row.evaluated_on, &row.split)).or_insert(kept.len());
+        match kept.get_mut(place) {
+            None => kept.push(row),
+            Some(earlier) if earlier.status == Status::Failed => *earlier = row,
+            Some(_) => {}
+        }
+    }
+    let repeated = rows.len() - kept.len();
+    (kept, repeated)
+}
+
+/// Collects rows by a key, in the order in which the keys first appear.
+fn gather<'r, K: PartialEq>(rows: &[&'r Row], key: impl Fn(&'r Row) -> K) -> Vec<(K, Vec<&'r Row>)> {
+    let mut collected: Vec<(K, Vec<&Row>)> = Vec::new();
+    for &row in rows {
+        let key = key(row);
+        match collected.iter_mut().find(|(other, _)| *other == key) {
+            Some((_, members)) => members.push(row),
+            None => collected.push((key, vec![row])),
+        }
+    }
+    collected
+}
+
+/// Names and values of settings.
+type Settings = Vec<(String, String)>;
+
+/// What the runs of a group have in common.
+#[derive(PartialEq)]
+struct Identity<'r> {
+    model: &'r str,
+    method: &'r str,
+    method_settings: Settings,
+    hyperparameters: Settings,
+}
+
+impl Identity<'_> {
+    fn value(&self, name: &str) -> Option<&str> {
+        let mut settings = self.method_settings.iter().chain(&self.hyperparameters);
+        settings.find(|(other, _)| other == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Returns the settings that are needed to tell this group from the others.
+    ///
+    /// A setting that another method does not have tells nothing beyond the method's name.
+    fn telling_settings(&self, others: &[Identity]) -> String {
+        let tells = |name: &str, value: &str| {
+            others.iter().any(|other| match other.value(name) {
+                Some(theirs) => theirs != value,
+                None => other.method == self.method,
+            })
+        };
+        let settings = self.method_settings.iter().chain(&self.hyperparameters);
+        let telling = settings.filter(|(name, value)| tells(name, value));
+        telling.map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Whether the other is vanilla, and all that vanilla shares with this one is equal.
+    fn has_baseline(&self, other: &Identity) -> bool {
+        other.method == BASELINE
+            && self.method != BASELINE
+            && other.model == self.model
+            && other.hyperparameters == self.hyperparameters
+    }
+}
+
+/// Makes the groups of one block.
+fn groups(rows: &[&Row]) -> Vec<Group> {
+    let mut sizes: Vec<u64> = rows.iter().map(|row| row.examples_train).filter(|&size| size > 0).collect();
+    sizes.sort_unstable();
+    sizes.dedup();
+    // Runs that failed early may not know the size; it is a setting only where it was set.
+    let size_is_setting = sizes.len() > 1;
+    let (identities, members): (Vec<Identity>, Vec<Vec<&Row>>) = gather(rows, |row| Identity {
+        model: &row.model,
+        method: &row.method,
+        method_settings: method_settings(&row.method_config),
+        hyperparameters: hyperparameters(row, size_is_setting),
+    })
+    .into_iter()
+    .unzip();
+    let scores: Vec<BTreeMap<u64, f64>> = members.iter().map(|members| scores_by_seed(members)).collect();
+    let mut groups: Vec<Group> = identities
+        .iter()
+        .zip(&members)
+        .enumerate()
+        .map(|(index, (identity, members))| {
+            let baseline = identities.iter().position(|other| identity.has_baseline(other));
+            let difference = baseline.and_then(|baseline| difference(&scores[index], &scores[baseline]));
+            group(identity, identity.telling_settings(&identities), members, difference)
+        })
+        .collect();
+    mark_best_means(&mut groups);
+    groups
+}
+
+fn group(identity: &Identity, settings: String, rows: &[&Row], difference: Option<Difference>) -> Group {
+    let with = |status| rows.iter().filter(|row| row.status == status).count();
+    let ok: Vec<&&Row> = rows.iter().filter(|row| row.status == Status::Ok).collect();
+    let scores: Vec<f64> = ok.iter().filter_map(|row| row.score).collect();
+    let mut seeds: Vec<u64> = rows.iter().map(|row| row.seed).collect();
+    seeds.sort_unstable();
+    seeds.dedup();
+    Group {
+        model: identity.model.to_owned(),
+        method: identity.method.to_owned(),
+        settings,
+        runs: rows.len(),
+        ok: ok.len(),
+        unscored: ok.len() - scores.len(),
+        diverged: with(Status::Diverged),
+        failed: with(Status::Failed),
+        degenerate: ok.iter().filter(|row| row.degenerate == Some(true)).count(),
+        surplus: rows.len() - seeds.len(),
+        mean: mean(&scores),
+        standard_deviation: standard_deviation(&scores),
+        half_width: confidence_half_width(&scores),
+        median: median(&scores),
+        best: maximum(&scores),
+        has_best_mean: false,
+        difference,
+    }
+}
+
+/// Returns the score of each seed that has one; of several runs of a seed, the first counts.
+fn scores_by_seed(rows: &[&Row]) -> BTreeMap<u64, f64> {
+    let mut scores = BTreeMap::new();
+    for row in rows.iter().filter(|row| row.status == Status::Ok) {
+        if let Some(score) = row.score {
+            scores.entry(row.seed).or_insert(score);
+        }
+    }
+    scores
+}
+
+fn difference(scores: &BTreeMap<u64, f64>, baseline: &BTreeMap<u64, f64>) -> Option<Difference> {
+    let differences: Vec<f64> =
+        scores.iter().filter_map(|(seed, score)| Some(score - baseline.get(seed)?)).collect();
+    Some(Difference {
+        seeds: differences.len(),
+        mean: mean(&differences)?,
+        standard_deviation: standard_deviation(&differences),
+        half_width: confidence_half_width(&differences),
+    })
+}
+
+/// Marks, among the groups of each model, those that no other surpasses. A group that stands alone is not marked.
+fn mark_best_means(groups: &mut [Group]) {
+    let means: Vec<(String, Option<f64>)> =
+        groups.iter().map(|group| (group.model.clone(), group.mean)).collect();
+    for group in groups {
+        let rivals: Vec<f64> =
+            means.iter().filter(|(model, _)| *model == group.model).filter_map(|(_, mean)| *mean).collect();
+        group.has_best_mean = rivals.len() > 1 && group.mean == maximum(&rivals);
+    }
+}
+
+/// Splits the text of a method's settings into names and values.
+fn method_settings(config: &str) -> Settings {
+    let pair = |setting: &str| match setting.split_once('=') {
+        Some((name, value)) => (name.to_owned(), value.to_owned()),
+        None => (setting.to_owned(), "true".to_owned()),
+    };
+    config.split_whitespace().map(pair).collect()
+}
+
+/// Returns what a run shares with runs of every other method.
+fn hyperparameters(row: &Row, size_is_setting: bool) -> Settings {
+    let mut settings = vec![
+        ("preset", row.preset.clone()),
+        ("learning_rate", short(row.learning_rate)),
+        ("epochs", short(row.epochs)),
+        ("batch_size", row.batch_size.to_string()),
+        ("micro_batch", row.micro_batch.to_string()),
+        ("max_length", row.max_length.to_string()),
+        ("warmup", short(row.warmup)),
+        ("weight_decay", short(row.weight_decay)),
+        ("max_gradient_norm", row.max_gradient_norm.map_or("none".into(), short)),
+        ("epsilon", short(row.epsilon)),
+        ("adamw", row.adamw.clone()),
+        ("precision", row.precision.clone()),
+        ("order", row.order.clone()),
+        ("checkpoint", row.checkpoint.clone()),
+    ];
+    if size_is_setting {
+        settings.push(("examples_train", row.examples_train.to_string()));
+    }
+    settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// Writes a number as people write hyper-parameters: `0.01`, but `2e-5`.
+fn short(number: f64) -> String {
+    if number != 0.0 && number.abs() < 1e-3 { format!("{number:e}") } else { number.to_string() }
+}
+
+#[cfg(test)]
+mod tests;

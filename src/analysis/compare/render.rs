@@ -1,0 +1,306 @@
+//! The comparison as text, as Markdown and as CSV.
+
+use comfy_table::presets::{ASCII_MARKDOWN, UTF8_HORIZONTAL_ONLY};
+use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
+
+use super::{BASELINE, Block, Comparison, Difference, Group};
+
+/// What is said once below all tables, as they show it.
+const LEGEND: &str = "\
+Scores are times 100; ± is the standard deviation over seeds. Mean, median and best are of the runs that ended ok,
+degenerate ones (one class predicted) among them; failed counts diverged runs too. The difference to vanilla is taken
+seed by seed; behind it, in brackets, the number of common seeds.";
+
+const CSV_HEADER: [&str; 24] = [
+    "task",
+    "evaluated_on",
+    "split",
+    "headline",
+    "model",
+    "method",
+    "settings",
+    "runs",
+    "ok",
+    "unscored",
+    "diverged",
+    "failed",
+    "degenerate",
+    "surplus",
+    "mean",
+    "standard_deviation",
+    "half_width_95",
+    "median",
+    "best",
+    "has_best_mean",
+    "common_seeds",
+    "difference",
+    "difference_standard_deviation",
+    "difference_half_width_95",
+];
+
+/// How the tables and the lines around them are drawn.
+struct Style {
+    lines: TableStyle,
+    /// Begins a title.
+    heading: &'static str,
+    /// Stands between two paragraphs, besides the end of the line.
+    gap: &'static str,
+    /// Stand around the best mean.
+    best: [&'static str; 2],
+    best_legend: &'static str,
+    escape: fn(&str) -> String,
+}
+
+const TEXT: Style = Style {
+    lines: UTF8_HORIZONTAL_ONLY.row_separator(LineStyle::none()),
+    heading: "",
+    gap: "",
+    best: ["* ", ""],
+    best_legend: "* marks the best mean of a model.",
+    escape: str::to_owned,
+};
+
+const MARKDOWN: Style = Style {
+    lines: ASCII_MARKDOWN,
+    heading: "### ",
+    gap: "\n",
+    best: ["**", "**"],
+    best_legend: "The best mean of a model is bold.",
+    escape: |text| text.replace('|', "\\|"),
+};
+
+impl Comparison {
+    /// Returns aligned tables for the terminal, one a block, each with what the spread of its runs allows to say.
+    pub fn to_text(&self) -> String {
+        self.render(&TEXT)
+    }
+
+    /// Returns the same as Markdown.
+    pub fn to_markdown(&self) -> String {
+        self.render(&MARKDOWN)
+    }
+
+    /// Returns one CSV line a group, with a header. Scores are unscaled here, with all their digits.
+    pub fn to_csv(&self) -> String {
+        let groups =
+            self.blocks.iter().flat_map(|block| block.groups.iter().map(move |group| (block, group)));
+        let lines = groups.map(|(block, group)| csv_line(block, group));
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        for line in std::iter::once(CSV_HEADER.map(str::to_owned)).chain(lines) {
+            writer.write_record(&line).expect("lines of equal length can be written to memory");
+        }
+        let bytes = writer.into_inner().expect("memory can be flushed");
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    fn render(&self, style: &Style) -> String {
+        let gap = style.gap;
+        let mut text = String::new();
+        for block in &self.blocks {
+            text += &format!("{}{}\n{gap}{}\n", style.heading, block.title(style), block.table(style));
+            for line in block.conclusions(style) {
+                text += &format!("{gap}{line}\n");
+            }
+            text += "\n";
+        }
+        if self.repeated > 0 {
+            let rows = if self.repeated == 1 { "row" } else { "rows" };
+            text += &format!("{} {rows} left out: the same run was there already.\n{gap}", self.repeated);
+        }
+        format!("{text}{LEGEND}\n{}", style.best_legend)
+    }
+}
+
+impl Block {
+    /// Returns the models, in the order in which they first appear.
+    fn models(&self) -> Vec<&str> {
+        let mut models: Vec<&str> = Vec::new();
+        for group in &self.groups {
+            if !models.contains(&group.model.as_str()) {
+                models.push(&group.model);
+            }
+        }
+        models
+    }
+
+    fn title(&self, style: &Style) -> String {
+        let task = if self.task == self.evaluated_on {
+            self.task.clone()
+        } else {
+            format!("{}, evaluated on {}", self.task, self.evaluated_on)
+        };
+        let model = match self.models()[..] {
+            [model] => format!(", {model}"),
+            _ => String::new(),
+        };
+        (style.escape)(&format!("{task} ({}){model}: {}", self.split, self.headline))
+    }
+
+    fn table(&self, style: &Style) -> String {
+        let with_models = self.models().len() > 1;
+        let texts = if with_models { 2 } else { 1 };
+        let mut header =
+            vec!["method", "runs", "ok", "mean ± sd", "median", "best", "failed", "degenerate", "to vanilla"];
+        if with_models {
+            header.insert(0, "model");
+        }
+        let mut table = Table::new();
+        table.load_style(style.lines).set_header(header);
+        for group in &self.groups {
+            let [before, after] = if group.has_best_mean { style.best } else { ["", ""] };
+            let mut cells = vec![
+                (style.escape)(&group.label()),
+                group.runs.to_string(),
+                group.ok.to_string(),
+                format!("{before}{}{after}", with_spread(group.mean.map(percent), group.standard_deviation)),
+                group.median.map_or("-".into(), percent),
+                group.best.map_or("-".into(), percent),
+                (group.failed + group.diverged).to_string(),
+                group.degenerate.to_string(),
+                group.difference.map_or("-".into(), |difference| {
+                    let mean = signed_percent(difference.mean);
+                    format!(
+                        "{} ({})",
+                        with_spread(Some(mean), difference.standard_deviation),
+                        difference.seeds
+                    )
+                }),
+            ];
+            if with_models {
+                cells.insert(0, (style.escape)(&group.model));
+            }
+            table.add_row(cells);
+        }
+        table.column_iter_mut().skip(texts).for_each(|column| {
+            column.set_cell_alignment(CellAlignment::Right);
+        });
+        table.trim_fmt()
+    }
+
+    /// Returns one sentence a model on what its runs show about vanilla, and one for whatever the table hides.
+    fn conclusions(&self, style: &Style) -> Vec<String> {
+        let models = self.models();
+        let mut lines: Vec<String> = models
+            .iter()
+            .filter_map(|model| {
+                let sentence = self.conclusion(model)?;
+                Some(if models.len() > 1 { format!("{model}, {sentence}") } else { sentence })
+            })
+            .collect();
+        for (count, what) in [
+            (
+                self.sum(|group| group.unscored),
+                "ended ok without a score, and are missing from the statistics",
+            ),
+            (
+                self.sum(|group| group.surplus),
+                "repeat a seed of their group, so that something else sets them apart",
+            ),
+        ] {
+            if count > 0 {
+                lines.push(format!("{count} of {} runs {what}", self.sum(|group| group.runs)));
+            }
+        }
+        lines.iter().map(|line| (style.escape)(line)).collect()
+    }
+
+    fn conclusion(&self, model: &str) -> Option<String> {
+        let groups = || self.groups.iter().filter(|group| group.model == model);
+        let compared = || groups().filter_map(|group| Some((group, group.mean?, group.difference?)));
+        let best = compared().max_by(|(_, left, _), (_, right, _)| left.total_cmp(right));
+        let Some((best, _, difference)) = best else {
+            let others = groups().any(|group| group.method != BASELINE);
+            return others
+                .then(|| "no difference to vanilla: no vanilla runs with these settings and seeds".into());
+        };
+        let choice = match compared().count() {
+            1 => String::new(),
+            count => format!(" (the best mean of {count}, a choice that flatters it)"),
+        };
+        Some(format!("{}: {}{choice}", best.label(), difference.sentence()))
+    }
+
+    fn sum(&self, count: fn(&Group) -> usize) -> usize {
+        self.groups.iter().map(count).sum()
+    }
+}
+
+impl Group {
+    fn label(&self) -> String {
+        match self.settings.as_str() {
+            "" => self.method.clone(),
+            settings => format!("{}  {settings}", self.method),
+        }
+    }
+}
+
+impl Difference {
+    fn sentence(&self) -> String {
+        let mean = signed_percent(self.mean);
+        let seeds = self.seeds;
+        let Some(half_width) = self.half_width else {
+            return format!(
+                "difference to vanilla {mean} on 1 common seed, which says nothing about the spread"
+            );
+        };
+        let (low, high) = (self.mean - half_width, self.mean + half_width);
+        let verdict = if low > 0.0 {
+            "better than vanilla"
+        } else if high < 0.0 {
+            "worse than vanilla"
+        } else {
+            "which does not tell them apart"
+        };
+        format!(
+            "difference to vanilla {} over {seeds} common seeds; 95 % interval of the mean {} to {}, {verdict}",
+            with_spread(Some(mean), self.standard_deviation),
+            signed_percent(low),
+            signed_percent(high)
+        )
+    }
+}
+
+fn percent(score: f64) -> String {
+    format!("{:.2}", 100.0 * score)
+}
+
+fn signed_percent(difference: f64) -> String {
+    format!("{:+.2}", 100.0 * difference)
+}
+
+/// Joins a mean and its standard deviation, as far as there are any.
+fn with_spread(mean: Option<String>, standard_deviation: Option<f64>) -> String {
+    let mean = mean.unwrap_or("-".into());
+    standard_deviation.map_or(mean.clone(), |deviation| format!("{mean} ± {}", percent(deviation)))
+}
+
+fn csv_line(block: &Block, group: &Group) -> [String; CSV_HEADER.len()] {
+    let number = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
+    let difference = group.difference;
+    [
+        block.task.clone(),
+        block.evaluated_on.clone(),
+        block.split.clone(),
+        block.headline.clone(),
+        group.model.clone(),
+        group.method.clone(),
+        group.settings.clone(),
+        group.runs.to_string(),
+        group.ok.to_string(),
+        group.unscored.to_string(),
+        group.diverged.to_string(),
+        group.failed.to_string(),
+        group.degenerate.to_string(),
+        group.surplus.to_string(),
+        number(group.mean),
+        number(group.standard_deviation),
+        number(group.half_width),
+        number(group.median),
+        number(group.best),
+        group.has_best_mean.to_string(),
+        difference.map_or(0, |difference| difference.seeds).to_string(),
+        number(difference.map(|difference| difference.mean)),
+        number(difference.and_then(|difference| difference.standard_deviation)),
+        number(difference.and_then(|difference| difference.half_width)),
+    ]
+}

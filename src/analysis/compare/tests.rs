@@ -1,0 +1,242 @@
+use super::{Comparison, Group, compare};
+use crate::experiment::results::{Row, Status};
+
+fn run(method: &str, seed: u64, score: f64) -> Row {
+    Row {
+        run: format!("{method}-{seed}"),
+        model: "bert".into(),
+        task: "rte".into(),
+        evaluated_on: "rte".into(),
+        split: "dev".into(),
+        preset: "paper".into(),
+        method: method.into(),
+        headline: "accuracy".into(),
+        learning_rate: 4e-5,
+        epochs: 3.0,
+        seed,
+        score: Some(score),
+        degenerate: Some(false),
+        ..Row::default()
+    }
+}
+
+fn broken(method: &str, seed: u64, status: Status) -> Row {
+    Row { status, score: None, degenerate: None, ..run(method, seed, 0.0) }
+}
+
+/// Vanilla on seeds 1 to 3, a method on 1 to 3 and 5, where it is degenerate; seeds 4 and 6 of it broke.
+fn example() -> Vec<Row> {
+    vec![
+        run("vanilla", 1, 0.60),
+        run("vanilla", 2, 0.62),
+        run("vanilla", 3, 0.64),
+        Row { method_config: "p=0.3".into(), ..run("child_tuning_d", 1, 0.62) },
+        Row { method_config: "p=0.3".into(), ..run("child_tuning_d", 2, 0.66) },
+        Row { method_config: "p=0.3".into(), ..run("child_tuning_d", 3, 0.64) },
+        Row { method_config: "p=0.3".into(), ..broken("child_tuning_d", 4, Status::Failed) },
+        Row { method_config: "p=0.3".into(), degenerate: Some(true), ..run("child_tuning_d", 5, 0.80) },
+        Row { method_config: "p=0.3".into(), ..broken("child_tuning_d", 6, Status::Diverged) },
+    ]
+}
+
+fn near(found: Option<f64>, expected: f64) {
+    let found = found.unwrap();
+    assert!((found - expected).abs() < 1e-9, "{found} is not {expected}");
+}
+
+fn labels(comparison: &Comparison) -> Vec<String> {
+    let groups = comparison.blocks.iter().flat_map(|block| &block.groups);
+    groups.map(|group| format!("{} {}", group.method, group.settings).trim().to_owned()).collect()
+}
+
+#[test]
+fn agrees_with_numbers_worked_out_by_hand() {
+    let comparison = compare(&example());
+    assert_eq!(comparison.blocks.len(), 1);
+    let [vanilla, child] = &comparison.blocks[0].groups[..] else { panic!("two groups are due") };
+    let counts = |group: &Group| [group.runs, group.ok, group.failed, group.diverged, group.degenerate];
+    assert_eq!((counts(vanilla), counts(child)), ([3, 3, 0, 0, 0], [6, 4, 1, 1, 1]));
+    near(vanilla.mean, 0.62);
+    near(vanilla.standard_deviation, 0.02);
+    near(vanilla.half_width, 0.04968275423500661);
+    near(child.mean, 0.68);
+    // Deviations of -6, -2, -4 and 12 points: sqrt(200 / 3).
+    near(child.standard_deviation, (0.02_f64 / 3.0).sqrt());
+    near(child.median, 0.65);
+    near(child.best, 0.80);
+    assert_eq!((vanilla.has_best_mean, child.has_best_mean), (false, true));
+    assert_eq!(vanilla.difference, None);
+    let difference = child.difference.unwrap();
+    // On seeds 1 to 3: +2, +4 and 0 points.
+    assert_eq!(difference.seeds, 3);
+    near(Some(difference.mean), 0.02);
+    near(difference.standard_deviation, 0.02);
+    near(difference.half_width, 0.04968275423500661);
+}
+
+#[test]
+fn shows_settings_only_where_they_tell_groups_apart() {
+    assert_eq!(labels(&compare(&example())), ["vanilla", "child_tuning_d"]);
+    let mut rows = example();
+    rows.push(Row {
+        run: "other p".into(),
+        method_config: "p=0.1 scope=all".into(),
+        ..run("child_tuning_d", 1, 0.5)
+    });
+    rows.push(Row { run: "slow".into(), learning_rate: 2e-5, ..run("vanilla", 1, 0.5) });
+    assert_eq!(
+        labels(&compare(&rows)),
+        [
+            "vanilla learning_rate=4e-5",
+            "child_tuning_d p=0.3 learning_rate=4e-5",
+            "child_tuning_d p=0.1 scope=all learning_rate=4e-5",
+            "vanilla learning_rate=2e-5",
+        ]
+    );
+}
+
+#[test]
+fn sets_a_method_against_vanilla_with_the_same_hyperparameters_only() {
+    let slow = |row: Row| Row { learning_rate: 2e-5, run: format!("{} slow", row.run), ..row };
+    let rows = [
+        run("vanilla", 1, 0.5),
+        run("child_tuning_f", 1, 0.6),
+        slow(run("vanilla", 1, 0.9)),
+        slow(run("child_tuning_f", 1, 0.8)),
+        Row { epochs: 4.0, run: "long".into(), ..run("child_tuning_f", 1, 0.7) },
+        Row { model: "electra".into(), run: "electra".into(), ..run("child_tuning_f", 1, 0.7) },
+        run("child_tuning_f", 2, 0.0),
+    ];
+    let comparison = compare(&rows);
+    let found: Vec<Option<f64>> = comparison.blocks[0]
+        .groups
+        .iter()
+        .map(|group| group.difference.map(|difference| (difference.mean * 1e6).round() / 1e6))
+        .collect();
+    assert_eq!(found, [None, Some(0.1), None, Some(-0.1), None, None]);
+}
+
+#[test]
+fn separates_tasks_targets_and_training_sizes_in_order_of_appearance() {
+    let rows = [
+        Row { task: "sts-b".into(), evaluated_on: "sts-b".into(), run: "a".into(), ..run("vanilla", 1, 0.5) },
+        Row { evaluated_on: "qnli".into(), examples_train: 5, ..run("vanilla", 1, 0.5) },
+        Row { examples_train: 1000, ..run("vanilla", 1, 0.5) },
+        Row { examples_train: 0, ..broken("vanilla", 2, Status::Failed) },
+        Row { task: "sts-b".into(), evaluated_on: "sts-b".into(), run: "b".into(), ..run("vanilla", 2, 0.5) },
+    ];
+    let blocks: Vec<_> = compare(&rows)
+        .blocks
+        .into_iter()
+        .map(|block| (block.task, block.evaluated_on, block.groups[0].runs))
+        .collect();
+    let block = |task: &str, on: &str, runs| (task.to_owned(), on.to_owned(), runs);
+    assert_eq!(blocks, [block("sts-b", "sts-b", 2), block("rte", "qnli", 1), block("rte", "rte", 2)]);
+
+    let sizes = [1000, 5000].map(|size| Row {
+        run: size.to_string(),
+        examples_train: size,
+        ..run("vanilla", 1, 0.5)
+    });
+    assert_eq!(labels(&compare(&sizes)), ["vanilla examples_train=1000", "vanilla examples_train=5000"]);
+}
+
+#[test]
+fn counts_a_run_once_and_prefers_the_row_that_did_not_fail() {
+    let rows = [
+        run("vanilla", 1, 0.5),
+        run("vanilla", 1, 0.9),
+        broken("vanilla", 2, Status::Failed),
+        run("vanilla", 2, 0.7),
+    ];
+    let comparison = compare(&rows);
+    assert_eq!(comparison.repeated, 2);
+    assert_eq!((comparison.blocks[0].groups[0].runs, comparison.blocks[0].groups[0].failed), (2, 0));
+    near(comparison.blocks[0].groups[0].mean, 0.6);
+    assert!(comparison.to_text().contains("2 rows left out: the same run was there already."));
+}
+
+#[test]
+fn says_what_the_statistics_leave_out() {
+    let rows = [
+        run("vanilla", 1, 0.5),
+        Row { run: "hidden setting".into(), ..run("vanilla", 1, 0.7) },
+        Row { score: None, ..run("vanilla", 2, 0.0) },
+    ];
+    let text = compare(&rows).to_text();
+    assert!(text.contains("1 of 3 runs ended ok without a score"), "{text}");
+    assert!(text.contains("1 of 3 runs repeat a seed of their group"), "{text}");
+    let lonely = compare(&[broken("r3f", 1, Status::Diverged)]).to_text();
+    assert!(lonely.contains("no difference to vanilla: no vanilla runs"), "{lonely}");
+}
+
+#[test]
+fn text_is_aligned_and_scaled() {
+    let text = compare(&example()).to_text();
+    let expected = "\
+rte (dev), bert: accuracy
+───────────────────────────────────────────────────────────────────────────────────────────────────────
+ method           runs   ok        mean ± sd   median    best   failed   degenerate         to vanilla
+═══════════════════════════════════════════════════════════════════════════════════════════════════════
+ vanilla             3    3     62.00 ± 2.00    62.00   64.00        0            0                  -
+ child_tuning_d      6    4   * 68.00 ± 8.16    65.00   80.00        2            1   +2.00 ± 2.00 (3)
+───────────────────────────────────────────────────────────────────────────────────────────────────────
+child_tuning_d: difference to vanilla +2.00 ± 2.00 over 3 common seeds; 95 % interval of the mean -2.97 to +6.97, \
+which does not tell them apart
+";
+    assert!(text.starts_with(expected), "{text}");
+    assert!(text.ends_with("* marks the best mean of a model."), "{text}");
+}
+
+#[test]
+fn a_verdict_needs_a_spread_that_excludes_zero() {
+    let verdict = |scores: &[f64]| {
+        let mut rows: Vec<Row> =
+            scores.iter().zip(1..).map(|(&score, seed)| run("child_tuning_f", seed, score)).collect();
+        rows.extend((1..=scores.len() as u64).map(|seed| run("vanilla", seed, 0.5)));
+        let text = compare(&rows).to_text();
+        text.lines().find(|line| line.starts_with("child_tuning_f:")).unwrap().to_owned()
+    };
+    assert!(verdict(&[0.60, 0.61, 0.62]).ends_with(", better than vanilla"));
+    assert!(verdict(&[0.40, 0.41, 0.42]).ends_with(", worse than vanilla"));
+    assert!(verdict(&[0.50, 0.50, 0.50]).ends_with("+0.00 to +0.00, which does not tell them apart"));
+    assert!(verdict(&[0.60]).ends_with("+10.00 on 1 common seed, which says nothing about the spread"));
+}
+
+#[test]
+fn markdown_marks_the_best_and_escapes_bars() {
+    let mut rows = example();
+    rows.push(Row { model: "a|b".into(), run: "other".into(), ..run("r3f", 1, 0.5) });
+    rows.push(Row { run: "f".into(), ..run("child_tuning_f", 1, 0.5) });
+    let markdown = compare(&rows).to_markdown();
+    let lines: Vec<&str> = markdown.lines().collect();
+    assert_eq!(lines[0], "### rte (dev): accuracy");
+    assert!(
+        lines[1].is_empty() && lines[2].starts_with("| model ") && lines[3].starts_with("|---"),
+        "{markdown}"
+    );
+    assert!(markdown.contains("| **68.00 ± 8.16** |"), "{markdown}");
+    assert!(markdown.contains("| a\\|b "), "{markdown}");
+    assert!(markdown.contains("(the best mean of 2, a choice that flatters it)"), "{markdown}");
+    assert!(lines.iter().filter(|line| line.starts_with('|')).all(|line| line.ends_with('|')), "{markdown}");
+}
+
+#[test]
+fn csv_keeps_every_digit() {
+    let csv = compare(&example()).to_csv();
+    let mut reader = csv::Reader::from_reader(csv.as_bytes());
+    let header = reader.headers().unwrap().clone();
+    let records: Vec<csv::StringRecord> = reader.records().map(Result::unwrap).collect();
+    let field = |record: usize, name: &str| {
+        records[record].get(header.iter().position(|column| column == name).unwrap()).unwrap()
+    };
+    assert_eq!(records.len(), 2);
+    assert_eq!([field(0, "method"), field(0, "difference"), field(0, "common_seeds")], ["vanilla", "", "0"]);
+    let group = &compare(&example()).blocks[0].groups[1];
+    assert_eq!(field(1, "mean").parse::<f64>().ok(), group.mean);
+    assert_eq!(
+        field(1, "difference").parse::<f64>().ok(),
+        group.difference.map(|difference| difference.mean)
+    );
+    assert_eq!([field(1, "failed"), field(1, "diverged"), field(1, "degenerate")], ["1", "1", "1"]);
+}

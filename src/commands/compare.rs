@@ -1,0 +1,48 @@
+//! `compare`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use child_tuning::analysis::compare::compare as compare_rows;
+use child_tuning::error::Error;
+use child_tuning::experiment::results;
+use clap::{Args, ValueEnum};
+
+#[derive(Args)]
+pub struct CompareArguments {
+    /// Result files
+    #[arg(required = true, value_name = "RESULTS.csv")]
+    files: Vec<PathBuf>,
+    /// Form of the comparison
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    /// Tables for the terminal
+    Text,
+    /// Markdown tables
+    Markdown,
+    /// CSV
+    Csv,
+}
+
+/// Shows the comparison of all rows of the files.
+pub fn compare(arguments: CompareArguments) -> Result<ExitCode> {
+    let mut rows = Vec::new();
+    for file in &arguments.files {
+        rows.extend(results::read(file)?);
+    }
+    if rows.is_empty() {
+        return Err(Error::configuration("the result files hold no rows yet").into());
+    }
+    let comparison = compare_rows(&rows);
+    match arguments.format {
+        Format::Text => println!("{}", comparison.to_text()),
+        Format::Markdown => println!("{}", comparison.to_markdown()),
+        Format::Csv => print!("{}", comparison.to_csv()),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,68 @@
+//! `export`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use child_tuning::data::TokenEncoder;
+use child_tuning::error::Error;
+use child_tuning::experiment::named_card;
+use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder};
+use clap::Args;
+use tch::Device;
+
+#[derive(Args)]
+pub struct ExportArguments {
+    /// Model folder, in any form that this program reads
+    #[arg(long, value_name = "FOLDER")]
+    model: PathBuf,
+    /// Folder to write
+    #[arg(long, value_name = "FOLDER")]
+    output: PathBuf,
+    /// Task that the head is for; without it, the labels in the model's config.json
+    #[arg(long, value_name = "NAME|CARD.yaml")]
+    task: Option<String>,
+    /// Seed of the parts that the model folder lacks, such as a new head
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+}
+
+/// Reads a model and writes it as transformers would.
+pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
+    if arguments.output.exists() && same_folder(&arguments.model, &arguments.output) {
+        return Err(Error::configuration("--output is the folder of --model; name another one").into());
+    }
+    let folder = ModelFolder::open(&arguments.model)?;
+    let labels = match (&arguments.task, folder.config.labels()) {
+        (Some(task), _) => {
+            let wanted = Labels::from(&named_card(task, Path::new(""))?.objective);
+            folder.labels_for(&wanted)?.unwrap_or(wanted)
+        }
+        (None, Some(names)) if names.len() > 1 => Labels::Classes(names),
+        (None, Some(_)) => Labels::Score,
+        (None, None) => {
+            let text = "has no labels in config.json; name the task of the head with --task";
+            return Err(Error::model(&arguments.model, text).into());
+        }
+    };
+    let encoder = TokenEncoder::from_folder(&arguments.model)?;
+    let mut classifier = Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu)?;
+    classifier.reset(arguments.seed)?;
+    classifier.save(&arguments.output, &encoder)?;
+    let report = &classifier.report;
+    for (what, names) in [
+        ("new, from the seed", &report.fresh),
+        ("left out, not used by the model", &report.unexpected),
+        ("left out, of pretraining", &report.ignored),
+    ] {
+        if !names.is_empty() {
+            eprintln!("{what}: {}", names.join(", "));
+        }
+    }
+    eprintln!("{} written", arguments.output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn same_folder(left: &Path, right: &Path) -> bool {
+    matches!((left.canonicalize(), right.canonicalize()), (Ok(left), Ok(right)) if left == right)
+}

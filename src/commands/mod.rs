@@ -1,0 +1,112 @@
+//! The subcommands: argument handling only; the work is the library's.
+
+mod child;
+mod compare;
+mod doctor;
+mod experiment;
+mod export;
+mod predict;
+mod progress;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use child_tuning::error::Error;
+use clap::{Args, Parser, Subcommand};
+use tch::{Cuda, Device};
+
+/// Fine-tune pretrained text encoders by training only a child network, and compare methods over many seeds.
+///
+/// An experiment is a YAML file: models × tasks × methods × hyper-parameters × seeds. `run` trains what its results
+/// file does not have yet, so a stopped experiment goes on with the same command; `compare` shows what came out.
+#[derive(Parser)]
+#[command(version, about, max_term_width = 100, after_help = "\
+Exit codes: 0 done, 1 some runs failed, 2 usage or configuration, 3 environment, 130 interrupted.
+
+Examples:
+  child-tuning plan experiments/quickstart.yaml
+  child-tuning run experiments/glue.yaml --device cuda --set train.learning_rate='[2e-5, 4e-5]'
+  child-tuning run experiments/glue.yaml --only task=rte --only method=vanilla
+  child-tuning compare results/glue.csv")]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train the runs of experiments that their results files do not have yet.
+    Run(experiment::RunArguments),
+    /// Show what `run` would do: runs, steps, what is finished. Trains nothing.
+    Plan(experiment::PlanArguments),
+    /// Show mean, spread, best and failures per task and method of result files.
+    Compare(compare::CompareArguments),
+    /// Predict the examples of a file with a fine-tuned model.
+    Predict(predict::PredictArguments),
+    /// Compute, inspect and compare child networks (masks).
+    Child(child::ChildArguments),
+    /// Write a model folder, head included, in the form that transformers loads.
+    Export(export::ExportArguments),
+    /// Show what is installed here (libtorch, CUDA, data, models) and what to do about what is not.
+    Doctor(doctor::DoctorArguments),
+}
+
+/// Calls the command that was asked for.
+pub fn call(arguments: Arguments) -> Result<ExitCode> {
+    match arguments.command {
+        Command::Run(arguments) => experiment::run(arguments),
+        Command::Plan(arguments) => experiment::plan(arguments),
+        Command::Compare(arguments) => compare::compare(arguments),
+        Command::Predict(arguments) => predict::predict(arguments),
+        Command::Child(arguments) => child::child(arguments),
+        Command::Export(arguments) => export::export(arguments),
+        Command::Doctor(arguments) => doctor::doctor(arguments),
+    }
+}
+
+/// Where and with how many threads to compute.
+#[derive(Args)]
+pub struct ComputeArguments {
+    /// Device: cpu, cuda, or cuda:1
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: String,
+    /// Threads to compute with on the CPU [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+impl ComputeArguments {
+    /// Settles the device and sets up the thread pools.
+    fn device(&self) -> Result<Device, Error> {
+        if let Some(threads) = self.threads {
+            tch::set_num_threads(i32::from(threads));
+            // Only fails if the pool exists already, and then with the default number of threads.
+            let _ = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global();
+        }
+        let index = match self.device.as_str() {
+            "cpu" => return Ok(Device::Cpu),
+            "cuda" => Some(0),
+            other => other.strip_prefix("cuda:").and_then(|index| index.parse().ok()),
+        };
+        let index: usize = index.ok_or_else(|| {
+            Error::configuration(format!("unknown device `{}`; use cpu, cuda, or cuda:1", self.device))
+        })?;
+        let devices = Cuda::device_count().max(0) as usize;
+        if index < devices {
+            return Ok(Device::Cuda(index));
+        }
+        Err(Error::Environment(match devices {
+            0 => "no CUDA device is usable here: run without --device, or see `child-tuning doctor`".into(),
+            _ => format!("there is no cuda:{index}; this machine has {devices} CUDA devices, counted from 0"),
+        }))
+    }
+}
+
+/// Folders with data sets.
+#[derive(Args)]
+pub struct DataArguments {
+    /// Folder with data sets, searched before those of the experiment and `data/`; may be repeated
+    #[arg(long = "data", value_name = "FOLDER", env = "DATA")]
+    data: Vec<PathBuf>,
+}

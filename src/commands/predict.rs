@@ -1,0 +1,107 @@
+//! `predict`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use child_tuning::data::{TokenEncoder, read_file};
+use child_tuning::error::Error;
+use child_tuning::experiment::named_card;
+use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder};
+use child_tuning::train::{Precision, predict as predict_logits};
+use clap::Args;
+use tch::Tensor;
+
+use super::ComputeArguments;
+
+#[derive(Args)]
+pub struct PredictArguments {
+    /// Fine-tuned model folder, such as one kept with `save:`
+    #[arg(long, value_name = "FOLDER")]
+    model: PathBuf,
+    /// Task that the file belongs to: a name or a card file
+    #[arg(long, value_name = "NAME|CARD.yaml")]
+    task: String,
+    /// File with examples, in any layout of the task; labels are not needed
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// CSV to write: one row an example, in the order of the input
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// Longest example in tokens; longer ones are truncated
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    max_length: usize,
+    /// Add the logits, one column a label in the task's order
+    #[arg(long)]
+    logits: bool,
+    #[command(flatten)]
+    compute: ComputeArguments,
+}
+
+/// Predicts and writes the CSV.
+pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
+    let device = arguments.compute.device()?;
+    let card = named_card(&arguments.task, Path::new(""))?;
+    let dataset = read_file(&card, &arguments.input)?;
+    let folder = ModelFolder::open(&arguments.model)?;
+    let task_labels = Labels::from(&card.objective);
+    let labels = folder.labels_for(&task_labels)?.ok_or_else(|| {
+        Error::model(
+            &arguments.model,
+            format!("has no head for the labels of task {}; fine-tune it on the task first", card.name),
+        )
+    })?;
+    let classifier = Classifier::load(&folder, labels.clone(), HeadStart::Keep, device)?;
+    let encoder = TokenEncoder::from_folder(&arguments.model)?;
+    classifier.check_inputs(&encoder, arguments.max_length)?;
+    let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
+    let logits = predict_logits(&classifier, &inputs, Precision::Float32, |_| Ok(()))?;
+    let logits = in_order_of(&task_labels, &labels, &logits);
+    write(&arguments, &task_labels, &logits)?;
+    eprintln!("{} predictions written to {}", inputs.len(), arguments.output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Puts the columns of the model's labels in the order of the task's.
+fn in_order_of(task: &Labels, model: &Labels, logits: &Tensor) -> Vec<Vec<f32>> {
+    let columns: Vec<usize> = match (task, model) {
+        (Labels::Classes(task), Labels::Classes(model)) => {
+            task.iter().filter_map(|name| model.iter().position(|other| other == name)).collect()
+        }
+        _ => vec![0],
+    };
+    let rows: Vec<Vec<f32>> = Vec::try_from(logits).unwrap_or_default();
+    rows.into_iter().map(|row| columns.iter().map(|&column| row[column]).collect()).collect()
+}
+
+fn write(arguments: &PredictArguments, labels: &Labels, logits: &[Vec<f32>]) -> Result<()> {
+    // The whole text is made first and renamed into place: no half file stands under the real name.
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    let mut header = vec!["index".to_owned(), "prediction".to_owned()];
+    if arguments.logits {
+        header.extend((0..labels.outputs()).map(|label| format!("logit_{label}")));
+    }
+    writer.write_record(&header)?;
+    for (index, row) in logits.iter().enumerate() {
+        let prediction = match labels {
+            Labels::Classes(names) => names[highest(row)].clone(),
+            Labels::Score => row[0].to_string(),
+        };
+        let mut record = vec![index.to_string(), prediction];
+        if arguments.logits {
+            record.extend(row.iter().map(f32::to_string));
+        }
+        writer.write_record(&record)?;
+    }
+    let text = writer.into_inner().context("cannot finish the CSV")?;
+    let temporary = arguments.output.with_extension("partial");
+    let target = &arguments.output;
+    std::fs::write(&temporary, text).map_err(Error::io("write", target))?;
+    std::fs::rename(&temporary, target).map_err(Error::io("write", target))?;
+    Ok(())
+}
+
+/// The place of the highest value; among equals the first.
+fn highest(row: &[f32]) -> usize {
+    (0..row.len()).fold(0, |best, column| if row[column] > row[best] { column } else { best })
+}

@@ -1,0 +1,95 @@
+//! Progress: bars on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use child_tuning::experiment::RunEvent;
+use child_tuning::experiment::results::{Row, Status};
+use child_tuning::train::{Event, Progress};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Shows what a runner reports, on standard error.
+pub struct Display {
+    bar: Option<ProgressBar>,
+    place: String,
+}
+
+impl Display {
+    /// Makes a display that fits what standard error is.
+    pub fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} [{elapsed} < {eta}]");
+            let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar
+        });
+        Self { bar, place: String::new() }
+    }
+
+    /// Shows one event.
+    pub fn show(&mut self, event: RunEvent) {
+        match event {
+            RunEvent::Note(text) => self.line(&format!("note: {text}")),
+            RunEvent::Skipped(Progress { done, total }) => {
+                self.line(&format!("{done} of {total} runs are in the results already"));
+            }
+            RunEvent::Started(number, total, run) => {
+                self.place = format!("[{number}/{total}] {}", run.label());
+                if let Some(bar) = &self.bar {
+                    bar.set_prefix(self.place.clone());
+                    bar.set_message("");
+                    bar.reset();
+                }
+            }
+            RunEvent::Progress(event) => self.progress(event),
+            RunEvent::Finished(row) => self.line(&format!("{}: {}", self.place, outcome(row))),
+        }
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn progress(&self, event: Event) {
+        let Some(bar) = &self.bar else { return };
+        let (progress, message) = match event {
+            Event::Prepared(progress) => (progress, "examples for the mask".to_owned()),
+            Event::Step { progress, loss } => (progress, format!("steps, loss {loss:.4}")),
+            Event::Evaluated(progress) => (progress, "examples scored".to_owned()),
+            Event::Epoch { epoch, headline } => {
+                self.line(&format!("{}: epoch {epoch}: {headline:.4}", self.place));
+                return;
+            }
+        };
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+        bar.set_message(message);
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+    }
+}
+
+/// Puts a finished run in a few words.
+fn outcome(row: &Row) -> String {
+    let seconds = [row.prepare_seconds, row.train_seconds, row.evaluate_seconds].iter().flatten().sum::<f64>();
+    match (row.status, row.score) {
+        (Status::Ok, score) => {
+            let score = score.filter(|score| score.is_finite());
+            let score = score.map_or("undefined".to_owned(), |score| format!("{:.2}", 100.0 * score));
+            let degenerate = if row.degenerate == Some(true) { ", predicts one class only" } else { "" };
+            format!("{} {score}{degenerate} ({seconds:.1} s)", row.headline)
+        }
+        (status, _) => {
+            let status = if status == Status::Diverged { "diverged" } else { "failed" };
+            format!("{status}: {}", row.reason.as_deref().unwrap_or("no reason recorded"))
+        }
+    }
+}

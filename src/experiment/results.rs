@@ -1,0 +1,268 @@
+//! The results file: a CSV that keeps every finished run, whatever happens to the process that wrote it.
+//!
+//! Promises, and what keeps them:
+//! - *Nothing is torn.* One row goes out in one write and is synced to the disk; what a kill or a full disk leaves of
+//!   it has no newline and is cut away at the next start. Several rows, and a row that replaces another, go into a
+//!   new file that takes the old one's place in one step, so that a run never has only some of its rows.
+//! - *Nothing is there twice.* Every change is made under a lock, after the file has been read again; a row whose
+//!   (run, data set, split) is there already is dropped.
+//! - *Nothing is done twice.* A run is claimed before it is trained; the claim ends with the process.
+//! - *Nothing stays failed.* A run counts as finished once it ended `ok` or `diverged`. A `failed` one is tried again,
+//!   and what it brings then takes the place of its failed rows.
+
+mod contents;
+mod row;
+mod text;
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use contents::{Contents, Found};
+pub use row::{Row, SCHEMA_VERSION, Status};
+pub use text::read;
+
+use crate::error::{Error, Result};
+
+/// A results file that this process may append to, along with others.
+#[derive(Debug)]
+pub struct ResultsFile {
+    path: PathBuf,
+    repaired: OnceLock<String>,
+}
+
+/// The right to train one run, until it is dropped or the process ends, however it ends.
+#[derive(Debug)]
+pub struct Claim {
+    results: PathBuf,
+    path: PathBuf,
+    /// Holds the lock for as long as it is open.
+    _file: File,
+}
+
+impl ResultsFile {
+    /// Opens a results file, or makes it along with its folder, so that a bad place shows before anything is trained.
+    ///
+    /// A last row that was cut off while it was written is removed; [`ResultsFile::repaired`] says so.
+    ///
+    /// # Errors
+    /// Fails with an environment error if the folder cannot be made or written to, with a configuration error if the
+    /// file has other columns or another schema version, and with a data error if a row does not parse.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if path.file_name().is_none() || path.is_dir() {
+            let message = format!("results file `{}` is a folder; name a file in it", path.display());
+            return Err(Error::configuration(message));
+        }
+        let folder = folder_of(path);
+        fs::create_dir_all(folder).map_err(|source| unwritable("create the folder", folder, &source))?;
+        // A replaced file must land where a link points, not on the link.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let results = Self { path, repaired: OnceLock::new() };
+        let _lock = lock(&results.path).map_err(|error| match error {
+            Error::Io { action, path, source } => unwritable(action, &path, &source),
+            other => other,
+        })?;
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(&results.path)
+            .map_err(|source| unwritable("write", &results.path, &source))?;
+        text::parse(&results.path, &results.contents()?.bytes)?;
+        Ok(results)
+    }
+
+    /// Returns what was cut away from the file because it had been written in part only, if anything was.
+    pub fn repaired(&self) -> Option<&str> {
+        self.repaired.get().map(String::as_str)
+    }
+
+    /// Returns the ids of the runs that need not be done again: those that ended `ok` or `diverged`.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be read or has been replaced by a foreign one.
+    pub fn finished(&self) -> Result<HashSet<String>> {
+        let _lock = lock(&self.path)?;
+        Ok(self.contents()?.finished())
+    }
+
+    /// Appends the rows of one run and returns how many of them were new.
+    ///
+    /// Left out are rows whose (run, data set, split) is in the file; failed rows of the same run make way for the
+    /// new ones. When this returns, the rows are on the disk.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be written, as on a full disk; the file is then as it was.
+    pub fn append(&self, rows: &[Row]) -> Result<usize> {
+        let _lock = lock(&self.path)?;
+        let contents = self.contents()?;
+        let runs: HashSet<&str> = rows.iter().map(|row| row.run.as_str()).collect();
+        let (superseded, kept): (Vec<&Found>, Vec<&Found>) =
+            contents.rows.iter().partition(|found| found.failed && runs.contains(found.run.as_str()));
+        let mut taken: HashSet<(&str, &str, &str)> = kept
+            .iter()
+            .map(|found| (found.run.as_str(), found.evaluated_on.as_str(), found.split.as_str()))
+            .collect();
+        let new: Vec<&Row> =
+            rows.iter().filter(|row| taken.insert((&row.run, &row.evaluated_on, &row.split))).collect();
+        let lines = text::encode(&new).map_err(|error| Error::io("write", &self.path)(error.into()))?;
+        match new.len() {
+            0 => {}
+            1 if superseded.is_empty() => self.append_in_place(contents.bytes.len(), &lines)?,
+            _ => {
+                let mut bytes = contents.bytes[contents.header.clone()].to_vec();
+                kept.iter().for_each(|found| bytes.extend_from_slice(&contents.bytes[found.line.clone()]));
+                bytes.extend_from_slice(&lines);
+                self.replace(&bytes)?;
+            }
+        }
+        Ok(new.len())
+    }
+
+    /// Claims a run, so that no other thread or process trains it too.
+    ///
+    /// Returns nothing if someone else holds the run. Whoever gets it should ask [`ResultsFile::finished`] once more:
+    /// another process may have finished it, and given it back, since.
+    ///
+    /// # Errors
+    /// Fails if the claim cannot be written beside the results file.
+    pub fn claim(&self, run: &str) -> Result<Option<Claim>> {
+        if run.is_empty() || !run.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(Error::configuration(format!("run id `{run}` is not made of letters and digits")));
+        }
+        let _lock = lock(&self.path)?;
+        let folder = beside(&self.path, ".claims");
+        fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+        let path = folder.join(run);
+        let file = open_lock_file(&path)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Claim { results: self.path.clone(), path, _file: file })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(source)) => Err(Error::io("lock", path)(source)),
+        }
+    }
+
+    /// Reads the file, which the caller has locked, and mends what a cut-off write left of its end.
+    fn contents(&self) -> Result<Contents> {
+        let header = text::header().map_err(|error| Error::io("write", &self.path)(error.into()))?;
+        let mut bytes = match fs::read(&self.path) {
+            Ok(bytes) => bytes,
+            // Deleted by the user while runs were going on: those that end from here on start a new one.
+            Err(source) if source.kind() == ErrorKind::NotFound => Vec::new(),
+            Err(source) => return Err(Error::io("read", &self.path)(source)),
+        };
+        if bytes.len() < header.len() && header.starts_with(&bytes) {
+            self.replace(&header)?;
+            bytes.clone_from(&header);
+        }
+        let mut contents = Contents::find(&self.path, bytes, &header)?;
+        if let Some(torn) = contents.take_torn() {
+            self.truncate(torn.line.start)?;
+            let message = format!(
+                "{}: removed a last row that was cut off while it was written ({} bytes, of run `{}`)",
+                self.path.display(),
+                torn.line.len(),
+                torn.run
+            );
+            // One note is enough: a second repair would say the same of another process's row.
+            let _ = self.repaired.set(message);
+        }
+        Ok(contents)
+    }
+
+    /// Appends lines in one write; if that fails, takes back what of them was written.
+    fn append_in_place(&self, length: usize, lines: &[u8]) -> Result<()> {
+        let written = OpenOptions::new().append(true).open(&self.path).and_then(|mut file| {
+            file.write_all(lines)?;
+            file.sync_all()
+        });
+        written.map_err(|source| {
+            // If even this fails, the next start finds the row without its newline and removes it.
+            let _ = self.truncate(length);
+            Error::io("append to", &self.path)(source)
+        })
+    }
+
+    /// Replaces the whole file in one step: after a kill there is the old one or the new one.
+    fn replace(&self, bytes: &[u8]) -> Result<()> {
+        let temporary = beside(&self.path, ".tmp");
+        let replaced = File::create(&temporary)
+            .and_then(|mut file| {
+                file.write_all(bytes)?;
+                if let Ok(metadata) = fs::metadata(&self.path) {
+                    file.set_permissions(metadata.permissions())?;
+                }
+                file.sync_all()
+            })
+            .and_then(|()| fs::rename(&temporary, &self.path))
+            .and_then(|()| File::open(folder_of(&self.path))?.sync_all());
+        replaced.map_err(|source| {
+            // Only tidiness: a temporary file that stays is overwritten the next time.
+            let _ = fs::remove_file(&temporary);
+            Error::io("replace", &self.path)(source)
+        })
+    }
+
+    fn truncate(&self, length: usize) -> Result<()> {
+        OpenOptions::new()
+            .write(true)
+            .open(&self.path)
+            .and_then(|file| {
+                file.set_len(length as u64)?;
+                file.sync_all()
+            })
+            .map_err(Error::io("truncate", &self.path))
+    }
+}
+
+impl Drop for Claim {
+    /// Gives the run back. What cannot be removed does no harm: a claim without a lock holds nothing.
+    fn drop(&mut self) {
+        // Under the lock, since otherwise somebody could open the file before it is removed and lock it after.
+        if let Ok(_lock) = lock(&self.results) {
+            let _ = fs::remove_file(&self.path);
+            // Succeeds for the last claim only: the folder must be empty.
+            let _ = fs::remove_dir(folder_of(&self.path));
+        }
+    }
+}
+
+/// Locks a results file until the returned file is dropped.
+///
+/// What is locked is a file beside it, which is never replaced: whoever waited for a lock on the results file itself
+/// would, after a replacement, hold a lock on a file that no longer has a name.
+fn lock(results: &Path) -> Result<File> {
+    let path = beside(results, ".lock");
+    let file = open_lock_file(&path)?;
+    file.lock().map_err(Error::io("lock", path))?;
+    Ok(file)
+}
+
+fn open_lock_file(path: &Path) -> Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(Error::io("create", path))
+}
+
+/// Returns the path with something added to its name.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.file_name().unwrap_or(OsStr::new("results")).to_owned();
+    name.push(suffix);
+    path.with_file_name(name)
+}
+
+/// Returns the folder a file is in, which for a bare name is the present one.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn unwritable(action: &str, path: &Path, source: &std::io::Error) -> Error {
+    Error::Environment(format!(
+        "cannot {action} {}: {source}; make it writable, or name another place with `results:`",
+        path.display()
+    ))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,136 @@
+//! What a results file holds, as far as appending to it goes: whole lines, and which run each belongs to.
+//!
+//! Rows are looked at as text here, so that a row somebody edited by hand cannot keep a trained run from being saved.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::path::Path;
+
+use super::row::SCHEMA_VERSION;
+use super::text::other_version;
+use crate::error::{Error, Result};
+
+/// The rows of a results file and where in its bytes they are.
+pub(super) struct Contents {
+    /// The whole file.
+    pub bytes: Vec<u8>,
+    /// The header line, with its newline.
+    pub header: Range<usize>,
+    /// The rows, in the order of the file.
+    pub rows: Vec<Found>,
+}
+
+/// What of a row decides over other rows.
+pub(super) struct Found {
+    pub run: String,
+    pub evaluated_on: String,
+    pub split: String,
+    /// Whether the run is to be tried again.
+    pub failed: bool,
+    /// Whether the row has a field for every column.
+    pub whole: bool,
+    /// The row with its newline.
+    pub line: Range<usize>,
+}
+
+impl Contents {
+    /// Finds the rows of a file; `expected` is the header line it must have.
+    ///
+    /// # Errors
+    /// Fails with a configuration error if the file has other columns.
+    pub fn find(path: &Path, bytes: Vec<u8>, expected: &[u8]) -> Result<Self> {
+        let mut reader = reader(&bytes);
+        let mut header = csv::ByteRecord::new();
+        read_record(&mut reader, &mut header, path)?;
+        check_header(path, &mut reader, &header, expected)?;
+        let column = |name: &str| header.iter().position(|column| column == name.as_bytes());
+        let [run, evaluated_on, split, status] = ["run", "evaluated_on", "split", "status"].map(column);
+
+        let mut reader = self::reader(&bytes);
+        let mut record = csv::ByteRecord::new();
+        let mut starts = Vec::new();
+        let mut rows = Vec::new();
+        while read_record(&mut reader, &mut record, path)? {
+            let start = record.position().map_or(0, |position| position.byte() as usize);
+            // The reader counts the second half of a Windows line end, and empty lines, to the row that follows.
+            let skipped = bytes[start..].iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+            starts.push(start + skipped);
+            let field = |column: Option<usize>| {
+                let bytes = column.and_then(|column| record.get(column)).unwrap_or_default();
+                String::from_utf8_lossy(bytes).into_owned()
+            };
+            rows.push(Found {
+                run: field(run),
+                evaluated_on: field(evaluated_on),
+                split: field(split),
+                failed: field(status) == "failed",
+                whole: record.len() >= header.len(),
+                line: 0..0,
+            });
+        }
+        starts.push(bytes.len());
+        for (row, ends) in rows.iter_mut().zip(starts.windows(2)) {
+            row.line = ends[0]..ends[1];
+        }
+        let header = rows.remove(0).line;
+        Ok(Self { bytes, header, rows })
+    }
+
+    /// Removes and returns a last row that was cut off while it was written: it lacks fields or its newline.
+    pub fn take_torn(&mut self) -> Option<Found> {
+        let cut_off = !self.bytes.ends_with(b"\n");
+        let torn = self.rows.pop_if(|last| cut_off || !last.whole)?;
+        self.bytes.truncate(torn.line.start);
+        Some(torn)
+    }
+
+    /// Returns the ids of the runs that are in the file and have no failed row.
+    pub fn finished(&self) -> HashSet<String> {
+        let mut finished: HashSet<String> = self.rows.iter().map(|found| found.run.clone()).collect();
+        for found in self.rows.iter().filter(|found| found.failed) {
+            finished.remove(&found.run);
+        }
+        finished
+    }
+}
+
+fn reader(bytes: &[u8]) -> csv::Reader<&[u8]> {
+    csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(bytes)
+}
+
+fn read_record(reader: &mut csv::Reader<&[u8]>, record: &mut csv::ByteRecord, path: &Path) -> Result<bool> {
+    reader.read_byte_record(record).map_err(|error| Error::data(path, 0, error.to_string()))
+}
+
+/// Checks that a file has the expected columns in their order; `rest` is the file behind its header.
+fn check_header(
+    path: &Path,
+    rest: &mut csv::Reader<&[u8]>,
+    header: &csv::ByteRecord,
+    expected: &[u8],
+) -> Result<()> {
+    let mut columns = csv::ByteRecord::new();
+    read_record(&mut reader(expected), &mut columns, path)?;
+    let longest = columns.len().max(header.len());
+    let Some(index) = (0..longest).find(|&index| columns.get(index) != header.get(index)) else {
+        return Ok(());
+    };
+    let mut first = csv::ByteRecord::new();
+    if header.get(0) == Some(b"schema_version".as_slice()) && read_record(rest, &mut first, path)? {
+        let version = String::from_utf8_lossy(first.get(0).unwrap_or_default());
+        if version != SCHEMA_VERSION.to_string() {
+            return Err(other_version(path, 0, &version));
+        }
+    }
+    let name = |column: Option<&[u8]>| match column {
+        Some(name) => format!("`{}`", String::from_utf8_lossy(name)),
+        None => "the end of the line".into(),
+    };
+    Err(Error::configuration(format!(
+        "{}: is not a results file of this program: column {} is {} where {} is due; name another file with `results:`",
+        path.display(),
+        index + 1,
+        name(header.get(index)),
+        name(columns.get(index)),
+    )))
+}
