@@ -55,6 +55,7 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    child_tuning::libtorch::keep_freed_memory();
     tch::set_num_threads(arguments.threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
     let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };

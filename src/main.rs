@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    child_tuning::libtorch::keep_freed_memory();
     let arguments = commands::Arguments::parse();
     match commands::call(arguments) {
         Ok(code) => code,

@@ -13,7 +13,7 @@ pub use context::{
     Float32Precision, cuda_peak_bytes, reset_cuda_peak, set_deterministic, set_float32_precision, version,
 };
 pub use hooks::{GradientHook, HookedGradient, panic_message, set_gradient};
-pub use memory::{elements, elements_mut, map_file};
+pub use memory::{elements, elements_mut, keep_freed_memory, map_file};
 pub use optimizer::{FusedAdamW, FusedGroup};
 
 use crate::error::Error;
