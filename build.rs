@@ -18,7 +18,9 @@ fn main() {
 
     let library_folder = match env::var("DEP_TCH_LIBTORCH_LIB") {
         Ok(folder) => PathBuf::from(folder),
-        Err(_) => stop("torch-sys did not say where libtorch is; run `make setup` and build with `make build`"),
+        Err(_) => {
+            stop("torch-sys did not say where libtorch is; run `make setup` and build with `make build`")
+        }
     };
     let include = library_folder.join("../include");
     check_version(&include);

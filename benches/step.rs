@@ -60,7 +60,8 @@ fn main() -> anyhow::Result<()> {
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
     let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
     let data = random_data(&arguments.lengths)?;
-    let mut classifier = Classifier::untrained(config(&arguments), Labels::Classes(vec!["0".into(), "1".into()]), device)?;
+    let mut classifier =
+        Classifier::untrained(config(&arguments), Labels::Classes(vec!["0".into(), "1".into()]), device)?;
     classifier.reset(SEED)?;
     let prepared = prepared(&arguments.method, &classifier)?;
     let settings = settings(&arguments.precision);
@@ -147,13 +148,19 @@ fn prepared(method: &str, classifier: &Classifier) -> anyhow::Result<Prepared> {
     let parameters = &classifier.parameters;
     let (mask, decay) = match method {
         "vanilla" => (None, DecayScope::All),
-        "child_tuning_f" => {
-            (Some(GradientMask::Bernoulli(BernoulliMask::new(MaskScope::All, SHARE, true, SEED))), DecayScope::All)
-        }
+        "child_tuning_f" => (
+            Some(GradientMask::Bernoulli(BernoulliMask::new(MaskScope::All, SHARE, true, SEED))),
+            DecayScope::All,
+        ),
         "child_tuning_d" => {
             let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
-            let child =
-                ChildNetwork::from_scores(parameters, &scores, SHARE, MaskScope::EncoderLayers, Threshold::Global)?;
+            let child = ChildNetwork::from_scores(
+                parameters,
+                &scores,
+                SHARE,
+                MaskScope::EncoderLayers,
+                Threshold::Global,
+            )?;
             (Some(GradientMask::Fixed(child)), DecayScope::Child)
         }
         other => anyhow::bail!("unknown method {other}"),

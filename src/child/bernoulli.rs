@@ -74,7 +74,13 @@ impl BernoulliMask {
         let key = Key::derive(self.seed, Purpose::Mask, step);
         let first_group = (parameter.range.start / GROUP) as u32;
         elements_mut::<f32>(gradient)?.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
-            mask_and_scale(values, key, first_group + (chunk * CHUNK / GROUP) as u32, self.keep.limit, self.scale);
+            mask_and_scale(
+                values,
+                key,
+                first_group + (chunk * CHUNK / GROUP) as u32,
+                self.keep.limit,
+                self.scale,
+            );
         });
         Ok(())
     }

@@ -86,7 +86,8 @@ fn add_per_example(
     information: &Tensor,
 ) -> Result<()> {
     // Detached weights: backward then computes activation gradients only, and the observer does the rest.
-    let weights = classifier.parameters.iter().map(|(id, _)| Ok(classifier.parameters.leaf(id).f_detach()?));
+    let weights =
+        classifier.parameters.iter().map(|(id, _)| Ok(classifier.parameters.leaf(id).f_detach()?));
     let weights = weights.collect::<Result<Vec<Tensor>>>()?;
     let squares = SquaredGradients::new(&classifier.parameters, information, scope, &batch.batch);
     let pass = Pass::new(&weights, &batch.batch, batch.dropout).observed(&squares);

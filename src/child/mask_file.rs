@@ -7,6 +7,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::network::ChildNetwork;
 use crate::error::{Error, Result};
+use crate::model::publish;
 
 /// Identifies the format, so that another safetensors file is not taken for a mask.
 const FORMAT: &str = "child-tuning mask 1";
@@ -17,7 +18,9 @@ const FORMAT: &str = "child-tuning mask 1";
 /// # Errors
 /// Fails if the file cannot be written.
 pub fn write_mask(path: &Path, child: &ChildNetwork, about: &[(&str, String)]) -> Result<()> {
-    let unwritable = |error: safetensors::SafeTensorError| Error::Environment(format!("cannot write {}: {error}", path.display()));
+    let unwritable = |error: safetensors::SafeTensorError| {
+        Error::Environment(format!("cannot write {}: {error}", path.display()))
+    };
     let packed: Vec<Vec<u8>> = child.tensors().iter().map(|tensor| child.packed_bits(tensor)).collect();
     let views = child.tensors().iter().zip(&packed).map(|(tensor, bytes)| {
         Ok((tensor.name.as_str(), TensorView::new(Dtype::U8, vec![bytes.len()], bytes)?))
@@ -36,7 +39,7 @@ pub fn write_mask(path: &Path, child: &ChildNetwork, about: &[(&str, String)]) -
     // Written beside and renamed, so that a crash leaves no half mask under the real name.
     let temporary = path.with_extension("partial");
     safetensors::serialize_to_file(views, Some(metadata), &temporary).map_err(unwritable)?;
-    std::fs::rename(&temporary, path).map_err(Error::io("write", path))
+    publish(&temporary, path)
 }
 
 /// What a mask file holds, without the model it belongs to.
@@ -60,7 +63,8 @@ impl MaskFile {
 /// Fails if the file is missing, damaged or no mask.
 pub fn read_mask(path: &Path) -> Result<MaskFile> {
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let damaged = |reason: String| Error::model(path, format!("is not a mask written by this program ({reason})"));
+    let damaged =
+        |reason: String| Error::model(path, format!("is not a mask written by this program ({reason})"));
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(error.to_string()))?;
     let about = header.metadata().clone().unwrap_or_default();
     if about.get("format").map(String::as_str) != Some(FORMAT) {

@@ -95,7 +95,8 @@ impl ChildNetwork {
         let scores = scores.f_to_device(Device::Cpu)?;
         let scores: &[f32] = elements(&scores)?;
         let mut child = Self::full(parameters, scope)?;
-        let ranges: Vec<_> = child.tensors.iter().map(|tensor| tensor.start..tensor.start + tensor.count).collect();
+        let ranges: Vec<_> =
+            child.tensors.iter().map(|tensor| tensor.start..tensor.start + tensor.count).collect();
         if ranges.par_iter().any(|range| scores[range.clone()].iter().any(|score| !(*score >= 0.0))) {
             return Err(Error::Diverged("the Fisher information has entries that are not numbers".into()));
         }
@@ -103,7 +104,9 @@ impl ChildNetwork {
         let count = |slices: &[&[f32]]| slices.iter().map(|slice| slice.len()).sum::<usize>();
         let share = |total: usize| (p * total as f64).round() as usize;
         match threshold {
-            Threshold::Global => child.select(scores, &mut largest(&slices, share(count(&slices))), 0..slices.len()),
+            Threshold::Global => {
+                child.select(scores, &mut largest(&slices, share(count(&slices))), 0..slices.len())
+            }
             Threshold::PerTensor => {
                 for (index, slice) in slices.iter().enumerate() {
                     child.select(scores, &mut largest(&[slice], share(slice.len())), index..index + 1);
@@ -189,7 +192,8 @@ impl ChildNetwork {
 
     /// Iterates over the bits of a tensor.
     pub fn bits(&self, tensor: &TensorMask) -> impl Iterator<Item = bool> {
-        (tensor.start..tensor.start + tensor.count).map(|element| self.words[element / WORD] >> (element % WORD) & 1 == 1)
+        (tensor.start..tensor.start + tensor.count)
+            .map(|element| self.words[element / WORD] >> (element % WORD) & 1 == 1)
     }
 
     /// Returns a tensor's bits packed into bytes, element 0 in the lowest bit of byte 0; unused bits are zero.
@@ -255,8 +259,10 @@ impl ChildNetwork {
     /// Spreads the bits out on the device of another tensor, as zeros and ones of its type.
     fn expanded(&self, start: usize, count: usize, like: &Tensor) -> Result<Tensor> {
         let first = start / WORD;
-        let bytes: Vec<u8> =
-            self.words[first..first + count.div_ceil(WORD)].iter().flat_map(|word| word.to_le_bytes()).collect();
+        let bytes: Vec<u8> = self.words[first..first + count.div_ceil(WORD)]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
         let bytes = Tensor::from_slice(&bytes).f_to_device(like.device())?.f_unsqueeze(1)?;
         let shifts = Tensor::f_arange(8, (Kind::Uint8, like.device()))?;
         let bits = bytes.f_bitwise_right_shift(&shifts)?.f_bitwise_and(1)?.f_view([-1])?;

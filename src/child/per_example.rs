@@ -1,11 +1,10 @@
 //! Squared gradients of single examples in one backward pass over a batch.
 //!
 //! A linear layer's weight gradient for example b is dY_bᵀ X_b, over the rows of that example: the same products that
-//! backward would compute for the whole batch, kept apart by example, squared and summed at once, so that no more than
-//! one layer's gradient of one example exists at a time.
+//! backward would compute for the whole batch, kept apart by example, squared and summed at once, so that no more than a
+//! block of one layer's rows exists for the examples of a batch at a time.
 
 use std::cell::RefCell;
-use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
@@ -27,7 +26,12 @@ pub struct SquaredGradients<'a> {
 
 impl<'a> SquaredGradients<'a> {
     /// Observes one pass over `batch`; parameters outside `scope` are skipped.
-    pub fn new(parameters: &'a Parameters, sums: &'a Tensor, scope: MaskScope, batch: &'a PackedBatch) -> Self {
+    pub fn new(
+        parameters: &'a Parameters,
+        sums: &'a Tensor,
+        scope: MaskScope,
+        batch: &'a PackedBatch,
+    ) -> Self {
         Self { parameters, sums, scope, batch, hooks: RefCell::default() }
     }
 
@@ -42,21 +46,6 @@ impl<'a> SquaredGradients<'a> {
         Ok(Some(flat.f_view(parameter.shape.as_slice())?))
     }
 
-    /// Returns the rows of each example.
-    fn segments(&self, rows: Rows) -> Vec<Range<i64>> {
-        let mut start = 0;
-        let length = |length: usize| if rows == Rows::Tokens { length as i64 } else { 1 };
-        self.batch
-            .lengths
-            .iter()
-            .map(|&tokens| {
-                let segment = start..start + length(tokens);
-                start = segment.end;
-                segment
-            })
-            .collect()
-    }
-
     /// Returns the example of each token, `[tokens]`.
     fn example_of_token(&self) -> Result<Tensor> {
         let numbers: Vec<i64> = (self.batch.lengths.iter().enumerate())
@@ -65,7 +54,11 @@ impl<'a> SquaredGradients<'a> {
         Ok(Tensor::from_slice(&numbers).f_to_device(self.sums.device())?)
     }
 
-    fn hook(&self, output: &Tensor, function: impl FnMut(Tensor) -> Result<()> + Send + 'static) -> Result<()> {
+    fn hook(
+        &self,
+        output: &Tensor,
+        function: impl FnMut(Tensor) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
         let mut function = function;
         let hook = GradientHook::register(output, move |HookedGradient { gradient, .. }| {
             function(gradient)?;
@@ -82,30 +75,26 @@ impl LayerObserver for SquaredGradients<'_> {
         if weight.is_none() && bias.is_none() {
             return Ok(());
         }
-        let (input, segments, rows) = (input.f_detach()?, self.segments(layer.rows), layer.rows);
-        self.hook(output, move |gradient| match rows {
+        let input = input.f_detach()?;
+        if layer.rows == Rows::Examples {
             // One row an example: (dy xᵀ)² = dy² (x²)ᵀ, and the sum over examples is one product.
-            Rows::Examples => {
+            return self.hook(output, move |gradient| {
                 let squares = gradient.f_square()?;
                 if let Some(sum) = &weight {
                     add(sum, &squares.f_transpose(0, 1)?.f_matmul(&input.f_square()?)?)?;
                 }
                 bias.as_ref().map_or(Ok(()), |sum| add(sum, &total(&squares)?))
+            });
+        }
+        let rectangle = Rectangle::new(self.batch)?;
+        let input = rectangle.lay_out(&input)?;
+        self.hook(output, move |gradient| {
+            let gradient = rectangle.lay_out(&gradient)?;
+            if let Some(sum) = &weight {
+                add_squared_products(sum, &gradient.f_transpose(1, 2)?, &input)?;
             }
-            Rows::Tokens => {
-                for segment in &segments {
-                    let length = segment.end - segment.start;
-                    let gradient = gradient.f_narrow(0, segment.start, length)?;
-                    if let Some(sum) = &weight {
-                        let input = input.f_narrow(0, segment.start, length)?;
-                        add_square(sum, &gradient.f_transpose(0, 1)?.f_matmul(&input)?)?;
-                    }
-                    if let Some(sum) = &bias {
-                        add_square(sum, &total(&gradient)?)?;
-                    }
-                }
-                Ok(())
-            }
+            let Some(sum) = &bias else { return Ok(()) };
+            add(sum, &total(&gradient.f_sum_dim_intlist(1i64, false, Kind::Float)?.f_square()?)?)
         })
     }
 
@@ -115,7 +104,8 @@ impl LayerObserver for SquaredGradients<'_> {
             return Ok(());
         }
         let width = input.size()[1];
-        let normalised = input.f_detach()?.f_layer_norm([width], None::<Tensor>, None::<Tensor>, layer.epsilon, true)?;
+        let normalised =
+            input.f_detach()?.f_layer_norm([width], None::<Tensor>, None::<Tensor>, layer.epsilon, true)?;
         let examples = self.example_of_token()?;
         let count = self.batch.examples() as i64;
         self.hook(output, move |gradient| {
@@ -156,7 +146,42 @@ fn add(sum: &Tensor, values: &Tensor) -> Result<()> {
     Ok(())
 }
 
-fn add_square(sum: &Tensor, values: &Tensor) -> Result<()> {
-    let _ = sum.shallow_clone().f_addcmul_(values, values)?;
+/// How to lay packed tokens out as `[examples, longest, width]`, zeros where nothing is.
+struct Rectangle {
+    examples: i64,
+    longest: i64,
+    /// Place of each token, `[tokens]`; `None` where all examples are of one length.
+    places: Option<Tensor>,
+}
+
+impl Rectangle {
+    fn new(batch: &PackedBatch) -> Result<Self> {
+        let places = batch.padding.as_ref().map(|padding| padding.places.shallow_clone());
+        Ok(Self { examples: batch.examples() as i64, longest: batch.longest() as i64, places })
+    }
+
+    fn lay_out(&self, rows: &Tensor) -> Result<Tensor> {
+        let shape = [self.examples, self.longest, rows.size()[1]];
+        let Some(places) = &self.places else { return Ok(rows.f_reshape(shape)?) };
+        let empty = Tensor::f_zeros([shape[0] * shape[1], shape[2]], (rows.kind(), rows.device()))?;
+        Ok(empty.f_index_copy(0, places, rows)?.f_view(shape)?)
+    }
+}
+
+/// Adds Σ_b (gradient_b input_b)² to `sum`, `[out, in]`, from `[examples, out, tokens]` and `[examples, tokens, in]`.
+///
+/// Works on blocks of output rows whose products for all examples stay in the cache: single examples' gradients never
+/// travel to memory, and no more than one block of them exists.
+fn add_squared_products(sum: &Tensor, gradient: &Tensor, input: &Tensor) -> Result<()> {
+    let [examples, outputs, _] = [0, 1, 2].map(|dimension| gradient.size()[dimension]);
+    let inputs = input.size()[2];
+    let elements: i64 = if sum.device().is_cuda() { 1 << 26 } else { 1 << 18 };
+    let rows = (elements / (examples * inputs)).clamp(1, outputs);
+    for start in (0..outputs).step_by(rows as usize) {
+        let count = rows.min(outputs - start);
+        let mut products = gradient.f_narrow(1, start, count)?.f_bmm(input)?;
+        let squares = products.f_square_()?.f_sum_dim_intlist(0i64, false, Kind::Float)?;
+        add(&sum.f_narrow(0, start, count)?, &squares)?;
+    }
     Ok(())
 }

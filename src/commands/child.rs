@@ -12,9 +12,9 @@ use child_tuning::experiment::Runner;
 use clap::{Args, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
 
-use super::ComputeArguments;
 use super::experiment::ExperimentArguments;
 use super::progress::Display;
+use super::{ComputeArguments, show};
 
 #[derive(Args)]
 pub struct ChildArguments {
@@ -59,20 +59,21 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
             let never = AtomicBool::new(false);
             for plan in experiment.plans()? {
                 let mut display = Display::new();
-                let masks = Runner::new(&plan, device, &never, &mut |event| display.show(event)).compute_masks(&output)?;
+                let masks = Runner::new(&plan, device, &never, &mut |event| display.show(event))
+                    .compute_masks(&output)?;
                 display.finish();
                 for mask in &masks {
-                    println!("{}", mask.display());
+                    show(mask.display())?;
                 }
                 if masks.is_empty() {
                     eprintln!("{}: no method of this experiment has a fixed mask", plan.name);
                 }
             }
         }
-        ChildCommand::Inspect { mask, tensors } => println!("{}", inspection(&read_mask(&mask)?, tensors)),
+        ChildCommand::Inspect { mask, tensors } => show(inspection(&read_mask(&mask)?, tensors))?,
         ChildCommand::Overlap { masks } => {
             let files = masks.iter().map(|mask| read_mask(mask)).collect::<Result<Vec<_>, Error>>()?;
-            println!("{}", overlaps(&masks, &files)?);
+            show(overlaps(&masks, &files)?)?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -122,7 +123,8 @@ fn inspection(mask: &MaskFile, by_tensor: bool) -> String {
 
 /// Names the part of the model that a tensor belongs to, with a number to sort by.
 fn layer_of(name: &str) -> (usize, String) {
-    let number: Option<usize> = name.split('.').skip_while(|part| *part != "layer").nth(1).and_then(|part| part.parse().ok());
+    let number: Option<usize> =
+        name.split('.').skip_while(|part| *part != "layer").nth(1).and_then(|part| part.parse().ok());
     match number {
         Some(number) => (number + 1, format!("layer {number}")),
         None if name.contains("embeddings") => (0, "embeddings".into()),
@@ -150,7 +152,8 @@ fn overlaps(paths: &[PathBuf], files: &[MaskFile]) -> Result<String, Error> {
                 ))
             })?;
             let share = |file: &MaskFile| {
-                file.tensors.iter().map(|(_, _, bits)| MaskFile::kept(bits)).sum::<usize>() as f64 / all as f64
+                file.tensors.iter().map(|(_, _, bits)| MaskFile::kept(bits)).sum::<usize>() as f64
+                    / all as f64
             };
             let (a, b) = (share(&files[left]), share(&files[right]));
             let chance = format!("{:.2} %", 100.0 * a * b / (a + b - a * b));
@@ -166,7 +169,9 @@ fn common(left: &MaskFile, right: &MaskFile) -> Option<(usize, usize, usize)> {
         return None;
     }
     let (mut both, mut either, mut all) = (0, 0, 0);
-    for ((name, shape, bits), (other_name, other_shape, other_bits)) in left.tensors.iter().zip(&right.tensors) {
+    for ((name, shape, bits), (other_name, other_shape, other_bits)) in
+        left.tensors.iter().zip(&right.tensors)
+    {
         if name != other_name || shape != other_shape {
             return None;
         }

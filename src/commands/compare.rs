@@ -9,6 +9,8 @@ use child_tuning::error::Error;
 use child_tuning::experiment::results;
 use clap::{Args, ValueEnum};
 
+use super::show;
+
 #[derive(Args)]
 pub struct CompareArguments {
     /// Result files
@@ -40,9 +42,9 @@ pub fn compare(arguments: CompareArguments) -> Result<ExitCode> {
     }
     let comparison = compare_rows(&rows);
     match arguments.format {
-        Format::Text => println!("{}", comparison.to_text()),
-        Format::Markdown => println!("{}", comparison.to_markdown()),
-        Format::Csv => print!("{}", comparison.to_csv()),
+        Format::Text => show(comparison.to_text())?,
+        Format::Markdown => show(comparison.to_markdown())?,
+        Format::Csv => show(comparison.to_csv().trim_end())?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -11,7 +11,7 @@ use child_tuning::model::ModelFolder;
 use clap::Args;
 use tch::Cuda;
 
-use super::DataArguments;
+use super::{DataArguments, show};
 
 #[derive(Args)]
 pub struct DoctorArguments {
@@ -24,52 +24,64 @@ pub struct DoctorArguments {
 
 /// Prints what was found.
 pub fn doctor(arguments: DoctorArguments) -> Result<ExitCode> {
-    println!("child-tuning   {} (commit {})", env!("CARGO_PKG_VERSION"), env!("CHILD_TUNING_COMMIT"));
-    println!("libtorch       {}, {} threads", libtorch::version(), tch::get_num_threads());
-    show_cuda();
+    show(format_args!(
+        "child-tuning   {} (commit {})",
+        env!("CARGO_PKG_VERSION"),
+        env!("CHILD_TUNING_COMMIT")
+    ))?;
+    show(format_args!("libtorch       {}, {} threads", libtorch::version(), tch::get_num_threads()))?;
+    show_cuda()?;
     let mut roots = arguments.data.data;
     roots.push(PathBuf::from("data"));
-    show_data(&roots);
-    show_models(&arguments.models);
+    show_data(&roots)?;
+    show_models(&arguments.models)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn show_cuda() {
+fn show_cuda() -> Result<()> {
     let cards = graphics_cards();
     let built = Cuda::is_available() || tch::utils::has_cuda();
     match (cards.is_empty(), Cuda::device_count()) {
         (_, devices @ 1..) => {
-            println!("CUDA           {devices} devices: {}", cards.join(", "));
+            show(format_args!("CUDA           {devices} devices: {}", cards.join(", ")))?;
         }
-        (false, _) => println!(
+        (false, _) => show(format_args!(
             "CUDA           {} found, but libtorch cannot use it: {}",
             cards.join(", "),
-            if built { "the driver may be older than CUDA 13 needs (580); update it" } else { "this libtorch is built without CUDA; set LIBTORCH to one that has it" }
-        ),
-        (true, _) => println!("CUDA           no device and no driver; experiments run on the CPU (make experiment)"),
+            if built {
+                "the driver may be older than CUDA 13 needs (580); update it"
+            } else {
+                "this libtorch is built without CUDA; set LIBTORCH to one that has it"
+            }
+        ))?,
+        (true, _) => show(format_args!(
+            "CUDA           no device and no driver; experiments run on the CPU (make experiment)"
+        ))?,
     }
+    Ok(())
 }
 
-fn show_data(roots: &[PathBuf]) {
+fn show_data(roots: &[PathBuf]) -> Result<()> {
     let places: Vec<String> = roots.iter().map(|root| root.display().to_string()).collect();
-    println!("data           in {}", places.join(", "));
+    show(format_args!("data           in {}", places.join(", ")))?;
     for name in TaskCard::builtin_names() {
         let Some(card) = TaskCard::builtin(name) else { continue };
         let sizes = [Split::Train, Split::Dev].map(|split| read_split(&card, roots, split));
         match sizes {
-            [Ok(train), Ok(dev)] => println!(
+            [Ok(train), Ok(dev)] => show(format_args!(
                 "  {name:12} {} train, {} dev, in {}",
                 train.examples.len(),
                 dev.examples.len(),
                 train.path.parent().unwrap_or(Path::new("")).display()
-            ),
-            [Err(error), _] | [_, Err(error)] => println!("  {name:12} not usable: {error}"),
+            ))?,
+            [Err(error), _] | [_, Err(error)] => show(format_args!("  {name:12} not usable: {error}"))?,
         }
     }
+    Ok(())
 }
 
-fn show_models(folder: &Path) {
-    println!("models         in {}", folder.display());
+fn show_models(folder: &Path) -> Result<()> {
+    show(format_args!("models         in {}", folder.display()))?;
     let mut paths: Vec<PathBuf> = match std::fs::read_dir(folder) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect(),
         Err(_) => Vec::new(),
@@ -81,17 +93,20 @@ fn show_models(folder: &Path) {
             Ok(folder) => {
                 let text = |key| folder.config.text_or(key, "").unwrap_or_default().to_owned();
                 let size = |key| folder.config.integer(key).unwrap_or(0);
-                println!(
+                show(format_args!(
                     "  {name:12} {}, {} layers, hidden {}",
                     text("model_type"),
                     size("num_hidden_layers"),
                     size("hidden_size")
-                );
+                ))?;
             }
-            Err(error) => println!("  {name:12} not usable: {error}"),
+            Err(error) => show(format_args!("  {name:12} not usable: {error}"))?,
         }
     }
     if paths.is_empty() {
-        println!("  none; `make setup` puts a small one there, and any Hugging Face folder of a BERT can be named in YAML");
+        show(format_args!(
+            "  none; `make setup` puts a small one there, and any Hugging Face folder of a BERT can be named in YAML"
+        ))?;
     }
+    Ok(())
 }

@@ -13,7 +13,7 @@ use child_tuning::experiment::{ExperimentSpec, Override, Plan, PlanOptions, Runn
 use clap::Args;
 
 use super::progress::Display;
-use super::{ComputeArguments, DataArguments};
+use super::{ComputeArguments, DataArguments, show};
 
 /// What to do with which experiments.
 #[derive(Args)]
@@ -74,7 +74,7 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
         let summary = Runner::new(plan, device, &interrupted, &mut |event| display.show(event)).run()?;
         display.finish();
         show_comparison(&plan.results)?;
-        println!("{}", sentence(plan, &summary));
+        show(sentence(plan, &summary))?;
         failed |= summary.failed > 0;
         if summary.interrupted {
             return Ok(ExitCode::from(130));
@@ -92,17 +92,23 @@ pub fn plan(arguments: PlanArguments) -> Result<ExitCode> {
         };
         let to_do: Vec<_> = plan.runs.iter().filter(|run| !finished.contains(&run.id)).collect();
         for run in &to_do {
-            println!("{}  {}  {} steps  {}", run.id, run.model.name, run.total_steps(), run.label());
+            show(format_args!(
+                "{}  {}  {} steps  {}",
+                run.id,
+                run.model.name,
+                run.total_steps(),
+                run.label()
+            ))?;
         }
         let steps: u64 = to_do.iter().map(|run| run.total_steps()).sum();
-        println!(
+        show(format_args!(
             "{}: {} runs, {} finished, {} to do, {steps} optimizer steps; results in {}",
             plan.name,
             plan.runs.len(),
             plan.runs.len() - to_do.len(),
             to_do.len(),
             plan.results.display()
-        );
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -123,7 +129,7 @@ fn stop_on_signals() -> Result<Arc<AtomicBool>> {
 fn show_comparison(path: &Path) -> Result<()> {
     let rows = results::read(path)?;
     if !rows.is_empty() {
-        println!("\n{}", compare::compare(&rows).to_text());
+        show(format_args!("\n{}", compare::compare(&rows).to_text()))?;
     }
     Ok(())
 }

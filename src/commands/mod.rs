@@ -8,6 +8,9 @@ mod export;
 mod predict;
 mod progress;
 
+use std::fmt::Display;
+use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -21,14 +24,19 @@ use tch::{Cuda, Device};
 /// An experiment is a YAML file: models × tasks × methods × hyper-parameters × seeds. `run` trains what its results
 /// file does not have yet, so a stopped experiment goes on with the same command; `compare` shows what came out.
 #[derive(Parser)]
-#[command(version, about, max_term_width = 100, after_help = "\
+#[command(
+    version,
+    about,
+    max_term_width = 100,
+    after_help = "\
 Exit codes: 0 done, 1 some runs failed, 2 usage or configuration, 3 environment, 130 interrupted.
 
 Examples:
   child-tuning plan experiments/quickstart.yaml
   child-tuning run experiments/glue.yaml --device cuda --set train.learning_rate='[2e-5, 4e-5]'
   child-tuning run experiments/glue.yaml --only task=rte --only method=vanilla
-  child-tuning compare results/glue.csv")]
+  child-tuning compare results/glue.csv"
+)]
 pub struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -50,6 +58,27 @@ enum Command {
     Export(export::ExportArguments),
     /// Show what is installed here (libtorch, CUDA, data, models) and what to do about what is not.
     Doctor(doctor::DoctorArguments),
+}
+
+/// Writes a line to standard output; an error instead of a panic where nobody reads it any more.
+pub fn show(text: impl Display) -> Result<()> {
+    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
+}
+
+/// Makes libtorch's idle threads sleep instead of spin, unless the user has set a policy.
+///
+/// OpenMP reads the policy when it is loaded, before `main`; so the program starts itself again with it. Where another
+/// process wants the cores, spinning at every barrier made a run that takes two minutes take more than ten.
+pub fn sleep_while_waiting() {
+    const POLICY: &str = "OMP_WAIT_POLICY";
+    if std::env::var_os(POLICY).is_some() {
+        return;
+    }
+    if let Ok(program) = std::env::current_exe() {
+        let mut again = std::process::Command::new(program);
+        // Only returns if it fails, and then the program works as well, if slower beside others.
+        let _ = again.args(std::env::args_os().skip(1)).env(POLICY, "passive").exec();
+    }
 }
 
 /// Calls the command that was asked for.

@@ -18,7 +18,8 @@ impl Display {
     /// Makes a display that fits what standard error is.
     pub fn new() -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} [{elapsed} < {eta}]");
+            let style =
+                ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} [{elapsed} < {eta}]");
             let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
@@ -35,10 +36,13 @@ impl Display {
             }
             RunEvent::Started(number, total, run) => {
                 self.place = format!("[{number}/{total}] {}", run.label());
-                if let Some(bar) = &self.bar {
-                    bar.set_prefix(self.place.clone());
-                    bar.set_message("");
-                    bar.reset();
+                match &self.bar {
+                    Some(bar) => {
+                        bar.set_prefix(self.place.clone());
+                        bar.set_message("");
+                        bar.reset();
+                    }
+                    None => eprintln!("{}: {} steps", self.place, run.total_steps()),
                 }
             }
             RunEvent::Progress(event) => self.progress(event),
@@ -79,7 +83,8 @@ impl Display {
 
 /// Puts a finished run in a few words.
 fn outcome(row: &Row) -> String {
-    let seconds = [row.prepare_seconds, row.train_seconds, row.evaluate_seconds].iter().flatten().sum::<f64>();
+    let seconds =
+        [row.prepare_seconds, row.train_seconds, row.evaluate_seconds].iter().flatten().sum::<f64>();
     match (row.status, row.score) {
         (Status::Ok, score) => {
             let score = score.filter(|score| score.is_finite());

@@ -53,7 +53,8 @@ impl PackedBatch {
             token_types.extend(example.token_types.iter().map(|&kind| i64::from(kind)));
             positions.extend(0..example.ids.len() as i64);
         }
-        let tensor = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::from_slice(values).f_to_device(device)?) };
+        let tensor =
+            |values: &[i64]| -> Result<Tensor> { Ok(Tensor::from_slice(values).f_to_device(device)?) };
         Ok(Self {
             input_ids: tensor(&input_ids)?,
             token_types: tensor(&token_types)?,
@@ -156,7 +157,8 @@ impl EncodedDataset {
             Some(Label::Score(_)) => examples.iter().map(score).collect::<Option<_>>().map(Targets::Scores),
             _ => examples.iter().map(class).collect::<Option<_>>().map(Targets::Classes),
         };
-        let targets = targets.ok_or_else(|| Error::configuration("an example of the data set has no label"))?;
+        let targets =
+            targets.ok_or_else(|| Error::configuration("an example of the data set has no label"))?;
         Ok(Self { inputs, targets })
     }
 
@@ -165,8 +167,12 @@ impl EncodedDataset {
         Self {
             inputs: numbers.iter().map(|&number| self.inputs[number].clone()).collect(),
             targets: match &self.targets {
-                Targets::Classes(ids) => Targets::Classes(numbers.iter().map(|&number| ids[number]).collect()),
-                Targets::Scores(scores) => Targets::Scores(numbers.iter().map(|&number| scores[number]).collect()),
+                Targets::Classes(ids) => {
+                    Targets::Classes(numbers.iter().map(|&number| ids[number]).collect())
+                }
+                Targets::Scores(scores) => {
+                    Targets::Scores(numbers.iter().map(|&number| scores[number]).collect())
+                }
             },
         }
     }
@@ -190,11 +196,18 @@ impl EncodedDataset {
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn batch(&self, numbers: &[usize], first_slot: usize, device: Device) -> Result<(PackedBatch, Tensor)> {
+    pub fn batch(
+        &self,
+        numbers: &[usize],
+        first_slot: usize,
+        device: Device,
+    ) -> Result<(PackedBatch, Tensor)> {
         let inputs: Vec<&Encoded> = numbers.iter().map(|&number| &self.inputs[number]).collect();
         let targets = match &self.targets {
             Targets::Classes(ids) => Tensor::from_slice(&numbers.iter().map(|&n| ids[n]).collect::<Vec<_>>()),
-            Targets::Scores(scores) => Tensor::from_slice(&numbers.iter().map(|&n| scores[n]).collect::<Vec<_>>()),
+            Targets::Scores(scores) => {
+                Tensor::from_slice(&numbers.iter().map(|&n| scores[n]).collect::<Vec<_>>())
+            }
         };
         Ok((PackedBatch::pack(&inputs, first_slot, device)?, targets.f_to_device(device)?))
     }

@@ -333,8 +333,9 @@ mod tests {
 
     #[test]
     fn folders_without_a_usable_tokenizer_are_refused() {
-        let message =
-            |files: &[(&str, &str)]| TokenEncoder::from_folder(folder(files).path()).err().unwrap().to_string();
+        let message = |files: &[(&str, &str)]| {
+            TokenEncoder::from_folder(folder(files).path()).err().unwrap().to_string()
+        };
         assert!(message(&[("config.json", "{}")]).contains("neither tokenizer.json nor vocab.txt"));
         assert!(message(&[("vocab.txt", "the\ncat\n")]).contains("lacks the special token [SEP]"));
         assert!(message(&[("tokenizer.json", "{")]).contains("tokenizer.json"));

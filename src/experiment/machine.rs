@@ -15,7 +15,10 @@ pub fn device_name(device: Device) -> String {
         },
         _ => {
             let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-            let model = text.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split(':').nth(1));
+            let model = text
+                .lines()
+                .find(|line| line.starts_with("model name"))
+                .and_then(|line| line.split(':').nth(1));
             format!("cpu ({}, {} threads)", model.unwrap_or("unknown").trim(), tch::get_num_threads())
         }
     }
@@ -23,7 +26,8 @@ pub fn device_name(device: Device) -> String {
 
 /// Returns the names of the graphics cards as NVIDIA's tool lists them; empty without driver or tool.
 pub fn graphics_cards() -> Vec<String> {
-    let output = std::process::Command::new("nvidia-smi").args(["--query-gpu=name", "--format=csv,noheader"]).output();
+    let output =
+        std::process::Command::new("nvidia-smi").args(["--query-gpu=name", "--format=csv,noheader"]).output();
     match output {
         Ok(output) if output.status.success() => {
             String::from_utf8_lossy(&output.stdout).lines().map(|line| line.trim().to_owned()).collect()

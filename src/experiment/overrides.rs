@@ -19,13 +19,15 @@ impl FromStr for Override {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (path, value) =
-            text.split_once('=').ok_or_else(|| format!("`{text}` has no `=`; write path=value, such as train.epochs=2"))?;
+        let (path, value) = text
+            .split_once('=')
+            .ok_or_else(|| format!("`{text}` has no `=`; write path=value, such as train.epochs=2"))?;
         let path: Vec<String> = path.split('.').map(|key| key.trim().to_owned()).collect();
         if path.iter().any(String::is_empty) {
             return Err(format!("`{text}` has an empty key in its path"));
         }
-        let value = serde_yaml::from_str(value).map_err(|error| format!("`{value}` is not a YAML value: {error}"))?;
+        let value =
+            serde_yaml::from_str(value).map_err(|error| format!("`{value}` is not a YAML value: {error}"))?;
         Ok(Self { typed: text.to_owned(), path, value })
     }
 }
@@ -51,11 +53,15 @@ pub fn apply(tree: &mut Value, change: &Override) -> Result<()> {
             Value::Sequence(list) => {
                 let length = list.len();
                 key.parse::<usize>().ok().and_then(|index| list.get_mut(index)).ok_or_else(|| {
-                    Error::configuration(format!("--set {change}: `{key}` is no position in a list of {length}, from 0"))
+                    Error::configuration(format!(
+                        "--set {change}: `{key}` is no position in a list of {length}, from 0"
+                    ))
                 })?
             }
             _ => {
-                return Err(Error::configuration(format!("--set {change}: what stands above `{key}` has no keys")));
+                return Err(Error::configuration(format!(
+                    "--set {change}: what stands above `{key}` has no keys"
+                )));
             }
         };
     }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::spec::{ExperimentSpec, TaskSpec, TrainSpec};
-use crate::data::{Dataset, Split, TaskCard, read_split};
+use crate::data::{Dataset, Split, TaskCard, TokenEncoder, read_split};
 use crate::error::{Error, Result};
 use crate::method::{Method, Preset};
 use crate::model::{HeadStart, ModelFolder};
@@ -32,6 +32,10 @@ pub struct ModelEntry {
     pub folder: ModelFolder,
     /// SHA-256 of its weights.
     pub sha256: String,
+    /// What makes tokens of texts.
+    pub encoder: TokenEncoder,
+    /// SHA-256 of the tokenizer's files.
+    pub tokenizer_sha256: String,
 }
 
 /// A task with its data.
@@ -91,10 +95,8 @@ impl Plan {
         let head = spec.head.unwrap_or_default();
         let name = spec.name.clone().unwrap_or_else(|| "experiment".into());
         let base = file.parent().unwrap_or(Path::new("")).to_path_buf();
-        let methods = (spec.method.0.iter())
-            .map(|method| method.resolve(preset))
-            .collect::<Result<Vec<_>>>()?
-            .concat();
+        let methods =
+            (spec.method.0.iter()).map(|method| method.resolve(preset)).collect::<Result<Vec<_>>>()?.concat();
         let roots = data_roots(spec, options);
         let overrides = spec.model_config.clone().unwrap_or_default();
         let models = (spec.model.0.iter())
@@ -120,7 +122,7 @@ impl Plan {
                 for point in train.grid() {
                     for &seed in &seeds {
                         for method in &methods {
-                            plan.add(point.run(model, task, method, preset, seed)?, &overrides)?;
+                            plan.add(point.run(model, task, method, preset, seed)?)?;
                         }
                     }
                 }
@@ -130,8 +132,8 @@ impl Plan {
         Ok(plan)
     }
 
-    fn add(&mut self, mut run: Run, overrides: &Map<String, Value>) -> Result<()> {
-        run.id = identity(&run, self.head, overrides);
+    fn add(&mut self, mut run: Run) -> Result<()> {
+        run.id = identity(&run, self.head);
         if self.runs.iter().any(|other| other.id == run.id) {
             return Err(Error::configuration(format!(
                 "the experiment holds the same run twice: {}; remove the repeated entry",
@@ -197,7 +199,13 @@ impl ModelEntry {
         let mut folder = ModelFolder::open(&path)?;
         folder.config = folder.config.with_overrides(overrides)?;
         folder.config.family()?;
-        Ok(Self { name: name.to_owned(), sha256: folder.sha256(), folder })
+        let encoder = TokenEncoder::from_folder(&path)?;
+        let mut tokenizer = Sha256::new();
+        for file in encoder.files() {
+            tokenizer.update(std::fs::read(&file).map_err(Error::io("read", &file))?);
+        }
+        let tokenizer_sha256 = hexadecimal(&tokenizer.finalize());
+        Ok(Self { name: name.to_owned(), sha256: folder.sha256(), folder, encoder, tokenizer_sha256 })
     }
 }
 
@@ -265,7 +273,8 @@ impl GridPoint {
         // The released F and D skip the warm-up that their command asks for; its vanilla path has it.
         let warmup = if official && method.is_child_tuning() { 0.0 } else { 0.1 };
         hyperparameters.warmup = self.warmup.unwrap_or(Warmup(warmup));
-        hyperparameters.adamw = self.adamw.unwrap_or(if official { AdamWForm::HfLegacy } else { AdamWForm::Torch });
+        hyperparameters.adamw =
+            self.adamw.unwrap_or(if official { AdamWForm::HfLegacy } else { AdamWForm::Torch });
         hyperparameters.micro_batch = self.micro_batch.unwrap_or(hyperparameters.batch_size);
         if hyperparameters.micro_batch > hyperparameters.batch_size {
             return Err(Error::configuration(format!(
@@ -347,11 +356,12 @@ fn axis<T>(points: &mut Vec<GridPoint>, values: &Option<OneOrMany<T>>, set: impl
 }
 
 /// Hashes everything that decides a run's outcome; names and places of files are not part of it, their contents are.
-fn identity(run: &Run, head: HeadStart, overrides: &Map<String, Value>) -> String {
+fn identity(run: &Run, head: HeadStart) -> String {
     let card = &run.task.card;
     let content = json!({
         "model": run.model.sha256,
-        "model_config": overrides,
+        "config": run.model.folder.config.values(),
+        "tokenizer": run.model.tokenizer_sha256,
         "head": head,
         "task": card.name,
         "labels": card.labels(),
@@ -365,5 +375,9 @@ fn identity(run: &Run, head: HeadStart, overrides: &Map<String, Value>) -> Strin
         "seed": run.seed,
     });
     let digest = Sha256::digest(content.to_string());
-    digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(&digest[..8])
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

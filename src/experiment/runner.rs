@@ -14,7 +14,7 @@ use super::plan::{ModelEntry, Plan, Run, TaskEntry};
 use super::results::{ResultsFile, Row, Status};
 use super::training_set::subset;
 use crate::child::{GradientMask, write_mask};
-use crate::data::{EncodedDataset, Metric, Split, TokenEncoder};
+use crate::data::{EncodedDataset, Metric, Split};
 use crate::error::{Error, Result};
 use crate::libtorch;
 use crate::model::{Classifier, Labels};
@@ -72,7 +72,6 @@ struct Resident {
     task: Arc<TaskEntry>,
     max_length: usize,
     classifier: Classifier,
-    encoder: TokenEncoder,
     train: EncodedDataset,
     dev: EncodedDataset,
 }
@@ -106,7 +105,8 @@ impl<'a> Runner<'a> {
         if summary.skipped > 0 {
             (self.report)(RunEvent::Skipped(Progress::new(summary.skipped, self.plan.runs.len())));
         }
-        for (number, run) in self.plan.runs.iter().enumerate().filter(|(_, run)| !finished.contains(&run.id)) {
+        for (number, run) in self.plan.runs.iter().enumerate().filter(|(_, run)| !finished.contains(&run.id))
+        {
             let Some(_claim) = results.claim(&run.id)? else {
                 summary.elsewhere += 1;
                 continue;
@@ -129,7 +129,11 @@ impl<'a> Runner<'a> {
                 row => row?,
             };
             results.append(std::slice::from_ref(&row))?;
-            if row.status == Status::Ok { summary.ok += 1 } else { summary.failed += 1 }
+            if row.status == Status::Ok {
+                summary.ok += 1
+            } else {
+                summary.failed += 1
+            }
             (self.report)(RunEvent::Finished(&row));
         }
         Ok(summary)
@@ -143,7 +147,9 @@ impl<'a> Runner<'a> {
     pub fn compute_masks(mut self, folder: &Path) -> Result<Vec<PathBuf>> {
         let total = self.plan.runs.len();
         let mut written = Vec::new();
-        for (number, run) in self.plan.runs.iter().enumerate().filter(|(_, run)| run.method.passes_over_data()) {
+        for (number, run) in
+            self.plan.runs.iter().enumerate().filter(|(_, run)| run.method.passes_over_data())
+        {
             (self.report)(RunEvent::Started(number + 1, total, run));
             self.load(run)?;
             let Some(resident) = &mut self.resident else { continue };
@@ -153,18 +159,21 @@ impl<'a> Runner<'a> {
             let data = training_set(&resident.train, run);
             resident.classifier.reset(run.seed)?;
             let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
-            let prepared = prepare(&mut resident.classifier, &data, method, settings, run.seed, &mut control)?;
+            let prepared =
+                prepare(&mut resident.classifier, &data, method, settings, run.seed, &mut control)?;
             written.extend(write_mask_of(self.plan, run, prepared.mask.as_deref(), folder)?);
         }
         Ok(written)
     }
 
-    /// Loads every model once before anything trains, so that a damaged one does not end a grid halfway.
+    /// Loads every model once before anything trains, at every length that it is to take, so that what does not fit does
+    /// not end a grid halfway.
     fn check_models(&mut self) -> Result<()> {
-        let mut checked: Vec<&str> = Vec::new();
+        let mut checked: Vec<(&str, usize)> = Vec::new();
         for run in &self.plan.runs {
-            if !checked.contains(&run.model.sha256.as_str()) {
-                checked.push(&run.model.sha256);
+            let case = (run.model.sha256.as_str(), run.hyperparameters.max_length);
+            if !checked.contains(&case) {
+                checked.push(case);
                 self.load(run)?;
             }
         }
@@ -186,13 +195,20 @@ impl<'a> Runner<'a> {
         match outcome {
             Err(Error::Interrupted) => return Err(Error::Interrupted),
             Err(error) => {
-                row.status = if matches!(error, Error::Diverged(_)) { Status::Diverged } else { Status::Failed };
+                row.status =
+                    if matches!(error, Error::Diverged(_)) { Status::Diverged } else { Status::Failed };
                 row.reason = Some(error.to_string());
             }
             Ok(outcome) => {
                 self.measured(&mut row, &outcome);
-                if let Some(resident) = &self.resident {
-                    self.keep(run, resident, outcome.trained.mask.as_deref())?;
+                let kept = self
+                    .resident
+                    .as_ref()
+                    .map(|resident| self.keep(run, resident, outcome.trained.mask.as_deref()));
+                if let Some(Err(error)) = kept {
+                    // The scores stay in the row; as a failed run it is done again, so that its model gets kept.
+                    row.status = Status::Failed;
+                    row.reason = Some(format!("trained, but not kept: {error}"));
                 }
             }
         }
@@ -213,7 +229,8 @@ impl<'a> Runner<'a> {
         // Freed before the next model is loaded.
         self.resident = None;
         let (folder, card) = (&run.model.folder, &run.task.card);
-        let classifier = Classifier::load(folder, Labels::from(&card.objective), self.plan.head, self.device)?;
+        let classifier =
+            Classifier::load(folder, Labels::from(&card.objective), self.plan.head, self.device)?;
         let report = &classifier.report;
         if !report.unexpected.is_empty() {
             (self.report)(RunEvent::Note(format!(
@@ -223,8 +240,8 @@ impl<'a> Runner<'a> {
                 report.unexpected[0]
             )));
         }
-        let encoder = TokenEncoder::from_folder(&folder.path)?;
-        classifier.check_inputs(&encoder, max_length)?;
+        let encoder = &run.model.encoder;
+        classifier.check_inputs(encoder, max_length)?;
         let encode = |dataset: &crate::data::Dataset| -> Result<EncodedDataset> {
             let inputs = encoder.encode_dataset(&dataset.examples, max_length)?;
             EncodedDataset::new(inputs, &dataset.examples)
@@ -235,7 +252,6 @@ impl<'a> Runner<'a> {
             task: run.task.clone(),
             max_length,
             classifier,
-            encoder,
             train,
             dev,
         });
@@ -255,8 +271,15 @@ impl<'a> Runner<'a> {
         let watched = settings.checkpoint == Checkpoint::Best || settings.early_stopping.is_some();
         let dev = watched.then_some((&resident.dev, &run.task.card));
         resident.classifier.reset(run.seed)?;
-        let trained =
-            train(&mut resident.classifier, &data, dev, run.method.as_ref(), settings, run.seed, &mut control)?;
+        let trained = train(
+            &mut resident.classifier,
+            &data,
+            dev,
+            run.method.as_ref(),
+            settings,
+            run.seed,
+            &mut control,
+        )?;
         let started = Instant::now();
         let (mut done, total) = (0, resident.dev.len());
         let evaluation =
@@ -274,7 +297,7 @@ impl<'a> Runner<'a> {
     /// Keeps model and mask of a finished run, where the experiment asks for it.
     fn keep(&self, run: &Run, resident: &Resident, mask: Option<&GradientMask>) -> Result<()> {
         if let Some(folder) = &self.plan.save {
-            resident.classifier.save(&folder.join(&run.id), &resident.encoder)?;
+            resident.classifier.save(&folder.join(&run.id), &run.model.encoder)?;
         }
         if let Some(folder) = &self.plan.masks {
             write_mask_of(self.plan, run, mask, folder)?;
@@ -373,7 +396,12 @@ fn training_set<'d>(all: &'d EncodedDataset, run: &Run) -> Cow<'d, EncodedDatase
 }
 
 /// Writes the mask of a run, if it has a fixed one, and returns where.
-fn write_mask_of(plan: &Plan, run: &Run, mask: Option<&GradientMask>, folder: &Path) -> Result<Option<PathBuf>> {
+fn write_mask_of(
+    plan: &Plan,
+    run: &Run,
+    mask: Option<&GradientMask>,
+    folder: &Path,
+) -> Result<Option<PathBuf>> {
     let Some(child) = mask.and_then(GradientMask::child) else { return Ok(None) };
     let about = [
         ("experiment", plan.name.clone()),

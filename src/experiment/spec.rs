@@ -274,14 +274,38 @@ mod tests {
     #[test]
     fn errors_name_the_place_the_key_and_the_mend() {
         let cases = [
-            (format!("{START}method: vanilla\ntrain:\n  batch_size: 4\n  epoch: 3\n"), "x.yaml:6:3: train: unknown field `epoch`", "did you mean `epochs`?"),
+            (
+                format!("{START}method: vanilla\ntrain:\n  batch_size: 4\n  epoch: 3\n"),
+                "x.yaml:6:3: train: unknown field `epoch`",
+                "did you mean `epochs`?",
+            ),
             (format!("{START}methods: vanilla\n"), "x.yaml:3:1: ", "did you mean `method`?"),
-            (format!("{START}method:\n  - child_tuning_f: {{p: 0}}\n"), "x.yaml:4:26: method[0].child_tuning_f.p: ", "above 0 and at most 1, not 0"),
-            (format!("{START}method:\n  - child_tuning_f: {{p: 1.5}}\n"), "x.yaml:4:26: ", "not 1.5"),
-            (format!("{START}method:\n  - child_tuning_e\n"), "x.yaml:4:5: method[0]: ", "did you mean `child_tuning_d`?"),
-            (format!("{START}method:\n  - child_tuning_d: {{fisher: {{estimator: per_exmple}}}}\n"), "x.yaml:4:", "did you mean `per_example`?"),
-            (format!("{START}method: vanilla\ntrain: {{epochs: three}}\n"), "x.yaml:4:17: train.epochs: ", "three"),
-            (format!("{START}method: vanilla\ntrain: {{learning_rate: []}}\n"), "x.yaml:4:", "the list is empty"),
+            (
+                format!("{START}method:\n  - child_tuning_f: {{p: 0}}\n"),
+                "x.yaml:4:25: method[0].child_tuning_f.p: ",
+                "above 0 and at most 1, not 0",
+            ),
+            (format!("{START}method:\n  - child_tuning_f: {{p: 1.5}}\n"), "x.yaml:4:25: ", "not 1.5"),
+            (
+                format!("{START}method:\n  - child_tuning_e\n"),
+                "x.yaml:4:5: method[0]: ",
+                "did you mean `child_tuning_d`?",
+            ),
+            (
+                format!("{START}method:\n  - child_tuning_d: {{fisher: {{estimator: per_exmple}}}}\n"),
+                "x.yaml:4:",
+                "did you mean `per_example`?",
+            ),
+            (
+                format!("{START}method: vanilla\ntrain: {{epochs: three}}\n"),
+                "x.yaml:4:17: train.epochs: ",
+                "three",
+            ),
+            (
+                format!("{START}method: vanilla\ntrain: {{learning_rate: []}}\n"),
+                "x.yaml:4:",
+                "the list is empty",
+            ),
             (format!("{START}method: vanilla\nseeds: [1, 1]\n"), "x.yaml:4:", "twice"),
             (format!("{START}method: vanilla\ntask: cola\n"), "x.yaml", "duplicate"),
             ("model: m\nmethod: vanilla\n".to_owned(), "x.yaml", "missing field `task`"),
@@ -305,6 +329,9 @@ mod tests {
         assert_eq!(spec.seeds.unwrap().0, [7]);
 
         let message = message(&text, &["train.epoch=2"]);
-        assert!(message.starts_with("--set train.epoch=2: ") && message.contains("did you mean `epochs`?"), "{message}");
+        assert!(
+            message.starts_with("--set train.epoch=2: ") && message.contains("did you mean `epochs`?"),
+            "{message}"
+        );
     }
 }

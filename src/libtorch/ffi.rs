@@ -46,10 +46,6 @@ unsafe extern "C" {
         epsilon: f64,
     ) -> *mut c_char;
 
-    pub(super) fn child_tuning_set_float32_precision(precision: *const c_char) -> *mut c_char;
-
-    pub(super) fn child_tuning_set_deterministic(deterministic: bool) -> *mut c_char;
-
     pub(super) fn child_tuning_cuda_peak_bytes(device: c_int, bytes: *mut i64) -> *mut c_char;
 
     pub(super) fn child_tuning_cuda_reset_peak(device: c_int) -> *mut c_char;

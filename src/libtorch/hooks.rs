@@ -72,7 +72,8 @@ impl Drop for GradientHook {
 /// # Errors
 /// Fails if shapes, types or devices differ.
 pub fn set_gradient(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
-    if leaf.size() != gradient.size() || leaf.kind() != gradient.kind() || leaf.device() != gradient.device() {
+    if leaf.size() != gradient.size() || leaf.kind() != gradient.kind() || leaf.device() != gradient.device()
+    {
         return Err(Error::Libtorch("a gradient must match its leaf in shape, type and device".into()));
     }
     let (mut leaf, mut gradient) = (leaf.shallow_clone(), gradient.shallow_clone());

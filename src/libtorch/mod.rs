@@ -1,4 +1,4 @@
-//! libtorch beyond tch: gradient hooks, the fused AdamW kernel, typed memory, global switches.
+//! libtorch beyond tch: gradient hooks, the fused AdamW kernel, typed memory.
 //!
 //! The C++ side is one translation unit (`shim.cpp`) with a plain C interface; this module gives each piece a safe
 //! type. It is the only place in the crate with `unsafe` code.
@@ -9,9 +9,7 @@ mod hooks;
 mod memory;
 mod optimizer;
 
-pub use context::{
-    Float32Precision, cuda_peak_bytes, reset_cuda_peak, set_deterministic, set_float32_precision, version,
-};
+pub use context::{cuda_peak_bytes, reset_cuda_peak, version};
 pub use hooks::{GradientHook, HookedGradient, panic_message, set_gradient};
 pub use memory::{elements, elements_mut, keep_freed_memory, map_file};
 pub use optimizer::{FusedAdamW, FusedGroup};

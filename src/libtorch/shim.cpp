@@ -4,10 +4,9 @@
 // child_tuning_free_message. No C++ exception leaves this file, except through a gradient hook, where libtorch's
 // autograd engine expects one and hands it to whoever called backward.
 
-#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CachingDeviceAllocator.h>
-#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/version.h>
 
@@ -105,18 +104,6 @@ char *child_tuning_fused_adamw(at::Tensor *const *parameters, at::Tensor *const 
     at::_fused_adamw_(tensors(parameters, count), tensors(gradients, count), tensors(first_moments, count),
                       tensors(second_moments, count), {}, tensors(steps, count), learning_rate, beta1, beta2,
                       weight_decay, epsilon, /*amsgrad=*/false, /*maximize=*/false);
-  });
-}
-
-// "highest" computes float32 products in float32; "high" allows TF32 on CUDA.
-char *child_tuning_set_float32_precision(const char *precision) {
-  return guarded([&] { at::globalContext().setFloat32MatmulPrecision(precision); });
-}
-
-char *child_tuning_set_deterministic(bool deterministic) {
-  return guarded([&] {
-    at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/true);
-    at::globalContext().setDeterministicCuDNN(deterministic);
   });
 }
 

@@ -50,7 +50,9 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let hidden = config.integer("hidden_size")?;
     let heads = config.integer("num_attention_heads")?;
     if hidden % heads != 0 {
-        return Err(config.error(format!("`hidden_size` {hidden} is no multiple of `num_attention_heads` {heads}")));
+        return Err(
+            config.error(format!("`hidden_size` {hidden} is no multiple of `num_attention_heads` {heads}"))
+        );
     }
     let intermediate = config.integer("intermediate_size")?;
     let epsilon = config.number_or("layer_norm_eps", 1e-12)?;
@@ -61,7 +63,8 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
         Embedding::declare(table, &format!("bert.embeddings.{name}"), entries, hidden)
     };
     let word_embeddings = embedding(table, "word_embeddings", config.integer("vocab_size")?);
-    let position_embeddings = embedding(table, "position_embeddings", config.integer("max_position_embeddings")?);
+    let position_embeddings =
+        embedding(table, "position_embeddings", config.integer("max_position_embeddings")?);
     let token_type_embeddings = embedding(table, "token_type_embeddings", config.integer("type_vocab_size")?);
     let embedding_norm = LayerNorm::declare(table, "bert.embeddings.LayerNorm", hidden, epsilon, embeddings);
 
@@ -77,7 +80,13 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
             attention_output: linear("attention.output.dense", [hidden, hidden]),
             intermediate: linear("intermediate.dense", [hidden, intermediate]),
             output: linear("output.dense", [intermediate, hidden]),
-            attention_norm: LayerNorm::declare(table, &name("attention.output.LayerNorm"), hidden, epsilon, place),
+            attention_norm: LayerNorm::declare(
+                table,
+                &name("attention.output.LayerNorm"),
+                hidden,
+                epsilon,
+                place,
+            ),
             output_norm: LayerNorm::declare(table, &name("output.LayerNorm"), hidden, epsilon, place),
         }
     };
@@ -137,7 +146,8 @@ impl Bert {
 
     /// Runs one Transformer layer: `[tokens, hidden]` to the same.
     fn layer(&self, pass: &Pass, layer: &Layer, states: &Tensor) -> Result<Tensor> {
-        let [query, key, value] = [&layer.query, &layer.key, &layer.value].map(|linear| linear.forward(pass, states));
+        let [query, key, value] =
+            [&layer.query, &layer.key, &layer.value].map(|linear| linear.forward(pass, states));
         let context = pass.attention(&query?, &key?, &value?, self.heads, self.attention_dropout)?;
         let attended = layer.attention_output.forward(pass, &context)?;
         let attended = pass.dropout(&attended, self.hidden_dropout, Rows::Tokens)?.f_add(states)?;

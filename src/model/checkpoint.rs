@@ -53,7 +53,10 @@ impl ModelFolder {
         let config = ModelConfig::read(path)?;
         let file_path = path.join(WEIGHTS);
         let file = File::open(&file_path).map_err(|error| {
-            Error::model(path, format!("has no readable {WEIGHTS} ({error}); save the model with safe_serialization"))
+            Error::model(
+                path,
+                format!("has no readable {WEIGHTS} ({error}); save the model with safe_serialization"),
+            )
         })?;
         let weights = crate::libtorch::map_file(&file).map_err(Error::io("map", &file_path))?;
         let folder = Self { path: path.to_path_buf(), config, weights };
@@ -73,7 +76,12 @@ impl ModelFolder {
     ///
     /// # Errors
     /// Fails, naming the tensors, if the encoder's are missing, have another shape or type, or hold non-finite numbers.
-    pub fn load(&self, parameters: &mut Parameters, network: &dyn Network, keep_head: bool) -> Result<LoadReport> {
+    pub fn load(
+        &self,
+        parameters: &mut Parameters,
+        network: &dyn Network,
+        keep_head: bool,
+    ) -> Result<LoadReport> {
         let tensors = self.tensors()?;
         let prefix = network.body_prefix();
         let mut names: BTreeMap<&str, TensorView> = tensors.iter().collect();
@@ -83,8 +91,8 @@ impl ModelFolder {
             parameters.iter().map(|(id, parameter)| (id, parameter.name.clone(), parameter.place)).collect();
         for (id, name, place) in wanted {
             let optional = matches!(place, ParameterPlace::Pooler | ParameterPlace::Head);
-            let found = (names.remove(name.as_str()))
-                .or_else(|| name.strip_prefix(prefix).and_then(|bare| names.remove(bare)))
+            let found = (spellings(&name, prefix).iter())
+                .find_map(|spelling| names.remove(spelling.as_str()))
                 .filter(|_| keep_head || place != ParameterPlace::Head);
             match found {
                 Some(view) => {
@@ -115,7 +123,10 @@ impl ModelFolder {
                 problems.push(format!("{} {what}: {}", list.len(), shortened(list)));
             }
         }
-        Err(Error::model(self.path.join(WEIGHTS), format!("does not fit config.json: {}", problems.join("; "))))
+        Err(Error::model(
+            self.path.join(WEIGHTS),
+            format!("does not fit config.json: {}", problems.join("; ")),
+        ))
     }
 
     /// Returns the labels of the file's head, in its order, if it is a head for a task's labels.
@@ -164,7 +175,9 @@ impl ModelFolder {
             Dtype::F16 => Kind::Half,
             Dtype::BF16 => Kind::BFloat16,
             Dtype::F64 => Kind::Double,
-            other => return Err(at(format!("tensor {name} has type {other:?}; weights must be floating point"))),
+            other => {
+                return Err(at(format!("tensor {name} has type {other:?}; weights must be floating point")));
+            }
         };
         let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
         let tensor = Tensor::f_from_data_size(view.data(), &shape, kind)?.f_to_kind(Kind::Float)?;
@@ -188,7 +201,8 @@ pub fn write(
 ) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     let values = exported_config(config, network, labels);
-    let text = serde_json::to_string_pretty(&values).map_err(|error| Error::configuration(error.to_string()))?;
+    let text =
+        serde_json::to_string_pretty(&values).map_err(|error| Error::configuration(error.to_string()))?;
     let path = folder.join("config.json");
     std::fs::write(&path, text + "\n").map_err(Error::io("write", &path))?;
 
@@ -203,7 +217,8 @@ pub fn write(
         })
         .collect();
     let path = folder.join(WEIGHTS);
-    let unwritable = |error: safetensors::SafeTensorError| Error::model(&path, format!("cannot be written: {error}"));
+    let unwritable =
+        |error: safetensors::SafeTensorError| Error::model(&path, format!("cannot be written: {error}"));
     let views = bytes
         .iter()
         .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
@@ -213,7 +228,24 @@ pub fn write(
     // Written beside and renamed, so that a folder never holds half a file under the real name.
     let temporary = folder.join(format!(".{WEIGHTS}.partial"));
     safetensors::serialize_to_file(views, Some(metadata), &temporary).map_err(unwritable)?;
-    std::fs::rename(&temporary, &path).map_err(Error::io("write", &path))
+    publish(&temporary, &path)
+}
+
+/// Gives a finished temporary file its real name, and the permissions of any other new file.
+///
+/// # Errors
+/// Fails if the file cannot be renamed.
+pub(crate) fn publish(temporary: &Path, path: &Path) -> Result<()> {
+    // safetensors makes its files readable by their owner only; a file that was made and opened plainly shows the mask
+    // that the user's other files have.
+    let plain = temporary.with_extension("mode");
+    let permissions =
+        File::create(&plain).and_then(|file| file.metadata()).map(|metadata| metadata.permissions());
+    let _ = std::fs::remove_file(&plain);
+    permissions
+        .and_then(|permissions| std::fs::set_permissions(temporary, permissions))
+        .map_err(Error::io("write", path))?;
+    std::fs::rename(temporary, path).map_err(Error::io("write", path))
 }
 
 fn exported_config(config: &ModelConfig, network: &dyn Network, labels: &Labels) -> Map<String, Value> {
@@ -237,6 +269,21 @@ fn exported_config(config: &ModelConfig, network: &dyn Network, labels: &Labels)
 
 fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The names that a parameter may have in a checkpoint: with and without the family's prefix, and with the names that
+/// layer normalisations had in TensorFlow (`gamma`, `beta`), which the oldest checkpoints keep.
+fn spellings(name: &str, prefix: &str) -> Vec<String> {
+    let mut names = vec![name.to_owned()];
+    names.extend(name.strip_prefix(prefix).map(str::to_owned));
+    let old = |name: &String| {
+        let (layer, part) = name.rsplit_once("LayerNorm.")?;
+        let part = if part == "weight" { "gamma" } else { "beta" };
+        Some(format!("{layer}LayerNorm.{part}"))
+    };
+    let old: Vec<String> = names.iter().filter_map(old).collect();
+    names.extend(old);
+    names
 }
 
 fn shortened(names: &[String]) -> String {

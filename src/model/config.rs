@@ -60,7 +60,10 @@ impl ModelConfig {
             if !self.values.contains_key(key) && !READ_BY_FAMILIES.contains(&key.as_str()) {
                 let known = self.values.keys().map(String::as_str).chain(READ_BY_FAMILIES);
                 let hint = crate::spelling::suggestion(key, known);
-                return Err(Error::configuration(format!("model_config: {} has no key `{key}`{hint}", self.path.display())));
+                return Err(Error::configuration(format!(
+                    "model_config: {} has no key `{key}`{hint}",
+                    self.path.display()
+                )));
             }
             self.values.insert(key.clone(), value.clone());
         }
@@ -75,7 +78,10 @@ impl ModelConfig {
         let model_type = self.text_or("model_type", "bert")?;
         FAMILIES.iter().find(|(name, _)| *name == model_type).map(|(_, build)| *build).ok_or_else(|| {
             let known: Vec<_> = FAMILIES.iter().map(|(name, _)| *name).collect();
-            self.error(format!("model_type `{model_type}` is not supported yet; known are {}", known.join(", ")))
+            self.error(format!(
+                "model_type `{model_type}` is not supported yet; known are {}",
+                known.join(", ")
+            ))
         })
     }
 
@@ -91,7 +97,9 @@ impl ModelConfig {
     pub fn integer(&self, key: &str) -> Result<i64> {
         match self.values.get(key).map(Value::as_i64) {
             Some(Some(value)) if value > 0 => Ok(value),
-            Some(_) => Err(self.error(format!("`{key}` must be a positive integer, not {}", self.values[key]))),
+            Some(_) => {
+                Err(self.error(format!("`{key}` must be a positive integer, not {}", self.values[key])))
+            }
             None => Err(self.error(format!("`{key}` is missing"))),
         }
     }
@@ -103,7 +111,9 @@ impl ModelConfig {
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
         match self.values.get(key) {
             None | Some(Value::Null) => Ok(default),
-            Some(value) => value.as_f64().ok_or_else(|| self.error(format!("`{key}` must be a number, not {value}"))),
+            Some(value) => {
+                value.as_f64().ok_or_else(|| self.error(format!("`{key}` must be a number, not {value}")))
+            }
         }
     }
 
@@ -126,7 +136,9 @@ impl ModelConfig {
     pub fn text_or<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
         match self.values.get(key) {
             None | Some(Value::Null) => Ok(default),
-            Some(value) => value.as_str().ok_or_else(|| self.error(format!("`{key}` must be a text, not {value}"))),
+            Some(value) => {
+                value.as_str().ok_or_else(|| self.error(format!("`{key}` must be a text, not {value}")))
+            }
         }
     }
 

@@ -44,7 +44,13 @@ impl Dropout {
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn examples(&self, rows: &Tensor, probability: f64, site: u32, batch: &PackedBatch) -> Result<Tensor> {
+    pub fn examples(
+        &self,
+        rows: &Tensor,
+        probability: f64,
+        site: u32,
+        batch: &PackedBatch,
+    ) -> Result<Tensor> {
         let counters: Vec<_> = batch.slots.iter().map(|&slot| [0, slot, site]).collect();
         self.apply(rows, probability, &counters)
     }
@@ -53,13 +59,20 @@ impl Dropout {
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn attention(&self, weights: &Tensor, probability: f64, site: u32, batch: &PackedBatch) -> Result<Tensor> {
+    pub fn attention(
+        &self,
+        weights: &Tensor,
+        probability: f64,
+        site: u32,
+        batch: &PackedBatch,
+    ) -> Result<Tensor> {
         let [heads, longest] = [1, 2].map(|dimension| weights.size()[dimension] as u32);
         let counters: Vec<_> = batch
             .slots
             .iter()
             .flat_map(|&slot| {
-                (0..heads).flat_map(move |head| (0..longest).map(move |query| [query | head << 16, slot, site]))
+                (0..heads)
+                    .flat_map(move |head| (0..longest).map(move |query| [query | head << 16, slot, site]))
             })
             .collect();
         self.apply(weights, probability, &counters)
@@ -121,7 +134,9 @@ mod tests {
         let second = dropout.tokens(&ones(5), 0.3, 2, &batch(&[5], 1)).unwrap();
         assert_eq!(whole.narrow(0, 4, 5), second);
 
-        let square = |examples: i64, longest: i64| Tensor::ones([examples, 3, longest, longest], (Kind::Float, Device::Cpu));
+        let square = |examples: i64, longest: i64| {
+            Tensor::ones([examples, 3, longest, longest], (Kind::Float, Device::Cpu))
+        };
         let whole = dropout.attention(&square(2, 5), 0.3, 2, &batch(&[4, 5], 0)).unwrap();
         let first = dropout.attention(&square(1, 4), 0.3, 2, &batch(&[4], 0)).unwrap();
         assert_eq!(whole.narrow(0, 0, 1).narrow(2, 0, 4).narrow(3, 0, 4), first);

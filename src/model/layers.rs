@@ -76,7 +76,9 @@ impl<'a> Pass<'a> {
         match (&self.dropout, rows) {
             (None, _) => Ok(input.shallow_clone()),
             (Some(dropout), Rows::Tokens) => dropout.tokens(input, probability, self.next_site(), self.batch),
-            (Some(dropout), Rows::Examples) => dropout.examples(input, probability, self.next_site(), self.batch),
+            (Some(dropout), Rows::Examples) => {
+                dropout.examples(input, probability, self.next_site(), self.batch)
+            }
         }
     }
 
@@ -86,7 +88,14 @@ impl<'a> Pass<'a> {
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn attention(&self, query: &Tensor, key: &Tensor, value: &Tensor, heads: i64, dropout: f64) -> Result<Tensor> {
+    pub fn attention(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        heads: i64,
+        dropout: f64,
+    ) -> Result<Tensor> {
         let (examples, longest) = (self.batch.examples() as i64, self.batch.longest() as i64);
         let head_size = query.size()[1] / heads;
         let padding = self.batch.padding.as_ref();
@@ -102,13 +111,20 @@ impl<'a> Pass<'a> {
                 let scores = query.f_mul_scalar(scale)?.f_matmul(&key.f_transpose(2, 3)?)?;
                 let scores = bias.map_or(Ok(scores.shallow_clone()), |bias| scores.f_add(&bias))?;
                 let probabilities = scores.f_softmax(-1, query.kind())?;
-                pattern
-                    .attention(&probabilities, dropout, self.next_site(), self.batch)?
-                    .f_matmul(&value)?
+                pattern.attention(&probabilities, dropout, self.next_site(), self.batch)?.f_matmul(&value)?
             }
             pattern => {
                 let dropout = pattern.map_or(0.0, |_| dropout);
-                Tensor::f_scaled_dot_product_attention(&query, &key, &value, bias, dropout, false, Some(scale), false)?
+                Tensor::f_scaled_dot_product_attention(
+                    &query,
+                    &key,
+                    &value,
+                    bias,
+                    dropout,
+                    false,
+                    Some(scale),
+                    false,
+                )?
             }
         };
         let rows = context.f_transpose(1, 2)?.f_reshape([examples * longest, heads * head_size])?;
@@ -179,7 +195,13 @@ pub struct LayerNorm {
 
 impl LayerNorm {
     /// Declares the layer as `{name}.weight` and `{name}.bias`.
-    pub fn declare(table: &mut ParameterTable, name: &str, width: i64, epsilon: f64, place: ParameterPlace) -> Self {
+    pub fn declare(
+        table: &mut ParameterTable,
+        name: &str,
+        width: i64,
+        epsilon: f64,
+        place: ParameterPlace,
+    ) -> Self {
         Self {
             weight: table.declare(format!("{name}.weight"), &[width], ParameterKind::LayerNormWeight, place),
             bias: table.declare(format!("{name}.bias"), &[width], ParameterKind::LayerNormBias, place),
@@ -288,7 +310,9 @@ impl Activation {
 /// Fails if shapes do not match.
 pub fn loss(logits: &Tensor, targets: &Tensor, examples: usize) -> Result<Tensor> {
     let sum = match targets.kind() {
-        Kind::Int64 => logits.f_cross_entropy_loss::<Tensor>(targets, None, tch::Reduction::Sum, -100, 0.0)?,
+        Kind::Int64 => {
+            logits.f_cross_entropy_loss::<Tensor>(targets, None, tch::Reduction::Sum, -100, 0.0)?
+        }
         _ => logits.f_squeeze_dim(-1)?.f_mse_loss(targets, tch::Reduction::Sum)?,
     };
     Ok(sum.f_div_scalar(examples as f64)?)

@@ -8,6 +8,7 @@ mod dropout;
 mod layers;
 mod params;
 
+pub(crate) use checkpoint::publish;
 pub use checkpoint::{LoadReport, ModelFolder};
 pub use classifier::{Classifier, HeadStart, Labels, Network};
 pub use config::{FAMILIES, ModelConfig};

@@ -98,7 +98,13 @@ impl ParameterTable {
         place: ParameterPlace,
     ) -> ParameterId {
         let count = shape.iter().product::<i64>() as usize;
-        self.parameters.push(Parameter { name: name.into(), shape: shape.to_vec(), kind, place, range: 0..count });
+        self.parameters.push(Parameter {
+            name: name.into(),
+            shape: shape.to_vec(),
+            kind,
+            place,
+            range: 0..count,
+        });
         ParameterId(self.parameters.len() - 1)
     }
 
@@ -113,7 +119,8 @@ impl ParameterTable {
         let mut next = 0;
         let mut ends = [0; 2];
         for (group, end) in ends.iter_mut().enumerate() {
-            for parameter in self.parameters.iter_mut().filter(|parameter| parameter.decays() == (group == 0)) {
+            for parameter in self.parameters.iter_mut().filter(|parameter| parameter.decays() == (group == 0))
+            {
                 let count = parameter.count();
                 parameter.range = next..next + count;
                 next = (next + count).next_multiple_of(ALIGNMENT);
@@ -275,7 +282,10 @@ impl Parameters {
         let mut values = Tensor::f_zeros(&parameter.shape, (Kind::Float, Device::Cpu))?;
         match parameter.kind {
             ParameterKind::Weight | ParameterKind::Embedding => {
-                let stream = parameter.name.bytes().fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte)));
+                let stream = parameter
+                    .name
+                    .bytes()
+                    .fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte)));
                 let key = Key::derive(seed, Purpose::Head, 0);
                 random::fill_normal(elements_mut(&mut values)?, standard_deviation, key, stream);
             }

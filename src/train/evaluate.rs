@@ -42,7 +42,8 @@ pub fn predict(
     // Examples of like length together, so that attention's rectangles have few holes; results do not depend on it.
     let mut order: Vec<usize> = (0..data.len()).collect();
     order.sort_by_key(|&number| std::cmp::Reverse(data[number].ids.len()));
-    let logits = Tensor::f_zeros([data.len() as i64, classifier.labels().outputs()], (Kind::Float, tch::Device::Cpu))?;
+    let logits =
+        Tensor::f_zeros([data.len() as i64, classifier.labels().outputs()], (Kind::Float, tch::Device::Cpu))?;
     let mut rest = &order[..];
     while let Some(&longest) = rest.first() {
         let size = (TOKENS_PER_BATCH / data[longest].ids.len().max(1)).clamp(1, rest.len());
@@ -78,7 +79,8 @@ pub fn evaluate(
             (scores, predicted.windows(2).all(|pair| pair[0] == pair[1]), Tensor::from_slice(ids))
         }
         (targets, _) => {
-            let predicted: Vec<f64> = elements::<f32>(&logits)?.iter().map(|&value| f64::from(value)).collect();
+            let predicted: Vec<f64> =
+                elements::<f32>(&logits)?.iter().map(|&value| f64::from(value)).collect();
             let actual: Vec<f64> = match targets {
                 Targets::Scores(scores) => scores.iter().map(|&score| f64::from(score)).collect(),
                 Targets::Classes(ids) => ids.iter().map(|&id| id as f64).collect(),
@@ -89,7 +91,8 @@ pub fn evaluate(
         }
     };
     let loss = f64::try_from(loss(&logits, &targets, data.len())?)?;
-    let headline = scores.iter().find(|(metric, _)| *metric == card.headline).map_or(f64::NAN, |(_, score)| *score);
+    let headline =
+        scores.iter().find(|(metric, _)| *metric == card.headline).map_or(f64::NAN, |(_, score)| *score);
     Ok(Evaluation { scores, headline, loss, degenerate })
 }
 

@@ -211,7 +211,8 @@ impl<'a> Trainer<'a> {
         for (part, micro_batch) in examples.chunks(self.hyperparameters.micro_batch).enumerate() {
             let first_slot = part * self.hyperparameters.micro_batch;
             let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
-            let weights = self.classifier.parameters.compute_weights(self.hyperparameters.precision.kind())?;
+            let weights =
+                self.classifier.parameters.compute_weights(self.hyperparameters.precision.kind())?;
             let logits = self.classifier.logits(&Pass::new(&weights, &batch, Some(dropout)))?;
             let loss = loss(&logits, &targets, examples.len())?;
             loss.f_backward()?;
@@ -237,7 +238,8 @@ impl<'a> Trainer<'a> {
     fn clip_gradients(&self) -> Result<()> {
         let Some(limit) = self.hyperparameters.max_gradient_norm else { return Ok(()) };
         let mut gradients = self.classifier.parameters.gradients().shallow_clone();
-        let factor = gradients.f_norm()?.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?.f_clamp_max(1.0)?;
+        let factor =
+            gradients.f_norm()?.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?.f_clamp_max(1.0)?;
         if !factor.device().is_cuda() && f64::try_from(&factor)? == 1.0 {
             return Ok(());
         }
@@ -262,7 +264,11 @@ impl<'a> Trainer<'a> {
             let evaluation = self.score(dev, card, control)?;
             (control.report)(Event::Epoch { epoch: epoch + 1, headline: evaluation.headline });
             selection.consider(&self, evaluation.headline)?;
-            if self.hyperparameters.early_stopping.is_some_and(|patience| selection.epochs_without_gain >= patience) {
+            if self
+                .hyperparameters
+                .early_stopping
+                .is_some_and(|patience| selection.epochs_without_gain >= patience)
+            {
                 break;
             }
         }
@@ -287,7 +293,9 @@ impl<'a> Trainer<'a> {
     /// Trains one epoch, or what the schedule has left of it.
     fn epoch(&mut self, epoch: usize, control: &mut Control) -> Result<()> {
         let order = match self.hyperparameters.order {
-            Order::Shuffled => random::permutation(self.data.len(), Key::derive(self.seed, Purpose::Order, epoch as u64)),
+            Order::Shuffled => {
+                random::permutation(self.data.len(), Key::derive(self.seed, Purpose::Order, epoch as u64))
+            }
             Order::Sequential => (0..self.data.len()).collect(),
         };
         let on_gpu = self.classifier.parameters.device().is_cuda();
@@ -301,7 +309,10 @@ impl<'a> Trainer<'a> {
             if !on_gpu || self.step % STEPS_BETWEEN_LOOKS == 0 || self.step == self.schedule.total {
                 last_loss = f64::try_from(&loss)?;
                 if !last_loss.is_finite() {
-                    return Err(Error::Diverged(format!("the loss became {last_loss} at step {}", self.step)));
+                    return Err(Error::Diverged(format!(
+                        "the loss became {last_loss} at step {}",
+                        self.step
+                    )));
                 }
             }
             let progress = Progress { done: self.step, total: self.schedule.total };

@@ -42,7 +42,13 @@ fn an_example_gets_the_same_logits_in_any_company() {
         let reference = tensors(&format!("{name}/reference.safetensors"));
         let (data, classifier) = (dataset(&reference), classifier(name));
         let backwards: Vec<usize> = (0..data.len()).rev().collect();
-        assert_close(name, &logits(&classifier, &data, &backwards).flip([0]), &reference["logits"], 1e-5, true);
+        assert_close(
+            name,
+            &logits(&classifier, &data, &backwards).flip([0]),
+            &reference["logits"],
+            1e-5,
+            true,
+        );
         for number in 0..data.len() {
             let expected = reference["logits"].narrow(0, number as i64, 1);
             assert_close(name, &logits(&classifier, &data, &[number]), &expected, 1e-5, true);

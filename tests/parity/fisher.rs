@@ -38,7 +38,8 @@ fn assert_information(name: &str, found: &Tensor, expected: &Tensor) {
     }
 }
 
-const PER_EXAMPLE: FisherOptions = FisherOptions { estimator: Estimator::PerExample, dropout: false, clip: None };
+const PER_EXAMPLE: FisherOptions =
+    FisherOptions { estimator: Estimator::PerExample, dropout: false, clip: None };
 
 #[test]
 fn one_pass_per_example_information_equals_a_batch_of_one_loop() {
@@ -83,11 +84,13 @@ fn the_mask_of_d_is_the_top_k_of_a_per_example_loop() {
     let p = 0.3;
     let found = information(&mut classifier, &data, BATCH_SIZE, &PER_EXAMPLE);
     let child =
-        ChildNetwork::from_scores(&classifier.parameters, &found, p, MaskScope::Backbone, Threshold::Global).unwrap();
+        ChildNetwork::from_scores(&classifier.parameters, &found, p, MaskScope::Backbone, Threshold::Global)
+            .unwrap();
 
     let mut scores = Vec::new();
     for tensor in child.tensors() {
-        let slow = Vec::<f32>::try_from(reference[&format!("per_example/{}", tensor.name)].reshape([-1])).unwrap();
+        let slow =
+            Vec::<f32>::try_from(reference[&format!("per_example/{}", tensor.name)].reshape([-1])).unwrap();
         scores.extend(slow);
     }
     let mut ranked: Vec<usize> = (0..scores.len()).collect();
@@ -111,7 +114,8 @@ fn the_mask_of_d_is_the_top_k_of_a_per_example_loop() {
 fn the_official_preset_makes_the_released_mask_and_step() {
     let reference = tensors("fisher/reference.safetensors");
     let data = dataset(&reference);
-    let spec: MethodSpec = serde_yaml::from_str("child_tuning_d: {p: 0.3, fisher: {dropout: false}}").unwrap();
+    let spec: MethodSpec =
+        serde_yaml::from_str("child_tuning_d: {p: 0.3, fisher: {dropout: false}}").unwrap();
     let method = spec.resolve(Preset::Official).unwrap().remove(0);
     // A third of an epoch of three steps: the first batch only.
     let settings = Hyperparameters { epochs: 1.0 / 3.0, adamw: AdamWForm::HfLegacy, ..hyperparameters() };
@@ -123,7 +127,8 @@ fn the_official_preset_makes_the_released_mask_and_step() {
     let child = mask.child().unwrap();
     assert_eq!(child.tensors().len(), 32);
     for tensor in child.tensors() {
-        let expected = Vec::<u8>::try_from(reference[&format!("official_mask/{}", tensor.name)].reshape([-1])).unwrap();
+        let expected =
+            Vec::<u8>::try_from(reference[&format!("official_mask/{}", tensor.name)].reshape([-1])).unwrap();
         let found: Vec<u8> = child_bits(child, &tensor.name).iter().map(|&bit| u8::from(bit)).collect();
         assert_eq!(found, expected, "{}", tensor.name);
     }

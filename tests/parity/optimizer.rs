@@ -48,7 +48,8 @@ fn ten_steps_agree_with_both_references() {
         let mut optimizer = AdamW::new(&parameters, &settings).unwrap();
         for (step, &learning_rate) in learning_rates.iter().enumerate() {
             for name in names {
-                part(&parameters, parameters.gradients(), name).copy_(&reference[&format!("gradient/{step}/{name}")]);
+                part(&parameters, parameters.gradients(), name)
+                    .copy_(&reference[&format!("gradient/{step}/{name}")]);
             }
             optimizer.step(&parameters, learning_rate, None).unwrap();
             for name in names {

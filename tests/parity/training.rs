@@ -43,7 +43,13 @@ fn weights_after(text: &str, settings: &Hyperparameters, seed: u64) -> Tensor {
 }
 
 fn settings() -> Hyperparameters {
-    Hyperparameters { epochs: 4.0, batch_size: 2, micro_batch: 2, order: Order::Shuffled, ..hyperparameters() }
+    Hyperparameters {
+        epochs: 4.0,
+        batch_size: 2,
+        micro_batch: 2,
+        order: Order::Shuffled,
+        ..hyperparameters()
+    }
 }
 
 #[test]
@@ -83,7 +89,13 @@ fn micro_batches_add_up_to_the_whole_batch() {
         let expected = gradients(text, 5);
         // 5 = 2 + 2 + 1 and 3 + 2: uneven micro-batches of uneven lengths, dropout on.
         for micro_batch in [1, 2, 3] {
-            assert_close(&format!("{text} {micro_batch}"), &gradients(text, micro_batch), &expected, 1e-6, true);
+            assert_close(
+                &format!("{text} {micro_batch}"),
+                &gradients(text, micro_batch),
+                &expected,
+                1e-6,
+                true,
+            );
         }
     }
 }
@@ -125,7 +137,8 @@ fn weights_outside_the_child_network_keep_every_bit() {
 #[test]
 fn bf16_trains_to_nearly_the_same_place() {
     let expected = weights_after("child_tuning_d", &settings(), 3);
-    let found = weights_after("child_tuning_d", &Hyperparameters { precision: Precision::Bf16, ..settings() }, 3);
+    let found =
+        weights_after("child_tuning_d", &Hyperparameters { precision: Precision::Bf16, ..settings() }, 3);
     assert_ne!(found, expected);
     // Ten steps of at most 1e-3 each.
     assert!((found - expected).abs().max().double_value(&[]) < 1.2e-2);
@@ -135,13 +148,8 @@ fn bf16_trains_to_nearly_the_same_place() {
 fn the_head_is_new_for_each_seed_and_the_body_is_the_checkpoint() {
     let folder = child_tuning::model::ModelFolder::open(&crate::fixture::path("bert_pair")).unwrap();
     let labels = child_tuning::model::Labels::Classes(vec!["no".into(), "yes".into()]);
-    let mut classifier = Classifier::load(
-        &folder,
-        labels,
-        child_tuning::model::HeadStart::Keep,
-        tch::Device::Cpu,
-    )
-    .unwrap();
+    let mut classifier =
+        Classifier::load(&folder, labels, child_tuning::model::HeadStart::Keep, tch::Device::Cpu).unwrap();
     assert_eq!(classifier.report.fresh, ["classifier.weight", "classifier.bias"]);
     let mut heads = Vec::new();
     for seed in [1, 2, 1] {

@@ -1,0 +1,127 @@
+//! Experiments and command lines that ask for something impossible are refused before anything runs.
+
+use crate::support::Workplace;
+
+/// Runs an experiment that must be refused and must not have started anything.
+fn refused(text: &str, further: &[&str], code: i32, parts: &[&str]) {
+    let workplace = Workplace::new();
+    workplace.experiment(text);
+    workplace.run(further).refused(code, parts);
+    assert_eq!(workplace.files("."), ["bert_pair", "experiment.yaml"], "{text} {further:?}");
+}
+
+#[test]
+fn a_misspelt_key_is_shown_with_its_place_and_the_nearest_spelling() {
+    let key = "train:\n  epochs: 1\n  learning_rat: 1e-4";
+    refused(key, &[], 2, &["experiment.yaml:3:3: ", "`learning_rat`", "did you mean `learning_rate`?"]);
+    refused("trian: {epochs: 1}", &[], 2, &["experiment.yaml:1:1: ", "`trian`", "did you mean `train`?"]);
+}
+
+#[test]
+fn a_share_outside_its_range_is_refused() {
+    let zero = ["experiment.yaml:1:31: ", "child_tuning_d.p", "above 0 and at most 1, not 0"];
+    refused("method: [{child_tuning_d: {p: 0}}]", &[], 2, &zero);
+    let large = ["experiment.yaml:1:31: ", "child_tuning_f.p", "above 0 and at most 1, not 1.5"];
+    refused("method: [{child_tuning_f: {p: 1.5}}]", &[], 2, &large);
+}
+
+#[test]
+fn unknown_names_come_with_the_nearest_known_one() {
+    refused("method: vanila", &[], 2, &["experiment.yaml:1:9: ", "`vanila`", "did you mean `vanilla`?"]);
+    let task = ["experiment.yaml: ", "task `rt`", "did you mean `rte`?", "cola, rte, mrpc, stsb"];
+    refused("task: rt", &[], 2, &task);
+    refused("preset: offical", &[], 2, &["experiment.yaml:1:9: ", "`offical`", "did you mean `official`?"]);
+    let key = ["model_config", "`hidden_dropout_prop`", "did you mean `hidden_dropout_prob`?"];
+    refused("model_config: {hidden_dropout_prop: 0}", &[], 2, &key);
+}
+
+#[test]
+fn settings_that_contradict_each_other_are_refused() {
+    let micro_batch = "train: {batch_size: 8, micro_batch: 16}";
+    refused(micro_batch, &[], 2, &["experiment.yaml: ", "train.micro_batch 16", "train.batch_size 8"]);
+    let twice = ["experiment.yaml: ", "same run twice", "rte vanilla", "seed 1", "remove the repeated entry"];
+    refused("method: [vanilla, vanilla]", &[], 2, &twice);
+    refused("task: [rte, RTE]", &[], 2, &twice);
+    refused("seeds: [3, 3]", &[], 2, &["experiment.yaml:1:", "seed 3", "twice"]);
+}
+
+#[test]
+fn a_missing_experiment_is_named() {
+    Workplace::new().call(&["run", "absent.yaml"]).refused(2, &["experiment absent.yaml", "No such file"]);
+}
+
+#[test]
+fn bad_overrides_are_refused() {
+    let misspelt = ["--set train.epoch=2: ", "`epoch`", "did you mean `epochs`?"];
+    refused("", &["--set", "train.epoch=2"], 2, &misspelt);
+    refused("", &["--set", "train.epochs.a=2"], 2, &["--set train.epochs.a=2: ", "`a`"]);
+    let position = ["--set method.3=vanilla: ", "`3` is no position in a list of 1"];
+    refused("method: [vanilla]", &["--set", "method.3=vanilla"], 2, &position);
+}
+
+#[test]
+fn a_choice_that_leaves_no_run_is_refused() {
+    refused("", &["--only", "sed=1"], 2, &["--only", "`sed`", "did you mean `seed`?"]);
+    refused("", &["--only", "seed=9"], 2, &["experiment.yaml: ", "--only seed=9 leaves no run"]);
+}
+
+#[test]
+fn a_device_that_is_not_there_is_refused() {
+    refused("", &["--device", "gpu"], 2, &["`gpu`", "cpu, cuda, or cuda:1"]);
+    if std::process::Command::new("nvidia-smi").output().is_ok_and(|output| output.status.success()) {
+        println!("skipped: this machine has a graphics card");
+        return;
+    }
+    refused("", &["--device", "cuda"], 3, &["no CUDA device", "run without --device", "doctor"]);
+}
+
+/// Arguments that do not parse: the parser says what is wrong in its first line and points to the help.
+#[test]
+fn arguments_that_do_not_parse_are_refused() {
+    let workplace = Workplace::new();
+    workplace.experiment("");
+    let refused = |arguments: &[&str], parts: &[&str]| {
+        let answer = workplace.call(arguments).with_code(2);
+        assert!(answer.stdout.is_empty() && answer.stderr.starts_with("error: "), "{answer:?}");
+        for part in parts.iter().chain(&["--help"]) {
+            assert!(answer.stderr.contains(part), "`{part}` is not in: {}", answer.stderr);
+        }
+    };
+    let run = ["run", "experiment.yaml"];
+    let no_value = ["`train.epochs` has no `=`", "train.epochs=2"];
+    refused(&[&run[..], &["--set", "train.epochs"]].concat(), &no_value);
+    refused(&[&run[..], &["--only", "rte"]].concat(), &["`rte` has no `=`", "task=rte"]);
+    refused(&[&run[..], &["--threads", "0"]].concat(), &["'--threads <N>'", "0 is not in 1.."]);
+    refused(&["run"], &["EXPERIMENT.yaml"]);
+    refused(&["rum", "experiment.yaml"], &["'rum'", "'run'"]);
+    refused(&["compare", "results.csv", "--format", "html"], &["text, markdown, csv"]);
+    refused(&["child", "overlap", "only.safetensors"], &["MASK.safetensors"]);
+    assert_eq!(workplace.files("."), ["bert_pair", "experiment.yaml"]);
+}
+
+#[test]
+fn every_command_has_help_that_names_its_options() {
+    let workplace = Workplace::with_models(&[]);
+    let experiment = ["EXPERIMENT.yaml", "--set", "--only", "--data"];
+    let compute = ["--device", "--threads"];
+    let cases: [(&[&str], &[&str]); 11] = [
+        (&[], &["run", "plan", "compare", "predict", "child", "export", "doctor", "Exit codes"]),
+        (&["run"], &[&experiment[..], &compute].concat()),
+        (&["plan"], &experiment),
+        (&["compare"], &["RESULTS.csv", "--format"]),
+        (&["predict"], &["--model", "--task", "--input", "--output", "--max-length", "--logits", "--device"]),
+        (&["child"], &["compute", "inspect", "overlap"]),
+        (&["child", "compute"], &[&experiment[..], &compute, &["--output"]].concat()),
+        (&["child", "inspect"], &["MASK.safetensors", "--tensors"]),
+        (&["child", "overlap"], &["MASK.safetensors"]),
+        (&["export"], &["--model", "--output", "--task", "--seed"]),
+        (&["doctor"], &["--data", "--models"]),
+    ];
+    for (command, options) in cases {
+        let help = workplace.call(&[command, &["--help"]].concat()).with_code(0);
+        assert_eq!(help.stderr, "");
+        for option in options {
+            assert!(help.stdout.contains(option), "{command:?}: `{option}` is not in\n{}", help.stdout);
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! `compare` on the results of a real grid.
+
+use crate::support::{Row, Workplace};
+
+const METHODS: [&str; 3] = ["vanilla", "child_tuning_f", "child_tuning_d"];
+
+/// Three methods on two tasks and two seeds.
+fn grid() -> (Workplace, Vec<Row>) {
+    let workplace = Workplace::new();
+    workplace
+        .experiment("task: [rte, mrpc]\nmethod: [vanilla, child_tuning_f, child_tuning_d]\nseeds: [1, 2]");
+    workplace.run(&[]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    assert_eq!(rows.len(), 12);
+    (workplace, rows)
+}
+
+/// The mean score of a method on a task, from the rows themselves.
+fn mean(rows: &[Row], task: &str, method: &str) -> f64 {
+    let scores: Vec<f64> = rows
+        .iter()
+        .filter(|row| row["task"] == task && row["method"] == method)
+        .map(|row| row["score"].parse().unwrap())
+        .collect();
+    assert_eq!(scores.len(), 2);
+    scores.iter().sum::<f64>() / 2.0
+}
+
+#[test]
+fn text_has_a_table_a_task_a_row_a_method_and_a_conclusion() {
+    let (workplace, rows) = grid();
+    let text = workplace.call(&["compare", "results.csv"]).with_code(0).stdout;
+    assert!(text.contains("rte (dev), bert_pair: accuracy\n"), "{text}");
+    assert!(text.contains("mrpc (dev), bert_pair: f1\n"), "{text}");
+    for (task, block) in ["rte", "mrpc"].into_iter().zip(text.split("mrpc (dev)")) {
+        for method in METHODS {
+            let line =
+                block.lines().map(str::trim).find(|line| line.starts_with(&format!("{method} "))).unwrap();
+            let numbers: Vec<&str> =
+                line.split_whitespace().filter(|word| word.parse::<f64>().is_ok()).collect();
+            let mean = format!("{:.2}", 100.0 * mean(&rows, task, method));
+            assert_eq!(numbers[..3], ["2", "2", mean.as_str()], "{line}");
+        }
+        assert!(block.contains("over 2 common seeds; 95 % interval of the mean"), "{block}");
+    }
+    assert!(text.trim_end().ends_with("* marks the best mean of a model."), "{text}");
+}
+
+#[test]
+fn csv_holds_the_same_numbers_unrounded() {
+    let (workplace, rows) = grid();
+    let text = workplace.call(&["compare", "results.csv", "--format", "csv"]).with_code(0).stdout;
+    workplace.write("comparison.csv", text);
+    let groups = workplace.rows("comparison.csv");
+    assert_eq!(groups.len(), 6);
+    for group in &groups {
+        assert!(METHODS.contains(&group["method"].as_str()));
+        for (column, value) in [("runs", "2"), ("ok", "2"), ("diverged", "0"), ("failed", "0")] {
+            assert_eq!(group[column], value, "{column}");
+        }
+        let expected = mean(&rows, &group["task"], &group["method"]);
+        assert!((group["mean"].parse::<f64>().unwrap() - expected).abs() < 1e-12, "{group:?}");
+    }
+}
+
+#[test]
+fn markdown_tables_are_rectangular() {
+    let (workplace, _) = grid();
+    let text = workplace.call(&["compare", "results.csv", "--format", "markdown"]).with_code(0).stdout;
+    assert_eq!(text.lines().filter(|line| line.starts_with("### ")).count(), 2);
+    let cells: Vec<usize> =
+        text.lines().filter(|line| line.starts_with('|')).map(|line| line.matches('|').count()).collect();
+    // A header, a rule and three methods, twice.
+    assert_eq!(cells, [10; 10], "{text}");
+    assert!(text.trim_end().ends_with("The best mean of a model is bold."), "{text}");
+}
+
+#[test]
+fn rows_that_stand_in_two_files_count_once() {
+    let (workplace, _) = grid();
+    let once = workplace.call(&["compare", "results.csv", "--format", "csv"]).with_code(0).stdout;
+    let twice =
+        workplace.call(&["compare", "results.csv", "results.csv", "--format", "csv"]).with_code(0).stdout;
+    assert_eq!(once, twice);
+    let text = workplace.call(&["compare", "results.csv", "results.csv"]).with_code(0).stdout;
+    assert!(text.contains("12 rows left out: the same run was there already."), "{text}");
+}

@@ -1,0 +1,147 @@
+//! `export`: folders that transformers loads, from checkpoints in any of their usual forms.
+
+use std::process::Command;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::Value;
+
+use crate::support::{Workplace, project};
+
+const SENTENCES: [&str; 3] =
+    ["the cat sits on the mat.", "dogs, sitting?", "a small model reads two sentences near it"];
+
+/// Loads a folder and prints what did not fit, and the logits of the sentences.
+const REFERENCE: &str = "
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, sentences = sys.argv[1], sys.argv[2:]
+model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+with torch.no_grad():
+    logits = [model.eval()(**tokenizer(text, return_tensors='pt')).logits[0].tolist() for text in sentences]
+print(json.dumps({
+    'bad_keys': sum((sorted(map(str, info[kind])) for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), []),
+    'labels': [model.config.id2label[number] for number in range(model.config.num_labels)],
+    'logits': logits,
+}))
+";
+
+/// Asks transformers; `None`, with the reason printed, where it is not installed.
+fn transformers(workplace: &Workplace, folder: &str) -> Option<Value> {
+    let python = project(".venv/bin/python");
+    let has_it = Command::new(&python).args(["-c", "import transformers"]).output();
+    if !has_it.is_ok_and(|output| output.status.success()) {
+        println!("skipped: {} has no transformers; `make test` installs it", python.display());
+        return None;
+    }
+    let mut command = Command::new(&python);
+    command.args(["-c", REFERENCE, folder]).args(SENTENCES).current_dir(workplace.path("."));
+    let output = command.env("HF_HUB_OFFLINE", "1").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Some(serde_json::from_slice(&output.stdout).unwrap())
+}
+
+/// The logits of the sentences by this program.
+fn predicted(workplace: &Workplace, folder: &str) -> Vec<[f64; 2]> {
+    let lines: Vec<String> =
+        SENTENCES.iter().enumerate().map(|(id, text)| format!("{id}\t{text}\n")).collect();
+    workplace.write("sentences.tsv", format!("index\tsentence\n{}", lines.concat()));
+    let model = ["predict", "--model", folder, "--task", "cola", "--input", "sentences.tsv"];
+    let rest = ["--output", "predictions.csv", "--max-length", "32", "--threads", "1", "--logits"];
+    workplace.call(&[&model[..], &rest].concat()).with_code(0);
+    let rows = workplace.rows("predictions.csv");
+    rows.iter().map(|row| ["logit_0", "logit_1"].map(|column| row[column].parse().unwrap())).collect()
+}
+
+#[test]
+fn transformers_computes_the_same_logits_from_an_exported_folder() {
+    let workplace = Workplace::with_models(&["bert_single"]);
+    workplace.call(&["export", "--model", "bert_single", "--output", "exported"]).with_code(0);
+    let logits = predicted(&workplace, "exported");
+    assert_eq!(logits, predicted(&workplace, "bert_single"));
+    let Some(reference) = transformers(&workplace, "exported") else { return };
+    assert_eq!(reference["bad_keys"], serde_json::json!([]));
+    assert_eq!(reference["labels"], serde_json::json!(["unacceptable", "acceptable"]));
+    for (example, logits) in logits.iter().enumerate() {
+        for (label, found) in logits.iter().enumerate() {
+            let expected = reference["logits"][example][label].as_f64().unwrap();
+            assert!(
+                (found - expected).abs() < 1e-5,
+                "sentence {example}, label {label}: {found} is not {expected}"
+            );
+        }
+    }
+}
+
+/// Writes a model's weights anew, each under the name that is made of its own, where there is one.
+fn rename(workplace: &Workplace, weights: &str, further: &[&str], name: impl Fn(&str) -> Option<String>) {
+    let bytes = std::fs::read(workplace.path(weights)).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let zeros = [0u8; 16];
+    let mut tensors: Vec<(String, TensorView)> =
+        file.iter().filter_map(|(old, view)| Some((name(old)?, view))).collect();
+    for name in further {
+        tensors.push(((*name).to_owned(), TensorView::new(Dtype::F32, vec![4], &zeros).unwrap()));
+    }
+    workplace.write(weights, safetensors::serialize(tensors, None).unwrap());
+}
+
+#[test]
+fn a_checkpoint_of_the_bare_encoder_gets_a_new_head() {
+    let workplace = Workplace::with_models(&["bert_single"]);
+    let original = workplace.tensors("bert_single/model.safetensors");
+    rename(&workplace, "bert_single/model.safetensors", &[], |name| {
+        name.strip_prefix("bert.").map(str::to_owned)
+    });
+    let export = |seed: &str, output: &str| {
+        let model =
+            ["export", "--model", "bert_single", "--task", "cola", "--seed", seed, "--output", output];
+        let answer = workplace.call(&model).with_code(0);
+        assert!(
+            answer.stderr.contains("new, from the seed: classifier.weight, classifier.bias"),
+            "{}",
+            answer.stderr
+        );
+        workplace.tensors(&format!("{output}/model.safetensors"))
+    };
+    let exported = export("1", "first");
+    assert_eq!(exported.len(), original.len());
+    for (name, bytes) in original.iter().filter(|(name, _)| name.starts_with("bert.")) {
+        assert_eq!(exported[name], *bytes, "{name}");
+    }
+    assert_ne!(exported["classifier.weight"], original["classifier.weight"]);
+    assert_eq!(exported, export("1", "again"));
+    assert_ne!(exported["classifier.weight"], export("2", "other")["classifier.weight"]);
+}
+
+#[test]
+fn heads_of_pretraining_are_left_out_and_named() {
+    let workplace = Workplace::with_models(&["bert_single"]);
+    let weights = "bert_single/model.safetensors";
+    let original = workplace.tensors(weights);
+    let further = ["cls.predictions.bias", "cls.seq_relationship.weight", "stray.weight"];
+    rename(&workplace, weights, &further, |name| Some(name.to_owned()));
+    let answer = workplace.call(&["export", "--model", "bert_single", "--output", "exported"]).with_code(0);
+    for line in [
+        "left out, of pretraining: cls.predictions.bias, cls.seq_relationship.weight\n",
+        "left out, not used by the model: stray.weight\n",
+    ] {
+        assert!(answer.stderr.contains(line), "{}", answer.stderr);
+    }
+    assert!(!answer.stderr.contains("new, from the seed"), "{}", answer.stderr);
+    assert_eq!(workplace.tensors("exported/model.safetensors"), original);
+}
+
+#[test]
+fn exports_that_make_no_sense_are_refused() {
+    let workplace = Workplace::with_models(&["bert_single"]);
+    let before = workplace.tensors("bert_single/model.safetensors");
+    let refused = |output: &str, code: i32, parts: &[&str]| {
+        workplace.call(&["export", "--model", "bert_single", "--output", output]).refused(code, parts);
+    };
+    refused("bert_single", 2, &["--output is the folder of --model"]);
+    refused("bert_single/config.json/below", 3, &["bert_single/config.json/below"]);
+    workplace.edit("bert_single/config.json", "\"id2label\"", "\"id2name\"");
+    refused("exported", 2, &["bert_single: ", "no labels in config.json", "--task"]);
+    assert_eq!(workplace.tensors("bert_single/model.safetensors"), before);
+}

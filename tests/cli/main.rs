@@ -1,0 +1,14 @@
+//! The program as its users start it: what it answers, with which exit code, and what it leaves behind.
+//!
+//! Every test works in a folder of its own, on tiny models from `tests/fixtures` and the miniature data sets in `data/`.
+
+mod bad_arguments;
+mod bad_files;
+mod child;
+mod compare;
+mod doctor;
+mod export;
+mod grid;
+mod interruption;
+mod predict;
+mod support;
