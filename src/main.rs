@@ -8,15 +8,16 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let arguments = commands::Arguments::parse();
-    commands::sleep_while_waiting();
+    commands::with_a_considerate_environment();
     child_tuning::libtorch::keep_freed_memory();
     match commands::call(arguments) {
         Ok(code) => code,
         // Whoever read our output has seen enough, as in `plan … | head`.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
             let known = error.downcast_ref::<child_tuning::error::Error>();
+            // The library's messages hold their causes; other errors have them in a chain.
+            eprintln!("error: {}", known.map_or_else(|| format!("{error:#}"), ToString::to_string));
             ExitCode::from(known.map_or(3, |error| error.exit_code()))
         }
     }

@@ -70,6 +70,7 @@ pub fn philox(mut counter: [u32; 4], Key(mut key): Key) -> [u32; 4] {
 ///
 /// Written lane by lane so that it vectorises wherever it is inlined into a function with wide registers.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "one lane of four arrays at a time is what vectorises")]
 pub fn group(key: Key, group: u32, row: [u32; 3]) -> [u32; GROUP] {
     let mut words = [[0u32; LANES]; 4];
     for lane in 0..LANES {

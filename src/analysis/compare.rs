@@ -152,19 +152,16 @@ impl Identity<'_> {
         settings.find(|(other, _)| other == name).map(|(_, value)| value.as_str())
     }
 
-    /// Returns the settings that are needed to tell this group from the others.
-    ///
-    /// A setting that another method does not have tells nothing beyond the method's name.
+    /// Returns the settings that are needed to tell this group from the others: a method's own settings from groups of the
+    /// same method, hyper-parameters from all.
     fn telling_settings(&self, others: &[Identity]) -> String {
-        let tells = |name: &str, value: &str| {
-            others.iter().any(|other| match other.value(name) {
-                Some(theirs) => theirs != value,
-                None => other.method == self.method,
-            })
-        };
-        let settings = self.method_settings.iter().chain(&self.hyperparameters);
-        let telling = settings.filter(|(name, value)| tells(name, value));
-        telling.map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+        let same_method = |other: &&Identity| other.method == self.method;
+        let own = self.method_settings.iter().filter(|(name, value)| {
+            others.iter().filter(same_method).any(|other| other.value(name) != Some(value))
+        });
+        let shared = (self.hyperparameters.iter())
+            .filter(|(name, value)| others.iter().any(|other| other.value(name) != Some(value)));
+        own.chain(shared).map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
     }
 
     /// Whether the other is vanilla, and all that vanilla shares with this one is equal.

@@ -112,3 +112,73 @@ fn mask_and_scale(values: &mut [f32], key: Key, first_group: u32, limit: u32, sc
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
+
+    const COUNT: i64 = 100_003;
+
+    fn parameters() -> Parameters {
+        let mut table = ParameterTable::default();
+        table.declare("other", &[7], ParameterKind::Weight, ParameterPlace::Head);
+        table.declare("weight", &[COUNT], ParameterKind::Weight, ParameterPlace::Head);
+        Parameters::allocate(table, Device::Cpu).unwrap()
+    }
+
+    fn masked(mask: &BernoulliMask, step: u64) -> Vec<f32> {
+        let parameters = parameters();
+        let parameter = parameters.get(parameters.find("weight").unwrap());
+        let mut gradient = Tensor::ones([COUNT], (Kind::Float, Device::Cpu));
+        mask.begin_step(step);
+        mask.apply(&mut gradient, parameter).unwrap();
+        Vec::try_from(gradient).unwrap()
+    }
+
+    #[test]
+    fn keeps_the_share_p_scaled_by_one_over_p() {
+        for p in [0.1, 0.3, 0.5, 0.9] {
+            let values = masked(&BernoulliMask::new(MaskScope::All, p, true, 42), 0);
+            let kept = values.iter().filter(|&&value| value != 0.0).count();
+            assert!(values.iter().all(|&value| value == 0.0 || value == (1.0 / p) as f32));
+            // Five standard deviations of a binomial count.
+            let (mean, deviation) = (p * COUNT as f64, (p * (1.0 - p) * COUNT as f64).sqrt());
+            assert!((kept as f64 - mean).abs() < 5.0 * deviation, "{kept} of {COUNT} at p = {p}");
+        }
+        let plain = masked(&BernoulliMask::new(MaskScope::All, 0.3, false, 42), 0);
+        assert!(plain.iter().all(|&value| value == 0.0 || value == 1.0));
+    }
+
+    #[test]
+    fn every_step_and_seed_has_a_mask_of_its_own() {
+        let agreement = |left: &[f32], right: &[f32]| {
+            left.iter().zip(right).filter(|(left, right)| left == right).count() as f64 / COUNT as f64
+        };
+        let mask = BernoulliMask::new(MaskScope::All, 0.3, true, 42);
+        let first = masked(&mask, 0);
+        assert_eq!(first, masked(&mask, 0));
+        // Independent masks agree where both keep or both drop: p² + (1 − p)² = 0.58.
+        for other in [masked(&mask, 1), masked(&BernoulliMask::new(MaskScope::All, 0.3, true, 43), 0)] {
+            let share = agreement(&first, &other);
+            assert!((share - 0.58).abs() < 5.0 * (0.58f64 * 0.42 / COUNT as f64).sqrt(), "{share}");
+        }
+    }
+
+    #[test]
+    fn the_mask_does_not_depend_on_the_number_of_threads() {
+        let mask = BernoulliMask::new(MaskScope::All, 0.3, true, 42);
+        let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let three = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        assert_eq!(one.install(|| masked(&mask, 5)), three.install(|| masked(&mask, 5)));
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_a_number_stays_visible() {
+        let mut values = vec![f32::NAN; GROUP];
+        mask_and_scale(&mut values, Key([1, 2]), 0, Bernoulli::new(0.3).limit, 2.0);
+        assert!(values.iter().all(|value| value.is_nan()));
+    }
+}

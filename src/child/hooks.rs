@@ -102,3 +102,70 @@ pub fn install_hooks(parameters: &Parameters, mask: &Arc<GradientMask>) -> Resul
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable};
+
+    fn parameters() -> Parameters {
+        let mut table = ParameterTable::default();
+        table.declare("body", &[1000], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        table.declare("head", &[10], ParameterKind::Weight, ParameterPlace::Head);
+        Parameters::allocate(table, Device::Cpu).unwrap()
+    }
+
+    /// Backward through a loss whose gradient is 3 everywhere; returns the gradients of body and head.
+    fn backward(parameters: &Parameters) -> [Vec<f32>; 2] {
+        let names = ["body", "head"];
+        for name in names {
+            (parameters.leaf(parameters.find(name).unwrap()) * 3.0).sum(Kind::Float).backward();
+        }
+        names.map(|name| Vec::try_from(parameters.leaf(parameters.find(name).unwrap()).grad()).unwrap())
+    }
+
+    #[test]
+    fn micro_batches_of_a_step_share_a_mask_and_steps_do_not() {
+        let mut parameters = parameters();
+        let mask = BernoulliMask::new(MaskScope::EncoderLayers, 0.5, true, 1);
+        let mask = Arc::new(GradientMask::Bernoulli(mask));
+        let hooks = install_hooks(&parameters, &mask).unwrap();
+        assert_eq!(hooks.len(), 1);
+
+        mask.begin_step(0);
+        let [once, head] = backward(&parameters);
+        let [twice, _] = backward(&parameters);
+        assert!(once.iter().all(|&value| value == 0.0 || value == 6.0));
+        assert!(once.iter().zip(&twice).all(|(once, twice)| *twice == 2.0 * once));
+        assert_eq!(head, [3.0; 10], "the head is outside the scope");
+
+        parameters.zero_gradients().unwrap();
+        mask.begin_step(1);
+        assert_ne!(backward(&parameters)[0], once);
+
+        drop(hooks);
+        parameters.zero_gradients().unwrap();
+        assert_eq!(backward(&parameters)[0], [3.0; 1000]);
+    }
+
+    #[test]
+    fn a_fixed_mask_lets_exactly_its_members_through() {
+        let parameters = parameters();
+        let scores = Tensor::arange(parameters.buffer_len() as i64, (Kind::Float, Device::Cpu));
+        let child = ChildNetwork::from_scores(
+            &parameters,
+            &scores,
+            0.25,
+            MaskScope::EncoderLayers,
+            super::super::Threshold::Global,
+        )
+        .unwrap();
+        assert_eq!((child.kept(), child.maskable()), (250, 1000));
+        let _hooks = install_hooks(&parameters, &Arc::new(GradientMask::Fixed(child))).unwrap();
+        let [body, head] = backward(&parameters);
+        assert!(body.iter().enumerate().all(|(index, &value)| value == if index >= 750 { 3.0 } else { 0.0 }));
+        assert_eq!(head, [3.0; 10]);
+    }
+}

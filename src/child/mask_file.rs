@@ -85,3 +85,42 @@ pub fn read_mask(path: &Path) -> Result<MaskFile> {
     tensors.sort();
     Ok(MaskFile { about, tensors })
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+    use crate::child::{MaskScope, Threshold};
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
+
+    #[test]
+    fn a_mask_survives_the_file_and_foreign_files_are_refused() {
+        let mut table = ParameterTable::default();
+        table.declare("first", &[3, 7], ParameterKind::Weight, ParameterPlace::Head);
+        table.declare("second", &[70], ParameterKind::Bias, ParameterPlace::Head);
+        let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
+        let child =
+            ChildNetwork::from_scores(&parameters, &scores, 0.4, MaskScope::All, Threshold::PerTensor)
+                .unwrap();
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("masks/mask.safetensors");
+        write_mask(&path, &child, &[("task", "rte".into())]).unwrap();
+        let file = read_mask(&path).unwrap();
+        assert_eq!((file.about["task"].as_str(), &file.about["sha256"]), ("rte", &child.sha256()));
+        // round(0.4 · 21) and 0.4 · 70.
+        let kept: Vec<usize> = file.tensors.iter().map(|(_, _, bits)| MaskFile::kept(bits)).collect();
+        assert_eq!(kept, [8, 28]);
+        for (tensor, (name, shape, bits)) in child.tensors().iter().zip(&file.tensors) {
+            assert_eq!((&tensor.name, &tensor.shape), (name, shape));
+            let unpacked: Vec<bool> =
+                (0..tensor.count).map(|bit| bits[bit / 8] >> (bit % 8) & 1 == 1).collect();
+            assert_eq!(unpacked, child.bits(tensor).collect::<Vec<_>>());
+        }
+
+        std::fs::write(&path, b"no mask").unwrap();
+        assert!(read_mask(&path).is_err());
+    }
+}

@@ -1,6 +1,6 @@
 //! Fine-tuning methods: what happens to gradients between backward and the optimizer.
 //!
-//! A method is one file and one line in [`registry`]. It reads its options from YAML, and before training turns them into
+//! A method is one file and one name in `registry.rs`. It reads its options from YAML, and before training turns them into
 //! a [`Prepared`] plan: the gradient mask, where it meets clipping, and what weight decay may touch.
 
 mod child_tuning_d;

@@ -156,7 +156,8 @@ impl Classifier {
         let positions = self.config.integer("max_position_embeddings")? as usize;
         if max_length > positions {
             return Err(Error::configuration(format!(
-                "train.max_length is {max_length}, but the model has positions for {positions} tokens only"
+                "max_length is {max_length}, but the model has positions for {positions} tokens only; lower \
+                 `train.max_length` of the experiment, or --max-length"
             )));
         }
         Ok(())

@@ -30,7 +30,12 @@ impl ModelConfig {
     /// Fails if the file is missing or is not a JSON object.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let text = std::fs::read_to_string(&path).map_err(|error| {
+            Error::model(
+                folder,
+                format!("has no readable config.json ({error}); name a folder that save_pretrained wrote"),
+            )
+        })?;
         match serde_json::from_str(&text) {
             Ok(Value::Object(values)) => Ok(Self { path, values }),
             Ok(_) => Err(Error::model(path, "is not a JSON object")),

@@ -110,5 +110,5 @@ fn nearly_constant(predicted: &[f64]) -> bool {
     let (low, high) = predicted
         .iter()
         .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), &value| (low.min(value), high.max(value)));
-    !(high - low > 1e-3)
+    high - low <= 1e-3
 }

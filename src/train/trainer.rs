@@ -306,7 +306,7 @@ impl<'a> Trainer<'a> {
             }
             control.check()?;
             let loss = self.step(examples)?;
-            if !on_gpu || self.step % STEPS_BETWEEN_LOOKS == 0 || self.step == self.schedule.total {
+            if !on_gpu || self.step.is_multiple_of(STEPS_BETWEEN_LOOKS) || self.step == self.schedule.total {
                 last_loss = f64::try_from(&loss)?;
                 if !last_loss.is_finite() {
                     return Err(Error::Diverged(format!(
