@@ -97,7 +97,10 @@ impl ChildNetwork {
         let mut child = Self::full(parameters, scope)?;
         let ranges: Vec<_> =
             child.tensors.iter().map(|tensor| tensor.start..tensor.start + tensor.count).collect();
-        if ranges.par_iter().any(|range| scores[range.clone()].iter().any(|score| score.is_nan() || *score < 0.0)) {
+        if ranges
+            .par_iter()
+            .any(|range| scores[range.clone()].iter().any(|score| score.is_nan() || *score < 0.0))
+        {
             return Err(Error::Diverged("the Fisher information has entries that are not numbers".into()));
         }
         let slices: Vec<&[f32]> = ranges.iter().map(|range| &scores[range.clone()]).collect();

@@ -57,7 +57,12 @@ impl ExperimentArguments {
         let options = PlanOptions { data: self.data.data.clone(), only: self.only.clone() };
         let plan = |path: &PathBuf| {
             let spec = ExperimentSpec::read(path, &self.overrides)?;
-            Plan::resolve(&spec, path, &options)
+            Plan::resolve(&spec, path, &options).map_err(|error| match error {
+                Error::Configuration(message) => {
+                    Error::configuration(format!("{}: {message}", path.display()))
+                }
+                other => other,
+            })
         };
         self.experiments.iter().map(plan).collect()
     }

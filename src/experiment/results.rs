@@ -72,7 +72,20 @@ impl ResultsFile {
             .open(&results.path)
             .map_err(|source| unwritable("write", &results.path, &source))?;
         text::parse(&results.path, &results.contents()?.bytes)?;
+        results.clear_claims();
         Ok(results)
+    }
+
+    /// Removes the claims of killed processes: what nobody locks, nobody holds. The caller has locked the results, so
+    /// that nobody makes a claim meanwhile. What cannot be removed does no harm.
+    fn clear_claims(&self) {
+        let folder = beside(&self.path, ".claims");
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            if open_lock_file(&entry.path()).is_ok_and(|file| file.try_lock().is_ok()) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        let _ = fs::remove_dir(&folder);
     }
 
     /// Returns what was cut away from the file because it had been written in part only, if anything was.

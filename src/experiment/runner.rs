@@ -98,6 +98,7 @@ impl<'a> Runner<'a> {
         if let Some(repair) = results.repaired() {
             (self.report)(RunEvent::Note(repair.to_owned()));
         }
+        self.make_folders()?;
         self.check_models()?;
         let mut summary = Summary::default();
         let finished = results.finished()?;
@@ -164,6 +165,20 @@ impl<'a> Runner<'a> {
             written.extend(write_mask_of(self.plan, run, prepared.mask.as_deref(), folder)?);
         }
         Ok(written)
+    }
+
+    /// Makes the folders of models and masks before anything trains, so that a bad place does not cost trained runs.
+    fn make_folders(&self) -> Result<()> {
+        for (key, folder) in [("save", &self.plan.save), ("masks", &self.plan.masks)] {
+            let Some(folder) = folder else { continue };
+            std::fs::create_dir_all(folder).map_err(|error| {
+                Error::Environment(format!(
+                    "cannot create the folder {}: {error}; name another place with `{key}:`",
+                    folder.display()
+                ))
+            })?;
+        }
+        Ok(())
     }
 
     /// Loads every model once before anything trains, at every length that it is to take, so that what does not fit does
