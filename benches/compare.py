@@ -6,7 +6,7 @@ Each method and precision of each side is a child process that speaks the protoc
 process trains the same few steps, one process at a time and the others idle, so that a machine that slows down or
 is shared slows all of them alike. A ratio is the median over rounds of the ratio within a round; a speed is the
 median over rounds. All processes live at once, and each holds a BERT-base with its optimizer state (about 2 to 3 GB):
-`--methods`, `--precisions` and `--sides` choose fewer.
+`--methods`, `--peer-methods`, `--precisions` and `--sides` choose.
 
 Needs only the standard library; the peer needs requirements-dev.txt.
 """
@@ -188,6 +188,12 @@ def parse_arguments():
     parser.add_argument("--sides", type=choice_of(SIDES), default=SIDES, help="of peer,ours [both]")
     parser.add_argument("--methods", type=choice_of(METHODS), default=METHODS, help=f"of {','.join(METHODS)} [all]")
     parser.add_argument(
+        "--peer-methods",
+        type=choice_of(METHODS),
+        default=["child_tuning_f"],
+        help="of the same, for the peer [child_tuning_f: all three need more than 24 GB beside ours]",
+    )
+    parser.add_argument(
         "--precisions", type=choice_of(PRECISIONS), default=["float32"], help="of float32,bf16 [float32]"
     )
     parser.add_argument("--repeats", type=int, default=5, help="rounds [%(default)s]")
@@ -212,7 +218,7 @@ def main():
     try:
         for precision in arguments.precisions:
             for side in arguments.sides:
-                for method in arguments.methods:
+                for method in arguments.peer_methods if side == "peer" else arguments.methods:
                     children.append(Child(side, method, precision, commands[side], arguments))
         run_rounds(children, arguments)
     finally:

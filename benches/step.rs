@@ -55,6 +55,8 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    // As the program does.
+    child_tuning::libtorch::with_a_considerate_environment();
     child_tuning::libtorch::keep_freed_memory();
     tch::set_num_threads(arguments.threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;

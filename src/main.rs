@@ -8,7 +8,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let arguments = commands::Arguments::parse();
-    commands::with_a_considerate_environment();
+    child_tuning::libtorch::with_a_considerate_environment();
     child_tuning::libtorch::keep_freed_memory();
     match commands::call(arguments) {
         Ok(code) => code,

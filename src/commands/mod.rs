@@ -10,7 +10,6 @@ mod progress;
 
 use std::fmt::Display;
 use std::io::Write;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -63,29 +62,6 @@ enum Command {
 /// Writes a line to standard output; an error instead of a panic where nobody reads it any more.
 pub fn show(text: impl Display) -> Result<()> {
     Ok(writeln!(std::io::stdout().lock(), "{text}")?)
-}
-
-/// Makes libtorch's idle threads sleep instead of spin and bounds what its kernels keep, unless the user has set a policy.
-///
-/// Both are read from the environment when the libraries are loaded, before `main`; so the program starts itself again
-/// with them. Where another process wants the cores, spinning at every barrier made a run that takes two minutes take
-/// more than ten.
-pub fn with_a_considerate_environment() {
-    const POLICY: &str = "OMP_WAIT_POLICY";
-    if std::env::var_os(POLICY).is_some() {
-        return;
-    }
-    // Every batch has its own number of tokens, and oneDNN keeps what it compiled for the last 1024 shapes: gigabytes.
-    const SHAPES_KEPT: (&str, &str) = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128");
-    if let Ok(program) = std::env::current_exe() {
-        let mut again = std::process::Command::new(program);
-        // Only returns if it fails, and then the program works as well, if slower beside others.
-        again.args(std::env::args_os().skip(1)).env(POLICY, "passive");
-        if std::env::var_os(SHAPES_KEPT.0).is_none() {
-            again.env(SHAPES_KEPT.0, SHAPES_KEPT.1);
-        }
-        let _ = again.exec();
-    }
 }
 
 /// Calls the command that was asked for.

@@ -1,6 +1,5 @@
 //! Memory as Rust slices: the elements of a tensor, the bytes of a mapped file.
 
-use std::ffi::c_int;
 use std::fs::File;
 
 use memmap2::Mmap;
@@ -39,28 +38,6 @@ pub fn map_file(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the bytes are only read; a checkpoint that another process truncates meanwhile would end this process
     // with SIGBUS, as it does in every program that maps weights, and is accepted for not copying gigabytes.
     unsafe { Mmap::map(file) }
-}
-
-/// Makes the C allocator keep freed memory for the next tensor instead of giving it back to the system.
-///
-/// A training step frees and allocates the same megabytes again and again; without this, Linux hands out, clears and
-/// takes back every page each time, a tenth of a step on the CPU. For the whole process; a no-op but on glibc.
-pub fn keep_freed_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    {
-        const M_TRIM_THRESHOLD: c_int = -1;
-        const M_MMAP_THRESHOLD: c_int = -3;
-        /// The largest that glibc takes.
-        const MMAP_THRESHOLD_MAX: c_int = 32 << 20;
-        unsafe extern "C" {
-            fn mallopt(parameter: c_int, value: c_int) -> c_int;
-        }
-        // SAFETY: mallopt changes two numbers of the allocator under its own lock; a refusal changes nothing.
-        unsafe {
-            mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_MAX);
-            mallopt(M_TRIM_THRESHOLD, c_int::MAX);
-        }
-    }
 }
 
 fn view<T: Element>(tensor: &Tensor) -> Result<(*mut T, usize)> {

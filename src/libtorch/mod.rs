@@ -8,11 +8,13 @@ mod ffi;
 mod hooks;
 mod memory;
 mod optimizer;
+mod process;
 
 pub use context::{cuda_peak_bytes, reset_cuda_peak, version};
 pub use hooks::{GradientHook, HookedGradient, panic_message, set_gradient};
-pub use memory::{elements, elements_mut, keep_freed_memory, map_file};
+pub use memory::{elements, elements_mut, map_file};
 pub use optimizer::{FusedAdamW, FusedGroup};
+pub use process::{keep_freed_memory, with_a_considerate_environment};
 
 use crate::error::Error;
 
