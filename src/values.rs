@@ -1,4 +1,5 @@
-//! Kinds of values that YAML files share, checked where they are read so that an error knows its line.
+//! Values as they are written: kinds that YAML files share, checked where they are read so that an error knows its line;
+//! spellings of settings and hashes.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -6,6 +7,19 @@ use std::marker::PhantomData;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
+
+/// Returns the YAML spelling of a setting, such as `per_example`.
+pub fn yaml_name<T: Serialize>(value: &T) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(text)) => text,
+        _ => String::new(),
+    }
+}
+
+/// Writes bytes, such as a hash, as hexadecimal digits.
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
 
 /// One value, or a list of values that makes an axis of the grid.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,15 +1,20 @@
 //! Fixed child networks: one bit a weight.
 
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Mutex;
+
 use multiversion::multiversion;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::select::{Selection, largest, percentile};
 use crate::error::{Error, Result};
 use crate::libtorch::{elements, elements_mut};
 use crate::model::{Parameter, ParameterKind, ParameterPlace, Parameters};
+use crate::values::hexadecimal;
 
 const WORD: usize = 64;
 /// Words that one thread works on at a time.
@@ -72,11 +77,13 @@ pub struct TensorMask {
 }
 
 /// A fixed child network C: the weights that train. Weights that the mask does not reach all belong to it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct ChildNetwork {
     words: Vec<u64>,
     tensors: Vec<TensorMask>,
     scope: MaskScope,
+    /// On CUDA: the bits of a range as booleans on the device, made when they are first needed.
+    on_device: Mutex<HashMap<Range<usize>, Tensor>>,
 }
 
 impl ChildNetwork {
@@ -145,7 +152,12 @@ impl ChildNetwork {
         if tensors.is_empty() {
             return Err(Error::configuration("mask.scope covers no parameter of this model"));
         }
-        Ok(Self { words: vec![u64::MAX; parameters.buffer_len() / WORD], tensors, scope })
+        Ok(Self {
+            words: vec![u64::MAX; parameters.buffer_len() / WORD],
+            tensors,
+            scope,
+            on_device: Mutex::default(),
+        })
     }
 
     /// Sets the bits of one tensor.
@@ -161,7 +173,7 @@ impl ChildNetwork {
         self.tensors[index].kept = kept;
     }
 
-    fn select(&mut self, scores: &[f32], selection: &mut Selection, tensors: std::ops::Range<usize>) {
+    fn select(&mut self, scores: &[f32], selection: &mut Selection, tensors: Range<usize>) {
         for index in tensors {
             let TensorMask { start, count, .. } = self.tensors[index];
             self.set_bits(index, scores[start..start + count].iter().map(|&score| selection.takes(score)));
@@ -218,7 +230,7 @@ impl ChildNetwork {
             hash.update(format!("{}{:?}\n", tensor.name, tensor.shape));
             hash.update(self.packed_bits(tensor));
         }
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hexadecimal(&hash.finalize())
     }
 
     /// Multiplies a parameter's contiguous float32 gradient by the mask, in place.
@@ -227,7 +239,8 @@ impl ChildNetwork {
     /// Fails if libtorch refuses an operation.
     pub fn apply(&self, gradient: &mut Tensor, parameter: &Parameter) -> Result<()> {
         if gradient.device().is_cuda() {
-            let _ = gradient.f_mul_(&self.device_mask(parameter, gradient)?)?;
+            let mask = self.device_mask(parameter.range.clone(), gradient.device())?;
+            let _ = gradient.f_mul_(&mask.f_view(gradient.size().as_slice())?)?;
             return Ok(());
         }
         multiply(elements_mut(gradient)?, self.words_from(parameter.range.start), 1.0, 0.0);
@@ -241,9 +254,9 @@ impl ChildNetwork {
     /// Fails if libtorch refuses an operation.
     pub fn scale_members(&self, values: &mut Tensor, factor: f64) -> Result<()> {
         if values.device().is_cuda() {
-            let mask = self.expanded(0, values.numel(), values)?;
-            let factors = mask.f_mul_scalar(factor - 1.0)?.f_add_scalar(1.0)?;
-            let _ = values.f_mul_(&factors)?;
+            let members = self.device_mask(0..values.numel(), values.device())?;
+            let loss = values.f_mul(&members)?.f_mul_scalar(1.0 - factor)?;
+            let _ = values.f_sub_(&loss)?;
             return Ok(());
         }
         multiply(elements_mut(values)?, &self.words, factor as f32, 1.0);
@@ -255,21 +268,20 @@ impl ChildNetwork {
         &self.words[start / WORD..]
     }
 
-    fn device_mask(&self, parameter: &Parameter, like: &Tensor) -> Result<Tensor> {
-        Ok(self.expanded(parameter.range.start, parameter.count(), like)?.f_view(like.size().as_slice())?)
-    }
-
-    /// Spreads the bits out on the device of another tensor, as zeros and ones of its type.
-    fn expanded(&self, start: usize, count: usize, like: &Tensor) -> Result<Tensor> {
-        let first = start / WORD;
-        let bytes: Vec<u8> = self.words[first..first + count.div_ceil(WORD)]
-            .iter()
-            .flat_map(|word| word.to_le_bytes())
-            .collect();
-        let bytes = Tensor::from_slice(&bytes).f_to_device(like.device())?.f_unsqueeze(1)?;
-        let shifts = Tensor::f_arange(8, (Kind::Uint8, like.device()))?;
-        let bits = bytes.f_bitwise_right_shift(&shifts)?.f_bitwise_and(1)?.f_view([-1])?;
-        Ok(bits.f_narrow(0, 0, count as i64)?.f_to_kind(like.kind())?)
+    /// Returns the bits of a range as booleans on a device, `[range]`.
+    fn device_mask(&self, range: Range<usize>, device: Device) -> Result<Tensor> {
+        let mut on_device = self.on_device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(mask) = on_device.get(&range) {
+            return Ok(mask.shallow_clone());
+        }
+        let words = &self.words[range.start / WORD..range.end.div_ceil(WORD)];
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let bytes = Tensor::from_slice(&bytes).f_to_device(device)?.f_unsqueeze(1)?;
+        let weights = Tensor::from_slice(&[1u8, 2, 4, 8, 16, 32, 64, 128]).f_to_device(device)?;
+        let bits = bytes.f_bitwise_and_tensor(&weights)?.f_ne(0)?.f_view([-1])?;
+        let mask = bits.f_narrow(0, 0, range.len() as i64)?;
+        on_device.insert(range, mask.shallow_clone());
+        Ok(mask)
     }
 }
 
@@ -289,6 +301,59 @@ fn multiply_chunk(values: &mut [f32], words: &[u64], inside: f32, outside: f32) 
             for (bit, value) in values.iter_mut().enumerate() {
                 *value *= if half >> bit & 1 == 1 { inside } else { outside };
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+    use crate::model::ParameterTable;
+
+    fn parameters() -> Parameters {
+        let mut table = ParameterTable::default();
+        table.declare("first", &[10, 13], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        table.declare("second", &[70], ParameterKind::Weight, ParameterPlace::Pooler);
+        table.declare("head", &[5], ParameterKind::Weight, ParameterPlace::Head);
+        Parameters::allocate(table, Device::Cpu).unwrap()
+    }
+
+    fn child(threshold: Threshold, scores: &Tensor, p: f64) -> ChildNetwork {
+        ChildNetwork::from_scores(&parameters(), scores, p, MaskScope::Backbone, threshold).unwrap()
+    }
+
+    #[test]
+    fn the_exact_share_is_kept_whatever_the_ties() {
+        let scores = Tensor::zeros([parameters().buffer_len() as i64], (Kind::Float, Device::Cpu));
+        // round(0.3 · 200), all of them equal: the first ones.
+        let global = child(Threshold::Global, &scores, 0.3);
+        assert_eq!((global.kept(), global.maskable()), (60, 200));
+        assert!(global.bits(&global.tensors()[0]).enumerate().all(|(index, bit)| bit == (index < 60)));
+        let per_tensor = child(Threshold::PerTensor, &scores, 0.3);
+        assert_eq!(per_tensor.tensors().iter().map(|tensor| tensor.kept).collect::<Vec<_>>(), [39, 21]);
+        // The released rule keeps all ties, and here all is a tie.
+        assert!(child(Threshold::Percentile, &scores, 0.3).is_full());
+    }
+
+    #[test]
+    fn scores_that_are_not_numbers_are_refused() {
+        let scores = Tensor::full([parameters().buffer_len() as i64], f64::NAN, (Kind::Float, Device::Cpu));
+        let refused =
+            ChildNetwork::from_scores(&parameters(), &scores, 0.3, MaskScope::All, Threshold::Global);
+        assert!(matches!(refused, Err(Error::Diverged(_))));
+    }
+
+    /// What a GPU uses, tried on the CPU's tensors.
+    #[test]
+    fn the_mask_of_a_device_has_the_same_bits() {
+        let parameters = parameters();
+        let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
+        let child = child(Threshold::Global, &scores, 0.5);
+        for tensor in child.tensors() {
+            let mask = child.device_mask(tensor.start..tensor.start + tensor.count, Device::Cpu).unwrap();
+            assert_eq!(Vec::<bool>::try_from(&mask).unwrap(), child.bits(tensor).collect::<Vec<_>>());
         }
     }
 }

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::sheet::{Labels, Listed, Sheet};
-use super::table::{TextFile, hexadecimal};
+use super::table::TextFile;
 use super::task::{Split, SplitFiles, TaskCard};
 use crate::error::{Error, Result};
+use crate::values::hexadecimal;
 
 pub use super::sheet::{Example, Label};
 
@@ -113,7 +114,7 @@ fn read_files(card: &TaskCard, folder: &Path, choice: &SplitFiles, labels: Label
         }
     }
     let path = choice.files.first().map(|path| folder.join(path)).unwrap_or_default();
-    Ok(Dataset { examples, path, sha256: hexadecimal(checksum) })
+    Ok(Dataset { examples, path, sha256: hexadecimal(&checksum.finalize()) })
 }
 
 #[cfg(test)]

@@ -165,11 +165,6 @@ pub(super) struct Row<'a> {
     pub cells: Vec<Option<Cow<'a, str>>>,
 }
 
-/// Returns a finished checksum as lower-case hexadecimal digits.
-pub(super) fn hexadecimal(checksum: Sha256) -> String {
-    checksum.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -262,6 +257,6 @@ mod tests {
         let mut checksum = Sha256::new();
         TextFile::read(&path).unwrap().add_to(&mut checksum);
         let expected = "1c28dc3f1f804a1ad9c9b4b4cf5e2658d16ad4ed08e3020d04a8d2865018947c";
-        assert_eq!(hexadecimal(checksum), expected);
+        assert_eq!(crate::values::hexadecimal(&checksum.finalize()), expected);
     }
 }

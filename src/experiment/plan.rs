@@ -13,7 +13,7 @@ use crate::method::{Method, Preset};
 use crate::model::{HeadStart, ModelFolder};
 use crate::spelling::suggestion;
 use crate::train::{AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Warmup};
-use crate::values::OneOrMany;
+use crate::values::{OneOrMany, hexadecimal};
 
 /// What the command line adds to an experiment file.
 #[derive(Clone, Debug, Default)]
@@ -376,8 +376,4 @@ fn identity(run: &Run, head: HeadStart) -> String {
     });
     let digest = Sha256::digest(content.to_string());
     hexadecimal(&digest[..8])
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::libtorch;
 use crate::model::{Classifier, Labels};
 use crate::train::{Checkpoint, Control, Evaluation, Event, Progress, Trained, evaluate, prepare, train};
+use crate::values::yaml_name;
 
 /// Something that happened while an experiment ran.
 pub enum RunEvent<'a> {
@@ -429,12 +430,4 @@ fn write_mask_of(
     let path = folder.join(format!("{}.safetensors", run.id));
     write_mask(&path, child, &about)?;
     Ok(Some(path))
-}
-
-/// Returns the YAML spelling of a setting.
-fn yaml_name<T: serde::Serialize>(value: &T) -> String {
-    match serde_json::to_value(value) {
-        Ok(serde_json::Value::String(text)) => text,
-        _ => String::new(),
-    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::registry::{MethodOptions, snake_case};
+use super::registry::MethodOptions;
 use super::{ClipOrder, DecayScope, Method, Preparation, Prepared, Preset};
 use crate::child::{
     ChildNetwork, Estimator, FisherBatch, FisherOptions, GradientMask, MaskScope, Threshold,
@@ -13,7 +13,7 @@ use crate::child::{
 use crate::error::{Error, Result};
 use crate::model::Dropout;
 use crate::random::{self, Key, Purpose};
-use crate::values::{OneOrMany, Positive, Share};
+use crate::values::{OneOrMany, Positive, Share, yaml_name};
 
 /// The options as typed in YAML.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -100,12 +100,12 @@ impl Method for ChildTuningD {
         format!(
             "p={} fisher={} fisher.dropout={}{clip} scope={} threshold={} decay={} clip={}",
             self.p,
-            snake_case(&self.fisher.estimator),
+            yaml_name(&self.fisher.estimator),
             self.fisher.dropout,
-            snake_case(&self.scope),
-            snake_case(&self.threshold),
-            snake_case(&self.decay),
-            snake_case(&self.clip)
+            yaml_name(&self.scope),
+            yaml_name(&self.threshold),
+            yaml_name(&self.decay),
+            yaml_name(&self.clip)
         )
     }
 

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::registry::{MethodOptions, snake_case};
+use super::registry::MethodOptions;
 use super::{ClipOrder, DecayScope, Method, Preparation, Prepared, Preset};
 use crate::child::{BernoulliMask, GradientMask, MaskScope};
 use crate::error::Result;
-use crate::values::{OneOrMany, Share};
+use crate::values::{OneOrMany, Share, yaml_name};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -62,8 +62,8 @@ impl Method for ChildTuningF {
             "p={} rescale={} scope={} clip={}",
             self.p,
             self.rescale,
-            snake_case(&self.scope),
-            snake_case(&self.clip)
+            yaml_name(&self.scope),
+            yaml_name(&self.clip)
         )
     }
 

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
-use serde::{Deserialize, Serialize};
 
 use super::{Method, Preset, child_tuning_d, child_tuning_f, vanilla};
 use crate::error::Result;
@@ -94,12 +94,4 @@ impl<'de> Visitor<'de> for SpecVisitor {
 fn unknown<E: serde::de::Error>(name: &str) -> E {
     let known = METHODS.iter().copied();
     E::custom(format!("unknown method `{name}`{}; known are {}", suggestion(name, known), METHODS.join(", ")))
-}
-
-/// Returns the YAML spelling of an option's value.
-pub(super) fn snake_case<T: Serialize>(value: &T) -> String {
-    match serde_json::to_value(value) {
-        Ok(serde_json::Value::String(text)) => text,
-        _ => String::new(),
-    }
 }

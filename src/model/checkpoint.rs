@@ -15,6 +15,7 @@ use super::config::ModelConfig;
 use super::params::{Parameter, ParameterId, ParameterPlace, ParameterTable, Parameters};
 use crate::error::{Error, Result};
 use crate::libtorch::elements;
+use crate::values::hexadecimal;
 
 const WEIGHTS: &str = "model.safetensors";
 
@@ -265,10 +266,6 @@ fn exported_config(config: &ModelConfig, network: &dyn Network, labels: &Labels)
     values.insert("label2id".into(), Value::Object(by_name));
     values.insert("problem_type".into(), json!(problem));
     values
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The names that a parameter may have in a checkpoint: with and without the family's prefix, and with the names that

@@ -1,7 +1,7 @@
 //! BERT against transformers: logits, loss and every gradient.
 
 use child_tuning::data::EncodedDataset;
-use child_tuning::model::{Classifier, Pass, loss};
+use child_tuning::model::{Classifier, HeadStart, ModelFolder, Pass, loss};
 use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{assert_close, classifier, dataset, part, path, tensors};
@@ -78,13 +78,35 @@ fn a_saved_model_is_the_same_model() {
         let encoder = child_tuning::data::TokenEncoder::from_folder(&path(name)).unwrap();
         let target = folder.path().join(name);
         classifier.save(&target, &encoder).unwrap();
-        let opened = child_tuning::model::ModelFolder::open(&target).unwrap();
+        let opened = ModelFolder::open(&target).unwrap();
         let labels = classifier.labels().clone();
-        let again =
-            Classifier::load(&opened, labels, child_tuning::model::HeadStart::Keep, Device::Cpu).unwrap();
+        let again = Classifier::load(&opened, labels, HeadStart::Keep, Device::Cpu).unwrap();
         assert!(again.report.fresh.is_empty(), "{:?}", again.report);
         assert_eq!(again.parameters.values(), classifier.parameters.values());
         let all: Vec<usize> = (0..data.len()).collect();
         assert_eq!(logits(&again, &data, &all), logits(&classifier, &data, &all));
     }
+}
+
+/// The oldest checkpoints have bare names, TensorFlow's names for normalisations, and a pretraining head.
+#[test]
+fn old_names_load_as_new_ones() {
+    let bytes = std::fs::read(path("bert_pair/model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let old = |name: &str| {
+        let name = name.strip_prefix("bert.").unwrap_or(name);
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    };
+    let mut tensors: Vec<_> = file.iter().map(|(name, view)| (old(name), view)).collect();
+    tensors.push(("cls.predictions.bias".into(), file.tensor("classifier.bias").unwrap()));
+
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(path("bert_pair/config.json"), folder.path().join("config.json")).unwrap();
+    safetensors::serialize_to_file(tensors, None, &folder.path().join("model.safetensors")).unwrap();
+    let opened = ModelFolder::open(folder.path()).unwrap();
+    let expected = classifier("bert_pair");
+    let found = Classifier::load(&opened, expected.labels().clone(), HeadStart::Keep, Device::Cpu).unwrap();
+    assert_eq!(found.parameters.values(), expected.parameters.values());
+    assert_eq!(found.report.ignored, ["cls.predictions.bias"]);
+    assert!(found.report.fresh.is_empty() && found.report.unexpected.is_empty(), "{:?}", found.report);
 }
