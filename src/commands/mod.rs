@@ -109,7 +109,9 @@ impl ComputeArguments {
             return Ok(Device::Cuda(index));
         }
         Err(Error::Environment(match devices {
-            0 => "no CUDA device is usable here: run without --device, or see `child-tuning doctor`".into(),
+            0 => "no CUDA device is usable here; leave --device out to run on the CPU (`make experiment` does), and see \
+                  `child-tuning doctor` for what is missing"
+                .into(),
             _ => format!("there is no cuda:{index}; this machine has {devices} CUDA devices, counted from 0"),
         }))
     }

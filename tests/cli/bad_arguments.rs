@@ -72,7 +72,7 @@ fn a_device_that_is_not_there_is_refused() {
         println!("skipped: this machine has a graphics card");
         return;
     }
-    refused("", &["--device", "cuda"], 3, &["no CUDA device", "run without --device", "doctor"]);
+    refused("", &["--device", "cuda"], 3, &["no CUDA device", "leave --device out", "doctor"]);
 }
 
 /// Arguments that do not parse: the parser says what is wrong in its first line and points to the help.
