@@ -167,11 +167,6 @@ impl Plan {
         }
         Ok(())
     }
-
-    /// Returns the optimizer steps of all runs.
-    pub fn total_steps(&self) -> u64 {
-        self.runs.iter().map(Run::total_steps).sum()
-    }
 }
 
 impl Run {
