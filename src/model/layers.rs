@@ -210,14 +210,15 @@ impl LayerNorm {
         }
     }
 
-    /// Applies the layer to `[tokens, width]`.
+    /// Applies the layer to `[tokens, width]`, in the type of its weights.
     ///
     /// # Errors
     /// Fails if shapes do not match.
     pub fn forward(&self, pass: &Pass, input: &Tensor) -> Result<Tensor> {
         let (weight, bias) = (pass.weight(self.weight), pass.weight(self.bias));
+        let input = input.f_to_kind(weight.kind())?;
         let output = input.f_layer_norm([self.width], Some(weight), Some(bias), self.epsilon, true)?;
-        pass.observe(|observer| observer.layer_norm(self, input, &output))?;
+        pass.observe(|observer| observer.layer_norm(self, &input, &output))?;
         Ok(output)
     }
 }

@@ -225,14 +225,16 @@ impl Parameters {
     /// Returns the weights in the type that the forward pass computes in, one tensor a parameter.
     ///
     /// In float32 these are the leaves. In bfloat16 the body is cast (a differentiable copy, so that gradients arrive
-    /// at the float32 leaves) and pooler and head stay in float32, where their few products cost nothing.
+    /// at the float32 leaves). Tables of embeddings stay in float32, since a step needs few of their rows, and so do
+    /// pooler and head, where the few products cost nothing.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn compute_weights(&self, kind: Kind) -> Result<Vec<Tensor>> {
         let cast = |(leaf, parameter): (&Tensor, &Parameter)| {
             let body = !matches!(parameter.place, ParameterPlace::Pooler | ParameterPlace::Head);
-            Ok(if body && leaf.kind() != kind { leaf.f_to_kind(kind)? } else { leaf.shallow_clone() })
+            let computes = body && parameter.kind != ParameterKind::Embedding;
+            Ok(if computes && leaf.kind() != kind { leaf.f_to_kind(kind)? } else { leaf.shallow_clone() })
         };
         self.leaves.iter().zip(&self.parameters).map(cast).collect()
     }
