@@ -108,7 +108,7 @@ fn random_data(lengths: &PathBuf) -> anyhow::Result<EncodedDataset> {
         })
         .collect();
     let classes = (0..inputs.len()).map(|example| (token(example, 999) % 2) as i64).collect();
-    Ok(EncodedDataset { inputs, targets: Targets::Classes(classes) })
+    Ok(EncodedDataset { inputs, targets: Targets::Classes(classes), features: None })
 }
 
 fn config(arguments: &Arguments) -> ModelConfig {

@@ -117,6 +117,13 @@ checked_number!(
     |value| value >= 0.0 && value.is_finite()
 );
 
+checked_number!(
+    /// A share that may be nothing but not the whole: at least 0, below 1.
+    PartialShare,
+    "at least 0 and below 1",
+    |value| (0.0..1.0).contains(&value)
+);
+
 /// A count of at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "u64")]

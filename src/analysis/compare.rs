@@ -20,11 +20,15 @@ pub struct Comparison {
     pub blocks: Vec<Block>,
     /// Rows left out because the same run was there already, as when two files share runs.
     pub repeated: usize,
+    /// Rows left out because they are of trials that only chose hyper-parameters.
+    pub trials: usize,
 }
 
 /// The groups that were trained on the same task and scored with the same metric on the same split.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Block {
+    /// Tasks that were trained on before, between `>`; empty where training started from pretrained weights.
+    pub source_task: String,
     /// Task that was trained on.
     pub task: String,
     /// Task that was scored.
@@ -42,7 +46,7 @@ pub struct Block {
 pub struct Group {
     /// The pretrained encoder.
     pub model: String,
-    /// Name of the method.
+    /// Name of the method; of a chain of stages, the names between `>`.
     pub method: String,
     /// The settings that tell this group from others of its block, as `key=value` pairs between spaces.
     pub settings: String,
@@ -70,6 +74,8 @@ pub struct Group {
     pub median: Option<f64>,
     /// Highest score.
     pub best: Option<f64>,
+    /// Whether this is what the others are set against: plain fine-tuning, in every stage.
+    pub is_baseline: bool,
     /// Whether no group of the same model in this block has a higher mean.
     pub has_best_mean: bool,
     /// What sets it apart from vanilla with the same model and hyper-parameters.
@@ -92,9 +98,11 @@ pub struct Difference {
 /// Compares runs. All headline metrics are taken to be better the higher they are.
 pub fn compare(rows: &[Row]) -> Comparison {
     let (rows, repeated) = without_repetition(rows);
-    let blocks = gather(&rows, |row| (&row.task, &row.evaluated_on, &row.split, &row.headline))
+    let (trials, rows): (Vec<&Row>, Vec<&Row>) = rows.into_iter().partition(|row| row.purpose == "selection");
+    let blocks = gather(&rows, |row| (&row.source_task, &row.task, &row.evaluated_on, &row.split, &row.headline))
         .into_iter()
-        .map(|((task, evaluated_on, split, headline), rows)| Block {
+        .map(|((source_task, task, evaluated_on, split, headline), rows)| Block {
+            source_task: source_task.clone(),
             task: task.clone(),
             evaluated_on: evaluated_on.clone(),
             split: split.clone(),
@@ -102,15 +110,16 @@ pub fn compare(rows: &[Row]) -> Comparison {
             groups: groups(&rows),
         })
         .collect();
-    Comparison { blocks, repeated }
+    Comparison { blocks, repeated, trials: trials.len() }
 }
 
-/// Keeps one row of each (run, data set, split), and counts the others. The first is kept, unless it failed.
+/// Keeps one row of each (run, data set, split, hash of the data), and counts the others. The first is kept, unless it failed.
 fn without_repetition(rows: &[Row]) -> (Vec<&Row>, usize) {
     let mut places: HashMap<_, usize> = HashMap::new();
     let mut kept: Vec<&Row> = Vec::new();
     for row in rows {
-        let place = *places.entry((&row.run, &row.evaluated_on, &row.split)).or_insert(kept.len());
+        let key = (&row.run, &row.evaluated_on, &row.split, &row.evaluated_sha256);
+        let place = *places.entry(key).or_insert(kept.len());
         match kept.get_mut(place) {
             None => kept.push(row),
             Some(earlier) if earlier.status == Status::Failed => *earlier = row,
@@ -137,13 +146,26 @@ fn gather<'r, K: PartialEq>(rows: &[&'r Row], key: impl Fn(&'r Row) -> K) -> Vec
 /// Names and values of settings.
 type Settings = Vec<(String, String)>;
 
+/// Hyper-parameters that trials may choose for each method on its own; methods are then compared across them.
+const TUNED: [&str; 8] = [
+    "learning_rate",
+    "epochs",
+    "batch_size",
+    "micro_batch",
+    "warmup",
+    "weight_decay",
+    "max_gradient_norm",
+    "epsilon",
+];
+
 /// What the runs of a group have in common.
 #[derive(PartialEq)]
 struct Identity<'r> {
     model: &'r str,
-    method: &'r str,
+    method: String,
     method_settings: Settings,
     hyperparameters: Settings,
+    tuned: bool,
 }
 
 impl Identity<'_> {
@@ -164,12 +186,24 @@ impl Identity<'_> {
         own.chain(shared).map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
     }
 
+    /// Whether every stage is plain fine-tuning.
+    fn is_baseline(&self) -> bool {
+        self.method_settings.is_empty() && self.method.split('>').all(|method| method == BASELINE)
+    }
+
     /// Whether the other is vanilla, and all that vanilla shares with this one is equal.
     fn has_baseline(&self, other: &Identity) -> bool {
-        other.method == BASELINE
-            && self.method != BASELINE
+        let stages = |identity: &Identity| identity.method.split('>').count();
+        let alike = |(left, right): (&(String, String), &(String, String))| {
+            left == right || (self.tuned && TUNED.contains(&left.0.as_str()))
+        };
+        other.is_baseline()
+            && !self.is_baseline()
             && other.model == self.model
-            && other.hyperparameters == self.hyperparameters
+            && other.tuned == self.tuned
+            && stages(other) == stages(self)
+            && other.hyperparameters.len() == self.hyperparameters.len()
+            && other.hyperparameters.iter().zip(&self.hyperparameters).all(alike)
     }
 }
 
@@ -182,9 +216,10 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
     let size_is_setting = sizes.len() > 1;
     let (identities, members): (Vec<Identity>, Vec<Vec<&Row>>) = gather(rows, |row| Identity {
         model: &row.model,
-        method: &row.method,
-        method_settings: method_settings(&row.method_config),
+        method: chain(&row.source_method, &row.method),
+        method_settings: method_settings(&chain(&row.source_config, &row.method_config)),
         hyperparameters: hyperparameters(row, size_is_setting),
+        tuned: row.purpose == "tuned",
     })
     .into_iter()
     .unzip();
@@ -212,7 +247,7 @@ fn group(identity: &Identity, settings: String, rows: &[&Row], difference: Optio
     seeds.dedup();
     Group {
         model: identity.model.to_owned(),
-        method: identity.method.to_owned(),
+        method: identity.method.clone(),
         settings,
         runs: rows.len(),
         ok: ok.len(),
@@ -226,6 +261,7 @@ fn group(identity: &Identity, settings: String, rows: &[&Row], difference: Optio
         half_width: confidence_half_width(&scores),
         median: median(&scores),
         best: maximum(&scores),
+        is_baseline: identity.is_baseline(),
         has_best_mean: false,
         difference,
     }
@@ -264,13 +300,18 @@ fn mark_best_means(groups: &mut [Group]) {
     }
 }
 
-/// Splits the text of a method's settings into names and values.
+/// Joins what the stages before a run have with what it has itself.
+fn chain(earlier: &str, own: &str) -> String {
+    if earlier.is_empty() { own.to_owned() } else { format!("{earlier}>{own}") }
+}
+
+/// Splits the text of a method's settings, or of those of several stages, into names and values.
 fn method_settings(config: &str) -> Settings {
     let pair = |setting: &str| match setting.split_once('=') {
         Some((name, value)) => (name.to_owned(), value.to_owned()),
         None => (setting.to_owned(), "true".to_owned()),
     };
-    config.split_whitespace().map(pair).collect()
+    config.split([' ', '>']).filter(|setting| !setting.is_empty()).map(pair).collect()
 }
 
 /// Returns what a run shares with runs of every other method.
@@ -285,12 +326,23 @@ fn hyperparameters(row: &Row, size_is_setting: bool) -> Settings {
         ("warmup", short(row.warmup)),
         ("weight_decay", short(row.weight_decay)),
         ("max_gradient_norm", row.max_gradient_norm.map_or("none".into(), short)),
+        ("beta1", short(row.beta1)),
+        ("beta2", short(row.beta2)),
         ("epsilon", short(row.epsilon)),
         ("adamw", row.adamw.clone()),
         ("precision", row.precision.clone()),
         ("order", row.order.clone()),
         ("checkpoint", row.checkpoint.clone()),
+        ("early_stopping", row.early_stopping.map_or("none".into(), |patience| patience.to_string())),
+        ("label_noise", short(row.label_noise)),
+        ("freeze", row.freeze.clone()),
+        ("head", row.head.clone()),
+        ("model_config", row.model_config.clone()),
     ];
+    // Runs that start from a folder of unknown making: all that tells them apart is what is in it.
+    if row.source_method.is_empty() && !row.source_run.is_empty() {
+        settings.push(("start", row.source_run.clone()));
+    }
     if size_is_setting {
         settings.push(("examples_train", row.examples_train.to_string()));
     }

@@ -247,19 +247,19 @@ impl ChildNetwork {
         Ok(())
     }
 
-    /// Multiplies the weights of the child network in `values`, the first elements of the flat buffer, by `factor`; the
-    /// others keep every bit.
+    /// Multiplies the weights of the child network in `values`, the elements of the flat buffer from `start` on, by
+    /// `factor`; the others keep every bit.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn scale_members(&self, values: &mut Tensor, factor: f64) -> Result<()> {
+    pub fn scale_members(&self, values: &mut Tensor, start: usize, factor: f64) -> Result<()> {
         if values.device().is_cuda() {
-            let members = self.device_mask(0..values.numel(), values.device())?;
+            let members = self.device_mask(start..start + values.numel(), values.device())?;
             let loss = values.f_mul(&members)?.f_mul_scalar(1.0 - factor)?;
             let _ = values.f_sub_(&loss)?;
             return Ok(());
         }
-        multiply(elements_mut(values)?, &self.words, factor as f32, 1.0);
+        multiply(elements_mut(values)?, self.words_from(start), factor as f32, 1.0);
         Ok(())
     }
 

@@ -9,7 +9,9 @@ use anyhow::{Context, Result};
 use child_tuning::analysis::compare;
 use child_tuning::error::Error;
 use child_tuning::experiment::results::{self, ResultsFile};
-use child_tuning::experiment::{ExperimentSpec, Override, Plan, PlanOptions, Runner, Summary};
+use child_tuning::experiment::{
+    ExperimentSpec, Forecast, Override, Plan, PlanOptions, Run, Runner, Speed, Summary, Tokens, forecast,
+};
 use clap::Args;
 
 use super::progress::Display;
@@ -43,6 +45,8 @@ pub struct RunArguments {
 pub struct PlanArguments {
     #[command(flatten)]
     experiment: ExperimentArguments,
+    #[command(flatten)]
+    compute: ComputeArguments,
 }
 
 fn column_and_value(text: &str) -> Result<(String, String), String> {
@@ -90,32 +94,77 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
 
 /// Shows what would run.
 pub fn plan(arguments: PlanArguments) -> Result<ExitCode> {
-    for plan in arguments.experiment.plans()? {
-        let finished = match plan.results.exists() {
-            true => ResultsFile::open(&plan.results)?.finished()?,
-            false => Default::default(),
-        };
-        let to_do: Vec<_> = plan.runs.iter().filter(|run| !finished.contains(&run.id)).collect();
-        for run in &to_do {
-            show(format_args!(
-                "{}  {}  {} steps  {}",
-                run.id,
-                run.model.name,
-                run.total_steps(),
-                run.label()
-            ))?;
-        }
-        let steps: u64 = to_do.iter().map(|run| run.total_steps()).sum();
-        show(format_args!(
-            "{}: {} runs, {} finished, {} to do, {steps} optimizer steps; results in {}",
-            plan.name,
-            plan.runs.len(),
-            plan.runs.len() - to_do.len(),
-            to_do.len(),
-            plan.results.display()
-        ))?;
+    let device = arguments.compute.device()?;
+    let plans = arguments.experiment.plans()?;
+    let speed = Speed::measure(device)?;
+    for plan in &plans {
+        show_plan(plan, &speed)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Shows the runs of a plan that are not done, with their number of steps and what they will cost.
+fn show_plan(plan: &Plan, speed: &Speed) -> Result<()> {
+    let recorded = match plan.results.exists() {
+        true => ResultsFile::open(&plan.results)?.recorded()?,
+        false => Default::default(),
+    };
+    let rows = if plan.results.exists() { results::read(&plan.results)? } else { Vec::new() };
+    let (trials, choices) = (plan.selection.iter()).fold(Default::default(), |_: (&[_], &[_]), selection| {
+        (&selection.trials[..], &selection.choices[..])
+    });
+    let (chosen, open): (Vec<_>, Vec<_>) =
+        choices.iter().map(|choice| (choice, choice.choose(&rows))).partition(|(_, chosen)| chosen.is_some());
+    let chosen = chosen.iter().filter_map(|(_, chosen)| chosen.as_ref()).flat_map(|chosen| &chosen.candidate.reports);
+    let runs: Vec<_> = trials.iter().chain(&plan.runs).chain(chosen).collect();
+    let to_do: Vec<_> = runs.iter().filter(|run| !recorded.has(&run.id, run.rows())).collect();
+    let mut tokens = Tokens::default();
+    let mut steps = 0;
+    let mut total = Forecast::default();
+    let mut add = |run: &Run| -> Result<u64> {
+        let cost = forecast(run, &mut tokens, speed)?;
+        total = Forecast { seconds: total.seconds + cost.seconds, memory: total.memory.max(cost.memory) };
+        Ok(run.total_steps())
+    };
+    for run in &to_do {
+        let model = &run.model.name;
+        show(format_args!("{}  {model}  {} steps  {}", run.id, run.total_steps(), run.label()))?;
+        steps += add(run)?;
+    }
+    let mut to_choose = 0;
+    for (choice, _) in open {
+        let Some(candidate) = choice.candidates.first() else { continue };
+        let (seeds, candidates) = (candidate.reports.len(), choice.candidates.len());
+        show(format_args!("then {seeds} runs of {}, with the best of {candidates} settings", choice.what))?;
+        // Any of the candidates may be chosen: the first one stands for them.
+        for run in &candidate.reports {
+            steps += add(run)?;
+        }
+        to_choose += seeds;
+    }
+    let finished = runs.len() - to_do.len();
+    let all = runs.len() + to_choose;
+    show(format_args!(
+        "{}: {all} runs, {finished} finished, {} to do, {steps} optimizer steps; about {} on this machine, up to {:.1} GB; \
+         results in {}",
+        plan.name,
+        all - finished,
+        duration(total.seconds),
+        total.memory / 1e9,
+        plan.results.display()
+    ))
+}
+
+/// Writes a time that is a guess: in two units at most.
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.ceil() as u64;
+    let rounded = match seconds {
+        0..60 => seconds,
+        60..3600 => seconds.next_multiple_of(10),
+        3600..86_400 => seconds.next_multiple_of(60),
+        _ => seconds.next_multiple_of(3600),
+    };
+    humantime::format_duration(std::time::Duration::from_secs(rounded)).to_string()
 }
 
 /// Makes Ctrl-C and a polite kill end the current run between two batches; a second Ctrl-C ends at once.

@@ -46,7 +46,7 @@ impl Display {
                 }
             }
             RunEvent::Progress(event) => self.progress(event),
-            RunEvent::Finished(row) => self.line(&format!("{}: {}", self.place, outcome(row))),
+            RunEvent::Finished(rows) => self.line(&format!("{}: {}", self.place, outcome(rows))),
         }
     }
 
@@ -60,6 +60,7 @@ impl Display {
     fn progress(&self, event: Event) {
         let Some(bar) = &self.bar else { return };
         let (progress, message) = match event {
+            Event::Encoded(progress) => (progress, "examples through the frozen encoder".to_owned()),
             Event::Prepared(progress) => (progress, "examples for the mask".to_owned()),
             Event::Step { progress, loss } => (progress, format!("steps, loss {loss:.4}")),
             Event::Evaluated(progress) => (progress, "examples scored".to_owned()),
@@ -82,19 +83,20 @@ impl Display {
 }
 
 /// Puts a finished run in a few words.
-fn outcome(row: &Row) -> String {
-    let seconds =
-        [row.prepare_seconds, row.train_seconds, row.evaluate_seconds].iter().flatten().sum::<f64>();
-    match (row.status, row.score) {
-        (Status::Ok, score) => {
-            let score = score.filter(|score| score.is_finite());
-            let score = score.map_or("undefined".to_owned(), |score| format!("{:.2}", 100.0 * score));
-            let degenerate = if row.degenerate == Some(true) { ", predicts one class only" } else { "" };
-            format!("{} {score}{degenerate} ({seconds:.1} s)", row.headline)
-        }
-        (status, _) => {
-            let status = if status == Status::Diverged { "diverged" } else { "failed" };
-            format!("{status}: {}", row.reason.as_deref().unwrap_or("no reason recorded"))
-        }
+fn outcome(rows: &[Row]) -> String {
+    let Some(first) = rows.first() else { return "nothing was scored".into() };
+    if first.status != Status::Ok {
+        let status = if first.status == Status::Diverged { "diverged" } else { "failed" };
+        return format!("{status}: {}", first.reason.as_deref().unwrap_or("no reason recorded"));
     }
+    let seconds = [first.prepare_seconds, first.train_seconds].into_iter().flatten().sum::<f64>()
+        + rows.iter().filter_map(|row| row.evaluate_seconds).sum::<f64>();
+    let score = |row: &Row| {
+        let score = row.score.filter(|score| score.is_finite());
+        let score = score.map_or("undefined".to_owned(), |score| format!("{:.2}", 100.0 * score));
+        let degenerate = if row.degenerate == Some(true) { ", predicts one class only" } else { "" };
+        let place = if rows.len() > 1 { format!("{} ", row.evaluated_on) } else { String::new() };
+        format!("{place}{} {score}{degenerate}", row.headline)
+    };
+    format!("{} ({seconds:.1} s)", rows.iter().map(score).collect::<Vec<_>>().join(", "))
 }

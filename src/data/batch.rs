@@ -3,7 +3,7 @@
 //! The tokens of all examples of a batch stand one after the other, `[tokens]`; nothing is computed for positions that
 //! do not exist. Where attention needs a rectangle, [`Padding`] says how to get there and back.
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::encode::Encoded;
 use super::sheet::{Example, Label};
@@ -25,6 +25,8 @@ pub struct PackedBatch {
     pub slots: Vec<u32>,
     /// How to lay the tokens out as a rectangle; `None` if all examples are of one length.
     pub padding: Option<Padding>,
+    /// What a frozen encoder makes of the examples, `[examples, hidden]` in float32; the tokens are left out then.
+    pub features: Option<Tensor>,
 }
 
 /// The way from packed tokens to the rectangle `[examples, longest]` and back.
@@ -63,12 +65,29 @@ impl PackedBatch {
             slots: (first_slot as u32..).take(examples.len()).collect(),
             padding: Padding::new(&lengths, device)?,
             lengths,
+            features: None,
+        })
+    }
+
+    /// Makes the batch of examples whose features are known.
+    fn of_features(features: Tensor, first_slot: usize) -> Result<Self> {
+        let examples = features.size()[0] as usize;
+        let none = || Tensor::f_zeros([0], (Kind::Int64, features.device()));
+        Ok(Self {
+            input_ids: none()?,
+            token_types: none()?,
+            positions: none()?,
+            first_tokens: none()?,
+            slots: (first_slot as u32..).take(examples).collect(),
+            padding: None,
+            lengths: Vec::new(),
+            features: Some(features),
         })
     }
 
     /// Returns the number of examples.
     pub fn examples(&self) -> usize {
-        self.lengths.len()
+        self.slots.len()
     }
 
     /// Returns the number of tokens of all examples.
@@ -130,13 +149,45 @@ pub enum Targets {
     Scores(Vec<f32>),
 }
 
+impl Targets {
+    /// Returns those of the examples with the given numbers.
+    pub fn part(&self, numbers: &[usize]) -> Self {
+        match self {
+            Targets::Classes(ids) => Targets::Classes(numbers.iter().map(|&number| ids[number]).collect()),
+            Targets::Scores(scores) => {
+                Targets::Scores(numbers.iter().map(|&number| scores[number]).collect())
+            }
+        }
+    }
+
+    /// Returns them as a tensor, `[examples]`: int64 class ids or float32 scores.
+    pub fn tensor(&self) -> Tensor {
+        match self {
+            Targets::Classes(ids) => Tensor::from_slice(ids),
+            Targets::Scores(scores) => Tensor::from_slice(scores),
+        }
+    }
+}
+
 /// A data set as token ids, ready to be batched.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct EncodedDataset {
     /// The tokens of each example.
     pub inputs: Vec<Encoded>,
     /// What each should be predicted as.
     pub targets: Targets,
+    /// What a frozen encoder makes of each example, `[examples, hidden]` in float32; batches then have these for tokens.
+    pub features: Option<Tensor>,
+}
+
+impl Clone for EncodedDataset {
+    fn clone(&self) -> Self {
+        Self {
+            inputs: self.inputs.clone(),
+            targets: self.targets.clone(),
+            features: self.features.as_ref().map(Tensor::shallow_clone),
+        }
+    }
 }
 
 impl EncodedDataset {
@@ -159,21 +210,34 @@ impl EncodedDataset {
         };
         let targets =
             targets.ok_or_else(|| Error::configuration("an example of the data set has no label"))?;
-        Ok(Self { inputs, targets })
+        Ok(Self { inputs, targets, features: None })
     }
 
     /// Returns the data set of the examples with the given numbers.
-    pub fn part(&self, numbers: &[usize]) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn part(&self, numbers: &[usize]) -> Result<Self> {
+        Ok(Self {
             inputs: numbers.iter().map(|&number| self.inputs[number].clone()).collect(),
-            targets: match &self.targets {
-                Targets::Classes(ids) => {
-                    Targets::Classes(numbers.iter().map(|&number| ids[number]).collect())
-                }
-                Targets::Scores(scores) => {
-                    Targets::Scores(numbers.iter().map(|&number| scores[number]).collect())
-                }
-            },
+            targets: self.targets.part(numbers),
+            features: self.feature_rows(numbers)?,
+        })
+    }
+
+    fn feature_rows(&self, numbers: &[usize]) -> Result<Option<Tensor>> {
+        let Some(features) = &self.features else { return Ok(None) };
+        let rows: Vec<i64> = numbers.iter().map(|&number| number as i64).collect();
+        let rows = Tensor::from_slice(&rows).f_to_device(features.device())?;
+        Ok(Some(features.f_index_select(0, &rows)?))
+    }
+
+    /// Returns the same examples with what a frozen encoder makes of them, `[examples, hidden]`.
+    pub fn with_features(&self, features: &Tensor) -> Self {
+        Self {
+            inputs: self.inputs.clone(),
+            targets: self.targets.clone(),
+            features: Some(features.shallow_clone()),
         }
     }
 
@@ -202,13 +266,11 @@ impl EncodedDataset {
         first_slot: usize,
         device: Device,
     ) -> Result<(PackedBatch, Tensor)> {
+        let targets = self.targets.part(numbers).tensor().f_to_device(device)?;
+        if let Some(features) = self.feature_rows(numbers)? {
+            return Ok((PackedBatch::of_features(features, first_slot)?, targets));
+        }
         let inputs: Vec<&Encoded> = numbers.iter().map(|&number| &self.inputs[number]).collect();
-        let targets = match &self.targets {
-            Targets::Classes(ids) => Tensor::from_slice(&numbers.iter().map(|&n| ids[n]).collect::<Vec<_>>()),
-            Targets::Scores(scores) => {
-                Tensor::from_slice(&numbers.iter().map(|&n| scores[n]).collect::<Vec<_>>())
-            }
-        };
-        Ok((PackedBatch::pack(&inputs, first_slot, device)?, targets.f_to_device(device)?))
+        Ok((PackedBatch::pack(&inputs, first_slot, device)?, targets))
     }
 }

@@ -162,6 +162,8 @@ impl CustomTask {
             metrics,
             source: String::new(),
             licence: String::new(),
+            spellings: BTreeMap::new(),
+            merges: BTreeMap::new(),
             folders: Vec::new(),
             splits,
             layouts: vec![layout],

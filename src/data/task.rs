@@ -98,6 +98,12 @@ pub struct TaskCard {
     /// Under what terms the data may be used.
     #[serde(default)]
     pub licence: String,
+    /// Other names that a label has in files or models, and the label of this card that each stands for.
+    #[serde(default)]
+    pub spellings: BTreeMap<String, String>,
+    /// Labels of other tasks that count as one of this task's when a model with those labels is scored here.
+    #[serde(default)]
+    pub merges: BTreeMap<String, String>,
     /// Names that the task's folder goes by under a data root; without any, files are looked
     /// up as they stand.
     #[serde(default)]

@@ -1,15 +1,29 @@
 //! Experiments: YAML as typed, the plan of runs it stands for, the runner, and the result CSV.
 
+mod entries;
+mod forecast;
+mod grid;
 mod machine;
 mod overrides;
 mod plan;
+mod profile;
+mod resident;
 pub mod results;
+mod rows;
+mod run;
 mod runner;
+mod selection;
 mod spec;
 mod training_set;
+mod transfer;
 
+pub use entries::{Evaluated, ModelEntry, TaskEntry, named_card};
+pub use forecast::{Forecast, Speed, forecast};
 pub use machine::graphics_cards;
 pub use overrides::Override;
-pub use plan::{ModelEntry, Plan, PlanOptions, Run, TaskEntry, named_card};
+pub use plan::{Plan, PlanOptions};
+pub use resident::Tokens;
+pub use run::{Run, RunPurpose, Start};
 pub use runner::{RunEvent, Runner, Summary};
+pub use selection::{Candidate, Choice, Selection};
 pub use spec::{ExperimentSpec, PAPER_SEEDS};

@@ -5,7 +5,7 @@
 //!   it has no newline and is cut away at the next start. Several rows, and a row that replaces another, go into a
 //!   new file that takes the old one's place in one step, so that a run never has only some of its rows.
 //! - *Nothing is there twice.* Every change is made under a lock, after the file has been read again; a row whose
-//!   (run, data set, split) is there already is dropped.
+//!   (run, data set, split, hash of the data) is there already is dropped.
 //! - *Nothing is done twice.* A run is claimed before it is trained; the claim ends with the process.
 //! - *Nothing stays failed.* A run counts as finished once it ended `ok` or `diverged`. A `failed` one is tried again,
 //!   and what it brings then takes the place of its failed rows.
@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use contents::{Contents, Found};
+pub use contents::{Ended, Recorded};
 pub use row::{Row, SCHEMA_VERSION, Status};
 pub use text::read;
 
@@ -93,19 +94,24 @@ impl ResultsFile {
         self.repaired.get().map(String::as_str)
     }
 
-    /// Returns the ids of the runs that need not be done again: those that ended `ok` or `diverged`.
+    /// Returns what is there of every run.
     ///
     /// # Errors
     /// Fails if the file cannot be read or has been replaced by a foreign one.
-    pub fn finished(&self) -> Result<HashSet<String>> {
+    pub fn recorded(&self) -> Result<Recorded> {
         let _lock = lock(&self.path)?;
-        Ok(self.contents()?.finished())
+        Ok(self.contents()?.recorded())
+    }
+
+    /// Returns the path, with links followed.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Appends the rows of one run and returns how many of them were new.
     ///
-    /// Left out are rows whose (run, data set, split) is in the file; failed rows of the same run make way for the
-    /// new ones. When this returns, the rows are on the disk.
+    /// Left out are rows whose (run, data set, split, hash of the data) is in the file; failed rows of the same run make
+    /// way for the new ones. When this returns, the rows are on the disk.
     ///
     /// # Errors
     /// Fails if the file cannot be written, as on a full disk; the file is then as it was.
@@ -114,13 +120,16 @@ impl ResultsFile {
         let contents = self.contents()?;
         let runs: HashSet<&str> = rows.iter().map(|row| row.run.as_str()).collect();
         let (superseded, kept): (Vec<&Found>, Vec<&Found>) =
-            contents.rows.iter().partition(|found| found.failed && runs.contains(found.run.as_str()));
-        let mut taken: HashSet<(&str, &str, &str)> = kept
+            contents.rows.iter().partition(|found| found.ended == Ended::Failed && runs.contains(found.run.as_str()));
+        let mut taken: HashSet<[&str; 4]> = kept
             .iter()
-            .map(|found| (found.run.as_str(), found.evaluated_on.as_str(), found.split.as_str()))
+            .map(|found| [&*found.run, &*found.evaluated_on, &*found.split, &*found.data])
             .collect();
-        let new: Vec<&Row> =
-            rows.iter().filter(|row| taken.insert((&row.run, &row.evaluated_on, &row.split))).collect();
+        let new: Vec<&Row> = (rows.iter())
+            .filter(|row| {
+                taken.insert([&row.run, &row.evaluated_on, &row.split, &row.evaluated_sha256].map(String::as_str))
+            })
+            .collect();
         let lines = text::encode(&new).map_err(|error| Error::io("write", &self.path)(error.into()))?;
         match new.len() {
             0 => {}
@@ -137,7 +146,7 @@ impl ResultsFile {
 
     /// Claims a run, so that no other thread or process trains it too.
     ///
-    /// Returns nothing if someone else holds the run. Whoever gets it should ask [`ResultsFile::finished`] once more:
+    /// Returns nothing if someone else holds the run. Whoever gets it should ask [`ResultsFile::recorded`] once more:
     /// another process may have finished it, and given it back, since.
     ///
     /// # Errors

@@ -1,25 +1,24 @@
 //! The runner: trains what the results file does not have yet, one run after the other, and writes each result down.
 
-use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use tch::Device;
 
 use super::machine;
-use super::plan::{ModelEntry, Plan, Run, TaskEntry};
-use super::results::{ResultsFile, Row, Status};
-use super::training_set::subset;
+use super::plan::Plan;
+use super::resident::{ResidentModel, Tokens, has_model, training_set};
+use super::results::{Ended, Recorded, ResultsFile, Row, Status, read};
+use super::rows::{Outcome, described, measured};
+use super::run::{Run, Start, kept_model};
 use crate::child::{GradientMask, write_mask};
-use crate::data::{EncodedDataset, Metric, Split};
 use crate::error::{Error, Result};
 use crate::libtorch;
-use crate::model::{Classifier, Labels};
-use crate::train::{Checkpoint, Control, Evaluation, Event, Progress, Trained, evaluate, prepare, train};
-use crate::values::yaml_name;
+use crate::model::ModelFolder;
+use crate::train::{Checkpoint, Control, Event, Progress, Scored, evaluate, prepare, train};
 
 /// Something that happened while an experiment ran.
 pub enum RunEvent<'a> {
@@ -31,8 +30,8 @@ pub enum RunEvent<'a> {
     Started(usize, usize, &'a Run),
     /// Something happened within the run.
     Progress(Event),
-    /// The run ended and its row is on disk.
-    Finished(&'a Row),
+    /// The run ended and its rows are on disk, one for each data set it was scored on.
+    Finished(&'a [Row]),
 }
 
 /// What became of the runs of an experiment.
@@ -44,17 +43,10 @@ pub struct Summary {
     pub failed: usize,
     /// Runs that were there already.
     pub skipped: usize,
-    /// Runs that another process is at work on.
+    /// Runs that another process is at work on, or that wait for one of those.
     pub elsewhere: usize,
     /// Whether the user stopped the experiment.
     pub interrupted: bool,
-}
-
-/// What one run came to.
-struct Outcome {
-    trained: Trained,
-    evaluation: Evaluation,
-    evaluate_time: Duration,
 }
 
 /// Runs the plan of an experiment.
@@ -63,18 +55,19 @@ pub struct Runner<'a> {
     device: Device,
     interrupted: &'a AtomicBool,
     report: &'a mut dyn FnMut(RunEvent),
-    /// The model and data of the last run, kept for the next one.
-    resident: Option<Resident>,
+    /// The model of the last run, kept for the next one.
+    resident: Option<ResidentModel>,
+    tokens: Tokens,
 }
 
-/// A model with its pretrained weights, and a task's data as tokens.
-struct Resident {
-    model: Arc<ModelEntry>,
-    task: Arc<TaskEntry>,
-    max_length: usize,
-    classifier: Classifier,
-    train: EncodedDataset,
-    dev: EncodedDataset,
+/// Whether the weights that a run starts from are at hand.
+enum Source {
+    /// They are: in the pretrained model, or in this folder.
+    Ready,
+    /// The run that makes them ended without; why.
+    Lost(Ended, String),
+    /// Another process is training that run.
+    Elsewhere,
 }
 
 impl<'a> Runner<'a> {
@@ -85,10 +78,10 @@ impl<'a> Runner<'a> {
         interrupted: &'a AtomicBool,
         report: &'a mut dyn FnMut(RunEvent),
     ) -> Self {
-        Self { plan, device, interrupted, report, resident: None }
+        Self { plan, device, interrupted, report, resident: None, tokens: Tokens::default() }
     }
 
-    /// Trains every run that the results file lacks.
+    /// Trains every run that the results file lacks: the trials of a selection first, then the runs that are reported.
     ///
     /// A run that diverges or fails becomes a row, and the next one starts.
     ///
@@ -102,43 +95,95 @@ impl<'a> Runner<'a> {
         self.make_folders()?;
         self.check_models()?;
         let mut summary = Summary::default();
-        let finished = results.finished()?;
-        summary.skipped = self.plan.runs.iter().filter(|run| finished.contains(&run.id)).count();
-        if summary.skipped > 0 {
-            (self.report)(RunEvent::Skipped(Progress::new(summary.skipped, self.plan.runs.len())));
+        let runs = match &self.plan.selection {
+            None => self.plan.runs.clone(),
+            Some(selection) => {
+                self.train_missing(&selection.trials, &results, &mut summary)?;
+                if summary.interrupted {
+                    return Ok(summary);
+                }
+                self.chosen(&results)?
+            }
+        };
+        self.train_missing(&runs, &results, &mut summary)?;
+        self.clear_sources(&results)?;
+        Ok(summary)
+    }
+
+    /// Trains those of some runs that are not there yet.
+    fn train_missing(&mut self, runs: &[Arc<Run>], results: &ResultsFile, summary: &mut Summary) -> Result<()> {
+        let recorded = results.recorded()?;
+        let is_there = |recorded: &Recorded, run: &Run| recorded.has(&run.id, run.rows());
+        let there = runs.iter().filter(|run| is_there(&recorded, run)).count();
+        summary.skipped += there;
+        if there > 0 {
+            (self.report)(RunEvent::Skipped(Progress::new(there, runs.len())));
         }
-        for (number, run) in self.plan.runs.iter().enumerate().filter(|(_, run)| !finished.contains(&run.id))
-        {
+        for (number, run) in runs.iter().enumerate().filter(|(_, run)| !is_there(&recorded, run)) {
+            if self.interrupted.load(Ordering::Relaxed) {
+                summary.interrupted = true;
+                break;
+            }
             let Some(_claim) = results.claim(&run.id)? else {
                 summary.elsewhere += 1;
                 continue;
             };
             // Another process may have finished it since the file was read.
-            if results.finished()?.contains(&run.id) {
+            if is_there(&results.recorded()?, run) {
                 summary.skipped += 1;
                 continue;
             }
-            if self.interrupted.load(Ordering::Relaxed) {
-                summary.interrupted = true;
-                break;
-            }
-            (self.report)(RunEvent::Started(number + 1, self.plan.runs.len(), run));
-            let row = match self.row(run) {
+            let rows = match self.source_of(run, results) {
+                Ok(Source::Elsewhere) => {
+                    summary.elsewhere += 1;
+                    continue;
+                }
+                Ok(Source::Lost(ended, why)) => self.without_source(run, ended, &why),
+                Ok(Source::Ready) => {
+                    (self.report)(RunEvent::Started(number + 1, runs.len(), run));
+                    self.rows(run)
+                }
+                Err(error) => Err(error),
+            };
+            let rows = match rows {
                 Err(Error::Interrupted) => {
                     summary.interrupted = true;
                     break;
                 }
-                row => row?,
+                rows => rows?,
             };
-            results.append(std::slice::from_ref(&row))?;
-            if row.status == Status::Ok {
+            results.append(&rows)?;
+            if rows.iter().all(|row| row.status == Status::Ok) {
                 summary.ok += 1
             } else {
                 summary.failed += 1
             }
-            (self.report)(RunEvent::Finished(&row));
+            (self.report)(RunEvent::Finished(&rows));
         }
-        Ok(summary)
+        Ok(())
+    }
+
+    /// Returns the runs that the trials chose; a choice whose trials are not all done is left open.
+    fn chosen(&mut self, results: &ResultsFile) -> Result<Vec<Arc<Run>>> {
+        let rows = read(results.path())?;
+        let mut runs = Vec::new();
+        for choice in self.plan.selection.iter().flat_map(|selection| &selection.choices) {
+            let note = match choice.choose(&rows) {
+                None => format!("{}: not chosen yet, as trials are missing or failed", choice.what),
+                Some(chosen) => {
+                    runs.extend(chosen.candidate.reports.iter().cloned());
+                    let mean = chosen.mean.map_or("no score".into(), |mean| format!("{:.2}", 100.0 * mean));
+                    let settings = &chosen.candidate.settings;
+                    format!(
+                        "{}: chose {settings} (mean {mean}, best of {})",
+                        choice.what,
+                        choice.candidates.len()
+                    )
+                }
+            };
+            (self.report)(RunEvent::Note(note));
+        }
+        Ok(runs)
     }
 
     /// Computes the masks of all runs whose method has a fixed one, and writes each as `folder/<run>.safetensors`. Trains
@@ -147,18 +192,17 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// Fails if a model cannot be loaded, a mask cannot be computed, or the folder cannot be written.
     pub fn compute_masks(mut self, folder: &Path) -> Result<Vec<PathBuf>> {
-        let total = self.plan.runs.len();
+        let runs: Vec<_> = self.plan.all_runs().filter(|run| run.source_run().is_none()).cloned().collect();
         let mut written = Vec::new();
-        for (number, run) in
-            self.plan.runs.iter().enumerate().filter(|(_, run)| run.method.passes_over_data())
-        {
-            (self.report)(RunEvent::Started(number + 1, total, run));
+        for (number, run) in runs.iter().enumerate().filter(|(_, run)| run.method.passes_over_data()) {
+            (self.report)(RunEvent::Started(number + 1, runs.len(), run));
             self.load(run)?;
             let Some(resident) = &mut self.resident else { continue };
+            let all = self.tokens.of(&run.model, &run.task.train, run.hyperparameters.max_length)?;
             let (report, interrupted) = (&mut *self.report, self.interrupted);
             let mut forward = |event| report(RunEvent::Progress(event));
             let mut control = Control { interrupted, report: &mut forward };
-            let data = training_set(&resident.train, run);
+            let data = training_set(std::borrow::Cow::Borrowed(&all), run)?;
             resident.classifier.reset(run.seed)?;
             let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
             let prepared =
@@ -182,22 +226,73 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    /// Loads every model once before anything trains, at every length that it is to take, so that what does not fit does
-    /// not end a grid halfway.
+    /// Loads every model once before anything trains, and looks at every length that it is to take, so that what does not
+    /// fit does not end a grid halfway.
     fn check_models(&mut self) -> Result<()> {
         let mut checked: Vec<(&str, usize)> = Vec::new();
-        for run in &self.plan.runs {
-            let case = (run.model.sha256.as_str(), run.hyperparameters.max_length);
-            if !checked.contains(&case) {
-                checked.push(case);
-                self.load(run)?;
+        let plan = self.plan;
+        for run in plan.all_runs().filter(|run| run.source_run().is_none()) {
+            let case = (run.start_id(), run.hyperparameters.max_length);
+            if checked.contains(&case) {
+                continue;
+            }
+            checked.push(case);
+            self.load(run)?;
+            if let Some(resident) = &self.resident {
+                resident.classifier.check_inputs(&run.model.encoder, run.hyperparameters.max_length)?;
             }
         }
         Ok(())
     }
 
-    /// Does one run. Whatever goes wrong inside it becomes part of its row.
-    fn row(&mut self, run: &Run) -> Result<Row> {
+    /// Makes sure that the weights that a run starts from are at hand, training the run that makes them if they are not.
+    fn source_of(&mut self, run: &Run, results: &ResultsFile) -> Result<Source> {
+        let Some(source) = run.source_run() else { return Ok(Source::Ready) };
+        let folder = self.kept(source);
+        if has_model(&folder) {
+            return Ok(Source::Ready);
+        }
+        match results.recorded()?.ended(&source.id) {
+            Some(Ended::Ok) => {}
+            Some(ended) => return Ok(Source::Lost(ended, format!("run {} that it starts from", source.id))),
+            // Sources come first in a plan: this one is being trained, or was stopped.
+            None => return Ok(Source::Elsewhere),
+        }
+        let Some(_claim) = results.claim(&source.id)? else { return Ok(Source::Elsewhere) };
+        if has_model(&folder) {
+            return Ok(Source::Ready);
+        }
+        if let Source::Elsewhere = self.source_of(source, results)? {
+            return Ok(Source::Elsewhere);
+        }
+        (self.report)(RunEvent::Note(format!(
+            "{} is trained again: other runs start from it, and its weights were not kept",
+            source.label()
+        )));
+        match self.rows(source)?.into_iter().find(|row| row.status != Status::Ok) {
+            None => Ok(Source::Ready),
+            Some(row) => Ok(Source::Lost(Ended::Failed, row.reason.unwrap_or_default())),
+        }
+    }
+
+    /// Makes the rows of a run whose source has no weights to start from.
+    fn without_source(&self, run: &Run, ended: Ended, why: &str) -> Result<Vec<Row>> {
+        let status = if ended == Ended::Diverged { Status::Diverged } else { Status::Failed };
+        let verb = if ended == Ended::Diverged { "diverged" } else { "failed" };
+        Ok(self.rows_without_scores(run, status, &format!("not trained: {why} {verb}"), SystemTime::now()))
+    }
+
+    fn rows_without_scores(&self, run: &Run, status: Status, reason: &str, started: SystemTime) -> Vec<Row> {
+        let row = |on| Row {
+            status,
+            reason: Some(reason.to_owned()),
+            ..described(self.plan, run, on, self.device, started)
+        };
+        run.evaluations.iter().map(row).collect()
+    }
+
+    /// Does one run. Whatever goes wrong inside it becomes part of its rows.
+    fn rows(&mut self, run: &Run) -> Result<Vec<Row>> {
         let started = SystemTime::now();
         machine::reset_peak_memory(self.device);
         self.load(run)?;
@@ -207,47 +302,47 @@ impl<'a> Runner<'a> {
             self.resident = None;
             Err(Error::Libtorch(format!("panic: {}", libtorch::panic_message(panic.as_ref()))))
         });
-        let mut row = self.described(run, started);
-        match outcome {
+        let outcome = match outcome {
             Err(Error::Interrupted) => return Err(Error::Interrupted),
             Err(error) => {
-                row.status =
-                    if matches!(error, Error::Diverged(_)) { Status::Diverged } else { Status::Failed };
-                row.reason = Some(error.to_string());
+                let diverged = matches!(error, Error::Diverged(_));
+                let status = if diverged { Status::Diverged } else { Status::Failed };
+                return Ok(self.rows_without_scores(run, status, &error.to_string(), started));
             }
-            Ok(outcome) => {
-                self.measured(&mut row, &outcome);
-                let kept = self
-                    .resident
-                    .as_ref()
-                    .map(|resident| self.keep(run, resident, outcome.trained.mask.as_deref()));
-                if let Some(Err(error)) = kept {
-                    // The scores stay in the row; as a failed run it is done again, so that its model gets kept.
-                    row.status = Status::Failed;
-                    row.reason = Some(format!("trained, but not kept: {error}"));
-                }
+            Ok(outcome) => outcome,
+        };
+        let kept = self.keep(run, outcome.trained.mask.as_deref());
+        let row = |(on, scores)| {
+            let mut row = described(self.plan, run, on, self.device, started);
+            measured(&mut row, &outcome, scores);
+            if let Err(error) = &kept {
+                // The scores stay in the row; as a failed run it is done again, so that its model gets kept.
+                row.status = Status::Failed;
+                row.reason = Some(format!("trained, but not kept: {error}"));
             }
-        }
-        Ok(row)
+            row
+        };
+        Ok(run.evaluations.iter().zip(&outcome.evaluations).map(row).collect())
     }
 
-    /// Makes model and data of a run resident, reusing what the last run left.
+    /// Makes the model of a run resident, reusing what the last run left.
     fn load(&mut self, run: &Run) -> Result<()> {
-        let max_length = run.hyperparameters.max_length;
-        if let Some(resident) = &self.resident {
-            let same = Arc::ptr_eq(&resident.model, &run.model)
-                && Arc::ptr_eq(&resident.task, &run.task)
-                && resident.max_length == max_length;
-            if same {
-                return Ok(());
-            }
+        if self.resident.as_ref().is_some_and(|resident| resident.serves(run)) {
+            return Ok(());
         }
         // Freed before the next model is loaded.
         self.resident = None;
-        let (folder, card) = (&run.model.folder, &run.task.card);
-        let classifier =
-            Classifier::load(folder, Labels::from(&card.objective), self.plan.head, self.device)?;
-        let report = &classifier.report;
+        let kept;
+        let folder = match (&run.start, run.start_folder()) {
+            (Start::Run(source), _) => {
+                kept = ModelFolder::open(&self.kept(source))?;
+                &kept
+            }
+            (_, Some(folder)) => folder,
+            (_, None) => &run.model.folder,
+        };
+        let resident = ResidentModel::load(run, folder, self.device)?;
+        let report = &resident.classifier.report;
         if !report.unexpected.is_empty() {
             (self.report)(RunEvent::Note(format!(
                 "{} has {} tensors that the model does not use, such as {}",
@@ -256,21 +351,7 @@ impl<'a> Runner<'a> {
                 report.unexpected[0]
             )));
         }
-        let encoder = &run.model.encoder;
-        classifier.check_inputs(encoder, max_length)?;
-        let encode = |dataset: &crate::data::Dataset| -> Result<EncodedDataset> {
-            let inputs = encoder.encode_dataset(&dataset.examples, max_length)?;
-            EncodedDataset::new(inputs, &dataset.examples)
-        };
-        let (train, dev) = (encode(&run.task.train)?, encode(&run.task.dev)?);
-        self.resident = Some(Resident {
-            model: run.model.clone(),
-            task: run.task.clone(),
-            max_length,
-            classifier,
-            train,
-            dev,
-        });
+        self.resident = Some(resident);
         Ok(())
     }
 
@@ -279,41 +360,57 @@ impl<'a> Runner<'a> {
         let Some(resident) = &mut self.resident else {
             return Err(Error::configuration("no model is loaded"));
         };
+        let settings = &run.hyperparameters;
+        let tokens = &mut self.tokens;
+        let mut encode = |dataset| tokens.of(&run.model, dataset, settings.max_length);
+        let all = encode(&run.task.train)?;
+        let evaluated =
+            run.evaluations.iter().map(|on| encode(&on.dataset)).collect::<Result<Vec<_>>>()?;
         let report = &mut *self.report;
         let mut forward = |event| report(RunEvent::Progress(event));
         let mut control = Control { interrupted: self.interrupted, report: &mut forward };
-        let settings = &run.hyperparameters;
-        let data = training_set(&resident.train, run);
-        let watched = settings.checkpoint == Checkpoint::Best || settings.early_stopping.is_some();
-        let dev = watched.then_some((&resident.dev, &run.task.card));
         resident.classifier.reset(run.seed)?;
-        let trained = train(
-            &mut resident.classifier,
-            &data,
-            dev,
-            run.method.as_ref(),
-            settings,
-            run.seed,
-            &mut control,
-        )?;
         let started = Instant::now();
-        let (mut done, total) = (0, resident.dev.len());
-        let evaluation =
-            evaluate(&resident.classifier, &resident.dev, &run.task.card, settings.precision, |examples| {
+        let data = training_set(resident.seen_by(run, &all, &mut control)?, run)?;
+        let evaluated =
+            evaluated.iter().map(|on| resident.seen_by(run, on, &mut control)).collect::<Result<Vec<_>>>()?;
+        let features_time = started.elapsed();
+        let scored = |place: usize| Scored {
+            data: &evaluated[place],
+            card: &run.evaluations[place].card,
+            labels: &run.evaluations[place].labels,
+        };
+        let watched = settings.checkpoint == Checkpoint::Best || settings.early_stopping.is_some();
+        let dev = watched.then(|| scored(0));
+        let (classifier, method) = (&mut resident.classifier, run.method.as_ref());
+        let mut trained = train(classifier, &data, dev, method, settings, run.seed, &mut control)?;
+        if run.is_frozen() {
+            trained.prepare_time += features_time;
+        }
+        let mut evaluations = Vec::with_capacity(evaluated.len());
+        for place in 0..evaluated.len() {
+            let started = Instant::now();
+            let (mut done, total) = (0, evaluated[place].len());
+            let evaluation = evaluate(classifier, scored(place), settings.precision, |examples| {
                 done += examples;
                 (control.report)(Event::Evaluated(Progress::new(done, total)));
                 control.check()
             })?;
-        if !evaluation.loss.is_finite() {
-            return Err(Error::Diverged(format!("the dev loss is {} after the last step", evaluation.loss)));
+            if !evaluation.loss.is_finite() {
+                let (loss, split) = (evaluation.loss, run.evaluations[place].split);
+                return Err(Error::Diverged(format!("the {split} loss is {loss} after the last step")));
+            }
+            evaluations.push((evaluation, started.elapsed()));
         }
-        Ok(Outcome { trained, evaluation, evaluate_time: started.elapsed() })
+        Ok(Outcome { trained, evaluations, peak_memory: machine::peak_memory(self.device) })
     }
 
-    /// Keeps model and mask of a finished run, where the experiment asks for it.
-    fn keep(&self, run: &Run, resident: &Resident, mask: Option<&GradientMask>) -> Result<()> {
-        if let Some(folder) = &self.plan.save {
-            resident.classifier.save(&folder.join(&run.id), &run.model.encoder)?;
+    /// Keeps model and mask of a finished run, where the experiment asks for it or another run starts from it.
+    fn keep(&self, run: &Run, mask: Option<&GradientMask>) -> Result<()> {
+        let Some(resident) = &self.resident else { return Ok(()) };
+        let is_source = |other: &Arc<Run>| other.source_run().is_some_and(|source| source.id == run.id);
+        if self.plan.save.is_some() || self.plan.runs.iter().any(is_source) {
+            resident.classifier.save(&self.kept(run), &run.model.encoder)?;
         }
         if let Some(folder) = &self.plan.masks {
             write_mask_of(self.plan, run, mask, folder)?;
@@ -321,93 +418,29 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    /// Fills in what is known of a run whatever becomes of it.
-    fn described(&self, run: &Run, started: SystemTime) -> Row {
-        let settings = &run.hyperparameters;
-        Row {
-            experiment: self.plan.name.clone(),
-            run: run.id.clone(),
-            model: run.model.name.clone(),
-            model_sha256: run.model.sha256.clone(),
-            task: run.task.card.name.clone(),
-            evaluated_on: run.task.card.name.clone(),
-            split: Split::Dev.name().to_owned(),
-            preset: yaml_name(&self.plan.preset),
-            method: run.method.name().to_owned(),
-            method_config: run.method.options(),
-            seed: run.seed,
-            learning_rate: settings.learning_rate,
-            epochs: settings.epochs,
-            batch_size: settings.batch_size as u64,
-            micro_batch: settings.micro_batch as u64,
-            max_length: settings.max_length as u64,
-            warmup: settings.warmup.0,
-            weight_decay: settings.weight_decay,
-            max_gradient_norm: settings.max_gradient_norm,
-            epsilon: settings.epsilon,
-            adamw: yaml_name(&settings.adamw),
-            precision: yaml_name(&settings.precision),
-            order: yaml_name(&settings.order),
-            checkpoint: yaml_name(&settings.checkpoint),
-            headline: run.task.card.headline.name().to_owned(),
-            examples_train: run.training_examples() as u64,
-            examples_evaluated: run.task.dev.examples.len() as u64,
-            device: machine::device_name(self.device),
-            torch: libtorch::version(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            commit: Some(env!("CHILD_TUNING_COMMIT").to_owned()).filter(|commit| commit != "unknown"),
-            started_at: humantime::format_rfc3339_seconds(started).to_string(),
-            ..Row::default()
-        }
+    /// Returns where the model of a run is kept.
+    fn kept(&self, run: &Run) -> PathBuf {
+        kept_model(self.plan.save.as_ref(), &self.plan.results, &run.id)
     }
 
-    /// Fills in what a run that ended well came to.
-    fn measured(&self, row: &mut Row, outcome: &Outcome) {
-        const MEBIBYTE: f64 = 1024.0 * 1024.0;
-        let Outcome { trained, evaluation, evaluate_time } = outcome;
-        let seconds = trained.train_time.as_secs_f64();
-        row.status = Status::Ok;
-        row.score = Some(evaluation.headline);
-        row.loss = Some(evaluation.loss);
-        row.degenerate = Some(evaluation.degenerate);
-        for (metric, value) in &evaluation.scores {
-            let column = match metric {
-                Metric::Accuracy => &mut row.accuracy,
-                Metric::F1 => &mut row.f1,
-                Metric::Matthews => &mut row.matthews,
-                Metric::Pearson => &mut row.pearson,
-                Metric::Spearman => &mut row.spearman,
-                Metric::Combined => &mut row.combined,
-            };
-            *column = Some(*value);
+    /// Removes the models that were kept only for other runs to start from, once those are done.
+    fn clear_sources(&self, results: &ResultsFile) -> Result<()> {
+        if self.plan.save.is_some() {
+            return Ok(());
         }
-        row.epoch = Some(trained.epoch);
-        row.step = Some(trained.step);
-        row.train_seconds = Some(seconds);
-        row.prepare_seconds = Some(trained.prepare_time.as_secs_f64());
-        row.evaluate_seconds = Some(evaluate_time.as_secs_f64());
-        row.examples_per_second = Some(trained.examples as f64 / seconds);
-        row.tokens_per_second = Some(trained.tokens as f64 / seconds);
-        row.peak_memory_mb = machine::peak_memory(self.device).map(|bytes| bytes as f64 / MEBIBYTE);
-        row.optimizer_state_mb = Some(trained.optimizer_bytes as f64 / MEBIBYTE);
-        let all = self.resident.as_ref().map_or(0, |resident| resident.classifier.parameters.count());
-        row.trainable_parameters = Some(all as u64);
-        if let Some(mask) = &trained.mask {
-            row.child_share = Some(mask.share());
+        let recorded = results.recorded()?;
+        for run in &self.plan.runs {
+            let mut next = self.plan.runs.iter().filter(|other| {
+                other.source_run().is_some_and(|source| source.id == run.id)
+            });
+            if next.all(|other| recorded.has(&other.id, other.rows())) {
+                // What cannot be removed does no harm; the folder above goes with the last one.
+                let kept = self.kept(run);
+                let _ = std::fs::remove_dir_all(&kept);
+                let _ = kept.parent().map(std::fs::remove_dir);
+            }
         }
-        if let Some(child) = trained.mask.as_ref().and_then(|mask| mask.child()) {
-            row.trainable_parameters = Some((all - child.maskable() + child.kept()) as u64);
-            row.child_parameters = Some(child.kept() as u64);
-            row.mask_sha256 = Some(child.sha256());
-        }
-    }
-}
-
-/// Returns the examples that a run trains on.
-fn training_set<'d>(all: &'d EncodedDataset, run: &Run) -> Cow<'d, EncodedDataset> {
-    match run.examples {
-        None => Cow::Borrowed(all),
-        Some(count) => Cow::Owned(all.part(&subset(&run.task.train.examples, count, run.seed))),
+        Ok(())
     }
 }
 

@@ -8,13 +8,15 @@ use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::overrides::{self, Override};
+use super::profile::Profile;
+use super::transfer::{EvaluationSpec, InitFrom, SelectSpec, ThenSpec};
 use crate::data::CustomTask;
 use crate::error::{Error, Result};
 use crate::method::{MethodSpec, Preset};
 use crate::model::HeadStart;
 use crate::spelling::suggestion;
-use crate::train::{AdamWForm, Checkpoint, Order, Precision, Warmup};
-use crate::values::{Count, NonNegative, OneOrMany, Positive};
+use crate::train::{AdamWForm, Checkpoint, Freeze, Order, Precision, Warmup};
+use crate::values::{Count, NonNegative, OneOrMany, PartialShare, Positive};
 
 /// The seeds of the paper's runs (alibaba/AliceMind, issue 24).
 pub const PAPER_SEEDS: [u64; 10] = [42, 52, 57, 63, 78, 96, 127, 140, 298, 375];
@@ -35,6 +37,18 @@ pub struct ExperimentSpec {
     pub seeds: Option<Seeds>,
     /// Hyper-parameters.
     pub train: Option<TrainSpec>,
+    /// Part of the model that does not train.
+    pub freeze: Option<Freeze>,
+    /// Further data to score every run on.
+    pub evaluate: Option<OneOrMany<EvaluationSpec>>,
+    /// Stages that go on from every run.
+    pub then: Option<OneOrMany<ThenSpec>>,
+    /// Weights to start from instead of the pretrained ones.
+    pub init_from: Option<InitFrom>,
+    /// How hyper-parameters are tuned before the runs that are reported.
+    pub select: Option<SelectSpec>,
+    /// A smaller version of the experiment.
+    pub profile: Option<Profile>,
     /// Which description of Child-Tuning fills in the rest.
     pub preset: Option<Preset>,
     /// Overrides of keys in the model's `config.json`.
@@ -83,6 +97,8 @@ pub struct TrainSpec {
     pub order: Option<OneOrMany<Order>>,
     /// Size of a random, stratified subset of the training data.
     pub examples: Option<OneOrMany<Count>>,
+    /// Share of the training labels that are replaced by wrong ones.
+    pub label_noise: Option<OneOrMany<PartialShare>>,
     /// Weights that are scored.
     pub checkpoint: Option<OneOrMany<Checkpoint>>,
     /// When to stop early.
@@ -187,6 +203,9 @@ impl ExperimentSpec {
         let mut spec = Self::parse(&text, path, overrides)?;
         if spec.name.is_none() {
             spec.name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        }
+        if let Some(profile) = spec.profile {
+            profile.apply(&mut spec);
         }
         Ok(spec)
     }

@@ -51,6 +51,11 @@ macro_rules! registry {
 registry!(vanilla, child_tuning_f, child_tuning_d);
 
 impl MethodSpec {
+    /// Returns plain fine-tuning, as if it had been typed.
+    pub fn vanilla() -> Self {
+        Self(Arc::new(vanilla::Options::default()))
+    }
+
     /// Settles the options: one method for each point of their grid.
     ///
     /// # Errors

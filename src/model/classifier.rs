@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::checkpoint::{self, LoadReport, ModelFolder};
 use super::config::ModelConfig;
 use super::layers::Pass;
-use super::params::{ParameterId, ParameterTable, Parameters};
+use super::params::{Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters};
 use crate::data::{Objective, TokenEncoder};
 use crate::error::{Error, Result};
 
@@ -72,6 +72,21 @@ pub enum HeadStart {
     Fresh,
 }
 
+/// The sizes of a model, for what its arithmetic and memory come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelShape {
+    /// All weights.
+    pub weights: usize,
+    /// Weights of the matrices in encoder layers, each of which multiplies every token.
+    pub matrix_weights: usize,
+    /// Encoder layers.
+    pub layers: usize,
+    /// Width of the hidden states.
+    pub hidden: usize,
+    /// Attention heads of a layer.
+    pub heads: usize,
+}
+
 /// A model for one task.
 pub struct Classifier {
     /// The parameters, which training changes.
@@ -119,6 +134,28 @@ impl Classifier {
         Ok(Self { parameters, report, network, config, labels, pretrained, fresh, initializer_range })
     }
 
+    /// Returns the sizes of a model for a task, from its config alone.
+    ///
+    /// # Errors
+    /// Fails if the family does not run here or the config is incomplete.
+    pub fn shape(config: &ModelConfig, labels: &Labels) -> Result<ModelShape> {
+        let mut table = ParameterTable::default();
+        config.family()?(config, labels.outputs(), &mut table)?;
+        let in_layers = |parameter: &&Parameter| matches!(parameter.place, ParameterPlace::EncoderLayer(_));
+        let layer = |parameter: &Parameter| match parameter.place {
+            ParameterPlace::EncoderLayer(layer) => layer + 1,
+            _ => 0,
+        };
+        let matrices = table.iter().filter(in_layers).filter(|parameter| parameter.kind == ParameterKind::Weight);
+        Ok(ModelShape {
+            weights: table.iter().map(Parameter::count).sum(),
+            matrix_weights: matrices.map(Parameter::count).sum(),
+            layers: table.iter().map(layer).max().unwrap_or(0),
+            hidden: config.integer("hidden_size")? as usize,
+            heads: config.integer("num_attention_heads")? as usize,
+        })
+    }
+
     /// Puts all weights back to the checkpoint's, with new values for the parameters that the checkpoint lacks.
     ///
     /// # Errors
@@ -136,8 +173,19 @@ impl Classifier {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn logits(&self, pass: &Pass) -> Result<Tensor> {
-        let features = self.network.features(pass)?;
+        let features = match &pass.batch.features {
+            Some(features) => features.shallow_clone(),
+            None => self.network.features(pass)?,
+        };
         Ok(self.network.head(pass, &features)?.f_to_kind(Kind::Float)?)
+    }
+
+    /// Computes the features that the head sees, `[examples, hidden]` in float32.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn features(&self, pass: &Pass) -> Result<Tensor> {
+        Ok(self.network.features(pass)?.f_to_kind(Kind::Float)?)
     }
 
     /// Checks that a tokenizer makes only tokens that the model has embeddings for, and inputs that it has positions for.

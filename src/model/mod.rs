@@ -10,8 +10,8 @@ mod params;
 
 pub(crate) use checkpoint::publish;
 pub use checkpoint::{LoadReport, ModelFolder};
-pub use classifier::{Classifier, HeadStart, Labels, Network};
+pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network};
 pub use config::{FAMILIES, ModelConfig};
 pub use dropout::Dropout;
 pub use layers::{Embedding, LayerNorm, LayerObserver, Linear, Pass, Rows, loss};
-pub use params::{Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters};
+pub use params::{Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable, TrainableGroup};

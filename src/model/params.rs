@@ -114,21 +114,38 @@ impl ParameterTable {
     }
 
     /// Gives every parameter its range: those with weight decay first, so that each group is contiguous. Returns the
-    /// end of the first group and of the second.
-    fn place(&mut self) -> (usize, usize) {
+    /// length of the buffer.
+    fn place(&mut self) -> usize {
         let mut next = 0;
-        let mut ends = [0; 2];
-        for (group, end) in ends.iter_mut().enumerate() {
-            for parameter in self.parameters.iter_mut().filter(|parameter| parameter.decays() == (group == 0))
-            {
+        for decays in [true, false] {
+            for parameter in self.parameters.iter_mut().filter(|parameter| parameter.decays() == decays) {
                 let count = parameter.count();
                 parameter.range = next..next + count;
                 next = (next + count).next_multiple_of(ALIGNMENT);
             }
-            *end = next;
         }
-        (ends[0], ends[1])
+        next
     }
+}
+
+/// The parameters that a run trains, as ranges of the flat buffers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trainable {
+    /// Ranges without a gap between two parameters, each with weight decay or without, in order.
+    pub groups: Vec<TrainableGroup>,
+    /// The same ranges, joined wherever one begins at the end of another.
+    pub spans: Vec<Range<usize>>,
+    /// Number of weights.
+    pub count: usize,
+}
+
+/// Parameters side by side that are all with weight decay, or all without.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrainableGroup {
+    /// Their elements.
+    pub range: Range<usize>,
+    /// Whether weight decay applies.
+    pub decays: bool,
 }
 
 /// The parameters of one model: values, gradients, and the leaves of the autograd graph.
@@ -138,7 +155,6 @@ pub struct Parameters {
     values: Tensor,
     gradients: Tensor,
     leaves: Vec<Tensor>,
-    decay_end: usize,
 }
 
 impl Parameters {
@@ -147,7 +163,7 @@ impl Parameters {
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn allocate(mut table: ParameterTable, device: Device) -> Result<Self> {
-        let (decay_end, total) = table.place();
+        let total = table.place();
         let values = Tensor::f_zeros([total as i64], (Kind::Float, device))?;
         let gradients = Tensor::f_zeros([total as i64], (Kind::Float, device))?;
         let parameters = table.parameters;
@@ -159,7 +175,7 @@ impl Parameters {
         }
         let by_name =
             parameters.iter().enumerate().map(|(index, parameter)| (parameter.name.clone(), index)).collect();
-        Ok(Self { parameters, by_name, values, gradients, leaves, decay_end })
+        Ok(Self { parameters, by_name, values, gradients, leaves })
     }
 
     /// Iterates over the parameters with their name tags, in the order of declaration.
@@ -202,9 +218,28 @@ impl Parameters {
         Ok(copy)
     }
 
-    /// Returns the range of the parameters with weight decay; the rest of the buffer is without.
-    pub fn decay_range(&self) -> Range<usize> {
-        0..self.decay_end
+    /// Returns the ranges of the parameters that are chosen.
+    pub fn trainable(&self, chosen: impl Fn(&Parameter) -> bool) -> Trainable {
+        let mut parameters: Vec<&Parameter> =
+            self.parameters.iter().filter(|parameter| chosen(parameter)).collect();
+        parameters.sort_by_key(|parameter| parameter.range.start);
+        let count = parameters.iter().map(|parameter| parameter.count()).sum();
+        let (mut groups, mut spans): (Vec<TrainableGroup>, Vec<Range<usize>>) = Default::default();
+        for parameter in parameters {
+            // With the gap behind it, which holds zeros and stays zero.
+            let (start, end) = (parameter.range.start, parameter.range.end.next_multiple_of(ALIGNMENT));
+            match groups.last_mut() {
+                Some(group) if group.range.end == start && group.decays == parameter.decays() => {
+                    group.range.end = end;
+                }
+                _ => groups.push(TrainableGroup { range: start..end, decays: parameter.decays() }),
+            }
+            match spans.last_mut() {
+                Some(span) if span.end == start => span.end = end,
+                _ => spans.push(start..end),
+            }
+        }
+        Trainable { groups, spans, count }
     }
 
     /// Returns the length of the flat buffers, gaps included.
@@ -244,9 +279,21 @@ impl Parameters {
     /// # Errors
     /// Fails if libtorch refuses.
     pub fn zero_gradients(&mut self) -> Result<()> {
-        let _ = self.gradients.f_zero_()?;
+        let whole = 0..self.buffer_len();
+        self.zero_gradients_in(&[whole])
+    }
+
+    /// Sets the gradients of ranges of the flat buffer to zero.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses.
+    pub fn zero_gradients_in(&mut self, ranges: &[Range<usize>]) -> Result<()> {
+        for range in ranges {
+            let _ = self.gradients.f_narrow(0, range.start as i64, range.len() as i64)?.f_zero_()?;
+        }
         Ok(())
     }
+
 
     /// Copies all values from a buffer of the same layout.
     ///

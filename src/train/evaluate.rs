@@ -3,13 +3,15 @@
 use tch::{IndexOp, Kind, Tensor};
 
 use super::hyperparameters::Precision;
-use crate::data::{EncodedDataset, Metric, PackedBatch, Targets, TaskCard, score_classes, score_values};
+use crate::data::{
+    Encoded, EncodedDataset, LabelMap, Metric, PackedBatch, Targets, TaskCard, score_classes, score_values,
+};
 use crate::error::Result;
 use crate::libtorch::elements;
-use crate::model::{Classifier, Labels, Pass, loss};
+use crate::model::{Classifier, Pass};
 
-/// Tokens that one forward pass takes at most (a single longer example still runs).
-const TOKENS_PER_BATCH: usize = 8192;
+/// Tokens that one forward pass takes at most when nothing is learnt (a single longer example still runs).
+pub const TOKENS_PER_BATCH: usize = 8192;
 
 /// The scores of a model on one data set.
 #[derive(Clone, Debug)]
@@ -24,6 +26,17 @@ pub struct Evaluation {
     pub degenerate: bool,
 }
 
+/// A labelled data set to score on.
+#[derive(Clone, Copy)]
+pub struct Scored<'a> {
+    /// The examples.
+    pub data: &'a EncodedDataset,
+    /// Their task: the metrics, and which of them is the headline.
+    pub card: &'a TaskCard,
+    /// How the model's classes compare with the task's.
+    pub labels: &'a LabelMap,
+}
+
 /// Computes the logits of examples, `[examples, outputs]` in float32 on the CPU, in the order of the examples.
 ///
 /// `each` is called after every batch with its number of examples, and ends the pass with an error if it returns one.
@@ -32,9 +45,35 @@ pub struct Evaluation {
 /// Fails if libtorch refuses an operation or `each` asks to stop.
 pub fn predict(
     classifier: &Classifier,
-    data: &[crate::data::Encoded],
+    data: &[Encoded],
+    precision: Precision,
+    each: impl FnMut(usize) -> Result<()>,
+) -> Result<Tensor> {
+    by_batches(classifier, data, precision, each, |pass| classifier.logits(pass))
+}
+
+/// Computes what a frozen encoder makes of examples, without dropout: `[examples, hidden]` in float32 on the model's
+/// device. `each` is as for [`predict`].
+///
+/// # Errors
+/// Fails if libtorch refuses an operation or `each` asks to stop.
+pub fn frozen_features(
+    classifier: &Classifier,
+    data: &[Encoded],
+    precision: Precision,
+    each: impl FnMut(usize) -> Result<()>,
+) -> Result<Tensor> {
+    let features = by_batches(classifier, data, precision, each, |pass| classifier.features(pass))?;
+    Ok(features.f_to_device(classifier.parameters.device())?)
+}
+
+/// Runs all examples forward and collects one row an example on the CPU, in the order of the examples.
+fn by_batches(
+    classifier: &Classifier,
+    data: &[Encoded],
     precision: Precision,
     mut each: impl FnMut(usize) -> Result<()>,
+    rows: impl Fn(&Pass) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
     let weights = classifier.parameters.compute_weights(precision.kind())?;
@@ -42,8 +81,7 @@ pub fn predict(
     // Examples of like length together, so that attention's rectangles have few holes; results do not depend on it.
     let mut order: Vec<usize> = (0..data.len()).collect();
     order.sort_by_key(|&number| std::cmp::Reverse(data[number].ids.len()));
-    let logits =
-        Tensor::f_zeros([data.len() as i64, classifier.labels().outputs()], (Kind::Float, tch::Device::Cpu))?;
+    let mut parts = Vec::new();
     let mut rest = &order[..];
     while let Some(&longest) = rest.first() {
         let size = (TOKENS_PER_BATCH / data[longest].ids.len().max(1)).clamp(1, rest.len());
@@ -51,12 +89,12 @@ pub fn predict(
         rest = later;
         let inputs: Vec<_> = now.iter().map(|&number| &data[number]).collect();
         let batch = PackedBatch::pack(&inputs, 0, device)?;
-        let outputs = classifier.logits(&Pass::new(&weights, &batch, None))?.f_to_device(tch::Device::Cpu)?;
-        let rows = Tensor::from_slice(&now.iter().map(|&number| number as i64).collect::<Vec<_>>());
-        let _ = logits.shallow_clone().f_index_copy_(0, &rows, &outputs)?;
+        parts.push(rows(&Pass::new(&weights, &batch, None))?.f_to_device(tch::Device::Cpu)?);
         each(now.len())?;
     }
-    Ok(logits)
+    let mut places = vec![0; data.len()];
+    order.iter().enumerate().for_each(|(place, &number)| places[number] = place as i64);
+    Ok(Tensor::f_cat(&parts, 0)?.f_index_select(0, &Tensor::from_slice(&places))?)
 }
 
 /// Scores a model on a labelled data set.
@@ -65,35 +103,61 @@ pub fn predict(
 /// Fails if libtorch refuses an operation or `each` asks to stop.
 pub fn evaluate(
     classifier: &Classifier,
-    data: &EncodedDataset,
-    card: &TaskCard,
+    Scored { data, card, labels }: Scored,
     precision: Precision,
     each: impl FnMut(usize) -> Result<()>,
 ) -> Result<Evaluation> {
-    let logits = predict(classifier, &data.inputs, precision, each)?;
-    let (scores, degenerate, targets) = match (&data.targets, classifier.labels()) {
-        (Targets::Classes(ids), Labels::Classes(_)) => {
-            let predicted = classes(&logits)?;
-            let actual: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
-            let scores = score_classes(card.label_count(), &predicted, &actual, &card.metrics);
-            (scores, predicted.windows(2).all(|pair| pair[0] == pair[1]), Tensor::from_slice(ids))
+    let logits = match &data.features {
+        None => predict(classifier, &data.inputs, precision, each)?,
+        Some(_) => head_logits(classifier, data)?,
+    };
+    let (scores, degenerate, loss) = match &data.targets {
+        Targets::Classes(ids) => {
+            let predicted: Vec<usize> =
+                classes(&logits)?.into_iter().map(|class| labels.predicted(class)).collect();
+            let actual: Vec<usize> = ids.iter().map(|&id| labels.actual(id as usize)).collect();
+            let scores = score_classes(labels.classes(), &predicted, &actual, &card.metrics);
+            let degenerate = predicted.windows(2).all(|pair| pair[0] == pair[1]);
+            (scores, degenerate, class_loss(&logits, &actual, labels)?)
         }
-        (targets, _) => {
+        Targets::Scores(scores) => {
             let predicted: Vec<f64> =
                 elements::<f32>(&logits)?.iter().map(|&value| f64::from(value)).collect();
-            let actual: Vec<f64> = match targets {
-                Targets::Scores(scores) => scores.iter().map(|&score| f64::from(score)).collect(),
-                Targets::Classes(ids) => ids.iter().map(|&id| id as f64).collect(),
-            };
+            let actual: Vec<f64> = scores.iter().map(|&score| f64::from(score)).collect();
             let scores = score_values(&predicted, &actual, &card.metrics);
-            let targets = Tensor::from_slice(&actual).f_to_kind(Kind::Float)?;
-            (scores, nearly_constant(&predicted), targets)
+            let squares = predicted.iter().zip(&actual).map(|(found, gold)| (found - gold).powi(2));
+            (scores, nearly_constant(&predicted), squares.sum::<f64>() / actual.len() as f64)
         }
     };
-    let loss = f64::try_from(loss(&logits, &targets, data.len())?)?;
     let headline =
         scores.iter().find(|(metric, _)| *metric == card.headline).map_or(f64::NAN, |(_, score)| *score);
     Ok(Evaluation { scores, headline, loss, degenerate })
+}
+
+/// Applies the head alone, to features that a frozen encoder gave.
+fn head_logits(classifier: &Classifier, data: &EncodedDataset) -> Result<Tensor> {
+    let _guard = tch::no_grad_guard();
+    let weights = classifier.parameters.compute_weights(Kind::Float)?;
+    let everything: Vec<usize> = (0..data.len()).collect();
+    let (batch, _) = data.batch(&everything, 0, classifier.parameters.device())?;
+    Ok(classifier.logits(&Pass::new(&weights, &batch, None))?.f_to_device(tch::Device::Cpu)?)
+}
+
+/// The mean of −log p(gold class), where classes that count as one share their probabilities.
+fn class_loss(logits: &Tensor, actual: &[usize], labels: &LabelMap) -> Result<f64> {
+    let outputs = logits.size()[1] as usize;
+    let logits: &[f32] = elements(logits)?;
+    let loss = |(row, &gold): (&[f32], &usize)| {
+        let largest = row.iter().fold(f64::NEG_INFINITY, |largest, &logit| largest.max(f64::from(logit)));
+        let (mut all, mut right) = (0.0, 0.0);
+        for (class, &logit) in row.iter().enumerate() {
+            let exponential = (f64::from(logit) - largest).exp();
+            all += exponential;
+            right += if labels.predicted(class) == gold { exponential } else { 0.0 };
+        }
+        all.ln() - right.ln()
+    };
+    Ok(logits.chunks(outputs).zip(actual).map(loss).sum::<f64>() / actual.len() as f64)
 }
 
 /// Returns the class with the highest logit of each example; among equals the first.

@@ -54,6 +54,17 @@ pub enum Checkpoint {
     Best,
 }
 
+/// The part of the model that training leaves alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Freeze {
+    /// Nothing: all weights may train.
+    #[default]
+    Nothing,
+    /// Everything but the head: the encoder's features are computed once, without dropout, and keep every bit.
+    Encoder,
+}
+
 /// The length of the warm-up, as typed: a share of all steps if below 1, a number of steps from 1 on.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "f64")]
@@ -108,6 +119,8 @@ pub struct Hyperparameters {
     pub order: Order,
     /// Weights that are scored.
     pub checkpoint: Checkpoint,
+    /// Part of the model that does not train.
+    pub freeze: Freeze,
     /// Epochs without a better dev score after which training stops; `None` never stops early.
     pub early_stopping: Option<usize>,
 }

@@ -6,8 +6,8 @@ mod optimizer;
 mod schedule;
 mod trainer;
 
-pub use evaluate::{Evaluation, evaluate, predict};
-pub use hyperparameters::{AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Warmup};
+pub use evaluate::{Evaluation, TOKENS_PER_BATCH, Scored, evaluate, frozen_features, predict};
+pub use hyperparameters::{AdamWForm, Checkpoint, Freeze, Hyperparameters, Order, Precision, Warmup};
 pub use optimizer::AdamW;
 pub use schedule::Schedule;
 pub use trainer::{Control, Event, Progress, Trained, Trainer, prepare, train};

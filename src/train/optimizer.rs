@@ -1,12 +1,14 @@
 //! AdamW over the flat buffers of a model.
 
+use std::ops::Range;
+
 use tch::{Kind, Tensor};
 
 use super::hyperparameters::{AdamWForm, Hyperparameters};
 use crate::child::ChildNetwork;
 use crate::error::Result;
 use crate::libtorch::{FusedAdamW, FusedGroup};
-use crate::model::Parameters;
+use crate::model::{Parameters, Trainable, TrainableGroup};
 
 /// AdamW with bias correction (Loshchilov and Hutter, 2019), through libtorch's fused kernel.
 ///
@@ -21,33 +23,53 @@ pub struct AdamW {
     betas: (f64, f64),
     epsilon: f64,
     weight_decay: f64,
-    first_moments: Tensor,
-    second_moments: Tensor,
+    groups: Vec<Group>,
     steps: u64,
     step: Tensor,
 }
 
+/// The moments of one range of the parameters.
+struct Group {
+    range: Range<usize>,
+    decays: bool,
+    first_moments: Tensor,
+    second_moments: Tensor,
+}
+
 impl AdamW {
-    /// Makes an optimizer with zero moments for a model's parameters.
+    /// Makes an optimizer with zero moments for the parameters that train; the others are not touched.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn new(parameters: &Parameters, hyperparameters: &Hyperparameters) -> Result<Self> {
+    pub fn new(
+        parameters: &Parameters,
+        trainable: &Trainable,
+        hyperparameters: &Hyperparameters,
+    ) -> Result<Self> {
+        let options = (Kind::Float, parameters.device());
+        let group = |group: &TrainableGroup| -> Result<Group> {
+            let zeros = || Tensor::f_zeros([group.range.len() as i64], options);
+            Ok(Group {
+                range: group.range.clone(),
+                decays: group.decays,
+                first_moments: zeros()?,
+                second_moments: zeros()?,
+            })
+        };
         Ok(Self {
             form: hyperparameters.adamw,
             betas: hyperparameters.betas,
             epsilon: hyperparameters.epsilon,
             weight_decay: hyperparameters.weight_decay,
-            first_moments: parameters.values().f_zeros_like()?,
-            second_moments: parameters.values().f_zeros_like()?,
+            groups: trainable.groups.iter().map(group).collect::<Result<_>>()?,
             steps: 0,
-            step: Tensor::f_zeros([], (Kind::Float, parameters.device()))?,
+            step: Tensor::f_zeros([], options)?,
         })
     }
 
     /// Returns the bytes of the optimizer's state.
     pub fn state_bytes(&self) -> usize {
-        (self.first_moments.numel() + self.second_moments.numel()) * size_of::<f32>()
+        self.groups.iter().map(|group| 2 * group.range.len() * size_of::<f32>()).sum()
     }
 
     /// Applies one step with the accumulated gradients. With `decayed`, weight decay touches only the members of that
@@ -65,47 +87,44 @@ impl AdamW {
         self.step = self.step.f_fill_(self.steps as f64)?;
         // The whole network as child network decays inside the kernel, so that p = 1 is vanilla bit for bit.
         let decayed = decayed.filter(|child| !child.is_full());
-        let decay_range = parameters.decay_range();
-        let shrink = 1.0 - learning_rate * self.weight_decay;
         let in_kernel = self.form == AdamWForm::Torch && decayed.is_none();
-        let shrink_weights = || -> Result<()> {
-            if in_kernel || self.weight_decay == 0.0 {
-                return Ok(());
-            }
-            let mut weights = slice(parameters.values(), &decay_range)?;
-            match decayed {
-                Some(child) => child.scale_members(&mut weights, shrink),
-                None => Ok(weights.f_mul_scalar_(shrink).map(|_| ())?),
-            }
-        };
         let before = self.form == AdamWForm::Torch;
-        if before {
-            shrink_weights()?;
-        }
         let epsilon = match self.form {
             AdamWForm::Torch => self.epsilon,
             AdamWForm::HfLegacy => self.epsilon / (1.0 - self.betas.1.powi(self.steps as i32)).sqrt(),
         };
-        let rest = decay_range.end..parameters.buffer_len();
-        for (range, decays) in [(&decay_range, in_kernel), (&rest, false)] {
+        for group in &self.groups {
+            let decay = if group.decays { self.weight_decay } else { 0.0 };
+            let mut weights = slice(parameters.values(), &group.range)?;
+            let mut shrink = || match decayed {
+                _ if in_kernel || decay == 0.0 => Ok(()),
+                Some(child) => child.scale_members(&mut weights, group.range.start, 1.0 - learning_rate * decay),
+                None => Ok(weights.f_mul_scalar_(1.0 - learning_rate * decay).map(|_| ())?),
+            };
+            if before {
+                shrink()?;
+            }
             FusedAdamW {
                 learning_rate,
                 betas: self.betas,
                 epsilon,
-                weight_decay: if decays { self.weight_decay } else { 0.0 },
+                weight_decay: if in_kernel { decay } else { 0.0 },
             }
             .apply(&FusedGroup {
-                parameters: &slice(parameters.values(), range)?,
-                gradients: &slice(parameters.gradients(), range)?,
-                first_moments: &slice(&self.first_moments, range)?,
-                second_moments: &slice(&self.second_moments, range)?,
+                parameters: &slice(parameters.values(), &group.range)?,
+                gradients: &slice(parameters.gradients(), &group.range)?,
+                first_moments: &group.first_moments,
+                second_moments: &group.second_moments,
                 step: &self.step,
             })?;
+            if !before {
+                shrink()?;
+            }
         }
-        if before { Ok(()) } else { shrink_weights() }
+        Ok(())
     }
 }
 
-fn slice(flat: &Tensor, range: &std::ops::Range<usize>) -> Result<Tensor> {
+fn slice(flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
     Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?)
 }

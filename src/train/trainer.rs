@@ -1,21 +1,22 @@
 //! The training loop of one run.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use super::evaluate::{Evaluation, evaluate};
-use super::hyperparameters::{Checkpoint, Hyperparameters, Order};
+use super::evaluate::{Evaluation, Scored, evaluate};
+use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, Order};
 use super::optimizer::AdamW;
 use super::schedule::Schedule;
 use crate::child::{GradientMask, install_hooks};
-use crate::data::{EncodedDataset, TaskCard};
+use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::libtorch::GradientHook;
 use crate::method::{ClipOrder, DecayScope, Method, Preparation, Prepared};
-use crate::model::{Classifier, Dropout, Pass, loss};
+use crate::model::{Classifier, Dropout, ParameterPlace, Pass, Trainable, loss};
 use crate::random::{self, Key, Purpose};
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
@@ -24,6 +25,8 @@ const STEPS_BETWEEN_LOOKS: u64 = 20;
 /// Something that happened in a run, for whoever shows or logs it.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// A frozen encoder passed over examples.
+    Encoded(Progress),
     /// A method passed over examples before training.
     Prepared(Progress),
     /// An optimizer step ended.
@@ -96,18 +99,21 @@ pub struct Trained {
     pub tokens: u64,
     /// Bytes of optimizer state.
     pub optimizer_bytes: usize,
+    /// Weights that the optimizer may change, those outside a fixed child network among them.
+    pub trainable: usize,
 }
 
 /// Trains a model, which was reset for the run's seed, and leaves the weights to be scored in it.
 ///
-/// `dev` is only looked at to choose a checkpoint or to stop early.
+/// `dev` is only looked at to choose a checkpoint or to stop early. With a frozen encoder, both data sets hold its
+/// features ([`frozen_features`](super::frozen_features)).
 ///
 /// # Errors
 /// [`Error::Diverged`] if the loss stops being a number, [`Error::Interrupted`] on request, or a libtorch error.
 pub fn train(
     classifier: &mut Classifier,
     data: &EncodedDataset,
-    dev: Option<(&EncodedDataset, &TaskCard)>,
+    dev: Option<Scored>,
     method: &dyn Method,
     hyperparameters: &Hyperparameters,
     seed: u64,
@@ -153,6 +159,7 @@ pub struct Trainer<'a> {
     data: &'a EncodedDataset,
     hyperparameters: &'a Hyperparameters,
     prepared: Prepared,
+    trainable: Trainable,
     optimizer: AdamW,
     schedule: Schedule,
     seed: u64,
@@ -179,10 +186,14 @@ impl<'a> Trainer<'a> {
             (Some(mask), ClipOrder::AfterMask) => install_hooks(&classifier.parameters, mask)?,
             _ => Vec::new(),
         };
+        let frozen = hyperparameters.freeze == Freeze::Encoder;
+        let trainable =
+            classifier.parameters.trainable(|parameter| !frozen || parameter.place == ParameterPlace::Head);
         let total = hyperparameters.total_steps(data.len());
         let warmup = hyperparameters.warmup.steps(total);
         Ok(Self {
-            optimizer: AdamW::new(&classifier.parameters, hyperparameters)?,
+            optimizer: AdamW::new(&classifier.parameters, &trainable, hyperparameters)?,
+            trainable,
             schedule: Schedule { learning_rate: hyperparameters.learning_rate, warmup, total },
             classifier,
             data,
@@ -202,7 +213,7 @@ impl<'a> Trainer<'a> {
     /// Fails if libtorch refuses an operation.
     pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
         let device = self.classifier.parameters.device();
-        self.classifier.parameters.zero_gradients()?;
+        self.classifier.parameters.zero_gradients_in(&self.trainable.spans)?;
         if let Some(mask) = &self.prepared.mask {
             mask.begin_step(self.step);
         }
@@ -211,8 +222,7 @@ impl<'a> Trainer<'a> {
         for (part, micro_batch) in examples.chunks(self.hyperparameters.micro_batch).enumerate() {
             let first_slot = part * self.hyperparameters.micro_batch;
             let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
-            let weights =
-                self.classifier.parameters.compute_weights(self.hyperparameters.precision.kind())?;
+            let weights = self.classifier.parameters.compute_weights(self.compute_kind())?;
             let logits = self.classifier.logits(&Pass::new(&weights, &batch, Some(dropout)))?;
             let loss = loss(&logits, &targets, examples.len())?;
             loss.f_backward()?;
@@ -233,23 +243,37 @@ impl<'a> Trainer<'a> {
         Ok(mean_loss)
     }
 
+    /// The number type of the passes; the head alone is float32 always.
+    fn compute_kind(&self) -> Kind {
+        match self.hyperparameters.freeze {
+            Freeze::Nothing => self.hyperparameters.precision.kind(),
+            Freeze::Encoder => Kind::Float,
+        }
+    }
+
     /// Scales all gradients so that their global norm is at most the limit (`torch.nn.utils.clip_grad_norm_`), without
     /// waiting for a GPU.
     fn clip_gradients(&self) -> Result<()> {
         let Some(limit) = self.hyperparameters.max_gradient_norm else { return Ok(()) };
-        let mut gradients = self.classifier.parameters.gradients().shallow_clone();
-        let factor =
-            gradients.f_norm()?.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?.f_clamp_max(1.0)?;
+        let gradients = self.classifier.parameters.gradients();
+        let span = |span: &Range<usize>| gradients.f_narrow(0, span.start as i64, span.len() as i64);
+        let mut spans = self.trainable.spans.iter().map(span).collect::<Result<Vec<_>, _>>()?;
+        let norms = spans.iter().map(Tensor::f_norm).collect::<Result<Vec<_>, _>>()?;
+        // Of a single span, which is the rule, the norm of the norm is the norm itself.
+        let norm = Tensor::f_stack(&norms, 0)?.f_norm()?;
+        let factor = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?.f_clamp_max(1.0)?;
         if !factor.device().is_cuda() && f64::try_from(&factor)? == 1.0 {
             return Ok(());
         }
-        let _ = gradients.f_mul_(&factor)?;
+        for span in &mut spans {
+            let _ = span.f_mul_(&factor)?;
+        }
         Ok(())
     }
 
     fn run(
         mut self,
-        dev: Option<(&EncodedDataset, &TaskCard)>,
+        dev: Option<Scored>,
         prepare_time: Duration,
         control: &mut Control,
     ) -> Result<Trained> {
@@ -260,8 +284,8 @@ impl<'a> Trainer<'a> {
             let started = Instant::now();
             self.epoch(epoch, control)?;
             train_time += started.elapsed();
-            let Some((dev, card)) = dev else { continue };
-            let evaluation = self.score(dev, card, control)?;
+            let Some(dev) = dev else { continue };
+            let evaluation = self.score(dev, control)?;
             (control.report)(Event::Epoch { epoch: epoch + 1, headline: evaluation.headline });
             selection.consider(&self, evaluation.headline)?;
             if self
@@ -286,6 +310,7 @@ impl<'a> Trainer<'a> {
             examples: self.examples,
             tokens: self.tokens,
             optimizer_bytes: self.optimizer.state_bytes(),
+            trainable: self.trainable.count,
             mask: self.prepared.mask,
         })
     }
@@ -321,11 +346,11 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn score(&self, dev: &EncodedDataset, card: &TaskCard, control: &mut Control) -> Result<Evaluation> {
+    fn score(&self, dev: Scored, control: &mut Control) -> Result<Evaluation> {
         let mut done = 0;
-        evaluate(self.classifier, dev, card, self.hyperparameters.precision, |examples| {
+        evaluate(self.classifier, dev, self.hyperparameters.precision, |examples| {
             done += examples;
-            (control.report)(Event::Evaluated(Progress::new(done, dev.len())));
+            (control.report)(Event::Evaluated(Progress::new(done, dev.data.len())));
             control.check()
         })
     }

@@ -49,7 +49,7 @@ pub fn dataset(reference: &HashMap<String, Tensor>) -> EncodedDataset {
         Kind::Int64 => Targets::Classes(Vec::try_from(labels).unwrap()),
         _ => Targets::Scores(Vec::try_from(labels).unwrap()),
     };
-    EncodedDataset { inputs, targets }
+    EncodedDataset { inputs, targets, features: None }
 }
 
 /// Loads a fixture's model with its own head.

@@ -3,7 +3,7 @@
 use comfy_table::presets::{ASCII_MARKDOWN, UTF8_HORIZONTAL_ONLY};
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
-use super::{BASELINE, Block, Comparison, Difference, Group};
+use super::{Block, Comparison, Difference, Group};
 
 /// What is said once below all tables, as they show it.
 const LEGEND: &str = "\
@@ -11,7 +11,8 @@ Scores are times 100; ± is the standard deviation over seeds. Mean, median and 
 degenerate ones (one class predicted) among them; failed counts diverged runs too. The difference to vanilla is taken
 seed by seed; behind it, in brackets, the number of common seeds.";
 
-const CSV_HEADER: [&str; 24] = [
+const CSV_HEADER: [&str; 25] = [
+    "source_task",
     "task",
     "evaluated_on",
     "split",
@@ -107,6 +108,9 @@ impl Comparison {
             let rows = if self.repeated == 1 { "row" } else { "rows" };
             text += &format!("{} {rows} left out: the same run was there already.\n{gap}", self.repeated);
         }
+        if self.trials > 0 {
+            text += &format!("{} rows left out: trials that chose the settings.\n{gap}", self.trials);
+        }
         format!("{text}{LEGEND}\n{}", style.best_legend)
     }
 }
@@ -124,11 +128,13 @@ impl Block {
     }
 
     fn title(&self, style: &Style) -> String {
-        let task = if self.task == self.evaluated_on {
-            self.task.clone()
-        } else {
-            format!("{}, evaluated on {}", self.task, self.evaluated_on)
+        let mut task = match self.source_task.is_empty() {
+            true => self.task.clone(),
+            false => format!("{} > {}", self.source_task.replace('>', " > "), self.task),
         };
+        if self.task != self.evaluated_on {
+            task += &format!(", evaluated on {}", self.evaluated_on);
+        }
         let model = match self.models()[..] {
             [model] => format!(", {model}"),
             _ => String::new(),
@@ -209,7 +215,7 @@ impl Block {
         let compared = || groups().filter_map(|group| Some((group, group.mean?, group.difference?)));
         let best = compared().max_by(|(_, left, _), (_, right, _)| left.total_cmp(right));
         let Some((best, _, difference)) = best else {
-            let others = groups().any(|group| group.method != BASELINE);
+            let others = groups().any(|group| !group.is_baseline);
             return others
                 .then(|| "no difference to vanilla: no vanilla runs with these settings and seeds".into());
         };
@@ -278,6 +284,7 @@ fn csv_line(block: &Block, group: &Group) -> [String; CSV_HEADER.len()] {
     let number = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
     let difference = group.difference;
     [
+        block.source_task.clone(),
         block.task.clone(),
         block.evaluated_on.clone(),
         block.split.clone(),

@@ -2,12 +2,13 @@
 //!
 //! Rows are looked at as text here, so that a row somebody edited by hand cannot keep a trained run from being saved.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
 use super::row::SCHEMA_VERSION;
 use super::text::other_version;
+use crate::data::Split;
 use crate::error::{Error, Result};
 
 /// The rows of a results file and where in its bytes they are.
@@ -25,12 +26,49 @@ pub(super) struct Found {
     pub run: String,
     pub evaluated_on: String,
     pub split: String,
-    /// Whether the run is to be tried again.
-    pub failed: bool,
+    /// SHA-256 of the data that were scored.
+    pub data: String,
+    pub ended: Ended,
     /// Whether the row has a field for every column.
     pub whole: bool,
     /// The row with its newline.
     pub line: Range<usize>,
+}
+
+/// How a run ended, as far as later starts are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Trained and scored.
+    Ok,
+    /// It would end so again.
+    Diverged,
+    /// It is to be tried again.
+    Failed,
+}
+
+/// What a results file holds of every run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recorded {
+    rows: HashMap<String, Vec<([String; 3], Ended)>>,
+}
+
+impl Recorded {
+    /// Returns how a run ended, if it is there: failed, if any of its rows is.
+    pub fn ended(&self, run: &str) -> Option<Ended> {
+        let rows = self.rows.get(run)?;
+        let has = |ended| rows.iter().any(|(_, other)| *other == ended);
+        [Ended::Failed, Ended::Diverged].into_iter().find(|ended| has(*ended)).or(Some(Ended::Ok))
+    }
+
+    /// Returns whether a run need not be done again: it did not fail, and has a row for each of these tasks, splits and
+    /// hashes of the data.
+    pub fn has<'r>(&self, run: &str, rows: impl IntoIterator<Item = (&'r str, Split, &'r str)>) -> bool {
+        let there = self.rows.get(run).map_or(&[][..], Vec::as_slice);
+        let has = |(task, split, data): (&str, Split, &str)| {
+            there.iter().any(|(key, _)| *key == [task, split.name(), data])
+        };
+        self.ended(run).is_some_and(|ended| ended != Ended::Failed) && rows.into_iter().all(has)
+    }
 }
 
 impl Contents {
@@ -44,7 +82,8 @@ impl Contents {
         read_record(&mut reader, &mut header, path)?;
         check_header(path, &mut reader, &header, expected)?;
         let column = |name: &str| header.iter().position(|column| column == name.as_bytes());
-        let [run, evaluated_on, split, status] = ["run", "evaluated_on", "split", "status"].map(column);
+        let [run, evaluated_on, split, data, status] =
+            ["run", "evaluated_on", "split", "evaluated_sha256", "status"].map(column);
 
         let mut reader = self::reader(&bytes);
         let mut record = csv::ByteRecord::new();
@@ -63,7 +102,12 @@ impl Contents {
                 run: field(run),
                 evaluated_on: field(evaluated_on),
                 split: field(split),
-                failed: field(status) == "failed",
+                data: field(data),
+                ended: match field(status).as_str() {
+                    "failed" => Ended::Failed,
+                    "diverged" => Ended::Diverged,
+                    _ => Ended::Ok,
+                },
                 whole: record.len() >= header.len(),
                 line: 0..0,
             });
@@ -84,13 +128,14 @@ impl Contents {
         Some(torn)
     }
 
-    /// Returns the ids of the runs that are in the file and have no failed row.
-    pub fn finished(&self) -> HashSet<String> {
-        let mut finished: HashSet<String> = self.rows.iter().map(|found| found.run.clone()).collect();
-        for found in self.rows.iter().filter(|found| found.failed) {
-            finished.remove(&found.run);
+    /// Returns what the file holds of every run.
+    pub fn recorded(self) -> Recorded {
+        let mut recorded = Recorded::default();
+        for found in self.rows {
+            let key = [found.evaluated_on, found.split, found.data];
+            recorded.rows.entry(found.run).or_default().push((key, found.ended));
         }
-        finished
+        recorded
     }
 }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::text::{count, flag, number};
 
 /// The version of the columns below; a column that is added, dropped or given another meaning raises it.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,22 +32,41 @@ pub struct Row {
     pub experiment: String,
     /// Hash of the resolved run, 16 hexadecimal characters.
     pub run: String,
+    /// `report`; `selection` for a trial that chooses hyper-parameters, and `tuned` for a result that has these.
+    pub purpose: String,
     /// Hub id or folder of the pretrained encoder.
     pub model: String,
-    /// SHA-256 of the weights that training started from.
+    /// SHA-256 of the pretrained weights.
     pub model_sha256: String,
+    /// Keys of the model's config that the experiment overrides, as JSON; empty without any.
+    pub model_config: String,
+    /// Run whose weights training started from, or the first 16 characters of the SHA-256 of these; empty if the
+    /// pretrained ones.
+    pub source_run: String,
+    /// Task that the source was trained on; of a chain all tasks, between `>`.
+    pub source_task: String,
+    /// Method of the source; of a chain all methods, between `>`.
+    pub source_method: String,
+    /// Settings of these methods.
+    pub source_config: String,
     /// Task that was trained on.
     pub task: String,
     /// Task that was scored; the same as `task` unless domains are transferred.
     pub evaluated_on: String,
     /// Split of `evaluated_on` that was scored.
     pub split: String,
+    /// SHA-256 of the data that were scored.
+    pub evaluated_sha256: String,
     /// `paper` or `official`.
     pub preset: String,
     /// Name of the fine-tuning method, such as `child_tuning_d`.
     pub method: String,
     /// Settings of the method as `key=value` pairs between spaces, such as `p=0.3 scope=backbone`.
     pub method_config: String,
+    /// Part of the model that did not train: `nothing` or `encoder`.
+    pub freeze: String,
+    /// Whether a head in the weights that training started from was used: `keep` or `fresh`.
+    pub head: String,
     /// Seed of the head, the order of examples, dropout and random masks.
     pub seed: u64,
     /// Peak learning rate.
@@ -67,6 +86,10 @@ pub struct Row {
     /// Norm that gradients are clipped to; empty if they are not clipped.
     #[serde(default, with = "number")]
     pub max_gradient_norm: Option<f64>,
+    /// Decay rate of Adam's first moment.
+    pub beta1: f64,
+    /// Decay rate of Adam's second moment.
+    pub beta2: f64,
     /// Adam's epsilon.
     pub epsilon: f64,
     /// Rule of the optimizer, `torch` or `hf_legacy`.
@@ -77,6 +100,11 @@ pub struct Row {
     pub order: String,
     /// Checkpoint that was scored, `last` or `best`.
     pub checkpoint: String,
+    /// Epochs without a better dev score after which training stopped early; empty if it never does.
+    #[serde(default, deserialize_with = "count")]
+    pub early_stopping: Option<u64>,
+    /// Share of the training labels that were replaced by wrong ones.
+    pub label_noise: f64,
 
     /// How the run ended.
     pub status: Status,
@@ -174,14 +202,23 @@ impl Default for Row {
             schema_version: SCHEMA_VERSION,
             experiment: String::new(),
             run: String::new(),
+            purpose: String::new(),
             model: String::new(),
             model_sha256: String::new(),
+            model_config: String::new(),
+            source_run: String::new(),
+            source_task: String::new(),
+            source_method: String::new(),
+            source_config: String::new(),
             task: String::new(),
             evaluated_on: String::new(),
             split: String::new(),
+            evaluated_sha256: String::new(),
             preset: String::new(),
             method: String::new(),
             method_config: String::new(),
+            freeze: String::new(),
+            head: String::new(),
             seed: 0,
             learning_rate: 0.0,
             epochs: 0.0,
@@ -191,11 +228,15 @@ impl Default for Row {
             warmup: 0.0,
             weight_decay: 0.0,
             max_gradient_norm: None,
+            beta1: 0.0,
+            beta2: 0.0,
             epsilon: 0.0,
             adamw: String::new(),
             precision: String::new(),
             order: String::new(),
             checkpoint: String::new(),
+            early_stopping: None,
+            label_noise: 0.0,
             status: Status::Ok,
             reason: None,
             headline: String::new(),

@@ -1,0 +1,151 @@
+//! What an experiment will cost in time and memory, before it is started.
+//!
+//! A run's time is its arithmetic over the measured rate of matrix products, plus the passes over parameters, gradients
+//! and moments that every step makes, over the measured speed of memory. The machine is measured for a moment, so that the
+//! forecast is of the machine that it is made on; it is meant to tell minutes from days.
+
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor};
+
+use super::resident::Tokens;
+use super::run::Run;
+use crate::data::EncodedDataset;
+use crate::error::Result;
+use crate::model::{Classifier, Labels, ModelShape};
+use crate::train::Precision;
+
+/// Share of the rate of one large matrix product that training reaches in all.
+const EFFICIENCY: f64 = 0.75;
+/// Bytes of parameters, gradients and moments that a step moves for each weight: zero, clip, update.
+const STEP_BYTES: f64 = 64.0;
+/// Seconds that a step takes besides: hundreds of small kernels.
+const STEP_SECONDS: f64 = 0.004;
+/// What the process holds before a model is loaded: libtorch and its buffers.
+const BASE_BYTES: f64 = 450e6;
+
+/// Cost of one run.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Forecast {
+    /// Seconds, preparation, training and scoring together.
+    pub seconds: f64,
+    /// Most memory held, in bytes: of the process on the CPU, of the device on CUDA.
+    pub memory: f64,
+}
+
+/// How fast this machine is.
+pub struct Speed {
+    /// Floating-point operations a second, in float32 and in bfloat16.
+    operations: [f64; 2],
+    /// Bytes a second that a copy reads and writes.
+    bytes: f64,
+}
+
+impl Speed {
+    /// Measures a device for a fraction of a second.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn measure(device: Device) -> Result<Self> {
+        let rate = |kind: Kind| -> Result<f64> {
+            let [rows, width] = [1024, 768];
+            let left = Tensor::f_ones([rows, width], (kind, device))?;
+            let right = Tensor::f_ones([width, width], (kind, device))?;
+            let seconds = repeated(device, || Ok(left.f_matmul(&right)?))?;
+            Ok(2.0 * (rows * width * width) as f64 / seconds)
+        };
+        let elements = 16 << 20;
+        let source = Tensor::f_ones([elements], (Kind::Float, device))?;
+        let mut target = source.f_zeros_like()?;
+        let copied = repeated(device, || {
+            target.f_copy_(&source)?;
+            Ok(target.shallow_clone())
+        })?;
+        Ok(Self { operations: [rate(Kind::Float)?, rate(Kind::BFloat16)?], bytes: 8.0 * elements as f64 / copied })
+    }
+
+    fn operations(&self, precision: Precision) -> f64 {
+        EFFICIENCY * self.operations[usize::from(precision == Precision::Bf16)]
+    }
+}
+
+/// Returns the median seconds of an operation over a tenth of a second.
+fn repeated(device: Device, mut operation: impl FnMut() -> Result<Tensor>) -> Result<f64> {
+    let mut times = Vec::new();
+    let begun = Instant::now();
+    while times.len() < 3 || begun.elapsed().as_millis() < 100 {
+        let started = Instant::now();
+        let output = operation()?;
+        if device.is_cuda() {
+            // Reading a number waits for the device.
+            let _ = output.f_flatten(0, -1)?.f_double_value(&[0])?;
+        }
+        times.push(started.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
+
+/// Tells what a run will cost.
+///
+/// # Errors
+/// Fails if the family does not run here or the data cannot be made into tokens.
+pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecast> {
+    let settings = &run.hyperparameters;
+    let shape = Classifier::shape(&run.model.folder.config, &Labels::from(&run.task.card.objective))?;
+    let train = tokens.of(&run.model, &run.task.train, settings.max_length)?;
+    let share = run.training_examples() as f64 / train.len() as f64;
+    let epoch = share * forward_operations(&shape, &train);
+    let steps = run.total_steps() as f64;
+    let rate = speed.operations(settings.precision);
+    let weights = shape.weights as f64;
+
+    let mut seconds = 0.0;
+    for on in run.evaluations.iter() {
+        let data = tokens.of(&run.model, &on.dataset, settings.max_length)?;
+        seconds += forward_operations(&shape, &data) / rate;
+    }
+    let (trained, activations) = match run.is_frozen() {
+        true => {
+            seconds += forward_operations(&shape, &train) / rate + steps * STEP_SECONDS / 10.0;
+            (shape.hidden as f64, 0.0)
+        }
+        false => {
+            seconds += steps * (STEP_BYTES * weights / speed.bytes + STEP_SECONDS);
+            seconds += 3.0 * epoch * settings.epochs / rate;
+            // One pass in float32 whose products have a square beside them.
+            let pass = 4.0 * epoch / speed.operations(Precision::Float32);
+            seconds += if run.method.passes_over_data() { pass } else { 0.0 };
+            (weights, activation_bytes(&shape, &train, settings.micro_batch, settings.precision))
+        }
+    };
+    // Values, gradients, the weights to start from and the mapped file; two moments of what trains.
+    let memory = BASE_BYTES + 16.0 * weights + 8.0 * trained + activations.max(scoring_bytes(&shape));
+    Ok(Forecast { seconds, memory })
+}
+
+/// Operations of one forward pass over a data set.
+fn forward_operations(shape: &ModelShape, data: &EncodedDataset) -> f64 {
+    let per_example = |tokens: f64| {
+        tokens * (2 * shape.matrix_weights) as f64 + 4.0 * tokens * tokens * (shape.layers * shape.hidden) as f64
+    };
+    data.inputs.iter().map(|input| per_example(input.ids.len() as f64)).sum()
+}
+
+/// Bytes that the backward pass needs of a micro-batch: about 19 numbers a hidden unit and 3 an attention weight.
+fn activation_bytes(shape: &ModelShape, data: &EncodedDataset, micro_batch: usize, precision: Precision) -> f64 {
+    let mut lengths: Vec<f64> = data.inputs.iter().map(|input| input.ids.len() as f64).collect();
+    lengths.sort_by(f64::total_cmp);
+    // A batch with its share of the longest examples.
+    let of_batch = |place: usize| lengths[(place * lengths.len() + lengths.len() / 2) / micro_batch.max(1)];
+    let tokens: f64 = (0..micro_batch.min(lengths.len())).map(of_batch).sum();
+    let longest = lengths.last().copied().unwrap_or(0.0);
+    let size = if precision == Precision::Bf16 { 2.0 } else { 4.0 };
+    let attention = 3.0 * micro_batch as f64 * longest * longest * shape.heads as f64;
+    size * shape.layers as f64 * (19.0 * tokens * shape.hidden as f64 + attention)
+}
+
+/// Bytes of one layer's activations while examples are scored.
+fn scoring_bytes(shape: &ModelShape) -> f64 {
+    crate::train::TOKENS_PER_BATCH as f64 * 12.0 * shape.hidden as f64 * 4.0
+}

@@ -1,0 +1,125 @@
+//! The grid of hyper-parameters: lists multiplied out, and what is left to the preset filled in.
+
+use super::spec::TrainSpec;
+use crate::error::{Error, Result};
+use crate::method::{Method, Preset};
+use crate::train::{AdamWForm, Checkpoint, Freeze, Hyperparameters, Order, Precision, Warmup};
+use crate::values::OneOrMany;
+
+/// One point of the grid, still without the parts that depend on the method.
+#[derive(Clone, Debug)]
+pub struct GridPoint {
+    hyperparameters: Hyperparameters,
+    micro_batch: Option<usize>,
+    warmup: Option<Warmup>,
+    adamw: Option<AdamWForm>,
+    /// Size of the subset of the training data.
+    pub examples: Option<usize>,
+    /// Share of the training labels that are replaced.
+    pub label_noise: f64,
+}
+
+impl Default for GridPoint {
+    fn default() -> Self {
+        Self {
+            hyperparameters: Hyperparameters {
+                epochs: 3.0,
+                batch_size: 16,
+                micro_batch: 16,
+                max_length: 128,
+                learning_rate: 4e-5,
+                warmup: Warmup(0.1),
+                weight_decay: 0.01,
+                max_gradient_norm: Some(1.0),
+                betas: (0.9, 0.999),
+                epsilon: 1e-8,
+                adamw: AdamWForm::Torch,
+                precision: Precision::Float32,
+                order: Order::Shuffled,
+                checkpoint: Checkpoint::Last,
+                freeze: Freeze::Nothing,
+                early_stopping: None,
+            },
+            micro_batch: None,
+            warmup: None,
+            adamw: None,
+            examples: None,
+            label_noise: 0.0,
+        }
+    }
+}
+
+impl GridPoint {
+    /// Multiplies out the lists of a stage that follows this point, which gives what they leave out; what this point
+    /// does to its training data is its own.
+    pub fn next_stage(&self, typed: &TrainSpec) -> Vec<GridPoint> {
+        grid(typed, GridPoint { examples: None, label_noise: 0.0, ..self.clone() })
+    }
+
+    /// Settles what depends on the method.
+    ///
+    /// # Errors
+    /// Fails, naming the keys, if sizes contradict each other.
+    pub fn settle(&self, method: &dyn Method, preset: Preset, freeze: Freeze) -> Result<Hyperparameters> {
+        let mut hyperparameters = self.hyperparameters.clone();
+        let official = preset == Preset::Official;
+        // The released F and D skip the warm-up that their command asks for; its vanilla path has it.
+        let warmup = if official && method.is_child_tuning() { 0.0 } else { 0.1 };
+        hyperparameters.warmup = self.warmup.unwrap_or(Warmup(warmup));
+        hyperparameters.adamw =
+            self.adamw.unwrap_or(if official { AdamWForm::HfLegacy } else { AdamWForm::Torch });
+        hyperparameters.micro_batch = self.micro_batch.unwrap_or(hyperparameters.batch_size);
+        hyperparameters.freeze = freeze;
+        if hyperparameters.micro_batch > hyperparameters.batch_size {
+            return Err(Error::configuration(format!(
+                "train.micro_batch {} is larger than train.batch_size {}",
+                hyperparameters.micro_batch, hyperparameters.batch_size
+            )));
+        }
+        Ok(hyperparameters)
+    }
+}
+
+/// Multiplies the lists out, the last key varying fastest.
+fn grid(typed: &TrainSpec, mut start: GridPoint) -> Vec<GridPoint> {
+    if let Some([first, second]) = typed.betas {
+        start.hyperparameters.betas = (first.0, second.0);
+    }
+    if let Some(stopping) = typed.early_stopping {
+        start.hyperparameters.early_stopping = Some(stopping.patience.0);
+    }
+    let mut points = vec![start];
+    axis(&mut points, &typed.epochs, |point, value| point.hyperparameters.epochs = value.0);
+    axis(&mut points, &typed.batch_size, |point, value| point.hyperparameters.batch_size = value.0);
+    axis(&mut points, &typed.micro_batch, |point, value| point.micro_batch = Some(value.0));
+    axis(&mut points, &typed.max_length, |point, value| point.hyperparameters.max_length = value.0);
+    axis(&mut points, &typed.learning_rate, |point, value| point.hyperparameters.learning_rate = value.0);
+    axis(&mut points, &typed.warmup, |point, value| point.warmup = Some(*value));
+    axis(&mut points, &typed.weight_decay, |point, value| point.hyperparameters.weight_decay = value.0);
+    axis(&mut points, &typed.max_gradient_norm, |point, value| {
+        point.hyperparameters.max_gradient_norm = Some(value.0).filter(|limit| *limit > 0.0);
+    });
+    axis(&mut points, &typed.epsilon, |point, value| point.hyperparameters.epsilon = value.0);
+    axis(&mut points, &typed.adamw, |point, value| point.adamw = Some(*value));
+    axis(&mut points, &typed.precision, |point, value| point.hyperparameters.precision = *value);
+    axis(&mut points, &typed.order, |point, value| point.hyperparameters.order = *value);
+    axis(&mut points, &typed.examples, |point, value| point.examples = Some(value.0));
+    axis(&mut points, &typed.label_noise, |point, value| point.label_noise = value.0);
+    axis(&mut points, &typed.checkpoint, |point, value| point.hyperparameters.checkpoint = *value);
+    points
+}
+
+/// Replaces each point by one for each value of an axis, if the axis was typed.
+fn axis<T>(points: &mut Vec<GridPoint>, values: &Option<OneOrMany<T>>, set: impl Fn(&mut GridPoint, &T)) {
+    let Some(OneOrMany(values)) = values else { return };
+    *points = points
+        .iter()
+        .flat_map(|point| {
+            values.iter().map(|value| {
+                let mut point = point.clone();
+                set(&mut point, value);
+                point
+            })
+        })
+        .collect();
+}

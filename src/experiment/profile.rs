@@ -1,0 +1,85 @@
+//! Smaller versions of an experiment: every stage, task, method and axis of it, in seconds.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::spec::{ExperimentSpec, Seeds, TrainSpec};
+use super::transfer::ThenSpec;
+use crate::train::Precision;
+use crate::values::{Count, OneOrMany, Positive};
+
+/// A smaller version of an experiment, by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Profile {
+    /// A random encoder of 30,000 weights (`models/tiny`), the miniature data, two seeds, one short epoch. For seeing that
+    /// an experiment works and what its results look like; its scores mean nothing.
+    Tiny,
+}
+
+/// Sizes of the tiny profile.
+const MODEL: &str = "models/tiny";
+const DATA: &str = "data";
+const SEEDS: usize = 2;
+const EXAMPLES: usize = 32;
+const LENGTH: usize = 32;
+/// An experiment's own number of examples is divided by this, so that several of them stay several.
+const SHRINK: usize = 25;
+
+impl Profile {
+    /// Changes an experiment into its smaller version. What it compares stays as it is: tasks, methods, stages, and all
+    /// axes but model and data.
+    pub fn apply(self, spec: &mut ExperimentSpec) {
+        let Profile::Tiny = self;
+        spec.model = MODEL.to_owned().into();
+        spec.model_config = None;
+        spec.data = Some(PathBuf::from(DATA).into());
+        for seeds in spec.seeds.iter_mut().chain(spec.select.iter_mut().map(|select| &mut select.on_seeds)) {
+            seeds.0.truncate(SEEDS);
+        }
+        spec.seeds.get_or_insert(Seeds(vec![42]));
+        shrink(spec.train.get_or_insert_default(), true);
+        spec.then.iter_mut().flat_map(|then| &mut then.0).for_each(shrink_stage);
+        let name = spec.name.as_deref().unwrap_or("experiment");
+        spec.results = Some(PathBuf::from(format!("results/tiny/{name}.csv")));
+        let beside = |what: &str| Some(PathBuf::from(format!("results/tiny/{name}-{what}")));
+        spec.save = spec.save.take().and_then(|_| beside("models"));
+        spec.masks = spec.masks.take().and_then(|_| beside("masks"));
+    }
+}
+
+fn shrink_stage(stage: &mut ThenSpec) {
+    if let Some(train) = &mut stage.train {
+        shrink(train, false);
+    }
+    stage.then.iter_mut().flat_map(|then| &mut then.0).for_each(shrink_stage);
+}
+
+/// Makes training short. Only the first stage sets what later ones take over.
+fn shrink(train: &mut TrainSpec, first: bool) {
+    if first || train.epochs.is_some() {
+        train.epochs = Some(Positive(1.0).into());
+    }
+    if first || train.max_length.is_some() {
+        train.max_length = Some(Count(LENGTH).into());
+    }
+    train.batch_size = train.batch_size.take().map(|sizes| each(sizes, |size: Count| Count(size.0.min(16))));
+    train.micro_batch = train.micro_batch.take().map(|sizes| each(sizes, |size: Count| Count(size.0.min(16))));
+    if train.precision.is_some() {
+        train.precision = Some(Precision::Float32.into());
+    }
+    let sizes = train.examples.take().unwrap_or_else(|| Count(EXAMPLES * SHRINK).into());
+    train.examples = Some(each(sizes, |size| Count((size.0 / SHRINK).clamp(1, 10 * EXAMPLES))));
+}
+
+/// Changes every value of a list, keeping each that comes out once.
+fn each<T: PartialEq>(OneOrMany(values): OneOrMany<T>, change: impl Fn(T) -> T) -> OneOrMany<T> {
+    let mut changed = Vec::new();
+    for value in values.into_iter().map(change) {
+        if !changed.contains(&value) {
+            changed.push(value);
+        }
+    }
+    OneOrMany(changed)
+}

@@ -1,0 +1,128 @@
+//! Rows of the results file: what is known of a run before it starts, and what it came to.
+
+use std::time::{Duration, SystemTime};
+
+use tch::Device;
+
+use super::entries::Evaluated;
+use super::machine;
+use super::plan::Plan;
+use super::results::{Row, Status};
+use super::run::{Run, RunPurpose};
+use crate::data::Metric;
+use crate::libtorch;
+use crate::train::{Evaluation, Trained};
+use crate::values::yaml_name;
+
+const MEBIBYTE: f64 = 1024.0 * 1024.0;
+
+/// What one run came to.
+pub struct Outcome {
+    /// What training left behind.
+    pub trained: Trained,
+    /// Each evaluation of the run, in order, and how long it took.
+    pub evaluations: Vec<(Evaluation, Duration)>,
+    /// Most memory held during the run, in bytes.
+    pub peak_memory: Option<u64>,
+}
+
+/// Makes the row of a run on one data set, with what is known whatever becomes of the run.
+pub fn described(plan: &Plan, run: &Run, on: &Evaluated, device: Device, started: SystemTime) -> Row {
+    let settings = &run.hyperparameters;
+    let source = run.source();
+    let overrides = &run.model.overrides;
+    Row {
+        experiment: plan.name.clone(),
+        run: run.id.clone(),
+        purpose: match run.purpose {
+            RunPurpose::Report => "report".into(),
+            RunPurpose::Tuned => "tuned".into(),
+            RunPurpose::Selection => "selection".into(),
+        },
+        model: run.model.name.clone(),
+        model_sha256: run.model.sha256.clone(),
+        model_config: match overrides.is_empty() {
+            true => String::new(),
+            false => serde_json::Value::Object(overrides.clone()).to_string(),
+        },
+        source_run: source.run,
+        source_task: source.task,
+        source_method: source.method,
+        source_config: source.method_config,
+        task: run.task.card.name.clone(),
+        evaluated_on: on.card.name.clone(),
+        split: on.split.name().to_owned(),
+        evaluated_sha256: on.dataset.sha256.clone(),
+        preset: yaml_name(&plan.preset),
+        method: run.method.name().to_owned(),
+        method_config: run.method.options(),
+        freeze: yaml_name(&settings.freeze),
+        head: yaml_name(&run.head),
+        seed: run.seed,
+        learning_rate: settings.learning_rate,
+        epochs: settings.epochs,
+        batch_size: settings.batch_size as u64,
+        micro_batch: settings.micro_batch as u64,
+        max_length: settings.max_length as u64,
+        warmup: settings.warmup.0,
+        weight_decay: settings.weight_decay,
+        max_gradient_norm: settings.max_gradient_norm,
+        beta1: settings.betas.0,
+        beta2: settings.betas.1,
+        epsilon: settings.epsilon,
+        adamw: yaml_name(&settings.adamw),
+        precision: yaml_name(&settings.precision),
+        order: yaml_name(&settings.order),
+        checkpoint: yaml_name(&settings.checkpoint),
+        early_stopping: settings.early_stopping.map(|patience| patience as u64),
+        label_noise: run.label_noise,
+        headline: on.card.headline.name().to_owned(),
+        examples_train: run.training_examples() as u64,
+        examples_evaluated: on.dataset.examples.len() as u64,
+        device: machine::device_name(device),
+        torch: libtorch::version(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        commit: Some(env!("CHILD_TUNING_COMMIT").to_owned()).filter(|commit| commit != "unknown"),
+        started_at: humantime::format_rfc3339_seconds(started).to_string(),
+        ..Row::default()
+    }
+}
+
+/// Fills in what a run that ended well came to on one of its data sets.
+pub fn measured(row: &mut Row, outcome: &Outcome, (evaluation, evaluate_time): &(Evaluation, Duration)) {
+    let trained = &outcome.trained;
+    let seconds = trained.train_time.as_secs_f64();
+    row.status = Status::Ok;
+    row.score = Some(evaluation.headline);
+    row.loss = Some(evaluation.loss);
+    row.degenerate = Some(evaluation.degenerate);
+    for (metric, value) in &evaluation.scores {
+        let column = match metric {
+            Metric::Accuracy => &mut row.accuracy,
+            Metric::F1 => &mut row.f1,
+            Metric::Matthews => &mut row.matthews,
+            Metric::Pearson => &mut row.pearson,
+            Metric::Spearman => &mut row.spearman,
+            Metric::Combined => &mut row.combined,
+        };
+        *column = Some(*value);
+    }
+    row.epoch = Some(trained.epoch);
+    row.step = Some(trained.step);
+    row.train_seconds = Some(seconds);
+    row.prepare_seconds = Some(trained.prepare_time.as_secs_f64());
+    row.evaluate_seconds = Some(evaluate_time.as_secs_f64());
+    row.examples_per_second = Some(trained.examples as f64 / seconds);
+    row.tokens_per_second = Some(trained.tokens as f64 / seconds);
+    row.peak_memory_mb = outcome.peak_memory.map(|bytes| bytes as f64 / MEBIBYTE);
+    row.optimizer_state_mb = Some(trained.optimizer_bytes as f64 / MEBIBYTE);
+    row.trainable_parameters = Some(trained.trainable as u64);
+    if let Some(mask) = &trained.mask {
+        row.child_share = Some(mask.share());
+    }
+    if let Some(child) = trained.mask.as_ref().and_then(|mask| mask.child()) {
+        row.trainable_parameters = Some((trained.trainable - child.maskable() + child.kept()) as u64);
+        row.child_parameters = Some(child.kept() as u64);
+        row.mask_sha256 = Some(child.sha256());
+    }
+}

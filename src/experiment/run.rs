@@ -1,0 +1,221 @@
+//! One run with no options left, and the identity that it has by its contents.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use super::entries::{Evaluated, ModelEntry, TaskEntry};
+use crate::data::Split;
+use crate::method::Method;
+use crate::model::{HeadStart, ModelFolder};
+use crate::train::{Freeze, Hyperparameters};
+use crate::values::hexadecimal;
+
+/// One run: a model, a task, a method, hyper-parameters and a seed.
+#[derive(Clone)]
+pub struct Run {
+    /// 16 hexadecimal characters over everything that decides the outcome.
+    pub id: String,
+    /// The pretrained model.
+    pub model: Arc<ModelEntry>,
+    /// The weights it starts from.
+    pub start: Start,
+    /// What happens to a head that those weights bring.
+    pub head: HeadStart,
+    /// The task it trains on.
+    pub task: Arc<TaskEntry>,
+    /// The fine-tuning method.
+    pub method: Arc<dyn Method>,
+    /// Everything else that decides how it trains.
+    pub hyperparameters: Hyperparameters,
+    /// Size of the subset of the training data; `None` trains on all of it.
+    pub examples: Option<usize>,
+    /// Share of the training labels that are replaced by wrong ones.
+    pub label_noise: f64,
+    /// The seed of head, order, dropout and masks.
+    pub seed: u64,
+    /// What it is scored on, its task's own dev split first.
+    pub evaluations: Arc<[Evaluated]>,
+    /// What it is for.
+    pub purpose: RunPurpose,
+}
+
+/// The weights that a run starts from.
+#[derive(Clone)]
+pub enum Start {
+    /// Those of the pretrained model.
+    Pretrained,
+    /// Those that another run of the experiment ended with.
+    Run(Arc<Run>),
+    /// Those of a folder: of a model, or of a run of another experiment.
+    Folder(Arc<StartFolder>),
+}
+
+/// A folder with weights to start from.
+pub struct StartFolder {
+    /// The opened folder.
+    pub folder: ModelFolder,
+    /// SHA-256 of its weights.
+    pub sha256: String,
+    /// What made them, where that is known.
+    pub source: Source,
+}
+
+/// Where the weights that a run starts from come from, as the results file names it; empty for pretrained ones.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Source {
+    /// The run that made them, or the first 16 characters of their SHA-256.
+    pub run: String,
+    /// The tasks they were trained on, in order, between `>`.
+    pub task: String,
+    /// The methods of those stages.
+    pub method: String,
+    /// The settings of the methods.
+    pub method_config: String,
+}
+
+/// What a run is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RunPurpose {
+    /// Its score is a result.
+    #[default]
+    Report,
+    /// So is this, and its hyper-parameters were chosen by trials.
+    Tuned,
+    /// Its score chooses hyper-parameters.
+    Selection,
+}
+
+impl Run {
+    /// Returns the run in a few words, for progress and messages.
+    pub fn label(&self) -> String {
+        let source = match self.source() {
+            Source { task, method, .. } if !task.is_empty() => format!("{method} {task} > "),
+            Source { run, .. } if !run.is_empty() => format!("{run} > "),
+            _ => String::new(),
+        };
+        let trial = if self.purpose == RunPurpose::Selection { "trial " } else { "" };
+        let (task, method) = (&self.task.card.name, self.method.name());
+        let words = [format!("{trial}{source}{task}"), method.into(), self.method.options()];
+        let words: Vec<String> = words.into_iter().filter(|word| !word.is_empty()).collect();
+        format!("{} seed {}", words.join(" "), self.seed)
+    }
+
+    /// Returns the number of training examples.
+    pub fn training_examples(&self) -> usize {
+        let all = self.task.train.examples.len();
+        self.examples.map_or(all, |examples| examples.min(all))
+    }
+
+    /// Returns the number of optimizer steps.
+    pub fn total_steps(&self) -> u64 {
+        self.hyperparameters.total_steps(self.training_examples())
+    }
+
+    /// Returns the run whose weights this one starts from, if it is one of the same experiment.
+    pub fn source_run(&self) -> Option<&Arc<Run>> {
+        match &self.start {
+            Start::Run(run) => Some(run),
+            _ => None,
+        }
+    }
+
+    /// Returns where the weights that this run starts from come from.
+    pub fn source(&self) -> Source {
+        match &self.start {
+            Start::Pretrained => Source::default(),
+            Start::Folder(folder) => folder.source.clone(),
+            Start::Run(run) => {
+                let earlier = run.source();
+                let joined = |earlier: String, this: &str| match earlier.is_empty() {
+                    true => this.to_owned(),
+                    false => format!("{earlier}>{this}"),
+                };
+                Source {
+                    run: run.id.clone(),
+                    task: joined(earlier.task, &run.task.card.name),
+                    method: joined(earlier.method, run.method.name()),
+                    method_config: joined(earlier.method_config, &run.method.options()),
+                }
+            }
+        }
+    }
+
+    /// Returns the rows that the run is to have: task, split and the SHA-256 of the data.
+    pub fn rows(&self) -> impl Iterator<Item = (&str, Split, &str)> {
+        self.evaluations.iter().map(|on| (on.card.name.as_str(), on.split, on.dataset.sha256.as_str()))
+    }
+
+    /// Returns the folder of weights to start from, where it is not a run that is still to be trained.
+    pub fn start_folder(&self) -> Option<&ModelFolder> {
+        match &self.start {
+            Start::Pretrained => Some(&self.model.folder),
+            Start::Folder(start) => Some(&start.folder),
+            Start::Run(_) => None,
+        }
+    }
+
+    /// Returns what names the weights that the run starts from: equal for runs that start alike.
+    pub fn start_id(&self) -> &str {
+        match &self.start {
+            Start::Pretrained => &self.model.sha256,
+            Start::Folder(start) => &start.sha256,
+            Start::Run(run) => &run.id,
+        }
+    }
+
+    /// Hashes everything that decides the outcome; names and places of files are not part of it, their contents are, and
+    /// neither is what the run is scored on besides its own task.
+    pub fn identity(&self) -> String {
+        let card = &self.task.card;
+        let mut content = json!({
+            "model": self.model.sha256,
+            "config": self.model.folder.config.values(),
+            "tokenizer": self.model.tokenizer_sha256,
+            "head": self.head,
+            "task": card.name,
+            "labels": card.labels(),
+            "headline": card.headline,
+            "train": self.task.train.sha256,
+            "dev": self.task.dev.sha256,
+            "examples": self.examples,
+            "method": self.method.name(),
+            "options": self.method.options(),
+            "hyperparameters": self.hyperparameters,
+            "seed": self.seed,
+        });
+        let mut add = |key: &str, value: Value| {
+            content.as_object_mut().map(|content: &mut Map<String, Value>| content.insert(key.into(), value))
+        };
+        if !matches!(self.start, Start::Pretrained) {
+            add("start", json!(self.start_id()));
+        }
+        if self.label_noise > 0.0 {
+            add("label_noise", json!(self.label_noise));
+        }
+        if self.purpose == RunPurpose::Selection {
+            add("purpose", json!("selection"));
+        }
+        let digest = Sha256::digest(content.to_string());
+        hexadecimal(&digest[..8])
+    }
+
+    /// Returns whether only the head trains.
+    pub fn is_frozen(&self) -> bool {
+        self.hyperparameters.freeze == Freeze::Encoder
+    }
+}
+
+/// Returns where the weights of runs that others start from are kept: `save:`, or a folder beside the results.
+pub fn kept_model(save: Option<&PathBuf>, results: &std::path::Path, run: &str) -> PathBuf {
+    match save {
+        Some(save) => save.join(run),
+        None => {
+            let mut name = results.file_name().unwrap_or_default().to_owned();
+            name.push(".sources");
+            results.with_file_name(name).join(run)
+        }
+    }
+}
