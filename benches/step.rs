@@ -14,7 +14,7 @@ use child_tuning::error::Result;
 use child_tuning::method::{ClipOrder, DecayScope, Prepared};
 use child_tuning::model::{Classifier, Labels, ModelConfig};
 use child_tuning::random::philox;
-use child_tuning::train::{AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Trainer, Warmup};
+use child_tuning::train::{AdamWForm, Checkpoint, Freeze, Hyperparameters, Order, Precision, Trainer, Warmup};
 use clap::Parser;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -141,6 +141,7 @@ fn settings(precision: &str) -> Hyperparameters {
         precision: if precision == "bf16" { Precision::Bf16 } else { Precision::Float32 },
         order: Order::Sequential,
         checkpoint: Checkpoint::Last,
+        freeze: Freeze::Nothing,
         early_stopping: None,
     }
 }

@@ -34,10 +34,7 @@ pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
     }
     let folder = ModelFolder::open(&arguments.model)?;
     let labels = match (&arguments.task, folder.config.labels()) {
-        (Some(task), _) => {
-            let wanted = Labels::from(&named_card(task, Path::new(""))?.objective);
-            folder.labels_for(&wanted)?.unwrap_or(wanted)
-        }
+        (Some(task), _) => Labels::from(&named_card(task, Path::new(""))?.objective),
         (None, Some(names)) if names.len() > 1 => Labels::Classes(names),
         (None, Some(_)) => Labels::Score,
         (None, None) => {

@@ -3,6 +3,7 @@
 mod child;
 mod compare;
 mod doctor;
+mod evaluate;
 mod experiment;
 mod export;
 mod predict;
@@ -49,6 +50,8 @@ enum Command {
     Plan(experiment::PlanArguments),
     /// Show mean, spread, best and failures per task and method of result files.
     Compare(compare::CompareArguments),
+    /// Score a fine-tuned model, as it is, on data sets.
+    Evaluate(evaluate::EvaluateArguments),
     /// Predict the examples of a file with a fine-tuned model.
     Predict(predict::PredictArguments),
     /// Compute, inspect and compare child networks (masks).
@@ -70,6 +73,7 @@ pub fn call(arguments: Arguments) -> Result<ExitCode> {
         Command::Run(arguments) => experiment::run(arguments),
         Command::Plan(arguments) => experiment::plan(arguments),
         Command::Compare(arguments) => compare::compare(arguments),
+        Command::Evaluate(arguments) => evaluate::evaluate(arguments),
         Command::Predict(arguments) => predict::predict(arguments),
         Command::Child(arguments) => child::child(arguments),
         Command::Export(arguments) => export::export(arguments),

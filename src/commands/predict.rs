@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use child_tuning::data::{TokenEncoder, read_file};
+use child_tuning::data::{LabelMap, TaskCard, TokenEncoder, read_file};
 use child_tuning::error::Error;
 use child_tuning::experiment::named_card;
-use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder};
+use child_tuning::model::{Classifier, Labels, ModelFolder};
 use child_tuning::train::{Precision, predict as predict_logits};
 use clap::Args;
 use tch::Tensor;
@@ -44,34 +44,38 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     let card = named_card(&arguments.task, Path::new(""))?;
     let dataset = read_file(&card, &arguments.input)?;
     let folder = ModelFolder::open(&arguments.model)?;
-    let task_labels = Labels::from(&card.objective);
-    let labels = folder.labels_for(&task_labels)?.ok_or_else(|| {
-        Error::model(
-            &arguments.model,
-            format!("has no head for the labels of task {}; fine-tune it on the task first", card.name),
-        )
-    })?;
-    let classifier = Classifier::load(&folder, labels.clone(), HeadStart::Keep, device)?;
+    let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
     let encoder = TokenEncoder::from_folder(&arguments.model)?;
     classifier.check_inputs(&encoder, arguments.max_length)?;
     let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
     let logits = predict_logits(&classifier, &inputs, Precision::Float32, |_| Ok(()))?;
-    let logits = in_order_of(&task_labels, &labels, &logits);
-    write(&arguments, &task_labels, &logits)?;
+    let logits = in_terms_of(&card, &labels, &logits)?;
+    write(&arguments, &Labels::from(&card.objective), &logits)?;
     eprintln!("{} predictions written to {}", inputs.len(), arguments.output.display());
     Ok(ExitCode::SUCCESS)
 }
 
-/// Puts the columns of the model's labels in the order of the task's.
-fn in_order_of(task: &Labels, model: &Labels, logits: &Tensor) -> Vec<Vec<f32>> {
-    let columns: Vec<usize> = match (task, model) {
-        (Labels::Classes(task), Labels::Classes(model)) => {
-            task.iter().filter_map(|name| model.iter().position(|other| other == name)).collect()
+/// Returns one column a label of the task; where several of the model's labels count as one, that of the likeliest.
+fn in_terms_of(card: &TaskCard, labels: &LabelMap, logits: &Tensor) -> Result<Vec<Vec<f32>>, Error> {
+    let rows: Vec<Vec<f32>> = Vec::try_from(logits)?;
+    if card.label_count() == 0 {
+        return Ok(rows);
+    }
+    if labels.classes() != card.label_count() {
+        return Err(Error::configuration(format!(
+            "the model has fewer labels than task {}, so that it cannot predict all of them",
+            card.name
+        )));
+    }
+    let merged = |row: Vec<f32>| {
+        let mut columns = vec![f32::NEG_INFINITY; labels.classes()];
+        for (class, logit) in row.into_iter().enumerate() {
+            let column = &mut columns[labels.predicted(class)];
+            *column = column.max(logit);
         }
-        _ => vec![0],
+        columns
     };
-    let rows: Vec<Vec<f32>> = Vec::try_from(logits).unwrap_or_default();
-    rows.into_iter().map(|row| columns.iter().map(|&column| row[column]).collect()).collect()
+    Ok(rows.into_iter().map(merged).collect())
 }
 
 fn write(arguments: &PredictArguments, labels: &Labels, logits: &[Vec<f32>]) -> Result<()> {

@@ -3,13 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::entries::{Library, ModelEntry, TaskEntry, start_folder};
+use super::entries::{Evaluated, Library, ModelEntry, TaskEntry, data_roots, start_folder};
 use super::grid::GridPoint;
 use super::run::{Run, RunPurpose, Start};
 use super::selection::{Candidate, Choice, Selection};
 use super::spec::{ExperimentSpec, TaskSpec};
 use super::transfer::{EvaluationSpec, ThenSpec};
-use crate::data::cache_folder;
 use crate::error::{Error, Result};
 use crate::method::{Method, MethodSpec, Preset};
 use crate::model::HeadStart;
@@ -59,7 +58,7 @@ impl Plan {
         let models = (spec.model.0.iter())
             .map(|name| ModelEntry::open(name, &overrides).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
-        let mut builder = Builder { preset, library: Library::new(&base, data_roots(spec, options)) };
+        let mut builder = Builder { preset, library: Library::new(&base, data_roots(&options.data, listed(&spec.data))) };
         let evaluate = listed(&spec.evaluate);
         let tasks = builder.tasks(&spec.task, evaluate)?;
         let seeds = spec.seeds.as_ref().map_or(vec![42], |seeds| seeds.0.clone());
@@ -184,7 +183,7 @@ impl Plan {
 struct Stage<'a> {
     model: &'a Arc<ModelEntry>,
     task: &'a Arc<TaskEntry>,
-    evaluations: &'a Arc<[super::entries::Evaluated]>,
+    evaluations: &'a Arc<[Evaluated]>,
     freeze: Freeze,
     head: HeadStart,
     purpose: RunPurpose,
@@ -224,7 +223,7 @@ impl Stage<'_> {
     }
 }
 
-type OpenTask = (Arc<TaskEntry>, Arc<[super::entries::Evaluated]>);
+type OpenTask = (Arc<TaskEntry>, Arc<[Evaluated]>);
 
 /// Makes runs, stage after stage.
 struct Builder {
@@ -356,13 +355,4 @@ fn resolve_methods(methods: &OneOrMany<MethodSpec>, preset: Preset) -> Result<Ve
 
 fn listed<T>(values: &Option<OneOrMany<T>>) -> &[T] {
     values.as_ref().map_or(&[], |values| &values.0)
-}
-
-/// Where data sets are looked for: the command line, the experiment, the folder `data`, and what was downloaded.
-fn data_roots(spec: &ExperimentSpec, options: &PlanOptions) -> Vec<PathBuf> {
-    let mut roots = options.data.clone();
-    roots.extend(spec.data.iter().flat_map(|data| data.0.iter().cloned()));
-    roots.push(PathBuf::from("data"));
-    roots.extend(cache_folder().map(|cache| cache.join("data")));
-    roots
 }

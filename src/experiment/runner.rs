@@ -229,18 +229,20 @@ impl<'a> Runner<'a> {
     /// Loads every model once before anything trains, and looks at every length that it is to take, so that what does not
     /// fit does not end a grid halfway.
     fn check_models(&mut self) -> Result<()> {
-        let mut checked: Vec<(&str, usize)> = Vec::new();
+        let mut checked: Vec<(&str, usize, bool)> = Vec::new();
         let plan = self.plan;
         for run in plan.all_runs().filter(|run| run.source_run().is_none()) {
-            let case = (run.start_id(), run.hyperparameters.max_length);
+            let (max_length, is_pair) = (run.hyperparameters.max_length, run.task.card.is_pair());
+            let case = (run.start_id(), max_length, is_pair);
             if checked.contains(&case) {
                 continue;
             }
             checked.push(case);
             self.load(run)?;
             if let Some(resident) = &self.resident {
-                resident.classifier.check_inputs(&run.model.encoder, run.hyperparameters.max_length)?;
+                resident.classifier.check_inputs(&run.model.encoder, max_length)?;
             }
+            run.model.encoder.encode("a", is_pair.then_some("b"), max_length)?;
         }
         Ok(())
     }

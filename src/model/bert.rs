@@ -125,6 +125,10 @@ impl Network for Bert {
         self.classifier.forward(pass, &pass.dropout(features, self.classifier_dropout, Rows::Examples)?)
     }
 
+    fn output(&self) -> Linear {
+        self.classifier
+    }
+
     fn architecture(&self) -> &'static str {
         "BertForSequenceClassification"
     }

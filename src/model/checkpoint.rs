@@ -72,8 +72,9 @@ impl ModelFolder {
 
     /// Copies the file's tensors into the parameters of a model.
     ///
-    /// Names may stand with or without the family's prefix. A head with the same labels is loaded; parameters of pooler
-    /// and head that the file lacks are listed as fresh and left untouched.
+    /// Names may stand with or without the family's prefix. `head` says in which order the file's head has the labels
+    /// ([`ModelFolder::head_for`]); without it the head is not loaded. Parameters of pooler and head that the file lacks
+    /// are listed as fresh and left untouched.
     ///
     /// # Errors
     /// Fails, naming the tensors, if the encoder's are missing, have another shape or type, or hold non-finite numbers.
@@ -81,10 +82,10 @@ impl ModelFolder {
         &self,
         parameters: &mut Parameters,
         network: &dyn Network,
-        keep_head: bool,
+        head: Option<&[i64]>,
     ) -> Result<LoadReport> {
         let tensors = self.tensors()?;
-        let prefix = network.body_prefix();
+        let (prefix, output) = (network.body_prefix(), network.output());
         let mut names: BTreeMap<&str, TensorView> = tensors.iter().collect();
         let mut report = LoadReport::default();
         let (mut missing, mut mismatched) = (Vec::new(), Vec::new());
@@ -94,13 +95,17 @@ impl ModelFolder {
             let optional = matches!(place, ParameterPlace::Pooler | ParameterPlace::Head);
             let found = (spellings(&name, prefix).iter())
                 .find_map(|spelling| names.remove(spelling.as_str()))
-                .filter(|_| keep_head || place != ParameterPlace::Head);
+                .filter(|_| head.is_some() || place != ParameterPlace::Head);
             match found {
                 Some(view) => {
                     let expected = &parameters.get(id).shape;
                     let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
                     if shape == *expected {
-                        parameters.set(id, &self.tensor(&name, &view)?)?;
+                        let mut values = self.tensor(&name, &view)?;
+                        if let Some(order) = head.filter(|_| id == output.weight || id == output.bias) {
+                            values = values.f_index_select(0, &Tensor::from_slice(order))?;
+                        }
+                        parameters.set(id, &values)?;
                     } else {
                         mismatched.push(format!("{name} is {shape:?}, config.json makes it {expected:?}"));
                     }
@@ -130,34 +135,34 @@ impl ModelFolder {
         ))
     }
 
-    /// Returns the labels of the file's head, in its order, if it is a head for a task's labels.
+    /// Returns, for each label of a task, which output of the file's head it is; nothing if the file has no head for
+    /// these labels.
     ///
-    /// Names must be the task's, in any order; a head without names, or with transformers' `LABEL_0` and so on, counts as
-    /// the task's if it has as many outputs.
+    /// Names must be the task's, in any order and any case; a head without names, or with transformers' `LABEL_0` and so
+    /// on, counts as the task's if it has as many outputs.
     ///
     /// # Errors
     /// Fails if the family does not run here.
-    pub fn labels_for(&self, task: &Labels) -> Result<Option<Labels>> {
+    pub fn head_for(&self, task: &Labels) -> Result<Option<Vec<i64>>> {
         let mut table = ParameterTable::default();
-        self.config.family()?(&self.config, task.outputs(), &mut table)?;
+        let output = self.config.family()?(&self.config, task.outputs(), &mut table)?.output();
         let tensors = self.tensors()?;
-        let fits = |parameter: &Parameter| {
-            let shape = tensors.tensor(&parameter.name).map(|view| view.shape().to_vec());
-            shape.is_ok_and(|shape| shape.first() == Some(&(task.outputs() as usize)))
-        };
-        let mut head = table.iter().filter(|parameter| parameter.place == ParameterPlace::Head);
-        if !head.all(fits) {
+        let shape = |parameter: &Parameter| tensors.tensor(&parameter.name).map(|view| view.shape().to_vec());
+        let head = table.iter().filter(|parameter| parameter.place == ParameterPlace::Head);
+        let shapes: Result<Vec<_>, _> = head.map(shape).collect();
+        let outputs = table.iter().nth(output.weight.index()).map(shape);
+        let fits = matches!(outputs, Some(Ok(shape)) if shape.first() == Some(&(task.outputs() as usize)));
+        if shapes.is_err() || !fits {
             return Ok(None);
         }
-        let (Labels::Classes(names), Some(found)) = (task, self.config.labels()) else {
-            return Ok(Some(task.clone()));
-        };
-        let unnamed = found.iter().enumerate().all(|(id, name)| *name == format!("LABEL_{id}"));
-        if unnamed || found == *names {
-            return Ok(Some(task.clone()));
+        let own = || Some((0..task.outputs()).collect());
+        let (Labels::Classes(names), Some(found)) = (task, self.config.labels()) else { return Ok(own()) };
+        if found.iter().enumerate().all(|(id, name)| *name == format!("LABEL_{id}")) {
+            return Ok(own());
         }
-        let same_set = found.len() == names.len() && names.iter().all(|name| found.contains(name));
-        Ok(same_set.then_some(Labels::Classes(found)))
+        let place = |name: &String| found.iter().position(|other| other.eq_ignore_ascii_case(name));
+        let places: Option<Vec<i64>> = names.iter().map(|name| place(name).map(|id| id as i64)).collect();
+        Ok(places.filter(|_| found.len() == names.len()))
     }
 
     fn tensors(&self) -> Result<SafeTensors<'_>> {

@@ -7,9 +7,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::{self, LoadReport, ModelFolder};
 use super::config::ModelConfig;
-use super::layers::Pass;
+use super::layers::{Linear, Pass};
 use super::params::{Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters};
-use crate::data::{Objective, TokenEncoder};
+use crate::data::{LabelMap, Objective, TaskCard, TokenEncoder};
 use crate::error::{Error, Result};
 
 /// The arithmetic of a family; the parameters live in [`Parameters`].
@@ -25,6 +25,9 @@ pub trait Network: Send {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     fn head(&self, pass: &Pass, features: &Tensor) -> Result<Tensor>;
+
+    /// Returns the last layer of the head, which has one output a label.
+    fn output(&self) -> Linear;
 
     /// Returns the name of the class in transformers.
     fn architecture(&self) -> &'static str;
@@ -111,12 +114,41 @@ impl Classifier {
         let mut table = ParameterTable::default();
         let network = config.family()?(&config, labels.outputs(), &mut table)?;
         let mut parameters = Parameters::allocate(table, device)?;
-        let keep_head = head == HeadStart::Keep && folder.labels_for(&labels)?.as_ref() == Some(&labels);
-        let report = folder.load(&mut parameters, network.as_ref(), keep_head)?;
+        let head = match head {
+            HeadStart::Keep => folder.head_for(&labels)?,
+            HeadStart::Fresh => None,
+        };
+        let report = folder.load(&mut parameters, network.as_ref(), head.as_deref())?;
         let fresh = report.fresh.iter().filter_map(|name| parameters.find(name)).collect();
         let pretrained = parameters.values_copy()?;
         let initializer_range = config.number_or("initializer_range", 0.02)?;
         Ok(Self { parameters, report, network, config, labels, pretrained, fresh, initializer_range })
+    }
+
+    /// Loads a fine-tuned model folder to be scored on a task, or to predict its examples: with the task's labels in the
+    /// task's order if the head has them, else with its own. The map tells how its classes compare with the task's.
+    ///
+    /// # Errors
+    /// Fails if there is no head, or one for labels that cannot be compared with the task's.
+    pub fn load_fine_tuned(folder: &ModelFolder, card: &TaskCard, device: Device) -> Result<(Self, LabelMap)> {
+        let task = Labels::from(&card.objective);
+        let headless = || {
+            Error::model(
+                &folder.path,
+                format!("has no head for the labels of task {}; fine-tune it on the task first", card.name),
+            )
+        };
+        if folder.head_for(&task)?.is_some() {
+            let map = LabelMap::between(card, card)?;
+            return Ok((Self::load(folder, task, HeadStart::Keep, device)?, map));
+        }
+        let names = folder.config.labels().filter(|names| names.len() > 1).ok_or_else(headless)?;
+        let map = LabelMap::of_model(&names, card)?;
+        let own = Labels::Classes(names);
+        if folder.head_for(&own)?.is_none() {
+            return Err(headless());
+        }
+        Ok((Self::load(folder, own, HeadStart::Keep, device)?, map))
     }
 
     /// Makes a model of a config's shape with all weights still to be drawn by [`Classifier::reset`], to measure with.

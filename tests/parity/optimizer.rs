@@ -1,7 +1,7 @@
 //! Ten AdamW steps against `torch.optim.AdamW` and the released (legacy transformers) form.
 
 use child_tuning::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
-use child_tuning::train::{AdamW, AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Warmup};
+use child_tuning::train::{AdamW, AdamWForm, Checkpoint, Freeze, Hyperparameters, Order, Precision, Warmup};
 use tch::Device;
 
 use crate::fixture::{assert_close, part, tensors};
@@ -22,6 +22,7 @@ pub fn hyperparameters() -> Hyperparameters {
         precision: Precision::Float32,
         order: Order::Sequential,
         checkpoint: Checkpoint::Last,
+        freeze: Freeze::Nothing,
         early_stopping: None,
     }
 }
@@ -45,7 +46,8 @@ fn ten_steps_agree_with_both_references() {
             parameters.set(id, &reference[&format!("initial/{name}")]).unwrap();
         }
         let settings = Hyperparameters { adamw: form, ..hyperparameters() };
-        let mut optimizer = AdamW::new(&parameters, &settings).unwrap();
+        let trainable = parameters.trainable(|_| true);
+        let mut optimizer = AdamW::new(&parameters, &trainable, &settings).unwrap();
         for (step, &learning_rate) in learning_rates.iter().enumerate() {
             for name in names {
                 part(&parameters, parameters.gradients(), name)

@@ -1,0 +1,61 @@
+//! `evaluate`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use child_tuning::data::{EncodedDataset, Split, TokenEncoder, read_split};
+use child_tuning::error::Error;
+use child_tuning::experiment::{data_roots, named_card};
+use child_tuning::model::{Classifier, ModelFolder};
+use child_tuning::train::{Precision, Scored, evaluate as score};
+use clap::Args;
+
+use super::{ComputeArguments, DataArguments, show};
+
+#[derive(Args)]
+pub struct EvaluateArguments {
+    /// Fine-tuned model folder, of this program or of transformers
+    #[arg(long, value_name = "FOLDER")]
+    model: PathBuf,
+    /// Tasks to score on: names or card files; labels are matched by name
+    #[arg(long = "task", required = true, value_name = "NAME|CARD.yaml", value_delimiter = ',')]
+    tasks: Vec<String>,
+    /// Part of the data: train, dev or test
+    #[arg(long, default_value = "dev")]
+    split: Split,
+    /// Longest example in tokens; longer ones are truncated
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    max_length: usize,
+    #[command(flatten)]
+    data: DataArguments,
+    #[command(flatten)]
+    compute: ComputeArguments,
+}
+
+/// Scores a model as it is, and prints a CSV: one line a task and metric.
+pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
+    let device = arguments.compute.device()?;
+    let folder = ModelFolder::open(&arguments.model)?;
+    let encoder = TokenEncoder::from_folder(&arguments.model)?;
+    let roots = data_roots(&arguments.data.data, &[]);
+    show("task,split,examples,metric,value")?;
+    for task in &arguments.tasks {
+        let card = named_card(task, Path::new(""))?;
+        let dataset = read_split(&card, &roots, arguments.split)?;
+        let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
+        classifier.check_inputs(&encoder, arguments.max_length)?;
+        let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
+        let data = EncodedDataset::new(inputs, &dataset.examples).map_err(|_| {
+            Error::data(&dataset.path, 0, "has no labels to score with; `child-tuning predict` writes predictions")
+        })?;
+        let scored = Scored { data: &data, card: &card, labels: &labels };
+        let evaluation = score(&classifier, scored, Precision::Float32, |_| Ok(()))?;
+        let (name, split, examples) = (&card.name, arguments.split, data.len());
+        for (metric, value) in &evaluation.scores {
+            show(format_args!("{name},{split},{examples},{metric},{value}"))?;
+        }
+        show(format_args!("{name},{split},{examples},loss,{}", evaluation.loss))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
