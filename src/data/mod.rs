@@ -3,6 +3,7 @@
 mod batch;
 mod custom;
 mod encode;
+mod label_noise;
 mod metrics;
 mod reader;
 mod sheet;
@@ -12,6 +13,7 @@ mod task;
 pub use batch::{EncodedDataset, PackedBatch, Padding, Targets};
 pub use custom::{CustomObjective, CustomTask};
 pub use encode::{Encoded, TokenEncoder};
+pub use label_noise::noisy_labels;
 pub use metrics::{Metric, score_classes, score_values};
 pub use reader::{Dataset, Example, Label, read_file, read_split};
 pub use task::{Format, Keep, Layout, Objective, RowFilter, Split, SplitFiles, TaskCard};
