@@ -164,10 +164,11 @@ impl Identity<'_> {
         own.chain(shared).map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
     }
 
-    /// Whether the other is vanilla, and all that vanilla shares with this one is equal.
+    /// Whether the other is vanilla without settings of its own, this one is not, and all that both share is equal.
     fn has_baseline(&self, other: &Identity) -> bool {
-        other.method == BASELINE
-            && self.method != BASELINE
+        let plain = |identity: &Identity| identity.method == BASELINE && identity.method_settings.is_empty();
+        plain(other)
+            && !plain(self)
             && other.model == self.model
             && other.hyperparameters == self.hyperparameters
     }

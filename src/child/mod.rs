@@ -12,4 +12,4 @@ pub use bernoulli::BernoulliMask;
 pub use fisher::{Estimator, FisherBatch, FisherOptions, fisher_information};
 pub use hooks::{GradientMask, install_hooks};
 pub use mask_file::{MaskFile, read_mask, write_mask};
-pub use network::{ChildNetwork, MaskScope, TensorMask, Threshold};
+pub use network::{ChildNetwork, Choice, MaskScope, TensorMask, Threshold};

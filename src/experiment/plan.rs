@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::method::{Method, Preset};
 use crate::model::{HeadStart, ModelFolder};
 use crate::spelling::suggestion;
-use crate::train::{AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Warmup};
+use crate::train::{AdamWForm, Checkpoint, Hyperparameters, OptimizerRule, Order, Precision, Warmup};
 use crate::values::{OneOrMany, hexadecimal};
 
 /// What the command line adds to an experiment file.
@@ -302,6 +302,7 @@ impl TrainSpec {
                 warmup: Warmup(0.1),
                 weight_decay: 0.01,
                 max_gradient_norm: Some(1.0),
+                optimizer: OptimizerRule::Adamw,
                 betas: self.betas.map_or((0.9, 0.999), |[first, second]| (first.0, second.0)),
                 epsilon: 1e-8,
                 adamw: AdamWForm::Torch,
@@ -325,6 +326,7 @@ impl TrainSpec {
         axis(&mut points, &self.max_gradient_norm, |point, value| {
             point.hyperparameters.max_gradient_norm = Some(value.0).filter(|limit| *limit > 0.0);
         });
+        axis(&mut points, &self.optimizer, |point, value| point.hyperparameters.optimizer = *value);
         axis(&mut points, &self.epsilon, |point, value| point.hyperparameters.epsilon = value.0);
         axis(&mut points, &self.adamw, |point, value| point.adamw = Some(*value));
         axis(&mut points, &self.precision, |point, value| point.hyperparameters.precision = *value);

@@ -149,8 +149,7 @@ impl<'a> Runner<'a> {
     pub fn compute_masks(mut self, folder: &Path) -> Result<Vec<PathBuf>> {
         let total = self.plan.runs.len();
         let mut written = Vec::new();
-        for (number, run) in
-            self.plan.runs.iter().enumerate().filter(|(_, run)| run.method.passes_over_data())
+        for (number, run) in self.plan.runs.iter().enumerate().filter(|(_, run)| run.method.has_fixed_mask())
         {
             (self.report)(RunEvent::Started(number + 1, total, run));
             self.load(run)?;
@@ -183,14 +182,18 @@ impl<'a> Runner<'a> {
     }
 
     /// Loads every model once before anything trains, at every length that it is to take, so that what does not fit does
-    /// not end a grid halfway.
+    /// not end a grid halfway. Methods look at it too: a mask file may be one of another model.
     fn check_models(&mut self) -> Result<()> {
-        let mut checked: Vec<(&str, usize)> = Vec::new();
+        let mut checked: Vec<(&str, usize, String)> = Vec::new();
         for run in &self.plan.runs {
-            let case = (run.model.sha256.as_str(), run.hyperparameters.max_length);
+            let (model, method) = (run.model.sha256.as_str(), run.method.options());
+            let case = (model, run.hyperparameters.max_length, method);
             if !checked.contains(&case) {
                 checked.push(case);
                 self.load(run)?;
+                if let Some(resident) = &self.resident {
+                    run.method.check(&resident.classifier.parameters)?;
+                }
             }
         }
         Ok(())

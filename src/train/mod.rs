@@ -3,11 +3,15 @@
 mod evaluate;
 mod hyperparameters;
 mod optimizer;
+mod rule;
 mod schedule;
+mod sgd;
 mod trainer;
 
 pub use evaluate::{Evaluation, evaluate, predict};
-pub use hyperparameters::{AdamWForm, Checkpoint, Hyperparameters, Order, Precision, Warmup};
+pub use hyperparameters::{AdamWForm, Checkpoint, Hyperparameters, OptimizerRule, Order, Precision, Warmup};
 pub use optimizer::AdamW;
+pub use rule::Optimizer;
 pub use schedule::Schedule;
+pub use sgd::Sgd;
 pub use trainer::{Control, Event, Progress, Trained, Trainer, prepare, train};

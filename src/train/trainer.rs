@@ -8,13 +8,13 @@ use tch::{Kind, Tensor};
 
 use super::evaluate::{Evaluation, evaluate};
 use super::hyperparameters::{Checkpoint, Hyperparameters, Order};
-use super::optimizer::AdamW;
+use super::rule::Optimizer;
 use super::schedule::Schedule;
 use crate::child::{GradientMask, install_hooks};
 use crate::data::{EncodedDataset, TaskCard};
 use crate::error::{Error, Result};
 use crate::libtorch::GradientHook;
-use crate::method::{ClipOrder, DecayScope, Method, Preparation, Prepared};
+use crate::method::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared};
 use crate::model::{Classifier, Dropout, Pass, loss};
 use crate::random::{self, Key, Purpose};
 
@@ -153,7 +153,7 @@ pub struct Trainer<'a> {
     data: &'a EncodedDataset,
     hyperparameters: &'a Hyperparameters,
     prepared: Prepared,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     schedule: Schedule,
     seed: u64,
     step: u64,
@@ -164,7 +164,7 @@ pub struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    /// Starts a run: registers the mask and makes the optimizer.
+    /// Starts a run: prunes the model if the method asks for it, registers the mask and makes the optimizer.
     ///
     /// # Errors
     /// Fails if libtorch refuses a hook or cannot allocate.
@@ -179,11 +179,17 @@ impl<'a> Trainer<'a> {
             (Some(mask), ClipOrder::AfterMask) => install_hooks(&classifier.parameters, mask)?,
             _ => Vec::new(),
         };
+        if let (Outside::Prune, Some(child)) =
+            (prepared.outside, prepared.mask.as_ref().and_then(|mask| mask.child()))
+        {
+            child.prune(&classifier.parameters)?;
+        }
         let total = hyperparameters.total_steps(data.len());
         let warmup = hyperparameters.warmup.steps(total);
+        let learning_rate = hyperparameters.learning_rate * prepared.learning_rate_factor;
         Ok(Self {
-            optimizer: AdamW::new(&classifier.parameters, hyperparameters)?,
-            schedule: Schedule { learning_rate: hyperparameters.learning_rate, warmup, total },
+            optimizer: Optimizer::new(&classifier.parameters, hyperparameters)?,
+            schedule: Schedule { learning_rate, warmup, total },
             classifier,
             data,
             hyperparameters,
