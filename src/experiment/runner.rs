@@ -18,7 +18,10 @@ use crate::data::{EncodedDataset, Metric, Split};
 use crate::error::{Error, Result};
 use crate::libtorch;
 use crate::model::{Classifier, Labels};
-use crate::train::{Checkpoint, Control, Evaluation, Event, Progress, Trained, evaluate, prepare, train};
+use crate::train::{
+    Checkpoint, Control, Evaluation, Event, OptimizerRule, Progress, StepVariance, Trained, evaluate,
+    prepare, step_variance, train,
+};
 use crate::values::yaml_name;
 
 /// Something that happened while an experiment ran.
@@ -147,11 +150,55 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// Fails if a model cannot be loaded, a mask cannot be computed, or the folder cannot be written.
     pub fn compute_masks(mut self, folder: &Path) -> Result<Vec<PathBuf>> {
-        let total = self.plan.runs.len();
         let mut written = Vec::new();
-        for (number, run) in self.plan.runs.iter().enumerate().filter(|(_, run)| run.method.has_fixed_mask())
-        {
-            (self.report)(RunEvent::Started(number + 1, total, run));
+        let plan = self.plan;
+        self.with_each(
+            |run| run.method.has_fixed_mask(),
+            |run, classifier, data, control| {
+                let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
+                let prepared = prepare(classifier, data, method, settings, run.seed, control)?;
+                written.extend(write_mask_of(plan, run, prepared.mask.as_deref(), folder)?);
+                Ok(())
+            },
+        )?;
+        Ok(written)
+    }
+
+    /// Measures the steps of SGD at the start of all runs that Theorem 1 of the paper is about: vanilla and Child-Tuning_F
+    /// with `optimizer: sgd`. Trains nothing.
+    ///
+    /// # Errors
+    /// Fails if there is no such run, a model cannot be loaded, or libtorch refuses an operation.
+    pub fn step_variances(mut self, draws: u64) -> Result<Vec<(Run, StepVariance)>> {
+        let mut measured = Vec::new();
+        let concerned = |run: &Run| {
+            run.hyperparameters.optimizer == OptimizerRule::Sgd
+                && ["vanilla", "child_tuning_f"].contains(&run.method.name())
+        };
+        if !self.plan.runs.iter().any(concerned) {
+            return Err(Error::configuration(format!(
+                "{}: no run is vanilla or child_tuning_f with `train.optimizer: sgd`, which Theorem 1 is about",
+                self.plan.name
+            )));
+        }
+        self.with_each(concerned, |run, classifier, data, control| {
+            let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
+            let variance = step_variance(classifier, data, method, settings, run.seed, draws, control)?;
+            measured.push((run.clone(), variance));
+            Ok(())
+        })?;
+        Ok(measured)
+    }
+
+    /// Loads what each chosen run starts from, resets it for the run's seed, and lets `act` work on it.
+    fn with_each(
+        &mut self,
+        chosen: impl Fn(&Run) -> bool,
+        mut act: impl FnMut(&Run, &mut Classifier, &EncodedDataset, &mut Control) -> Result<()>,
+    ) -> Result<()> {
+        let runs = &self.plan.runs;
+        for (number, run) in runs.iter().enumerate().filter(|(_, run)| chosen(run)) {
+            (self.report)(RunEvent::Started(number + 1, runs.len(), run));
             self.load(run)?;
             let Some(resident) = &mut self.resident else { continue };
             let (report, interrupted) = (&mut *self.report, self.interrupted);
@@ -159,12 +206,9 @@ impl<'a> Runner<'a> {
             let mut control = Control { interrupted, report: &mut forward };
             let data = training_set(&resident.train, run);
             resident.classifier.reset(run.seed)?;
-            let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
-            let prepared =
-                prepare(&mut resident.classifier, &data, method, settings, run.seed, &mut control)?;
-            written.extend(write_mask_of(self.plan, run, prepared.mask.as_deref(), folder)?);
+            act(run, &mut resident.classifier, &data, &mut control)?;
         }
-        Ok(written)
+        Ok(())
     }
 
     /// Makes the folders of models and masks before anything trains, so that a bad place does not cost trained runs.

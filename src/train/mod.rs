@@ -6,6 +6,7 @@ mod optimizer;
 mod rule;
 mod schedule;
 mod sgd;
+mod step_variance;
 mod trainer;
 
 pub use evaluate::{Evaluation, evaluate, predict};
@@ -14,4 +15,5 @@ pub use optimizer::AdamW;
 pub use rule::Optimizer;
 pub use schedule::Schedule;
 pub use sgd::Sgd;
+pub use step_variance::{StepVariance, step_variance};
 pub use trainer::{Control, Event, Progress, Trained, Trainer, prepare, train};
