@@ -19,9 +19,9 @@ fn measured(method: &str) -> StepVariance {
     let mut control = Control { interrupted: &interrupted, report: &mut |_| {} };
     let settings = Hyperparameters { batch_size: 4, learning_rate: 0.02, ..hyperparameters() };
     let found =
-        step_variance(&mut classifier, &data, method.as_ref(), &settings, 3, 1000, &mut control).unwrap();
+        step_variance(&mut classifier, &data, method.as_ref(), &settings, 3, 300, &mut control).unwrap();
     assert_eq!(classifier.parameters.values(), &before);
-    assert_eq!((found.batch_size, found.examples, found.draws), (4, 11, 1000));
+    assert_eq!((found.batch_size, found.examples, found.draws), (4, 11, 300));
     found
 }
 
