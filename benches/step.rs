@@ -11,10 +11,12 @@ use std::time::Instant;
 use child_tuning::child::{BernoulliMask, ChildNetwork, GradientMask, MaskScope, Threshold};
 use child_tuning::data::{Encoded, EncodedDataset, Targets};
 use child_tuning::error::Result;
-use child_tuning::method::{ClipOrder, DecayScope, Prepared};
+use child_tuning::method::{DecayScope, Prepared};
 use child_tuning::model::{Classifier, Labels, ModelConfig};
 use child_tuning::random::philox;
-use child_tuning::train::{AdamWForm, Checkpoint, Freeze, Hyperparameters, Order, Precision, Trainer, Warmup};
+use child_tuning::train::{
+    AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Trainer, Warmup,
+};
 use clap::Parser;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -135,6 +137,7 @@ fn settings(precision: &str) -> Hyperparameters {
         warmup: Warmup(0.1),
         weight_decay: 0.01,
         max_gradient_norm: Some(1.0),
+        optimizer: OptimizerRule::Adamw,
         betas: (0.9, 0.999),
         epsilon: 1e-8,
         adamw: AdamWForm::Torch,
@@ -168,5 +171,5 @@ fn prepared(method: &str, classifier: &Classifier) -> anyhow::Result<Prepared> {
         }
         other => anyhow::bail!("unknown method {other}"),
     };
-    Ok(Prepared { mask: mask.map(Arc::new), clip: ClipOrder::AfterMask, decay })
+    Ok(Prepared { mask: mask.map(Arc::new), decay, ..Prepared::default() })
 }

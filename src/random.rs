@@ -35,6 +35,10 @@ pub enum Purpose {
     FisherOrder = 6,
     /// The choice of a subset of the training data.
     Subset = 7,
+    /// The choice of examples whose labels become wrong, and of their wrong labels.
+    LabelNoise = 8,
+    /// The choice of a random fixed child network.
+    RandomChild = 9,
 }
 
 impl Key {

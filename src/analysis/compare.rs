@@ -326,6 +326,7 @@ fn hyperparameters(row: &Row, size_is_setting: bool) -> Settings {
         ("warmup", short(row.warmup)),
         ("weight_decay", short(row.weight_decay)),
         ("max_gradient_norm", row.max_gradient_norm.map_or("none".into(), short)),
+        ("optimizer", row.optimizer.clone()),
         ("beta1", short(row.beta1)),
         ("beta2", short(row.beta2)),
         ("epsilon", short(row.epsilon)),

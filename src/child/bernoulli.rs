@@ -57,6 +57,11 @@ impl BernoulliMask {
         self.probability
     }
 
+    /// Returns the factor on what is kept: 1/p, or 1 without rescaling.
+    pub fn scale(&self) -> f64 {
+        f64::from(self.scale)
+    }
+
     /// Starts a step: from here on another mask applies.
     pub fn begin_step(&self, step: u64) {
         self.step.store(step, Ordering::Relaxed);

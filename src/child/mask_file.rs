@@ -1,13 +1,13 @@
 //! Child networks on disk: a safetensors file with one packed bit a weight and what is needed to trust it.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::network::ChildNetwork;
+use super::network::{ChildNetwork, MaskScope};
 use crate::error::{Error, Result};
-use crate::model::publish;
+use crate::model::{Parameters, publish};
 
 /// Identifies the format, so that another safetensors file is not taken for a mask.
 const FORMAT: &str = "child-tuning mask 1";
@@ -43,10 +43,13 @@ pub fn write_mask(path: &Path, child: &ChildNetwork, about: &[(&str, String)]) -
 }
 
 /// What a mask file holds, without the model it belongs to.
+#[derive(Debug)]
 pub struct MaskFile {
+    /// Where it was read from.
+    pub path: PathBuf,
     /// The metadata: format, hash, and what the writer added.
     pub about: HashMap<String, String>,
-    /// Name, number of elements and packed bits of each tensor.
+    /// Name, shape and packed bits of each tensor, in the order of the names.
     pub tensors: Vec<(String, Vec<i64>, Vec<u8>)>,
 }
 
@@ -54,6 +57,61 @@ impl MaskFile {
     /// Returns the number of elements that a tensor's bits keep.
     pub fn kept(bits: &[u8]) -> usize {
         bits.iter().map(|byte| byte.count_ones() as usize).sum()
+    }
+
+    /// Returns the hash over the mask that its writer noted.
+    ///
+    /// # Errors
+    /// Fails if there is none.
+    pub fn sha256(&self) -> Result<&str> {
+        let sha256 = self.about.get("sha256");
+        sha256.map(String::as_str).ok_or_else(|| Error::model(&self.path, "has no `sha256` in its metadata"))
+    }
+
+    /// Makes the child network of a model that the mask describes.
+    ///
+    /// # Errors
+    /// Fails, naming the file and a tensor, if the mask is one of another model, or its bits are not those that its hash was
+    /// taken of.
+    pub fn child_network(&self, parameters: &Parameters) -> Result<ChildNetwork> {
+        let shapes = |parameters: &Parameters, scope: MaskScope| {
+            let covered = parameters.iter().filter(move |(_, parameter)| scope.covers(parameter));
+            let mut shapes: Vec<_> =
+                covered.map(|(_, parameter)| (parameter.name.clone(), parameter.shape.clone())).collect();
+            shapes.sort();
+            shapes
+        };
+        let own: Vec<_> = self.tensors.iter().map(|(name, shape, _)| (name.clone(), shape.clone())).collect();
+        let scope = MaskScope::ALL.into_iter().find(|&scope| shapes(parameters, scope) == own);
+        let Some(scope) = scope else {
+            let all = shapes(parameters, MaskScope::All);
+            let foreign = own.iter().find(|tensor| !all.contains(tensor));
+            return Err(Error::model(
+                &self.path,
+                match foreign {
+                    Some((name, shape)) => {
+                        format!("is a mask of another model: this one has no {name} of shape {shape:?}")
+                    }
+                    None => "leaves out tensors of every `mask.scope` of this model".into(),
+                },
+            ));
+        };
+        let mut child = ChildNetwork::full(parameters, scope)?;
+        for index in 0..child.tensors().len() {
+            let (name, count) = (child.tensors()[index].name.clone(), child.tensors()[index].count);
+            let found = self.tensors.binary_search_by(|(other, ..)| other.cmp(&name));
+            if let Ok(place) = found {
+                let bits = &self.tensors[place].2;
+                child.set_bits(index, (0..count).map(|bit| bits[bit / 8] >> (bit % 8) & 1 == 1));
+            }
+        }
+        if child.sha256() != self.sha256()? {
+            return Err(Error::model(
+                &self.path,
+                "is damaged: its bits do not have the `sha256` of its metadata",
+            ));
+        }
+        Ok(child)
     }
 }
 
@@ -83,7 +141,7 @@ pub fn read_mask(path: &Path) -> Result<MaskFile> {
         tensors.push((name.to_owned(), shape, view.data().to_vec()));
     }
     tensors.sort();
-    Ok(MaskFile { about, tensors })
+    Ok(MaskFile { path: path.to_path_buf(), about, tensors })
 }
 
 #[cfg(test)]
@@ -94,15 +152,20 @@ mod tests {
     use crate::child::{MaskScope, Threshold};
     use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
 
+    fn parameters(second: i64) -> Parameters {
+        let mut table = ParameterTable::default();
+        table.declare("second", &[second], ParameterKind::Bias, ParameterPlace::EncoderLayer(1));
+        table.declare("first", &[3, 7], ParameterKind::Embedding, ParameterPlace::Embeddings);
+        table.declare("head", &[5], ParameterKind::Bias, ParameterPlace::Head);
+        Parameters::allocate(table, Device::Cpu).unwrap()
+    }
+
     #[test]
     fn a_mask_survives_the_file_and_foreign_files_are_refused() {
-        let mut table = ParameterTable::default();
-        table.declare("first", &[3, 7], ParameterKind::Weight, ParameterPlace::Head);
-        table.declare("second", &[70], ParameterKind::Bias, ParameterPlace::Head);
-        let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        let parameters = parameters(70);
         let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
         let child =
-            ChildNetwork::from_scores(&parameters, &scores, 0.4, MaskScope::All, Threshold::PerTensor)
+            ChildNetwork::from_scores(&parameters, &scores, 0.4, MaskScope::Backbone, Threshold::PerTensor)
                 .unwrap();
 
         let folder = tempfile::tempdir().unwrap();
@@ -113,14 +176,33 @@ mod tests {
         // round(0.4 · 21) and 0.4 · 70.
         let kept: Vec<usize> = file.tensors.iter().map(|(_, _, bits)| MaskFile::kept(bits)).collect();
         assert_eq!(kept, [8, 28]);
-        for (tensor, (name, shape, bits)) in child.tensors().iter().zip(&file.tensors) {
-            assert_eq!((&tensor.name, &tensor.shape), (name, shape));
-            let unpacked: Vec<bool> =
-                (0..tensor.count).map(|bit| bits[bit / 8] >> (bit % 8) & 1 == 1).collect();
-            assert_eq!(unpacked, child.bits(tensor).collect::<Vec<_>>());
+        let read = file.child_network(&parameters).unwrap();
+        assert_eq!((read.scope(), read.tensors()), (MaskScope::Backbone, child.tensors()));
+        for tensor in child.tensors() {
+            assert!(read.bits(tensor).eq(child.bits(tensor)), "{}", tensor.name);
         }
 
         std::fs::write(&path, b"no mask").unwrap();
         assert!(read_mask(&path).is_err());
+    }
+
+    #[test]
+    fn a_mask_of_another_model_or_with_other_bits_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("mask.safetensors");
+        let child =
+            ChildNetwork::random(&parameters(70), 0.4, MaskScope::Backbone, Threshold::Global, 1).unwrap();
+        write_mask(&path, &child, &[]).unwrap();
+        let mut file = read_mask(&path).unwrap();
+        let refused = |file: &MaskFile, parameters: &Parameters| {
+            let message = file.child_network(parameters).unwrap_err().to_string();
+            assert!(message.contains("mask.safetensors"), "{message}");
+            message
+        };
+        assert!(refused(&file, &parameters(71)).contains("no second of shape [70]"));
+        file.tensors[1].2[0] ^= 1;
+        assert!(refused(&file, &parameters(70)).contains("is damaged"));
+        file.tensors.remove(1);
+        assert!(refused(&file, &parameters(70)).contains("leaves out tensors"));
     }
 }

@@ -5,6 +5,7 @@ mod fisher;
 mod hooks;
 mod mask_file;
 mod network;
+mod overlap;
 mod per_example;
 mod select;
 
@@ -12,4 +13,5 @@ pub use bernoulli::BernoulliMask;
 pub use fisher::{Estimator, FisherBatch, FisherOptions, fisher_information};
 pub use hooks::{GradientMask, install_hooks};
 pub use mask_file::{MaskFile, read_mask, write_mask};
-pub use network::{ChildNetwork, MaskScope, TensorMask, Threshold};
+pub use network::{ChildNetwork, Choice, MaskScope, TensorMask, Threshold};
+pub use overlap::{Overlap, Part, Parts, mask_names, overlaps};

@@ -10,10 +10,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::{Device, Tensor};
 
-use super::select::{Selection, largest, percentile};
+use super::select::{End, Selection, extreme, percentile};
 use crate::error::{Error, Result};
 use crate::libtorch::{elements, elements_mut};
 use crate::model::{Parameter, ParameterKind, ParameterPlace, Parameters};
+use crate::random::{self, GROUP, Key, Purpose};
 use crate::values::hexadecimal;
 
 const WORD: usize = 64;
@@ -35,6 +36,10 @@ pub enum MaskScope {
 }
 
 impl MaskScope {
+    /// All scopes; where two reach the same parameters of a model, the first is its name.
+    pub const ALL: [MaskScope; 4] =
+        [MaskScope::EncoderLayers, MaskScope::Backbone, MaskScope::All, MaskScope::Linear];
+
     /// Returns whether the mask reaches a parameter.
     pub fn covers(self, parameter: &Parameter) -> bool {
         let backbone = parameter.place != ParameterPlace::Head;
@@ -57,6 +62,19 @@ pub enum Threshold {
     PerTensor,
     /// Scores at or above numpy's linear (1 − p)-percentile of all tensors together, ties included: the released rule.
     Percentile,
+}
+
+/// Which weights of the scope make a fixed child network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Choice {
+    /// Those with the highest scores, as in the paper.
+    #[default]
+    Highest,
+    /// Those with the lowest scores.
+    Lowest,
+    /// A draw from the run's seed, whatever the scores.
+    Random,
 }
 
 /// The share of one tensor that is in the child network.
@@ -99,6 +117,53 @@ impl ChildNetwork {
         scope: MaskScope,
         threshold: Threshold,
     ) -> Result<Self> {
+        Self::from_end(parameters, scores, p, scope, threshold, End::Largest)
+    }
+
+    /// Keeps the share `p` of the weights in `scope` with the lowest scores.
+    ///
+    /// # Errors
+    /// Fails if a score is not a number, the scope is empty, or the threshold is a percentile.
+    pub fn from_lowest_scores(
+        parameters: &Parameters,
+        scores: &Tensor,
+        p: f64,
+        scope: MaskScope,
+        threshold: Threshold,
+    ) -> Result<Self> {
+        Self::from_end(parameters, scores, p, scope, threshold, End::Smallest)
+    }
+
+    /// Keeps a share `p` of the weights in `scope` that is drawn from the seed.
+    ///
+    /// # Errors
+    /// Fails if the scope is empty.
+    pub fn random(
+        parameters: &Parameters,
+        p: f64,
+        scope: MaskScope,
+        threshold: Threshold,
+        seed: u64,
+    ) -> Result<Self> {
+        let key = Key::derive(seed, Purpose::RandomChild, 0);
+        let mut scores = vec![0f32; parameters.buffer_len()];
+        scores.par_chunks_mut(GROUP).enumerate().for_each(|(group, scores)| {
+            for (score, number) in scores.iter_mut().zip(random::group(key, group as u32, [0; 3])) {
+                // As many bits as float32 holds exactly; of the few equal ones the earlier counts as higher.
+                *score = (number >> 8) as f32;
+            }
+        });
+        Self::from_scores(parameters, &Tensor::from_slice(&scores), p, scope, threshold)
+    }
+
+    fn from_end(
+        parameters: &Parameters,
+        scores: &Tensor,
+        p: f64,
+        scope: MaskScope,
+        threshold: Threshold,
+        end: End,
+    ) -> Result<Self> {
         let scores = scores.f_to_device(Device::Cpu)?;
         let scores: &[f32] = elements(&scores)?;
         let mut child = Self::full(parameters, scope)?;
@@ -115,12 +180,15 @@ impl ChildNetwork {
         let share = |total: usize| (p * total as f64).round() as usize;
         match threshold {
             Threshold::Global => {
-                child.select(scores, &mut largest(&slices, share(count(&slices))), 0..slices.len())
+                child.select(scores, &mut extreme(&slices, share(count(&slices)), end), 0..slices.len())
             }
             Threshold::PerTensor => {
                 for (index, slice) in slices.iter().enumerate() {
-                    child.select(scores, &mut largest(&[slice], share(slice.len())), index..index + 1);
+                    child.select(scores, &mut extreme(&[slice], share(slice.len()), end), index..index + 1);
                 }
+            }
+            Threshold::Percentile if end == End::Smallest => {
+                return Err(Error::configuration("the percentile is a rule for the highest scores only"));
             }
             Threshold::Percentile => {
                 child.select(scores, &mut Selection::at_least(percentile(&slices, 1.0 - p)), 0..slices.len());
@@ -161,7 +229,7 @@ impl ChildNetwork {
     }
 
     /// Sets the bits of one tensor.
-    fn set_bits(&mut self, index: usize, bits: impl IntoIterator<Item = bool>) {
+    pub(super) fn set_bits(&mut self, index: usize, bits: impl IntoIterator<Item = bool>) {
         let TensorMask { start, count, .. } = self.tensors[index];
         let mut kept = 0;
         for (element, bit) in (start..start + count).zip(bits) {
@@ -233,7 +301,7 @@ impl ChildNetwork {
         hexadecimal(&hash.finalize())
     }
 
-    /// Multiplies a parameter's contiguous float32 gradient by the mask, in place.
+    /// Multiplies a parameter's contiguous float32 gradient (or values) by the mask, in place.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
@@ -244,6 +312,19 @@ impl ChildNetwork {
             return Ok(());
         }
         multiply(elements_mut(gradient)?, self.words_from(parameter.range.start), 1.0, 0.0);
+        Ok(())
+    }
+
+    /// Sets the weights outside the child network to zero.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn prune(&self, parameters: &Parameters) -> Result<()> {
+        for (_, parameter) in parameters.iter().filter(|(_, parameter)| self.scope.covers(parameter)) {
+            let range = &parameter.range;
+            let mut values = parameters.values().f_narrow(0, range.start as i64, range.len() as i64)?;
+            self.apply(&mut values, parameter)?;
+        }
         Ok(())
     }
 
@@ -335,6 +416,73 @@ mod tests {
         assert_eq!(per_tensor.tensors().iter().map(|tensor| tensor.kept).collect::<Vec<_>>(), [39, 21]);
         // The released rule keeps all ties, and here all is a tie.
         assert!(child(Threshold::Percentile, &scores, 0.3).is_full());
+    }
+
+    #[test]
+    fn the_lowest_and_the_highest_half_are_the_whole() {
+        let parameters = parameters();
+        let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
+        for threshold in [Threshold::Global, Threshold::PerTensor] {
+            let highest = child(threshold, &scores, 0.5);
+            let scope = MaskScope::Backbone;
+            let lowest =
+                ChildNetwork::from_lowest_scores(&parameters, &scores, 0.5, scope, threshold).unwrap();
+            assert_eq!((lowest.kept(), highest.kept()), (100, 100));
+            for (low, high) in lowest.tensors().iter().zip(highest.tensors()) {
+                assert!(lowest.bits(low).zip(highest.bits(high)).all(|(low, high)| low != high));
+            }
+        }
+        let zeros = scores.zeros_like();
+        let tied = ChildNetwork::from_lowest_scores(
+            &parameters,
+            &zeros,
+            0.3,
+            MaskScope::Backbone,
+            Threshold::Global,
+        )
+        .unwrap();
+        assert_eq!(tied.kept(), 60);
+        assert!(tied.bits(&tied.tensors()[0]).enumerate().all(|(index, bit)| bit == (index < 60)));
+    }
+
+    #[test]
+    fn a_random_child_has_the_exact_share_everywhere_and_a_seed() {
+        let mut table = ParameterTable::default();
+        table.declare("weight", &[40_000], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        let random = |seed| {
+            ChildNetwork::random(&parameters, 0.3, MaskScope::Backbone, Threshold::Global, seed).unwrap()
+        };
+        let (first, second) = (random(1), random(2));
+        assert_eq!((first.kept(), second.kept()), (12_000, 12_000));
+        assert_eq!(first.sha256(), random(1).sha256());
+        let bits = |child: &ChildNetwork| child.bits(&child.tensors()[0]).collect::<Vec<_>>();
+        let (first, second) = (bits(&first), bits(&second));
+        let within = |part: &[bool]| part.iter().filter(|bit| **bit).count() as f64;
+        let both = first.iter().zip(&second).filter(|(first, second)| **first && **second).count() as f64;
+        // Five standard deviations: a quarter of the places, and the places that two seeds share.
+        for (found, places, share) in [(within(&first[..10_000]), 1e4, 0.3f64), (both, 4e4, 0.09)] {
+            let deviation = (places * share * (1.0 - share)).sqrt();
+            assert!((found - places * share).abs() < 5.0 * deviation, "{found} of {places}");
+        }
+    }
+
+    #[test]
+    fn pruning_leaves_the_members_and_what_the_mask_does_not_reach() {
+        let parameters = parameters();
+        let _ = parameters.values().shallow_clone().fill_(-2.0);
+        let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
+        let child = child(Threshold::Global, &scores, 0.3);
+        child.prune(&parameters).unwrap();
+        let values = |name: &str| {
+            let leaf = parameters.leaf(parameters.find(name).unwrap()).detach();
+            Vec::<f32>::try_from(leaf.reshape([-1])).unwrap()
+        };
+        for tensor in child.tensors() {
+            let kept = child.bits(tensor).zip(values(&tensor.name));
+            assert!(kept.into_iter().all(|(bit, value)| value == if bit { -2.0 } else { 0.0 }));
+        }
+        assert_eq!(values("head"), [-2.0; 5]);
     }
 
     #[test]

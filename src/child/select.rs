@@ -7,8 +7,26 @@ use rayon::prelude::*;
 
 const BUCKETS: usize = 1 << 16;
 
+/// The end of the order that is selected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The largest scores.
+    Largest,
+    /// The smallest scores.
+    Smallest,
+}
+
+impl End {
+    /// The bit pattern of a score, in an order in which the selected end is the upper one; minus zero counts as zero.
+    fn bits(self, score: f32) -> u32 {
+        let bits = (score + 0.0).to_bits();
+        if self == End::Largest { bits } else { !bits }
+    }
+}
+
 /// Decides, element by element in order, what is selected.
 pub struct Selection {
+    end: End,
     limit: u32,
     ties: usize,
 }
@@ -16,12 +34,12 @@ pub struct Selection {
 impl Selection {
     /// Selects every score of at least `limit`.
     pub fn at_least(limit: f32) -> Self {
-        Self { limit: bits(limit), ties: usize::MAX }
+        Self { end: End::Largest, limit: End::Largest.bits(limit), ties: usize::MAX }
     }
 
-    /// Returns whether the next score is selected: if it is above the limit, or at it while ties are left.
+    /// Returns whether the next score is selected: if it is beyond the limit, or at it while ties are left.
     pub fn takes(&mut self, score: f32) -> bool {
-        let score = bits(score);
+        let score = self.end.bits(score);
         let tied = score == self.limit && self.ties > 0;
         if tied {
             self.ties -= 1;
@@ -30,29 +48,32 @@ impl Selection {
     }
 }
 
-/// Selects exactly the `count` largest of all scores; among equals the earlier ones.
-pub fn largest(slices: &[&[f32]], count: usize) -> Selection {
+/// Selects exactly the `count` largest or smallest of all scores; among equals the earlier ones.
+pub fn extreme(slices: &[&[f32]], count: usize, end: End) -> Selection {
     if count == 0 {
-        return Selection { limit: u32::MAX, ties: 0 };
+        return Selection { end, limit: u32::MAX, ties: 0 };
     }
-    let (limit, above) = kth_largest(slices, count);
-    Selection { limit, ties: count - above }
+    let (limit, beyond) = kth(slices, count, end);
+    Selection { end, limit, ties: count - beyond }
 }
 
 /// Returns numpy's `percentile` with linear interpolation, at a fraction in [0, 1].
 pub fn percentile(slices: &[&[f32]], fraction: f64) -> f32 {
     let total: usize = slices.iter().map(|slice| slice.len()).sum();
     let rank = fraction * (total - 1) as f64;
-    let from_below = |rank: usize| f32::from_bits(kth_largest(slices, total - rank).0);
+    let from_below = |rank: usize| f32::from_bits(kth(slices, total - rank, End::Largest).0);
     let (lower, upper) = (from_below(rank.floor() as usize), from_below(rank.ceil() as usize));
     lower + ((f64::from(upper) - f64::from(lower)) * rank.fract()) as f32
 }
 
-/// Returns the bit pattern of the `count`-th largest score and the number of scores above it.
-fn kth_largest(slices: &[&[f32]], count: usize) -> (u32, usize) {
-    let upper = histogram(slices, |score| Some(score >> 16));
+/// Returns the bit pattern of the `count`-th score from an end and the number of scores beyond it.
+fn kth(slices: &[&[f32]], count: usize, end: End) -> (u32, usize) {
+    let upper = histogram(slices, |score| Some(end.bits(score) >> 16));
     let (bucket, above) = bucket_of(&upper, count);
-    let lower = histogram(slices, |score| (score >> 16 == bucket as u32).then_some(score & 0xFFFF));
+    let lower = histogram(slices, |score| {
+        let bits = end.bits(score);
+        (bits >> 16 == bucket as u32).then_some(bits & 0xFFFF)
+    });
     let (rest, above_in_bucket) = bucket_of(&lower, count - above);
     ((bucket as u32) << 16 | rest as u32, above + above_in_bucket)
 }
@@ -69,7 +90,7 @@ fn bucket_of(histogram: &[usize], count: usize) -> (usize, usize) {
     (0, above)
 }
 
-fn histogram(slices: &[&[f32]], bucket: impl Fn(u32) -> Option<u32> + Sync) -> Vec<usize> {
+fn histogram(slices: &[&[f32]], bucket: impl Fn(f32) -> Option<u32> + Sync) -> Vec<usize> {
     let add = |mut left: Vec<usize>, right: Vec<usize>| {
         left.iter_mut().zip(right).for_each(|(left, right)| *left += right);
         left
@@ -80,18 +101,13 @@ fn histogram(slices: &[&[f32]], bucket: impl Fn(u32) -> Option<u32> + Sync) -> V
         .fold(
             || vec![0; BUCKETS],
             |mut counts, chunk| {
-                for bucket in chunk.iter().filter_map(|&score| bucket(bits(score))) {
+                for bucket in chunk.iter().filter_map(|&score| bucket(score)) {
                     counts[bucket as usize] += 1;
                 }
                 counts
             },
         )
         .reduce(|| vec![0; BUCKETS], add)
-}
-
-/// The order-preserving bit pattern of a score; minus zero counts as zero.
-fn bits(score: f32) -> u32 {
-    (score + 0.0).to_bits()
 }
 
 #[cfg(test)]
@@ -108,15 +124,20 @@ mod tests {
             share in 0.0f64..=1.0,
         ) {
             let count = (share * scores.len() as f64).round() as usize;
-            let mut order: Vec<usize> = (0..scores.len()).collect();
-            order.sort_by(|&left, &right| scores[right].total_cmp(&scores[left]));
-            let mut expected = vec![false; scores.len()];
-            order[..count].iter().for_each(|&index| expected[index] = true);
+            for end in [End::Largest, End::Smallest] {
+                let mut order: Vec<usize> = (0..scores.len()).collect();
+                order.sort_by(|&left, &right| match end {
+                    End::Largest => scores[right].total_cmp(&scores[left]),
+                    End::Smallest => scores[left].total_cmp(&scores[right]),
+                });
+                let mut expected = vec![false; scores.len()];
+                order[..count].iter().for_each(|&index| expected[index] = true);
 
-            let (first, second) = scores.split_at((cut * scores.len() as f64) as usize);
-            let mut selection = largest(&[first, second], count);
-            let selected: Vec<bool> = scores.iter().map(|&score| selection.takes(score)).collect();
-            prop_assert_eq!(selected, expected);
+                let (first, second) = scores.split_at((cut * scores.len() as f64) as usize);
+                let mut selection = extreme(&[first, second], count, end);
+                let selected: Vec<bool> = scores.iter().map(|&score| selection.takes(score)).collect();
+                prop_assert_eq!(selected, expected);
+            }
         }
     }
 

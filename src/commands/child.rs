@@ -1,20 +1,21 @@
-//! `child`: compute, inspect, overlap.
+//! `child`: compute, inspect, overlap, variance.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::Result;
-use child_tuning::child::{MaskFile, read_mask};
+use anyhow::{Context, Result};
+use child_tuning::child::{MaskFile, Overlap, Part, Parts, overlaps, read_mask};
 use child_tuning::error::Error;
 use child_tuning::experiment::Runner;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
 
 use super::experiment::ExperimentArguments;
 use super::progress::Display;
-use super::{ComputeArguments, show};
+use super::{ComputeArguments, show, write_whole};
 
 #[derive(Args)]
 pub struct ChildArguments {
@@ -43,12 +44,65 @@ enum ChildCommand {
         #[arg(long)]
         tensors: bool,
     },
-    /// Show how much masks have in common: |A ∩ B| / |A ∪ B|, and what chance would give.
+    /// Show how much masks have in common: |A ∩ B| / |A ∪ B|, |A ∩ B| / |A|, and what chance would give.
     Overlap {
         /// Mask files of one model and scope
         #[arg(required = true, num_args = 2.., value_name = "MASK.safetensors")]
         masks: Vec<PathBuf>,
+        /// CSV to write, one row for each ordered pair and part of the model
+        #[arg(long, value_name = "FILE.csv")]
+        output: Option<PathBuf>,
+        /// Parts of the model in the CSV, besides the whole [default: layer]
+        #[arg(long, value_name = "PARTS", requires = "output")]
+        by: Option<By>,
     },
+    /// Measure mean and variance of a step of SGD against Theorem 1, for vanilla and child_tuning_f. Trains nothing.
+    ///
+    /// Each draw is another batch and mask at the weights that a run starts from. Dropout, clipping, warm-up and weight
+    /// decay are off for it, and passes are in float32.
+    Variance {
+        #[command(flatten)]
+        experiment: ExperimentArguments,
+        #[command(flatten)]
+        compute: ComputeArguments,
+        /// Steps to draw for each run
+        #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(2..))]
+        draws: u64,
+        /// CSV to write, one row a run
+        #[arg(long, value_name = "FILE.csv")]
+        output: PathBuf,
+    },
+}
+
+/// How finely overlaps are told apart.
+#[derive(Clone, Copy, ValueEnum)]
+enum By {
+    /// Embeddings, encoder layers, pooler and head
+    Layer,
+    /// Tensors
+    Tensor,
+    /// The whole only
+    All,
+}
+
+impl From<By> for Parts {
+    fn from(by: By) -> Self {
+        match by {
+            By::Layer => Parts::Layer,
+            By::Tensor => Parts::Tensor,
+            By::All => Parts::All,
+        }
+    }
+}
+
+/// What tells the rows of measured steps apart.
+#[derive(Serialize)]
+struct MeasuredRun {
+    run: String,
+    task: String,
+    method: &'static str,
+    method_config: String,
+    seed: u64,
 }
 
 /// Calls the subcommand.
@@ -71,9 +125,42 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
             }
         }
         ChildCommand::Inspect { mask, tensors } => show(inspection(&read_mask(&mask)?, tensors))?,
-        ChildCommand::Overlap { masks } => {
-            let files = masks.iter().map(|mask| read_mask(mask)).collect::<Result<Vec<_>, Error>>()?;
-            show(overlaps(&masks, &files)?)?;
+        ChildCommand::Overlap { masks, output, by } => {
+            let masks = masks.iter().map(|mask| read_mask(mask)).collect::<Result<Vec<_>, Error>>()?;
+            let pairs = overlaps(&masks, by.unwrap_or(By::Layer).into())?;
+            show(matrices(&pairs))?;
+            if let Some(output) = output {
+                write_rows(&output, &pairs)?;
+            }
+        }
+        ChildCommand::Variance { experiment, compute, draws, output } => {
+            let device = compute.device()?;
+            let never = AtomicBool::new(false);
+            let plans = experiment.plans()?;
+            let mut rows = Vec::new();
+            for plan in &plans {
+                let mut display = Display::new();
+                let measured = Runner::new(plan, device, &never, &mut |event| display.show(event))
+                    .step_variances(draws)?;
+                display.finish();
+                for (run, variance) in measured {
+                    let about = MeasuredRun {
+                        run: run.id.clone(),
+                        task: run.task.card.name.clone(),
+                        method: run.method.name(),
+                        method_config: run.method.options(),
+                        seed: run.seed,
+                    };
+                    show(format_args!(
+                        "{}: variance {:.4} ± {:.4} of the predicted one",
+                        run.label(),
+                        variance.ratio,
+                        variance.standard_error_of_ratio
+                    ))?;
+                    rows.push((about, variance));
+                }
+            }
+            write_rows(&output, &rows)?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -91,16 +178,23 @@ fn table(header: Vec<String>) -> Table {
     table
 }
 
+/// Writes a CSV with a row for each value.
+fn write_rows<T: Serialize>(target: &Path, rows: &[T]) -> Result<()> {
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    rows.iter().try_for_each(|row| writer.serialize(row))?;
+    Ok(write_whole(target, &writer.into_inner().context("cannot finish the CSV")?)?)
+}
+
 fn percent(part: usize, whole: usize) -> String {
     format!("{:.2} %", 100.0 * part as f64 / whole.max(1) as f64)
 }
 
 fn inspection(mask: &MaskFile, by_tensor: bool) -> String {
-    let mut groups: BTreeMap<(usize, String), (usize, usize)> = BTreeMap::new();
+    let mut groups: BTreeMap<Part, (usize, usize)> = BTreeMap::new();
     let (mut kept, mut all) = (0, 0);
     for (name, shape, bits) in &mask.tensors {
-        let key = if by_tensor { (0, name.clone()) } else { layer_of(name) };
-        let group = groups.entry(key).or_default();
+        let part = if by_tensor { Part::Tensor(name.clone()) } else { Part::of(name) };
+        let group = groups.entry(part).or_default();
         let (members, size) = (MaskFile::kept(bits), shape.iter().product::<i64>() as usize);
         *group = (group.0 + members, group.1 + size);
         (kept, all) = (kept + members, all + size);
@@ -112,8 +206,8 @@ fn inspection(mask: &MaskFile, by_tensor: bool) -> String {
         }
     }
     let mut table = table(["part", "weights", "in the child", "share"].map(str::to_owned).to_vec());
-    for ((_, name), (members, size)) in groups {
-        table.add_row([name, size.to_string(), members.to_string(), percent(members, size)]);
+    for (part, (members, size)) in groups {
+        table.add_row([part.to_string(), size.to_string(), members.to_string(), percent(members, size)]);
     }
     table.add_row(["all".to_owned(), all.to_string(), kept.to_string(), percent(kept, all)]);
     lines.push(String::new());
@@ -121,65 +215,31 @@ fn inspection(mask: &MaskFile, by_tensor: bool) -> String {
     lines.join("\n")
 }
 
-/// Names the part of the model that a tensor belongs to, with a number to sort by.
-fn layer_of(name: &str) -> (usize, String) {
-    let number: Option<usize> =
-        name.split('.').skip_while(|part| *part != "layer").nth(1).and_then(|part| part.parse().ok());
-    match number {
-        Some(number) => (number + 1, format!("layer {number}")),
-        None if name.contains("embeddings") => (0, "embeddings".into()),
-        None => (usize::MAX, "pooler and head".into()),
-    }
-}
-
-fn overlaps(paths: &[PathBuf], files: &[MaskFile]) -> Result<String, Error> {
-    let names: Vec<String> = paths
+/// Shows a matrix for each ratio of whole masks.
+fn matrices(pairs: &[Overlap]) -> String {
+    let whole: Vec<&Overlap> = pairs.iter().filter(|pair| pair.part == Part::All.to_string()).collect();
+    // The pairs of the first mask come first, one with each mask.
+    let names: Vec<&str> = whole
         .iter()
-        .zip(files)
-        .map(|(path, file)| {
-            let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-            file.about.get("task").map_or(stem.clone(), |task| format!("{task} {stem}"))
-        })
+        .take_while(|pair| pair.first == whole[0].first)
+        .map(|pair| pair.second.as_str())
         .collect();
-    let mut table = table(["first", "second", "overlap", "by chance"].map(str::to_owned).to_vec());
-    for left in 0..files.len() {
-        for right in left + 1..files.len() {
-            let (both, either, all) = common(&files[left], &files[right]).ok_or_else(|| {
-                Error::configuration(format!(
-                    "{} and {} belong to different models or scopes",
-                    paths[left].display(),
-                    paths[right].display()
-                ))
-            })?;
-            let share = |file: &MaskFile| {
-                file.tensors.iter().map(|(_, _, bits)| MaskFile::kept(bits)).sum::<usize>() as f64
-                    / all as f64
-            };
-            let (a, b) = (share(&files[left]), share(&files[right]));
-            let chance = format!("{:.2} %", 100.0 * a * b / (a + b - a * b));
-            table.add_row([names[left].clone(), names[right].clone(), percent(both, either), chance]);
+    let matrix = |title: &str, value: fn(&Overlap) -> Option<f64>| {
+        let header = std::iter::once(title).chain(names.iter().copied());
+        let mut table = table(header.map(str::to_owned).collect());
+        for row in whole.chunks(names.len()) {
+            let cells = row.iter().map(|pair| match value(pair) {
+                Some(ratio) => format!("{:.2} %", 100.0 * ratio),
+                None => "-".into(),
+            });
+            table.add_row(std::iter::once(row[0].first.clone()).chain(cells));
         }
-    }
-    Ok(table.to_string())
-}
-
-/// Counts the weights in both masks, in either, and in all; `None` if the masks do not match.
-fn common(left: &MaskFile, right: &MaskFile) -> Option<(usize, usize, usize)> {
-    if left.tensors.len() != right.tensors.len() {
-        return None;
-    }
-    let (mut both, mut either, mut all) = (0, 0, 0);
-    for ((name, shape, bits), (other_name, other_shape, other_bits)) in
-        left.tensors.iter().zip(&right.tensors)
-    {
-        if name != other_name || shape != other_shape {
-            return None;
-        }
-        for (left, right) in bits.iter().zip(other_bits) {
-            both += (left & right).count_ones() as usize;
-            either += (left | right).count_ones() as usize;
-        }
-        all += shape.iter().product::<i64>() as usize;
-    }
-    Some((both, either, all))
+        table.to_string()
+    };
+    [
+        matrix("overlap: both / either", |pair| pair.overlap),
+        matrix("by chance", |pair| pair.chance),
+        matrix("both / row's", |pair| pair.intersection_share),
+    ]
+    .join("\n\n")
 }

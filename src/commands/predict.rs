@@ -12,7 +12,7 @@ use child_tuning::train::{Precision, predict as predict_logits};
 use clap::Args;
 use tch::Tensor;
 
-use super::ComputeArguments;
+use super::{ComputeArguments, write_whole};
 
 #[derive(Args)]
 pub struct PredictArguments {
@@ -79,7 +79,6 @@ fn in_terms_of(card: &TaskCard, labels: &LabelMap, logits: &Tensor) -> Result<Ve
 }
 
 fn write(arguments: &PredictArguments, labels: &Labels, logits: &[Vec<f32>]) -> Result<()> {
-    // The whole text is made first and renamed into place: no half file stands under the real name.
     let mut writer = csv::Writer::from_writer(Vec::new());
     let mut header = vec!["index".to_owned(), "prediction".to_owned()];
     if arguments.logits {
@@ -98,11 +97,7 @@ fn write(arguments: &PredictArguments, labels: &Labels, logits: &[Vec<f32>]) -> 
         writer.write_record(&record)?;
     }
     let text = writer.into_inner().context("cannot finish the CSV")?;
-    let temporary = arguments.output.with_extension("partial");
-    let target = &arguments.output;
-    std::fs::write(&temporary, text).map_err(Error::io("write", target))?;
-    std::fs::rename(&temporary, target).map_err(Error::io("write", target))?;
-    Ok(())
+    Ok(write_whole(&arguments.output, &text)?)
 }
 
 /// The place of the highest value; among equals the first.

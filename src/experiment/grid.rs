@@ -3,7 +3,7 @@
 use super::spec::TrainSpec;
 use crate::error::{Error, Result};
 use crate::method::{Method, Preset};
-use crate::train::{AdamWForm, Checkpoint, Freeze, Hyperparameters, Order, Precision, Warmup};
+use crate::train::{AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Warmup};
 use crate::values::OneOrMany;
 
 /// One point of the grid, still without the parts that depend on the method.
@@ -31,6 +31,7 @@ impl Default for GridPoint {
                 warmup: Warmup(0.1),
                 weight_decay: 0.01,
                 max_gradient_norm: Some(1.0),
+                optimizer: OptimizerRule::Adamw,
                 betas: (0.9, 0.999),
                 epsilon: 1e-8,
                 adamw: AdamWForm::Torch,
@@ -99,6 +100,7 @@ fn grid(typed: &TrainSpec, mut start: GridPoint) -> Vec<GridPoint> {
     axis(&mut points, &typed.max_gradient_norm, |point, value| {
         point.hyperparameters.max_gradient_norm = Some(value.0).filter(|limit| *limit > 0.0);
     });
+    axis(&mut points, &typed.optimizer, |point, value| point.hyperparameters.optimizer = *value);
     axis(&mut points, &typed.epsilon, |point, value| point.hyperparameters.epsilon = value.0);
     axis(&mut points, &typed.adamw, |point, value| point.adamw = Some(*value));
     axis(&mut points, &typed.precision, |point, value| point.hyperparameters.precision = *value);

@@ -137,7 +137,7 @@ pub fn training_set<'d>(all: Cow<'d, EncodedDataset>, run: &Run) -> Result<Cow<'
         return Ok(chosen);
     }
     let mut noisy = chosen.into_owned();
-    noisy.targets = noisy_labels(&noisy.targets, run.task.card.label_count(), run.label_noise, run.seed);
+    noisy.targets = noisy_labels(&noisy.targets, run.task.card.label_count(), run.label_noise, run.seed)?;
     Ok(Cow::Owned(noisy))
 }
 

@@ -67,6 +67,7 @@ pub fn described(plan: &Plan, run: &Run, on: &Evaluated, device: Device, started
         warmup: settings.warmup.0,
         weight_decay: settings.weight_decay,
         max_gradient_norm: settings.max_gradient_norm,
+        optimizer: yaml_name(&settings.optimizer),
         beta1: settings.betas.0,
         beta2: settings.betas.1,
         epsilon: settings.epsilon,

@@ -15,10 +15,13 @@ use super::results::{Ended, Recorded, ResultsFile, Row, Status, read};
 use super::rows::{Outcome, described, measured};
 use super::run::{Run, Start, kept_model};
 use crate::child::{GradientMask, write_mask};
+use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::libtorch;
-use crate::model::ModelFolder;
-use crate::train::{Checkpoint, Control, Event, Progress, Scored, evaluate, prepare, train};
+use crate::model::{Classifier, ModelFolder};
+use crate::train::{
+    Checkpoint, Control, Event, OptimizerRule, Progress, Scored, StepVariance, evaluate, prepare, step_variance, train,
+};
 
 /// Something that happened while an experiment ran.
 pub enum RunEvent<'a> {
@@ -192,9 +195,55 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// Fails if a model cannot be loaded, a mask cannot be computed, or the folder cannot be written.
     pub fn compute_masks(mut self, folder: &Path) -> Result<Vec<PathBuf>> {
-        let runs: Vec<_> = self.plan.all_runs().filter(|run| run.source_run().is_none()).cloned().collect();
         let mut written = Vec::new();
-        for (number, run) in runs.iter().enumerate().filter(|(_, run)| run.method.passes_over_data()) {
+        let plan = self.plan;
+        self.with_each(
+            |run| run.method.has_fixed_mask(),
+            |run, classifier, data, control| {
+                let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
+                let prepared = prepare(classifier, data, method, settings, run.seed, control)?;
+                written.extend(write_mask_of(plan, run, prepared.mask.as_deref(), folder)?);
+                Ok(())
+            },
+        )?;
+        Ok(written)
+    }
+
+    /// Measures the steps of SGD at the start of all runs that Theorem 1 of the paper is about: vanilla and Child-Tuning_F
+    /// with `optimizer: sgd`. Trains nothing.
+    ///
+    /// # Errors
+    /// Fails if there is no such run, a model cannot be loaded, or libtorch refuses an operation.
+    pub fn step_variances(mut self, draws: u64) -> Result<Vec<(Run, StepVariance)>> {
+        let mut measured = Vec::new();
+        let concerned = |run: &Run| {
+            run.hyperparameters.optimizer == OptimizerRule::Sgd
+                && ["vanilla", "child_tuning_f"].contains(&run.method.name())
+        };
+        if !self.plan.all_runs().any(|run| concerned(run)) {
+            return Err(Error::configuration(format!(
+                "{}: no run is vanilla or child_tuning_f with `train.optimizer: sgd`, which Theorem 1 is about",
+                self.plan.name
+            )));
+        }
+        self.with_each(concerned, |run, classifier, data, control| {
+            let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
+            let variance = step_variance(classifier, data, method, settings, run.seed, draws, control)?;
+            measured.push((run.clone(), variance));
+            Ok(())
+        })?;
+        Ok(measured)
+    }
+
+    /// Loads what each chosen run starts from, resets it for the run's seed, and lets `act` work on it.
+    fn with_each(
+        &mut self,
+        chosen: impl Fn(&Run) -> bool,
+        mut act: impl FnMut(&Run, &mut Classifier, &EncodedDataset, &mut Control) -> Result<()>,
+    ) -> Result<()> {
+        // What starts from another run has no weights to look at before that one is trained.
+        let runs: Vec<_> = self.plan.all_runs().filter(|run| run.source_run().is_none()).cloned().collect();
+        for (number, run) in runs.iter().enumerate().filter(|(_, run)| chosen(run)) {
             (self.report)(RunEvent::Started(number + 1, runs.len(), run));
             self.load(run)?;
             let Some(resident) = &mut self.resident else { continue };
@@ -204,12 +253,9 @@ impl<'a> Runner<'a> {
             let mut control = Control { interrupted, report: &mut forward };
             let data = training_set(std::borrow::Cow::Borrowed(&all), run)?;
             resident.classifier.reset(run.seed)?;
-            let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
-            let prepared =
-                prepare(&mut resident.classifier, &data, method, settings, run.seed, &mut control)?;
-            written.extend(write_mask_of(self.plan, run, prepared.mask.as_deref(), folder)?);
+            act(run, &mut resident.classifier, &data, &mut control)?;
         }
-        Ok(written)
+        Ok(())
     }
 
     /// Makes the folders of models and masks before anything trains, so that a bad place does not cost trained runs.
@@ -227,13 +273,13 @@ impl<'a> Runner<'a> {
     }
 
     /// Loads every model once before anything trains, and looks at every length that it is to take, so that what does not
-    /// fit does not end a grid halfway.
+    /// fit does not end a grid halfway. Methods look at it too: a mask file may be one of another model.
     fn check_models(&mut self) -> Result<()> {
-        let mut checked: Vec<(&str, usize, bool)> = Vec::new();
+        let mut checked: Vec<(&str, usize, bool, String)> = Vec::new();
         let plan = self.plan;
         for run in plan.all_runs().filter(|run| run.source_run().is_none()) {
             let (max_length, is_pair) = (run.hyperparameters.max_length, run.task.card.is_pair());
-            let case = (run.start_id(), max_length, is_pair);
+            let case = (run.start_id(), max_length, is_pair, run.method.options());
             if checked.contains(&case) {
                 continue;
             }
@@ -241,6 +287,7 @@ impl<'a> Runner<'a> {
             self.load(run)?;
             if let Some(resident) = &self.resident {
                 resident.classifier.check_inputs(&run.model.encoder, max_length)?;
+                run.method.check(&resident.classifier.parameters)?;
             }
             run.model.encoder.encode("a", is_pair.then_some("b"), max_length)?;
         }

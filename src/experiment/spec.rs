@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::method::{MethodSpec, Preset};
 use crate::model::HeadStart;
 use crate::spelling::suggestion;
-use crate::train::{AdamWForm, Checkpoint, Freeze, Order, Precision, Warmup};
+use crate::train::{AdamWForm, Checkpoint, Freeze, OptimizerRule, Order, Precision, Warmup};
 use crate::values::{Count, NonNegative, OneOrMany, PartialShare, Positive};
 
 /// The seeds of the paper's runs (alibaba/AliceMind, issue 24).
@@ -85,6 +85,8 @@ pub struct TrainSpec {
     pub weight_decay: Option<OneOrMany<NonNegative>>,
     /// Largest global gradient norm; 0 does not clip.
     pub max_gradient_norm: Option<OneOrMany<NonNegative>>,
+    /// How gradients become steps.
+    pub optimizer: Option<OneOrMany<OptimizerRule>>,
     /// Decay rates of Adam's moments.
     pub betas: Option<[NonNegative; 2]>,
     /// Adam's epsilon.

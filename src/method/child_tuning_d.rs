@@ -1,17 +1,19 @@
-//! Child-Tuning_D, task-driven: the weights with the highest Fisher information train (section 3.2 of the paper).
+//! Child-Tuning_D, task-driven: the weights with the highest Fisher information train (section 3.2 of the paper); and the
+//! ablations of section 4.3: the lowest, random ones, or the others pruned.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{ClipOrder, DecayScope, Method, Preparation, Prepared, Preset};
+use super::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared, Preset};
 use crate::child::{
-    ChildNetwork, Estimator, FisherBatch, FisherOptions, GradientMask, MaskScope, Threshold,
-    fisher_information,
+    ChildNetwork, Choice, Estimator, FisherBatch, FisherOptions, GradientMask, MaskFile, MaskScope,
+    Threshold, fisher_information, read_mask,
 };
 use crate::error::{Error, Result};
-use crate::model::Dropout;
+use crate::model::{Dropout, Parameters};
 use crate::random::{self, Key, Purpose};
 use crate::values::{OneOrMany, Positive, Share, yaml_name};
 
@@ -22,6 +24,7 @@ pub struct Options {
     p: Option<OneOrMany<Share>>,
     fisher: Option<FisherSpec>,
     mask: Option<MaskSpec>,
+    outside: Option<Outside>,
     decay_scope: Option<DecayScope>,
     clip: Option<ClipOrder>,
 }
@@ -39,22 +42,119 @@ struct FisherSpec {
 struct MaskSpec {
     scope: Option<MaskScope>,
     threshold: Option<Threshold>,
+    choose: Option<Choice>,
+    file: Option<PathBuf>,
 }
 
 /// Child-Tuning_D.
 struct ChildTuningD {
-    p: f64,
-    fisher: FisherOptions,
-    scope: MaskScope,
-    threshold: Threshold,
+    source: Source,
+    outside: Outside,
     decay: DecayScope,
     clip: ClipOrder,
+}
+
+/// Where the child network comes from.
+#[derive(Clone)]
+enum Source {
+    /// The highest or lowest Fisher information.
+    Fisher { cut: Cut, options: FisherOptions, lowest: bool },
+    /// A draw from the run's seed.
+    Random(Cut),
+    /// A mask file, with the hash of the mask.
+    File { mask: Arc<MaskFile>, sha256: String },
+}
+
+/// How much is kept of what.
+#[derive(Clone, Copy)]
+struct Cut {
+    p: f64,
+    scope: MaskScope,
+    threshold: Threshold,
 }
 
 impl MethodOptions for Options {
     fn resolve(&self, preset: Preset) -> Result<Vec<Arc<dyn Method>>> {
         let paper = preset == Preset::Paper;
-        let (fisher, mask) = (self.fisher.clone().unwrap_or_default(), self.mask.clone().unwrap_or_default());
+        let mask = self.mask.clone().unwrap_or_default();
+        let sources = match &mask.file {
+            Some(file) => vec![self.saved(&mask, file)?],
+            None => self.chosen(&mask, preset)?,
+        };
+        let method = |source: Source| -> Arc<dyn Method> {
+            Arc::new(ChildTuningD {
+                source,
+                outside: self.outside.unwrap_or_default(),
+                decay: self.decay_scope.unwrap_or(if paper { DecayScope::Child } else { DecayScope::All }),
+                clip: self.clip.unwrap_or(if paper { ClipOrder::AfterMask } else { ClipOrder::BeforeMask }),
+            })
+        };
+        Ok(sources.into_iter().map(method).collect())
+    }
+}
+
+impl Options {
+    /// Reads the mask file that is named.
+    fn saved(&self, mask: &MaskSpec, file: &Path) -> Result<Source> {
+        let beside = [
+            ("p", self.p.is_some()),
+            ("fisher", self.fisher.is_some()),
+            ("mask.scope", mask.scope.is_some()),
+            ("mask.threshold", mask.threshold.is_some()),
+            ("mask.choose", mask.choose.is_some()),
+        ];
+        let typed: Vec<_> =
+            beside.iter().filter(|(_, typed)| *typed).map(|(key, _)| format!("`{key}`")).collect();
+        if !typed.is_empty() {
+            return Err(Error::configuration(format!(
+                "child_tuning_d: `mask.file` is a finished mask; remove {}",
+                typed.join(", ")
+            )));
+        }
+        let mask = read_mask(file)
+            .map_err(|error| Error::configuration(format!("child_tuning_d: mask.file: {error}")))?;
+        let sha256 = mask.sha256()?.to_owned();
+        Ok(Source::File { mask: Arc::new(mask), sha256 })
+    }
+
+    /// Settles how a child network is chosen, for each `p`.
+    fn chosen(&self, mask: &MaskSpec, preset: Preset) -> Result<Vec<Source>> {
+        let paper = preset == Preset::Paper;
+        let choice = mask.choose.unwrap_or_default();
+        if choice != Choice::Highest && mask.threshold == Some(Threshold::Percentile) {
+            return Err(Error::configuration(format!(
+                "child_tuning_d: `mask.choose: {}` needs `mask.threshold: global` or `per_tensor`, not `percentile`",
+                yaml_name(&choice)
+            )));
+        }
+        if choice == Choice::Random && self.fisher.is_some() {
+            return Err(Error::configuration(
+                "child_tuning_d: `mask.choose: random` looks at no Fisher information; remove `fisher`",
+            ));
+        }
+        // The released percentile is a rule for the highest scores only.
+        let threshold = match choice {
+            Choice::Highest if !paper => Threshold::Percentile,
+            _ => Threshold::Global,
+        };
+        let scope = if paper { MaskScope::Backbone } else { MaskScope::EncoderLayers };
+        let options = self.fisher_options(paper)?;
+        let source = |p: &Share| {
+            let cut = Cut {
+                p: p.0,
+                scope: mask.scope.unwrap_or(scope),
+                threshold: mask.threshold.unwrap_or(threshold),
+            };
+            match choice {
+                Choice::Random => Source::Random(cut),
+                _ => Source::Fisher { cut, options, lowest: choice == Choice::Lowest },
+            }
+        };
+        Ok(self.p.as_ref().map_or(&[Share(0.3)][..], |p| &p.0).iter().map(source).collect())
+    }
+
+    fn fisher_options(&self, paper: bool) -> Result<FisherOptions> {
+        let fisher = self.fisher.clone().unwrap_or_default();
         let estimator =
             fisher.estimator.unwrap_or(if paper { Estimator::PerExample } else { Estimator::Batch });
         let clip = fisher.clip.map(|clip| clip.0);
@@ -63,30 +163,32 @@ impl MethodOptions for Options {
                 "child_tuning_d: `fisher.clip` clips the gradient of a batch and needs `fisher.estimator: batch`",
             ));
         }
-        let fisher = FisherOptions {
+        Ok(FisherOptions {
             estimator,
             dropout: fisher.dropout.unwrap_or(!paper),
             clip: clip.or((!paper && estimator == Estimator::Batch).then_some(1.0)),
-        };
-        let method = |p: &Share| -> Arc<dyn Method> {
-            Arc::new(ChildTuningD {
-                p: p.0,
-                fisher,
-                scope: mask.scope.unwrap_or(if paper {
-                    MaskScope::Backbone
-                } else {
-                    MaskScope::EncoderLayers
-                }),
-                threshold: mask.threshold.unwrap_or(if paper {
-                    Threshold::Global
-                } else {
-                    Threshold::Percentile
-                }),
-                decay: self.decay_scope.unwrap_or(if paper { DecayScope::Child } else { DecayScope::All }),
-                clip: self.clip.unwrap_or(if paper { ClipOrder::AfterMask } else { ClipOrder::BeforeMask }),
-            })
-        };
-        Ok(self.p.as_ref().map_or(&[Share(0.3)][..], |p| &p.0).iter().map(method).collect())
+        })
+    }
+}
+
+impl Source {
+    /// Writes what it is made of, in the order in which earlier versions wrote it.
+    fn text(&self) -> String {
+        let scope =
+            |cut: &Cut| format!("scope={} threshold={}", yaml_name(&cut.scope), yaml_name(&cut.threshold));
+        match self {
+            Source::Fisher { cut, options, lowest } => format!(
+                "p={} {}fisher={} fisher.dropout={}{} {}",
+                cut.p,
+                if *lowest { "choose=lowest " } else { "" },
+                yaml_name(&options.estimator),
+                options.dropout,
+                options.clip.map_or(String::new(), |clip| format!(" fisher.clip={clip}")),
+                scope(cut)
+            ),
+            Source::Random(cut) => format!("p={} choose=random {}", cut.p, scope(cut)),
+            Source::File { sha256, .. } => format!("mask={sha256}"),
+        }
     }
 }
 
@@ -96,17 +198,9 @@ impl Method for ChildTuningD {
     }
 
     fn options(&self) -> String {
-        let clip = self.fisher.clip.map_or(String::new(), |clip| format!(" fisher.clip={clip}"));
-        format!(
-            "p={} fisher={} fisher.dropout={}{clip} scope={} threshold={} decay={} clip={}",
-            self.p,
-            yaml_name(&self.fisher.estimator),
-            self.fisher.dropout,
-            yaml_name(&self.scope),
-            yaml_name(&self.threshold),
-            yaml_name(&self.decay),
-            yaml_name(&self.clip)
-        )
+        let outside = if self.outside == Outside::Prune { " outside=prune" } else { "" };
+        let (decay, clip) = (yaml_name(&self.decay), yaml_name(&self.clip));
+        format!("{}{outside} decay={decay} clip={clip}", self.source.text())
     }
 
     fn is_child_tuning(&self) -> bool {
@@ -114,37 +208,120 @@ impl Method for ChildTuningD {
     }
 
     fn passes_over_data(&self) -> bool {
+        matches!(self.source, Source::Fisher { .. })
+    }
+
+    fn has_fixed_mask(&self) -> bool {
         true
     }
 
-    fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
-        let Preparation { classifier, data, seed, batch_size, shuffled, progress } = preparation;
-        let device = classifier.parameters.device();
-        let mut order = match shuffled {
-            true => random::permutation(data.len(), Key::derive(*seed, Purpose::FisherOrder, 0)),
-            false => (0..data.len()).collect(),
-        };
-        // The batch estimate depends on which examples share a batch, and the released code shuffles them. The estimate by
-        // example does not, and goes faster when examples of like length stand together.
-        if self.fisher.estimator == Estimator::PerExample {
-            order.sort_by_key(|&number| data.inputs[number].ids.len());
+    fn check(&self, parameters: &Parameters) -> Result<()> {
+        match &self.source {
+            Source::File { mask, .. } => mask.child_network(parameters).map(|_| ()),
+            Source::Fisher { .. } | Source::Random(_) => Ok(()),
         }
-        let batches = order.chunks(*batch_size).enumerate().map(|(number, examples)| {
-            let (batch, targets) = data.batch(examples, 0, device)?;
-            let dropout = self
-                .fisher
-                .dropout
-                .then(|| Dropout::new(*seed, Purpose::FisherDropout, number as u64, device));
-            Ok(FisherBatch { batch, targets, dropout })
-        });
-        let information = fisher_information(classifier, batches, &self.fisher, self.scope, progress)?;
-        let child = ChildNetwork::from_scores(
-            &classifier.parameters,
-            &information,
-            self.p,
-            self.scope,
-            self.threshold,
-        )?;
-        Ok(Prepared { mask: Some(Arc::new(GradientMask::Fixed(child))), clip: self.clip, decay: self.decay })
+    }
+
+    fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
+        let child = match &self.source {
+            Source::Fisher { cut, options, lowest } => {
+                let information = information(preparation, options, cut.scope)?;
+                let select =
+                    if *lowest { ChildNetwork::from_lowest_scores } else { ChildNetwork::from_scores };
+                let parameters = &preparation.classifier.parameters;
+                select(parameters, &information, cut.p, cut.scope, cut.threshold)?
+            }
+            Source::Random(Cut { p, scope, threshold }) => {
+                let parameters = &preparation.classifier.parameters;
+                ChildNetwork::random(parameters, *p, *scope, *threshold, preparation.seed)?
+            }
+            Source::File { mask, .. } => mask.child_network(&preparation.classifier.parameters)?,
+        };
+        Ok(Prepared {
+            mask: Some(Arc::new(GradientMask::Fixed(child))),
+            clip: self.clip,
+            decay: self.decay,
+            outside: self.outside,
+            ..Prepared::default()
+        })
+    }
+}
+
+/// Passes over the training data for the Fisher information of every weight in the scope.
+fn information(
+    preparation: &mut Preparation,
+    options: &FisherOptions,
+    scope: MaskScope,
+) -> Result<tch::Tensor> {
+    let Preparation { classifier, data, seed, batch_size, shuffled, progress } = preparation;
+    let device = classifier.parameters.device();
+    let mut order = match shuffled {
+        true => random::permutation(data.len(), Key::derive(*seed, Purpose::FisherOrder, 0)),
+        false => (0..data.len()).collect(),
+    };
+    // The batch estimate depends on which examples share a batch, and the released code shuffles them. The estimate by
+    // example does not, and goes faster when examples of like length stand together.
+    if options.estimator == Estimator::PerExample {
+        order.sort_by_key(|&number| data.inputs[number].ids.len());
+    }
+    let batches = order.chunks(*batch_size).enumerate().map(|(number, examples)| {
+        let (batch, targets) = data.batch(examples, 0, device)?;
+        let dropout =
+            options.dropout.then(|| Dropout::new(*seed, Purpose::FisherDropout, number as u64, device));
+        Ok(FisherBatch { batch, targets, dropout })
+    });
+    fisher_information(classifier, batches, options, scope, progress)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn texts(options: &str, preset: Preset) -> Result<Vec<String>> {
+        let options: Options = serde_yaml::from_str(options).unwrap();
+        Ok(options.resolve(preset)?.iter().map(|method| method.options()).collect())
+    }
+
+    /// The texts are part of the run ids: where nothing new is asked for they stay as they always were.
+    #[test]
+    fn equal_texts_are_equal_methods() {
+        let paper = "fisher=per_example fisher.dropout=false scope=backbone";
+        let end = "decay=child clip=after_mask";
+        for (options, expected) in [
+            ("{}", format!("p=0.3 {paper} threshold=global {end}")),
+            ("{mask: {choose: highest}, outside: freeze}", format!("p=0.3 {paper} threshold=global {end}")),
+            ("{mask: {choose: lowest}}", format!("p=0.3 choose=lowest {paper} threshold=global {end}")),
+            (
+                "{p: 0.2, mask: {choose: random, threshold: per_tensor}}",
+                format!("p=0.2 choose=random scope=backbone threshold=per_tensor {end}"),
+            ),
+            ("{outside: prune}", format!("p=0.3 {paper} threshold=global outside=prune {end}")),
+        ] {
+            assert_eq!(texts(options, Preset::Paper).unwrap(), [expected], "{options}");
+        }
+        let official = "fisher=batch fisher.dropout=true fisher.clip=1 scope=encoder_layers";
+        let end = "decay=all clip=before_mask";
+        for (options, expected) in [
+            ("{}", format!("p=0.3 {official} threshold=percentile {end}")),
+            ("{mask: {choose: lowest}}", format!("p=0.3 choose=lowest {official} threshold=global {end}")),
+        ] {
+            assert_eq!(texts(options, Preset::Official).unwrap(), [expected], "{options}");
+        }
+    }
+
+    #[test]
+    fn contradictions_name_both_keys() {
+        for (options, keys) in [
+            ("{mask: {choose: lowest, threshold: percentile}}", ["`mask.choose: lowest`", "`percentile`"]),
+            ("{mask: {choose: random, threshold: percentile}}", ["`mask.choose: random`", "`percentile`"]),
+            ("{mask: {choose: random}, fisher: {dropout: true}}", ["`mask.choose: random`", "`fisher`"]),
+            ("{mask: {file: absent}, p: 0.2}", ["`mask.file`", "remove `p`"]),
+            ("{mask: {file: absent, scope: all, choose: lowest}}", ["`mask.scope`", "`mask.choose`"]),
+            ("{mask: {file: absent}}", ["mask.file: ", "cannot read absent"]),
+        ] {
+            let error = texts(options, Preset::Paper).unwrap_err();
+            let message = error.to_string();
+            assert!(matches!(error, Error::Configuration(_)) && keys.iter().all(|key| message.contains(key)));
+        }
     }
 }

@@ -75,6 +75,10 @@ impl Method for ChildTuningF {
         false
     }
 
+    fn has_fixed_mask(&self) -> bool {
+        false
+    }
+
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
         let mask = BernoulliMask::new(self.scope, self.p, self.rescale, preparation.seed);
         Ok(Prepared {
@@ -82,6 +86,7 @@ impl Method for ChildTuningF {
             clip: self.clip,
             // No weight is outside the child network for longer than a step.
             decay: DecayScope::All,
+            ..Prepared::default()
         })
     }
 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::GradientMask;
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::Classifier;
+use crate::model::{Classifier, Parameters};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +50,17 @@ pub enum DecayScope {
     All,
 }
 
+/// What becomes of the weights outside a fixed child network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outside {
+    /// They keep the checkpoint's values.
+    #[default]
+    Freeze,
+    /// They are set to zero before training and stay so.
+    Prune,
+}
+
 /// A fine-tuning method with all its options settled.
 pub trait Method: Send + Sync {
     /// Returns its name in YAML and results.
@@ -63,6 +74,17 @@ pub trait Method: Send + Sync {
 
     /// Returns whether [`Method::prepare`] passes over the training data.
     fn passes_over_data(&self) -> bool;
+
+    /// Returns whether [`Method::prepare`] gives a mask that stays the same for the whole run.
+    fn has_fixed_mask(&self) -> bool;
+
+    /// Checks that the method fits a model, before anything trains.
+    ///
+    /// # Errors
+    /// Fails, naming the file at fault, if something that the method reads belongs to another model.
+    fn check(&self, _parameters: &Parameters) -> Result<()> {
+        Ok(())
+    }
 
     /// Does what comes before training. The model's weights are as before afterwards.
     ///
@@ -95,4 +117,21 @@ pub struct Prepared {
     pub clip: ClipOrder,
     /// What weight decay touches.
     pub decay: DecayScope,
+    /// What becomes of the weights outside a fixed mask.
+    pub outside: Outside,
+    /// Factor on the learning rate of the run.
+    pub learning_rate_factor: f64,
+}
+
+impl Default for Prepared {
+    /// Plain fine-tuning.
+    fn default() -> Self {
+        Self {
+            mask: None,
+            clip: ClipOrder::AfterMask,
+            decay: DecayScope::All,
+            outside: Outside::Freeze,
+            learning_rate_factor: 1.0,
+        }
+    }
 }

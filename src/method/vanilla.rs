@@ -5,22 +5,30 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{ClipOrder, DecayScope, Method, Preparation, Prepared, Preset};
+use super::{Method, Preparation, Prepared, Preset};
 use crate::error::Result;
+use crate::values::{OneOrMany, Positive};
 
-/// There are no options.
+/// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Options {}
+pub struct Options {
+    learning_rate_factor: Option<OneOrMany<Positive>>,
+}
 
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
-        Ok(vec![Arc::new(Vanilla)])
+        let factors = self.learning_rate_factor.as_ref().map_or(&[Positive(1.0)][..], |factors| &factors.0);
+        let method =
+            |factor: &Positive| -> Arc<dyn Method> { Arc::new(Vanilla { learning_rate_factor: factor.0 }) };
+        Ok(factors.iter().map(method).collect())
     }
 }
 
 /// Plain fine-tuning.
-struct Vanilla;
+struct Vanilla {
+    learning_rate_factor: f64,
+}
 
 impl Method for Vanilla {
     fn name(&self) -> &'static str {
@@ -28,7 +36,10 @@ impl Method for Vanilla {
     }
 
     fn options(&self) -> String {
-        String::new()
+        match self.learning_rate_factor {
+            1.0 => String::new(),
+            factor => format!("learning_rate_factor={factor}"),
+        }
     }
 
     fn is_child_tuning(&self) -> bool {
@@ -39,7 +50,11 @@ impl Method for Vanilla {
         false
     }
 
+    fn has_fixed_mask(&self) -> bool {
+        false
+    }
+
     fn prepare(&self, _: &mut Preparation) -> Result<Prepared> {
-        Ok(Prepared { mask: None, clip: ClipOrder::AfterMask, decay: DecayScope::All })
+        Ok(Prepared { learning_rate_factor: self.learning_rate_factor, ..Prepared::default() })
     }
 }

@@ -24,6 +24,24 @@ impl Precision {
     }
 }
 
+/// How gradients become steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerRule {
+    /// Adam with decoupled weight decay, in the form that [`AdamWForm`] says.
+    #[default]
+    Adamw,
+    /// Plain stochastic gradient descent without momentum: w ← (1 − ηλ) w − η g.
+    Sgd,
+}
+
+impl OptimizerRule {
+    /// Returns whether this is the rule where none is typed.
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// The two forms of AdamW in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -107,6 +125,10 @@ pub struct Hyperparameters {
     pub weight_decay: f64,
     /// Largest global gradient norm; `None` does not clip.
     pub max_gradient_norm: Option<f64>,
+    /// How gradients become steps.
+    // Left out where it is the default, so that runs from before there was a choice keep their ids.
+    #[serde(skip_serializing_if = "OptimizerRule::is_default")]
+    pub optimizer: OptimizerRule,
     /// Decay rates of Adam's moments.
     pub betas: (f64, f64),
     /// Adam's epsilon.

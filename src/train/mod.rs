@@ -3,11 +3,19 @@
 mod evaluate;
 mod hyperparameters;
 mod optimizer;
+mod rule;
 mod schedule;
+mod sgd;
+mod step_variance;
 mod trainer;
 
-pub use evaluate::{Evaluation, TOKENS_PER_BATCH, Scored, evaluate, frozen_features, predict};
-pub use hyperparameters::{AdamWForm, Checkpoint, Freeze, Hyperparameters, Order, Precision, Warmup};
+pub use evaluate::{Evaluation, Scored, TOKENS_PER_BATCH, evaluate, frozen_features, predict};
+pub use hyperparameters::{
+    AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Warmup,
+};
 pub use optimizer::AdamW;
+pub use rule::Optimizer;
 pub use schedule::Schedule;
+pub use sgd::Sgd;
+pub use step_variance::{StepVariance, step_variance};
 pub use trainer::{Control, Event, Progress, Trained, Trainer, prepare, train};

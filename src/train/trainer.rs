@@ -9,13 +9,13 @@ use tch::{Kind, Tensor};
 
 use super::evaluate::{Evaluation, Scored, evaluate};
 use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, Order};
-use super::optimizer::AdamW;
+use super::rule::Optimizer;
 use super::schedule::Schedule;
 use crate::child::{GradientMask, install_hooks};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::libtorch::GradientHook;
-use crate::method::{ClipOrder, DecayScope, Method, Preparation, Prepared};
+use crate::method::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared};
 use crate::model::{Classifier, Dropout, ParameterPlace, Pass, Trainable, loss};
 use crate::random::{self, Key, Purpose};
 
@@ -160,7 +160,7 @@ pub struct Trainer<'a> {
     hyperparameters: &'a Hyperparameters,
     prepared: Prepared,
     trainable: Trainable,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     schedule: Schedule,
     seed: u64,
     step: u64,
@@ -171,7 +171,7 @@ pub struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    /// Starts a run: registers the mask and makes the optimizer.
+    /// Starts a run: prunes the model if the method asks for it, registers the mask and makes the optimizer.
     ///
     /// # Errors
     /// Fails if libtorch refuses a hook or cannot allocate.
@@ -186,15 +186,21 @@ impl<'a> Trainer<'a> {
             (Some(mask), ClipOrder::AfterMask) => install_hooks(&classifier.parameters, mask)?,
             _ => Vec::new(),
         };
+        if let (Outside::Prune, Some(child)) =
+            (prepared.outside, prepared.mask.as_ref().and_then(|mask| mask.child()))
+        {
+            child.prune(&classifier.parameters)?;
+        }
         let frozen = hyperparameters.freeze == Freeze::Encoder;
         let trainable =
             classifier.parameters.trainable(|parameter| !frozen || parameter.place == ParameterPlace::Head);
         let total = hyperparameters.total_steps(data.len());
         let warmup = hyperparameters.warmup.steps(total);
+        let learning_rate = hyperparameters.learning_rate * prepared.learning_rate_factor;
         Ok(Self {
-            optimizer: AdamW::new(&classifier.parameters, &trainable, hyperparameters)?,
+            optimizer: Optimizer::new(&classifier.parameters, &trainable, hyperparameters)?,
             trainable,
-            schedule: Schedule { learning_rate: hyperparameters.learning_rate, warmup, total },
+            schedule: Schedule { learning_rate, warmup, total },
             classifier,
             data,
             hyperparameters,

@@ -46,6 +46,24 @@ fn settings_that_contradict_each_other_are_refused() {
 }
 
 #[test]
+fn options_of_methods_that_contradict_each_other_are_refused() {
+    let refuse = |method: &str, parts: &[&str]| refused(&format!("method: [{{{method}}}]"), &[], 2, parts);
+    refuse(
+        "child_tuning_d: {mask: {choose: lowest, threshold: percentile}}",
+        &["experiment.yaml: ", "`mask.choose: lowest`", "`percentile`"],
+    );
+    refuse(
+        "child_tuning_d: {mask: {choose: random}, fisher: {estimator: batch}}",
+        &["`mask.choose: random`", "remove `fisher`"],
+    );
+    refuse("child_tuning_d: {mask: {choose: lowst}}", &["experiment.yaml:1:", "did you mean `lowest`?"]);
+    refuse("child_tuning_d: {outside: prone}", &["experiment.yaml:1:", "did you mean `prune`?"]);
+    refuse("vanilla: {learning_rate_factor: 0}", &["learning_rate_factor", "a finite number above 0, not 0"]);
+    refuse("vanilla: {learning_rate: 1}", &["`learning_rate`", "did you mean `learning_rate_factor`?"]);
+    refused("train: {optimizer: sdg}", &[], 2, &["experiment.yaml:1:", "did you mean `sgd`?"]);
+}
+
+#[test]
 fn a_missing_experiment_is_named() {
     Workplace::new().call(&["run", "absent.yaml"]).refused(2, &["experiment absent.yaml", "No such file"]);
 }
@@ -104,16 +122,17 @@ fn every_command_has_help_that_names_its_options() {
     let workplace = Workplace::with_models(&[]);
     let experiment = ["EXPERIMENT.yaml", "--set", "--only", "--data"];
     let compute = ["--device", "--threads"];
-    let cases: [(&[&str], &[&str]); 11] = [
+    let cases: [(&[&str], &[&str]); 12] = [
         (&[], &["run", "plan", "compare", "predict", "child", "export", "doctor", "Exit codes"]),
         (&["run"], &[&experiment[..], &compute].concat()),
         (&["plan"], &experiment),
         (&["compare"], &["RESULTS.csv", "--format"]),
         (&["predict"], &["--model", "--task", "--input", "--output", "--max-length", "--logits", "--device"]),
-        (&["child"], &["compute", "inspect", "overlap"]),
+        (&["child"], &["compute", "inspect", "overlap", "variance"]),
         (&["child", "compute"], &[&experiment[..], &compute, &["--output"]].concat()),
         (&["child", "inspect"], &["MASK.safetensors", "--tensors"]),
-        (&["child", "overlap"], &["MASK.safetensors"]),
+        (&["child", "overlap"], &["MASK.safetensors", "--output", "--by"]),
+        (&["child", "variance"], &[&experiment[..], &compute, &["--draws", "--output"]].concat()),
         (&["export"], &["--model", "--output", "--task", "--seed"]),
         (&["doctor"], &["--data", "--models"]),
     ];

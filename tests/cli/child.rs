@@ -76,20 +76,128 @@ fn computing_a_mask_without_training_gives_the_same_one() {
 }
 
 #[test]
-fn overlap_is_whole_with_itself_and_partial_with_another_seed() {
+fn overlaps_are_a_matrix_and_a_tidy_csv() {
     let (workplace, rows) = with_masks();
-    let overlap = |left: &str, right: &str| {
-        let text = workplace.call(&["child", "overlap", left, right]).with_code(0).stdout;
-        let words = words(&text, "rte");
-        let percents: Vec<f64> = words.iter().filter_map(|word| word.parse().ok()).collect();
-        (percents[0], percents[1])
-    };
     let (first, second) = (mask("masks", &rows[0]), mask("masks", &rows[1]));
+    let overlap = ["child", "overlap", &first, &second];
+    let text = workplace.call(&[&overlap[..], &["--output", "matrix.csv"]].concat()).with_code(0).stdout;
+    for title in ["overlap: both / either", "by chance", "both / row's"] {
+        assert!(text.lines().any(|line| line.trim().starts_with(title) && line.contains("rte 1")), "{text}");
+    }
+    let pairs = workplace.rows("matrix.csv");
+    let number = |row: &Row, column: &str| row[column].parse::<f64>().unwrap();
+    let whole: Vec<&Row> = pairs.iter().filter(|row| row["part"] == "all").collect();
+    let names: Vec<_> = whole.iter().map(|row| (&*row["first"], &*row["second"])).collect();
+    assert_eq!(names, [("rte 1", "rte 1"), ("rte 1", "rte 2"), ("rte 2", "rte 1"), ("rte 2", "rte 2")]);
+    assert_eq!((number(whole[0], "overlap"), number(whole[3], "intersection_share")), (1.0, 1.0));
     // By chance two masks of a fifth share 0.04 of 0.36.
-    assert_eq!(overlap(&first, &first), (100.0, 11.11));
-    let (found, chance) = overlap(&first, &second);
-    assert!(found > chance && found < 100.0, "{found} {chance}");
-    assert_eq!(overlap(&second, &first), (found, chance));
+    let (found, chance) = (number(whole[1], "overlap"), number(whole[1], "chance"));
+    assert!((chance - 0.04 / 0.36).abs() < 1e-3 && found > chance && found < 1.0, "{found} {chance}");
+    assert_eq!(found, number(whole[2], "overlap"));
+    assert!(text.contains(&format!("{:.2} %", 100.0 * found)), "{text}");
+    assert_eq!(whole[0]["first_kept"], rows[0]["child_parameters"]);
+    // The parts of one pair add up to the whole.
+    let parts: Vec<&Row> = pairs.iter().take_while(|row| row["second"] == "rte 1").collect();
+    let names: Vec<_> = parts.iter().map(|row| &*row["part"]).collect();
+    assert_eq!((names[..3].to_vec(), names.last()), (vec!["all", "embeddings", "layer 0"], Some(&"pooler")));
+    let kept = |row: &&Row| row["first_kept"].parse::<usize>().unwrap();
+    assert_eq!(parts[1..].iter().map(kept).sum::<usize>(), kept(&parts[0]));
+
+    workplace.call(&[&overlap[..], &["--output", "matrix.csv", "--by", "all"]].concat()).with_code(0);
+    assert_eq!(workplace.rows("matrix.csv").len(), 4);
+    let none = ["child", "overlap", &first, &second, "--by", "tensor"];
+    assert!(workplace.call(&none).with_code(2).stderr.contains("--output"));
+    workplace.call(&["child", "overlap", &first, &first]).refused(2, &[&first, "is named twice"]);
+}
+
+/// One run of Child-Tuning_D with the mask of another's, or what that is refused with.
+fn with_file(workplace: &Workplace, model: &str, file: &str, further: &str) -> crate::support::Answer {
+    workplace.experiment(&format!(
+        "model: {model}\nmethod: [{{child_tuning_d: {{mask: {{file: {file}}}{further}}}}}]\nresults: second.csv"
+    ));
+    workplace.run(&[])
+}
+
+#[test]
+fn a_saved_mask_serves_another_run() {
+    let (workplace, rows) = with_masks();
+    let file = mask("masks", &rows[0]);
+    with_file(&workplace, "bert_pair", &file, "").with_code(0);
+    let row = workplace.row("second.csv");
+    assert_eq!(row["mask_sha256"], rows[0]["mask_sha256"]);
+    assert_eq!(row["child_share"], rows[0]["child_share"]);
+    assert!(row["method_config"].starts_with(&format!("mask={} ", rows[0]["mask_sha256"])));
+    // It is the same training, whatever the mask came from.
+    assert_eq!((&row["score"], &row["loss"]), (&rows[0]["score"], &rows[0]["loss"]));
+    // Identity follows the contents, not the name.
+    std::fs::rename(workplace.path(&file), workplace.path("moved.safetensors")).unwrap();
+    with_file(&workplace, "bert_pair", "moved.safetensors", "").with_code(0);
+    assert_eq!(workplace.rows("second.csv").len(), 1);
+}
+
+#[test]
+fn a_mask_that_does_not_fit_is_refused_before_anything_trains() {
+    let (workplace, rows) = with_masks();
+    let file = mask("masks", &rows[0]);
+    with_file(&workplace, "bert_single", &file, "").refused(2, &[&file, "is a mask of another model"]);
+    let absent = ["experiment.yaml: ", "mask.file: ", "cannot read absent.safetensors"];
+    with_file(&workplace, "bert_pair", "absent.safetensors", "").refused(2, &absent);
+    let beside = ["`mask.file` is a finished mask", "remove `p`, `fisher`"];
+    with_file(&workplace, "bert_pair", &file, ", p: 0.2, fisher: {dropout: true}").refused(2, &beside);
+    let mut bytes = std::fs::read(workplace.path(&file)).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    workplace.write(&file, &bytes);
+    with_file(&workplace, "bert_pair", &file, "").refused(2, &[&file, "is damaged"]);
+    assert!(workplace.rows("second.csv").is_empty());
+}
+
+#[test]
+fn random_and_lowest_masks_can_be_computed() {
+    let workplace = Workplace::new();
+    workplace.experiment(
+        "method:\n  - child_tuning_d\n  - child_tuning_d: {mask: {choose: lowest}}\n  - child_tuning_d: {mask: {choose: random}}",
+    );
+    let compute = ["child", "compute", "experiment.yaml", "--threads", "1", "--output", "m"];
+    let files: Vec<String> =
+        workplace.call(&compute).with_code(0).stdout.lines().map(str::to_owned).collect();
+    let [highest, lowest, random] = &files[..] else { panic!("{files:?}") };
+    workplace
+        .call(&["child", "overlap", highest, lowest, random, "--output", "o.csv", "--by", "all"])
+        .with_code(0);
+    let pairs = workplace.rows("o.csv");
+    assert_eq!((&*pairs[0]["overlap"], &*pairs[1]["overlap"]), ("1.0", "0.0"));
+    // Names are the files' where task and seed do not tell masks apart.
+    assert_eq!(&pairs[2]["second"], random);
+    let ratio = pairs[2]["overlap"].parse::<f64>().unwrap() / pairs[2]["chance"].parse::<f64>().unwrap();
+    assert!((ratio - 1.0).abs() < 0.1, "{ratio}");
+}
+
+#[test]
+fn theorem_1_is_measured_for_the_runs_that_it_is_about() {
+    let workplace = Workplace::new();
+    workplace.experiment(
+        "method: [vanilla, {vanilla: {learning_rate_factor: 0.5}}, {child_tuning_f: {p: [0.2, 0.5]}}, child_tuning_d]\n\
+         train: {optimizer: [sgd, adamw], batch_size: 16, examples: 32, max_length: 32, learning_rate: 0.01}",
+    );
+    let variance = ["child", "variance", "experiment.yaml", "--threads", "1", "--draws", "50"];
+    let measure = [&variance[..], &["--output", "v.csv"]].concat();
+    let answer = workplace.call(&measure).with_code(0);
+    assert_eq!(answer.stdout.lines().count(), 4);
+    let rows = workplace.rows("v.csv");
+    let column = |name: &str| rows.iter().map(|row| &*row[name]).collect::<Vec<_>>();
+    assert_eq!(column("method"), ["vanilla", "vanilla", "child_tuning_f", "child_tuning_f"]);
+    assert_eq!(column("p"), ["1.0", "1.0", "0.2", "0.5"]);
+    assert_eq!(column("learning_rate"), ["0.01", "0.005", "0.01", "0.01"]);
+    assert_eq!((&*rows[0]["examples"], &*rows[0]["batch_size"], &*rows[0]["draws"]), ("32", "16", "50"));
+    for row in &rows {
+        let number = |name: &str| row[name].parse::<f64>().unwrap();
+        assert!((number("ratio") - 1.0).abs() < 5.0 * number("standard_error_of_ratio"), "{row:?}");
+    }
+    assert!(!workplace.path("results.csv").exists());
+
+    workplace.experiment("method: [child_tuning_d, vanilla]");
+    workplace.call(&measure).refused(2, &["no run is vanilla or child_tuning_f with `train.optimizer: sgd`"]);
 }
 
 #[test]

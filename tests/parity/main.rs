@@ -6,4 +6,5 @@ mod bert;
 mod fisher;
 mod fixture;
 mod optimizer;
+mod step_variance;
 mod training;

@@ -1,7 +1,9 @@
 //! Ten AdamW steps against `torch.optim.AdamW` and the released (legacy transformers) form.
 
 use child_tuning::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
-use child_tuning::train::{AdamW, AdamWForm, Checkpoint, Freeze, Hyperparameters, Order, Precision, Warmup};
+use child_tuning::train::{
+    AdamW, AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Warmup,
+};
 use tch::Device;
 
 use crate::fixture::{assert_close, part, tensors};
@@ -16,6 +18,7 @@ pub fn hyperparameters() -> Hyperparameters {
         warmup: Warmup(0.0),
         weight_decay: 0.01,
         max_gradient_norm: Some(1.0),
+        optimizer: OptimizerRule::Adamw,
         betas: (0.9, 0.999),
         epsilon: 1e-8,
         adamw: AdamWForm::Torch,

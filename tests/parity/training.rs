@@ -6,7 +6,7 @@ use child_tuning::child::ChildNetwork;
 use child_tuning::data::EncodedDataset;
 use child_tuning::method::{Method, MethodSpec, Preset};
 use child_tuning::model::Classifier;
-use child_tuning::train::{Control, Hyperparameters, Order, Precision, Trained, train};
+use child_tuning::train::{Control, Hyperparameters, OptimizerRule, Order, Precision, Trained, train};
 use tch::{Kind, Tensor};
 
 use crate::fixture::{assert_close, classifier, dataset, part, tensors};
@@ -63,15 +63,80 @@ fn the_same_seed_gives_the_same_bits_and_another_seed_does_not() {
 
 #[test]
 fn with_p_of_one_every_child_network_is_vanilla_bit_for_bit() {
-    let vanilla = weights_after("vanilla", &settings(), 7);
-    for text in [
-        "child_tuning_f: {p: 1}",
-        "child_tuning_f: {p: 1, clip: before_mask}",
-        "child_tuning_d: {p: 1}",
-        "child_tuning_d: {p: 1.0, mask: {scope: encoder_layers}, clip: before_mask, decay_scope: all}",
-    ] {
-        assert_eq!(weights_after(text, &settings(), 7), vanilla, "{text}");
+    for optimizer in [OptimizerRule::Adamw, OptimizerRule::Sgd] {
+        let settings = Hyperparameters { optimizer, ..settings() };
+        let vanilla = weights_after("vanilla", &settings, 7);
+        for text in [
+            "vanilla: {learning_rate_factor: 1}",
+            "child_tuning_f: {p: 1}",
+            "child_tuning_f: {p: 1, clip: before_mask}",
+            "child_tuning_d: {p: 1}",
+            "child_tuning_d: {p: 1, outside: prune}",
+            "child_tuning_d: {p: 1, mask: {choose: random, scope: all}}",
+            "child_tuning_d: {p: 1.0, mask: {scope: encoder_layers}, clip: before_mask, decay_scope: all}",
+        ] {
+            assert_eq!(weights_after(text, &settings, 7), vanilla, "{text} {optimizer:?}");
+        }
     }
+}
+
+#[test]
+fn a_learning_rate_factor_is_the_same_as_another_learning_rate() {
+    let half = Hyperparameters { learning_rate: settings().learning_rate / 2.0, ..settings() };
+    let found = weights_after("vanilla: {learning_rate_factor: 0.5}", &settings(), 7);
+    assert_eq!(found, weights_after("vanilla", &half, 7));
+    assert_ne!(found, weights_after("vanilla", &settings(), 7));
+}
+
+#[test]
+fn sgd_keeps_no_state() {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    let settings = Hyperparameters { optimizer: OptimizerRule::Sgd, ..settings() };
+    let trained = run(&mut classifier("bert_pair"), &data, method("vanilla").as_ref(), &settings, 1);
+    assert_eq!(trained.optimizer_bytes, 0);
+}
+
+#[test]
+fn pruned_weights_are_zero_and_stay_so() {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    for text in [
+        "child_tuning_d: {p: 0.5, outside: prune}",
+        "child_tuning_d: {mask: {choose: random, scope: all}, outside: prune, clip: before_mask, decay_scope: all}",
+    ] {
+        let mut classifier = classifier("bert_pair");
+        let trained = run(&mut classifier, &data, method(text).as_ref(), &settings(), 5);
+        let mask = trained.mask.unwrap();
+        let child = mask.child().unwrap();
+        assert!(!child.is_full());
+        for tensor in child.tensors() {
+            let values = part(&classifier.parameters, classifier.parameters.values(), &tensor.name);
+            let values = Vec::<f32>::try_from(values.reshape([-1])).unwrap();
+            let outside = values.iter().zip(child.bits(tensor)).filter(|(_, bit)| !bit);
+            assert!(outside.into_iter().all(|(value, _)| *value == 0.0), "{text} {}", tensor.name);
+        }
+        // The next run starts from the checkpoint again.
+        classifier.reset(5).unwrap();
+        let again = crate::fixture::classifier("bert_pair");
+        assert_eq!(classifier.parameters.values(), again.parameters.values());
+    }
+}
+
+#[test]
+fn the_lowest_scores_are_others_than_the_highest() {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    let bits = |text: &str, seed: u64| {
+        let trained = run(&mut classifier("bert_pair"), &data, method(text).as_ref(), &settings(), seed);
+        let mask = trained.mask.unwrap();
+        let child = mask.child().unwrap();
+        assert_eq!(child.kept(), (0.3 * child.maskable() as f64).round() as usize, "{text}");
+        child.tensors().iter().flat_map(|tensor| child.bits(tensor)).collect::<Vec<bool>>()
+    };
+    let highest = bits("child_tuning_d", 5);
+    let lowest = bits("child_tuning_d: {mask: {choose: lowest}}", 5);
+    assert!(!highest.iter().zip(&lowest).any(|(high, low)| *high && *low));
+    let random = "child_tuning_d: {mask: {choose: random}}";
+    assert_eq!(bits(random, 5), bits(random, 5));
+    assert_ne!(bits(random, 5), bits(random, 6));
 }
 
 #[test]
@@ -103,14 +168,25 @@ fn micro_batches_add_up_to_the_whole_batch() {
 #[test]
 fn weights_outside_the_child_network_keep_every_bit() {
     let data = dataset(&tensors("bert_pair/reference.safetensors"));
-    for (text, frozen) in [
-        ("child_tuning_d: {p: 0.3}", true),
-        ("child_tuning_d: {p: 0.3, mask: {threshold: per_tensor, scope: all}, clip: before_mask}", true),
-        ("child_tuning_d: {p: 0.3, decay_scope: all}", false),
+    let (adamw, sgd) = (OptimizerRule::Adamw, OptimizerRule::Sgd);
+    for (text, optimizer, frozen) in [
+        ("child_tuning_d: {p: 0.3}", adamw, true),
+        (
+            "child_tuning_d: {p: 0.3, mask: {threshold: per_tensor, scope: all}, clip: before_mask}",
+            adamw,
+            true,
+        ),
+        ("child_tuning_d: {p: 0.3, mask: {choose: lowest}}", adamw, true),
+        ("child_tuning_d: {p: 0.3, decay_scope: all}", adamw, false),
+        ("child_tuning_d: {p: 0.3}", sgd, true),
+        ("child_tuning_d: {p: 0.3, decay_scope: all}", sgd, false),
     ] {
+        // SGD at a rate that moves more than the last bit of a weight.
+        let rate = if optimizer == sgd { 1.0 } else { 1e-3 };
+        let settings = Hyperparameters { optimizer, learning_rate: rate, ..settings() };
         let mut classifier = classifier("bert_pair");
         let before = classifier.parameters.values_copy().unwrap();
-        let trained = run(&mut classifier, &data, method(text).as_ref(), &settings(), 5);
+        let trained = run(&mut classifier, &data, method(text).as_ref(), &settings, 5);
         let mask = trained.mask.unwrap();
         let child = mask.child().unwrap();
         let (mut outside, mut moved_outside, mut inside, mut moved_inside) = (0, 0, 0, 0);

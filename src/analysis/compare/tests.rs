@@ -117,6 +117,23 @@ fn sets_a_method_against_vanilla_with_the_same_hyperparameters_only() {
 }
 
 #[test]
+fn vanilla_with_settings_of_its_own_is_compared_and_no_baseline() {
+    let control = |score| Row {
+        method_config: "learning_rate_factor=0.5".into(),
+        run: "control".into(),
+        ..run("vanilla", 1, score)
+    };
+    let comparison = compare(&[control(0.7), run("vanilla", 1, 0.5), run("child_tuning_f", 1, 0.6)]);
+    let found: Vec<Option<f64>> = comparison.blocks[0]
+        .groups
+        .iter()
+        .map(|group| group.difference.map(|difference| (difference.mean * 1e6).round() / 1e6))
+        .collect();
+    assert_eq!(found, [Some(0.2), None, Some(0.1)]);
+    assert_eq!(labels(&comparison)[0], "vanilla learning_rate_factor=0.5");
+}
+
+#[test]
 fn separates_tasks_targets_and_training_sizes_in_order_of_appearance() {
     let rows = [
         Row { task: "sts-b".into(), evaluated_on: "sts-b".into(), run: "a".into(), ..run("vanilla", 1, 0.5) },

@@ -86,6 +86,8 @@ pub struct Row {
     /// Norm that gradients are clipped to; empty if they are not clipped.
     #[serde(default, with = "number")]
     pub max_gradient_norm: Option<f64>,
+    /// Rule that turns gradients into steps, `adamw` or `sgd`.
+    pub optimizer: String,
     /// Decay rate of Adam's first moment.
     pub beta1: f64,
     /// Decay rate of Adam's second moment.
@@ -228,6 +230,7 @@ impl Default for Row {
             warmup: 0.0,
             weight_decay: 0.0,
             max_gradient_norm: None,
+            optimizer: String::new(),
             beta1: 0.0,
             beta2: 0.0,
             epsilon: 0.0,

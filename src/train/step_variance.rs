@@ -1,0 +1,225 @@
+//! Theorem 1 of the paper, measured: mean and variance of one step of SGD under Child-Tuning_F.
+//!
+//! Let g be the mean gradient over all N examples, σ² the variance of the gradients of single examples around it (with N
+//! below the line), both of one weight, and B the examples of a step, drawn without replacement. The mean gradient of the
+//! batch has mean g and variance V = σ²/B · (N − B)/(N − 1). The mask M ~ Bernoulli(p) is independent of it, and the step
+//! is Δw = −η s M ḡ, where s is 1/p (or 1 without rescaling). So
+//!
+//! - E\[Δw\] = −η s p g, and
+//! - Var\[Δw\] = η² s² (E\[M²\] E\[ḡ²\] − p² g²) = η² s² (p V + p (1 − p) g²),
+//!
+//! which for s = 1/p is the theorem's η² (V/p + (1 − p) g²/p).
+
+use serde::Serialize;
+use tch::{Kind, Tensor};
+
+use super::hyperparameters::Hyperparameters;
+use super::trainer::{Control, Event, Progress, prepare};
+use crate::child::{
+    Estimator, FisherBatch, FisherOptions, GradientMask, MaskScope, fisher_information, install_hooks,
+};
+use crate::data::EncodedDataset;
+use crate::error::{Error, Result};
+use crate::method::Method;
+use crate::model::{Classifier, Parameters, Pass, loss};
+use crate::random::{self, Key, Purpose};
+
+/// Mean and variance of a step as the theorem predicts and as draws show them. Sums and norms are over all weights in the
+/// mask's scope.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct StepVariance {
+    /// Share of the weights that a step keeps; 1 without a mask.
+    pub p: f64,
+    /// Examples of a step.
+    pub batch_size: usize,
+    /// Examples that batches are drawn from.
+    pub examples: usize,
+    /// Weights that are measured.
+    pub weights: usize,
+    /// Steps that were drawn.
+    pub draws: u64,
+    /// Length of a step for a gradient of length 1.
+    pub learning_rate: f64,
+    /// ‖E\[Δw\]‖.
+    pub predicted_mean_norm: f64,
+    /// ‖mean of the draws − E\[Δw\]‖.
+    pub mean_error_norm: f64,
+    /// Root mean square of the above that draws of the predicted variance have.
+    pub expected_mean_error_norm: f64,
+    /// Σ Var\[Δw\].
+    pub predicted_variance: f64,
+    /// The same from the draws (with draws − 1 below the line).
+    pub measured_variance: f64,
+    /// Measured / predicted variance.
+    pub ratio: f64,
+    /// Standard error of the ratio.
+    pub standard_error_of_ratio: f64,
+    /// Share of the weights with a variance whose mean lies within three standard errors of the predicted one.
+    pub within_three_standard_errors: f64,
+}
+
+/// Draws steps from the model's weights, each with another batch and mask, and compares them with the theorem. The weights
+/// stay as they are.
+///
+/// Dropout, clipping, warm-up and weight decay are off, and passes are in float32: the theorem is about none of these. A
+/// step is taken as −η times the masked gradient and not added to the weights, whose last bits would swallow small steps.
+///
+/// # Errors
+/// Fails if the method's mask is a fixed one, on request ([`Error::Interrupted`]), or if libtorch refuses an operation.
+pub fn step_variance(
+    classifier: &mut Classifier,
+    data: &EncodedDataset,
+    method: &dyn Method,
+    hyperparameters: &Hyperparameters,
+    seed: u64,
+    draws: u64,
+    control: &mut Control,
+) -> Result<StepVariance> {
+    let prepared = prepare(classifier, data, method, hyperparameters, seed, control)?;
+    let (scope, p, scale) = match prepared.mask.as_deref() {
+        None => (MaskScope::All, 1.0, 1.0),
+        Some(GradientMask::Bernoulli(mask)) => (mask.scope(), mask.probability(), mask.scale()),
+        Some(GradientMask::Fixed(_)) => {
+            return Err(Error::configuration("Theorem 1 is about masks that are drawn at every step"));
+        }
+    };
+    let learning_rate = hyperparameters.learning_rate * prepared.learning_rate_factor;
+    let batch_size = hyperparameters.batch_size.min(data.len());
+    let moments = Moments::new(classifier, data, scope, batch_size, control)?;
+    let step_length = learning_rate * scale;
+    let squares = moments.mean.f_square()?;
+    let predicted_mean = moments.mean.f_mul_scalar(-step_length * p)?;
+    let predicted_variance = moments
+        .variance_of_batch(batch_size, data.len())?
+        .f_mul_scalar(p)?
+        .f_add(&squares.f_mul_scalar(p * (1.0 - p))?)?
+        .f_mul_scalar(step_length.powi(2))?;
+
+    let _hooks =
+        prepared.mask.as_ref().map(|mask| install_hooks(&classifier.parameters, mask)).transpose()?;
+    // Deviations from the predicted mean: their sums lose no digits, however small they are.
+    let (mut sums, mut sums_of_squares) = (predicted_mean.f_zeros_like()?, predicted_mean.f_zeros_like()?);
+    let mut lengths = Vec::new();
+    for draw in 0..draws {
+        control.check()?;
+        // A permutation of its own for every draw: the batches of one epoch are not independent.
+        let order = random::permutation(data.len(), Key::derive(seed, Purpose::Order, draw));
+        if let Some(mask) = &prepared.mask {
+            mask.begin_step(draw);
+        }
+        classifier.parameters.zero_gradients()?;
+        let mean_loss = add_gradient(classifier, data, &order[..batch_size], batch_size)?;
+        let deviation = gathered(&classifier.parameters, classifier.parameters.gradients(), scope)?
+            .f_mul_scalar_(-learning_rate)?
+            .f_sub_(&predicted_mean)?;
+        sums = sums.f_add_(&deviation)?;
+        sums_of_squares = sums_of_squares.f_addcmul_(&deviation, &deviation)?;
+        lengths.push(f64::try_from(deviation.f_square()?.f_sum(Kind::Double)?)?);
+        let progress = Progress { done: draw + 1, total: draws };
+        (control.report)(Event::Step { progress, loss: mean_loss });
+    }
+    classifier.parameters.zero_gradients()?;
+
+    let total = |values: &Tensor| -> Result<f64> { Ok(f64::try_from(values.f_sum(Kind::Double)?)?) };
+    let count = draws as f64;
+    let mean_error = sums.f_div_scalar(count)?;
+    let squared_mean_error = total(&mean_error.f_square()?)?;
+    let measured_variance = (total(&sums_of_squares)? - count * squared_mean_error) / (count - 1.0);
+    let predicted = total(&predicted_variance)?;
+    let mean_length = lengths.iter().sum::<f64>() / count;
+    let variance_of_lengths =
+        lengths.iter().map(|length| (length - mean_length).powi(2)).sum::<f64>() / (count - 1.0);
+    let varies = predicted_variance.f_gt(0.0)?;
+    let within = mean_error
+        .f_square()?
+        .f_le_tensor(&predicted_variance.f_mul_scalar(9.0 / count)?)?
+        .f_logical_and(&varies)?;
+    Ok(StepVariance {
+        p,
+        batch_size,
+        examples: data.len(),
+        weights: predicted_mean.numel(),
+        draws,
+        learning_rate,
+        predicted_mean_norm: total(&predicted_mean.f_square()?)?.sqrt(),
+        mean_error_norm: squared_mean_error.sqrt(),
+        expected_mean_error_norm: (predicted / count).sqrt(),
+        predicted_variance: predicted,
+        measured_variance,
+        ratio: measured_variance / predicted,
+        standard_error_of_ratio: (variance_of_lengths / count).sqrt() / predicted,
+        within_three_standard_errors: total(&within)? / total(&varies)?,
+    })
+}
+
+/// Mean and mean square of the gradients of single examples, of each weight in a scope, in float64.
+struct Moments {
+    mean: Tensor,
+    mean_square: Tensor,
+}
+
+impl Moments {
+    fn new(
+        classifier: &mut Classifier,
+        data: &EncodedDataset,
+        scope: MaskScope,
+        batch_size: usize,
+        control: &mut Control,
+    ) -> Result<Self> {
+        let device = classifier.parameters.device();
+        let numbers: Vec<usize> = (0..data.len()).collect();
+        let batches = numbers.chunks(batch_size).map(|numbers| {
+            let (batch, targets) = data.batch(numbers, 0, device)?;
+            Ok(FisherBatch { batch, targets, dropout: None })
+        });
+        let options = FisherOptions { estimator: Estimator::PerExample, dropout: false, clip: None };
+        let mut done = 0;
+        let information = fisher_information(classifier, batches, &options, scope, |examples| {
+            done += examples;
+            (control.report)(Event::Prepared(Progress::new(done, data.len())));
+            control.check()
+        })?;
+        for numbers in numbers.chunks(batch_size) {
+            add_gradient(classifier, data, numbers, data.len())?;
+            control.check()?;
+        }
+        let parameters = &classifier.parameters;
+        Ok(Self {
+            mean: gathered(parameters, parameters.gradients(), scope)?,
+            mean_square: gathered(parameters, &information, scope)?,
+        })
+    }
+
+    /// Returns the variance of the mean gradient of `batch_size` of `examples`, drawn without replacement.
+    fn variance_of_batch(&self, batch_size: usize, examples: usize) -> Result<Tensor> {
+        let (batch_size, examples) = (batch_size as f64, examples as f64);
+        let remaining = (examples - batch_size) / (examples - 1.0).max(1.0);
+        // Rounding may leave a negative variance where there is none.
+        let variance = self.mean_square.f_sub(&self.mean.f_square()?)?.f_clamp_min(0.0)?;
+        Ok(variance.f_mul_scalar(remaining / batch_size)?)
+    }
+}
+
+/// Adds the gradient of examples' summed loss, divided by `whole`, to the model's. Returns their loss.
+fn add_gradient(
+    classifier: &Classifier,
+    data: &EncodedDataset,
+    examples: &[usize],
+    whole: usize,
+) -> Result<f64> {
+    let (batch, targets) = data.batch(examples, 0, classifier.parameters.device())?;
+    let weights = classifier.parameters.compute_weights(Kind::Float)?;
+    let loss = loss(&classifier.logits(&Pass::new(&weights, &batch, None))?, &targets, whole)?;
+    loss.f_backward()?;
+    Ok(f64::try_from(loss.f_detach()?)?)
+}
+
+/// Lays the weights in a scope one after the other, in float64.
+fn gathered(parameters: &Parameters, flat: &Tensor, scope: MaskScope) -> Result<Tensor> {
+    let parts = parameters.iter().filter(|(_, parameter)| scope.covers(parameter));
+    let parts = parts.map(|(_, parameter)| {
+        let range = &parameter.range;
+        Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?)
+    });
+    Ok(Tensor::f_cat(&parts.collect::<Result<Vec<_>>>()?, 0)?.f_to_kind(Kind::Double)?)
+}
