@@ -381,6 +381,28 @@ mod tests {
     }
 
     #[test]
+    fn other_names_of_labels_and_rows_without_consensus_are_the_users_to_name() {
+        let card = "name: n\ntrain: t-*.csv\ntext: t\nlabel: y\nspellings: {1: yes, SUPPORTS: yes}\n\
+                    merges: {maybe: no}\ndrop_labels: '-'\n";
+        let folder = folder(&[
+            ("card.yaml", card),
+            ("t-1.csv", "t,y\na,yes\nb,supports\nc,-\n"),
+            ("t-2.csv", "t,y\nd,1\ne,no\n"),
+        ]);
+        let card = TaskCard::load(&folder.path().join("card.yaml"));
+        // Only the exact spelling stands for the label while labels are collected.
+        assert_eq!(card.unwrap().labels(), ["no", "supports", "yes"]);
+        let listed = "name: n\ntrain: t-*.csv\ntext: t\nlabel: y\nlabels: [no, yes]\n\
+                      spellings: {1: yes, SUPPORTS: yes}\nmerges: {maybe: no}\ndrop_labels: '-'\n";
+        std::fs::write(folder.path().join("listed.yaml"), listed).unwrap();
+        let card = TaskCard::load(&folder.path().join("listed.yaml")).unwrap();
+        assert_eq!(card.merges["maybe"], "no");
+        let train = read_split(&card, &[], Split::Train).unwrap();
+        let ids: Vec<_> = train.examples.iter().map(|example| example.label).collect();
+        assert_eq!((ids, train.dropped), ([1, 1, 1, 0].map(|id| Some(Label::Class(id))).to_vec(), 1));
+    }
+
+    #[test]
     fn impossible_cards_are_refused_in_a_sentence() {
         let with = |line: &str| refusal(&format!("{CARD}{line}\n"));
         let three = CARD.replace("[claim, evidence]", "[claim, evidence, verdict]");
@@ -396,6 +418,9 @@ mod tests {
             ),
             (with("labels: [a, b]\nobjective: regression"), "exclude each other"),
             (with("labels: [a, a]"), "the label `a` is listed twice"),
+            (with("labels: [a, b]\nspellings: {c: d}"), "`c` for `d`, which is none of its labels"),
+            (with("labels: [a, b]\ndrop_labels: [a]"), "`drop_labels` has `a`, which is a label"),
+            (refusal(&CARD.replace("t.csv", "t-*.csv")), "there is no file of such a name"),
             (with("labels: [a]"), "at least two labels, not 1"),
             (with("headline: matthews"), "none of its metrics (accuracy)"),
             (with("header: false"), "a column is a number from 1, not `claim`"),

@@ -86,21 +86,4 @@ impl RowFilter {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_choice_of_rows_has_one_source_of_keys() {
-        let filter = |list: Option<&str>, values: &[&str], columns: &[&str]| RowFilter {
-            keep: Keep::Listed,
-            columns: columns.iter().map(|column| column.to_string()).collect(),
-            list: list.map(PathBuf::from),
-            values: values.iter().map(|value| value.to_string()).collect(),
-        };
-        assert_eq!(filter(Some("ids"), &[], &["a", "b"]).objection(), None);
-        assert_eq!(filter(None, &["TRAIN"], &["set"]).objection(), None);
-        assert!(filter(None, &[], &["set"]).objection().unwrap().contains("needs"));
-        assert!(filter(Some("ids"), &["TRAIN"], &["set"]).objection().unwrap().contains("not both"));
-        assert!(filter(None, &["TRAIN"], &["a", "b"]).objection().unwrap().contains("one column"));
-    }
-}
+mod tests;

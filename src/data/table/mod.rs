@@ -15,6 +15,9 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
+#[cfg(test)]
+pub(super) use parquet::tests::{Column, write};
+
 /// How the cells of a file are told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
