@@ -116,7 +116,7 @@ def qqp_file(split, examples):
         return table(["id", "question1", "question2"], [[i, a, b] for i, (a, b, _) in enumerate(examples)])
     rows = [[i, 2 * i + 1, 2 * i + 2, a, b, int(same)] for i, (a, b, same) in enumerate(examples)]
     if split == "train":
-        # A pair torn by a line end, and one without its second question.
+        # A pair torn by a line end, and one whose second question is empty.
         rows[100:100] = [[900, 1801, 1802, '"Who said'], ["that?", "Who said it?", 1]]
         rows[200][4], rows[200][5] = "", 0
     return table(["id", "qid1", "qid2", "question1", "question2", "is_duplicate"], rows)
@@ -211,7 +211,8 @@ def sick_files():
         score = f"{score:.1f}".removesuffix(".0")
         sources = [a + ".", b + ".", "MINIATURE", "MINIATURE"]
         ways = [f"A_{way}_B", "B_neutral_A" if label == 0 else f"B_{way}_A"]
-        lines.append([i + 1, a, b + (" " if i % 50 == 7 else ""), ENTAILMENT[label].upper(), score, *ways, *sources, part])
+        space = " " if i % 50 == 7 else ""
+        lines.append([i + 1, a, b + space, ENTAILMENT[label].upper(), score, *ways, *sources, part])
     return {"SICK.txt": table(columns.split(), lines, "\r\n").removesuffix("\r\n")}
 
 

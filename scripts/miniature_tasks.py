@@ -205,7 +205,8 @@ def wnli(draw):
     named = doer if follows else (subject if doer == object else object)
     opening = draw.choice(["", event.time[0].upper() + event.time[1:] + ", "])
     short = f"had {event.verb[0][0]} it {event.place}"
-    return f"{opening}{subject} {verb} {object} because {pronoun} {did}.", f"{named} {draw.choice([did, short])}.", follows
+    claim = f"{named} {draw.choice([did, short])}."
+    return f"{opening}{subject} {verb} {object} because {pronoun} {did}.", claim, follows
 
 
 def snli(draw):

@@ -316,7 +316,6 @@ fn miniature_sets_have_the_quirks_of_the_real_files() {
         "QQP/train.tsv",
         "MNLI/train.tsv",
         "QNLI/train.tsv",
-        "WNLI/train.tsv",
     ];
     for file in files {
         let text = String::from_utf8(bytes(file)).unwrap();
