@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the miniature data sets in data/: four tasks in the file layouts of GLUE.
+"""Writes the miniature data sets in data/, in the file layouts of the real ones.
 
     python scripts/make_miniature_data.py            # writes the files
     python scripts/make_miniature_data.py --check    # fails if they differ
@@ -7,10 +7,18 @@
 Every sentence is put together here from word lists, so nothing is anyone else's text. A small
 event (who did what to which thing, where and when) is drawn and worded in several ways:
 
-  CoLA   a correct sentence, or one with a broken agreement, verb form or word order
-  RTE    a premise, and a hypothesis that states part of it or contradicts it
-  MRPC   two wordings of one event, or of two events that differ in a fact
-  STS-B  two events, scored from 0 to 5 by the parts they share
+  CoLA     a correct sentence, or one with a broken agreement, verb form or word order
+  RTE      a premise, and a hypothesis that states part of it or contradicts it
+  MRPC     two wordings of one event, or of two events that differ in a fact
+  STS-B    two events, scored from 0 to 5 by the parts they share
+  SST-2    a phrase that praises a part of a film, or finds fault with it
+  QQP      two questions about one event, or about two that differ in a fact
+  MNLI     a premise, and a hypothesis that follows, is open or contradicts; AX likewise
+  QNLI     a question, and a sentence that answers it or does not
+  WNLI     a pronoun, and the person it stands for or the other one
+  SNLI     a caption, and a sentence that follows, is open or contradicts
+  SciTail  a fact, and a statement that follows from it or does not
+  SICK     two captions, with a label as in SNLI and a relatedness from 1 to 5
 
 Only the standard library is used, and the same seed gives the same bytes.
 """
@@ -20,181 +28,13 @@ import random
 import sys
 from pathlib import Path
 
+import miniature_tasks as tasks
+
 SEED = 20210915
 SIZES = {"train": 320, "dev": 120, "test": 40}
 DATA = Path(__file__).resolve().parent.parent / "data"
 
-MEN = ["Peter", "Björn", "Tom", "Omar", "Daniel", "Łukasz", "Henry", "José"]
-WOMEN = ["Anna", "Zoë", "Maria", "Renée", "Grace", "Nina", "Sofia", "Aylin"]
-TRADES = ["baker", "teacher", "nurse", "farmer", "pilot", "gardener", "plumber", "librarian"]
-PEOPLE = MEN + WOMEN + [f"the {trade}" for trade in TRADES] + ["Anna's brother", "Tom's neighbour"]
-
-# Two words of one meaning, each as past form (and participle) and base form.
-VERBS = [
-    [("repaired", "repair"), ("fixed", "fix")],
-    [("bought", "buy"), ("purchased", "purchase")],
-    [("cleaned", "clean"), ("washed", "wash")],
-    [("found", "find"), ("discovered", "discover")],
-    [("inspected", "inspect"), ("examined", "examine")],
-    [("lost", "lose"), ("misplaced", "misplace")],
-    [("moved", "move"), ("shifted", "shift")],
-    [("sold", "sell"), ("traded away", "trade away")],
-    [("painted", "paint"), ("coloured", "colour")],
-]
-
-THINGS = [
-    ["bicycle", "bike"],
-    ["sofa", "couch"],
-    ["car", "automobile"],
-    ["parcel", "package"],
-    ["rug", "carpet"],
-    ["cap", "hat"],
-    ["lantern", "lamp"],
-    ["suitcase", "travel bag"],
-    ["rowing boat", "small boat"],
-    ["piano", "old piano"],
-    ["wooden ladder", "ladder"],
-    ['19" screen', '19" monitor'],
-    ['"Blue Harbour" poster', 'poster of "Blue Harbour"'],
-    ["birdcage", "cage for birds"],
-]
-PLACES = [
-    "in the garden",
-    "at the station",
-    "near the harbour",
-    "behind the school",
-    "outside the museum",
-    "beside the river",
-    "at the market",
-    "in the café",
-]
-TIMES = [
-    "on Monday",
-    "last night",
-    "before lunch",
-    "yesterday morning",
-    "in March",
-    "after the storm",
-    "at noon",
-    "two weeks ago",
-]
-
-
-def sentence(words, end="."):
-    """Capitalises the first letter and closes the sentence."""
-    text = " ".join(word for word in words if word)
-    return text[0].upper() + text[1:] + end
-
-
-class Event:
-    """Who did what to which thing, where and when; verb and thing are rows of synonyms."""
-
-    SLOTS = ("agent", "verb", "thing", "place", "time")
-    CHOICES = dict(agent=PEOPLE, verb=VERBS, thing=THINGS, place=PLACES, time=TIMES)
-
-    def __init__(self, draw):
-        for slot in self.SLOTS:
-            setattr(self, slot, draw.choice(self.CHOICES[slot]))
-
-    def changed(self, draw, slots):
-        """Returns a copy that differs in exactly the named slots."""
-        other = Event(draw)
-        for slot in self.SLOTS:
-            if slot not in slots:
-                setattr(other, slot, getattr(self, slot))
-            while slot in slots and getattr(other, slot) == getattr(self, slot):
-                setattr(other, slot, draw.choice(self.CHOICES[slot]))
-        return other
-
-    def worded(self, draw, wording, place=True, time=True, form=None):
-        """Says the event with the first or second synonyms (wording 0 or 1)."""
-        past, thing = self.verb[wording][0], "the " + self.thing[wording]
-        place = self.place if place else ""
-        time = self.time if time else ""
-        form = form or draw.choice(["plain", "fronted", "passive"])
-        if form == "fronted" and time:
-            return sentence([time + ",", self.agent, past, thing, place])
-        if form == "passive":
-            return sentence([thing, "was", past, "by", self.agent, place, time])
-        return sentence([self.agent, past, thing, place, time])
-
-
-def cola(draw):
-    """Returns a sentence, its label and the mark that CoLA's authors put on bad examples."""
-    good = draw.random() < 0.6
-    event = Event(draw)
-    past, base = event.verb[0]
-    thing = event.thing[0]
-    kind = draw.randrange(6)
-    if kind == 0:  # word order
-        words = [event.agent, past, "the " + thing, event.place]
-        if not good:
-            words = [event.agent, thing, "the", past, event.place]
-    elif kind == 1:  # number of subject and verb
-        trade = draw.choice(TRADES)
-        ending = "" if good else "s"
-        words = [draw.choice(["the two", "these", "all the"]), trade + "s", base + ending, "the " + thing, event.place]
-    elif kind == 2:  # verb form in a question
-        words = ["did", event.agent, base if good else past, "the " + thing, event.place]
-        return sentence(words, "?"), good, "" if good else "*"
-    elif kind == 3:  # reflexive pronoun
-        name, right, wrong = draw.choice(
-            [(name, "himself", "herself") for name in MEN] + [(name, "herself", "himself") for name in WOMEN]
-        )
-        words = [event.time + ",", name, draw.choice(["blamed", "praised", "hurt", "saw"])]
-        words += [right if good else wrong, event.place]
-    elif kind == 4:  # verb form after an auxiliary
-        auxiliary = draw.choice(["has", "had"])
-        words = [event.agent, auxiliary, past if good else base, "the " + thing, event.place]
-    else:  # a missing or doubled word
-        words = ["the " + thing, "was", past, "by", event.agent, event.place]
-        if not good:
-            words = draw.choice([words[:1] + words[2:], words[:3] + [past] + words[3:]])
-    return sentence(words), good, "" if good else "*"
-
-
-def rte(draw):
-    """Returns a premise, a hypothesis and whether the second follows from the first."""
-    event = Event(draw)
-    premise = event.worded(draw, 0)
-    follows = draw.random() < 0.5
-    if follows:
-        place = draw.random() < 0.4
-        return premise, event.worded(draw, draw.randrange(2), place, not place), follows
-    kind = draw.randrange(4)
-    if kind == 0:
-        base = event.verb[0][1]
-        return premise, sentence([event.agent, "did not", base, "the " + event.thing[0]]), follows
-    other = event.changed(draw, [{"thing"}, {"agent"}, {"thing", "verb"}][kind - 1])
-    place = draw.random() < 0.4
-    return premise, other.worded(draw, draw.randrange(2), place, not place), follows
-
-
-def mrpc(draw):
-    """Returns two sentences and whether they say the same."""
-    event = Event(draw)
-    same = draw.random() < 0.62
-    forms = ["plain", "passive"] if draw.random() < 0.5 else ["fronted", "plain"]
-    if draw.random() < 0.5:
-        forms.reverse()
-    first = event.worded(draw, 0, form=forms[0])
-    if not same:
-        event = event.changed(draw, draw.choice([{"thing", "place"}, {"agent", "verb"}, {"thing", "time"}]))
-    return first, event.worded(draw, 1 if same else draw.randrange(2), form=forms[1]), same
-
-
-def stsb(draw):
-    """Returns two sentences and their similarity from 0 to 5."""
-    weights = dict(agent=1.0, verb=1.2, thing=1.4, place=0.8, time=0.6)
-    order = sorted(Event.SLOTS, key=lambda _: draw.random())
-    different = set(order[: draw.randrange(len(order) + 1)])
-    event = Event(draw)
-    first, wording = event.worded(draw, 0), draw.randrange(2)
-    second = event.changed(draw, different).worded(draw, wording)
-    score = sum(weight for slot, weight in weights.items() if slot not in different)
-    # Raters seldom agree to the last fifth of a point.
-    score += draw.choice([-0.2, 0.0, 0.0, 0.2])
-    return first, second, min(5.0, max(0.0, score))
+ENTAILMENT = ["entailment", "neutral", "contradiction"]
 
 
 def distinct(make, draw):
@@ -208,10 +48,25 @@ def distinct(make, draw):
             yield example
 
 
-def splits(make, name):
+def splits(make, name, sizes=SIZES):
     draw = random.Random(f"{SEED} {name}")
     examples = distinct(make, draw)
-    return {split: [next(examples) for _ in range(size)] for split, size in SIZES.items()}
+    return {split: [next(examples) for _ in range(size)] for split, size in sizes.items()}
+
+
+def table(columns, rows, end="\n"):
+    return "".join("\t".join(map(str, row)) + end for row in ([columns] if columns else []) + rows)
+
+
+def labelled(columns, rows, split):
+    """A table whose last column, the label, is left out of the test file."""
+    keep = len(columns) - (split == "test")
+    return table(columns[:keep], [row[:keep] for row in rows])
+
+
+def glue(make, name, file):
+    """The three files of a GLUE task."""
+    return {f"{split}.tsv": file(split, examples) for split, examples in splits(make, name).items()}
 
 
 def cola_file(split, examples):
@@ -248,21 +103,133 @@ def stsb_file(split, examples):
     return labelled(columns, rows, split)
 
 
-def labelled(columns, rows, split):
-    """A table whose last column, the label, is left out of the test file."""
-    keep = len(columns) - (split == "test")
-    return table(columns[:keep], [row[:keep] for row in rows])
+def sst2_file(split, examples):
+    if split == "test":
+        return table(["index", "sentence"], [[i, text] for i, (text, _) in enumerate(examples)])
+    # Training phrases end in a space.
+    space = " " if split == "train" else ""
+    return table(["sentence", "label"], [[text + space, int(kind)] for text, kind in examples])
 
 
-def table(columns, rows):
-    return "".join("\t".join(map(str, row)) + "\n" for row in [columns] + rows)
+def qqp_file(split, examples):
+    if split == "test":
+        return table(["id", "question1", "question2"], [[i, a, b] for i, (a, b, _) in enumerate(examples)])
+    rows = [[i, 2 * i + 1, 2 * i + 2, a, b, int(same)] for i, (a, b, same) in enumerate(examples)]
+    if split == "train":
+        # A pair torn by a line end, and one whose second question is empty.
+        rows[100:100] = [[900, 1801, 1802, '"Who said'], ["that?", "Who said it?", 1]]
+        rows[200][4], rows[200][5] = "", 0
+    return table(["id", "qid1", "qid2", "question1", "question2", "is_duplicate"], rows)
+
+
+def qnli_file(split, examples):
+    names = {True: "entailment", False: "not_entailment"}
+    rows = [[i, asked, text, names[answers]] for i, (asked, text, answers) in enumerate(examples)]
+    return labelled(["index", "question", "sentence", "label"], rows, split)
+
+
+def wnli_file(split, examples):
+    rows = [[i, a, b, int(follows)] for i, (a, b, follows) in enumerate(examples)]
+    return labelled(["index", "sentence1", "sentence2", "label"], rows, split)
+
+
+# Stand-ins for the parse trees of the inference sets.
+PARSES = ["( ( a ) b )", "( ( c ) d )", "(ROOT (S (NP a) (VP b)))", "(ROOT (S (NP c) (VP d)))"]
+PARSE_COLUMNS = "sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse".split()
+
+
+def votes(label, count):
+    """What annotators said: the majority, and one who saw it otherwise."""
+    return [ENTAILMENT[label]] * (count - 1) + [ENTAILMENT[(label + count) % 3]] if count > 1 else [ENTAILMENT[label]]
+
+
+def mnli_file(genre, count, examples):
+    """A file with `count` votes a pair; a test file, which has none, has no label either."""
+    columns = ["index", "promptID", "pairID", "genre"] + PARSE_COLUMNS + ["sentence1", "sentence2"]
+    columns += [f"label{number}" for number in range(1, count + 1)] + (["gold_label"] if count else [])
+    rows = []
+    for i, (a, b, label) in enumerate(examples):
+        row = [i, 5000 + i, f"{5000 + i}{'enc'[label]}", genre] + PARSES + [a, b]
+        rows.append(row + (votes(label, count) + [ENTAILMENT[label]] if count else []))
+    return table(columns, rows)
+
+
+def mnli_files():
+    matched = splits(tasks.mnli, "MNLI")
+    mismatched = splits(tasks.mnli_mm, "MNLI-mm", {split: SIZES[split] for split in ("dev", "test")})
+    files = {"train.tsv": mnli_file("letters", 1, matched["train"])}
+    for kind, genre, examples in (("matched", "letters", matched), ("mismatched", "telephone", mismatched)):
+        files[f"dev_{kind}.tsv"] = mnli_file(genre, 5, examples["dev"])
+        files[f"test_{kind}.tsv"] = mnli_file(genre, 0, examples["test"])
+    return files
+
+
+def ax_files():
+    rows = splits(tasks.mnli, "AX", {"test": SIZES["test"]})["test"]
+    text = table(["index", "sentence1", "sentence2"], [[i, a, b] for i, (a, b, _) in enumerate(rows)])
+    return {"diagnostic.tsv": text.removesuffix("\n")}
+
+
+def snli_files():
+    labels = [f"label{number}" for number in range(1, 6)]
+    columns = ["gold_label"] + PARSE_COLUMNS + ["sentence1", "sentence2", "captionID", "pairID"] + labels
+    # Every 41st pair has no majority; the others are as many as in the other sets.
+    sizes = {split: size + size // 40 for split, size in SIZES.items()}
+    files = {}
+    for split, examples in splits(tasks.snli, "SNLI", sizes).items():
+        rows = []
+        for i, (a, b, label) in enumerate(examples):
+            # Most training pairs were seen by their author only.
+            seen = [ENTAILMENT[label], "", "", "", ""] if split == "train" and i % 4 else votes(label, 5)
+            gold = ENTAILMENT[label]
+            if i % 41 == 40:
+                gold, seen = "-", ["neutral", "entailment", "contradiction", "neutral", "entailment"]
+            rows.append([gold] + PARSES + [a, b, f"{7000 + i}.jpg#0", f"{7000 + i}.jpg#0r1{'enc'[label]}"] + seen)
+        files[f"snli_1.0_{split}.txt"] = table(columns, rows)
+    return files
+
+
+def scitail_files():
+    names = {True: "entails", False: "neutral"}
+    files = {}
+    for split, examples in splits(tasks.scitail, "SciTail").items():
+        files[f"tsv_format/scitail_1.0_{split}.tsv"] = table([], [[a, b, names[label]] for a, b, label in examples])
+    return files
+
+
+def sick_files():
+    columns = "pair_ID sentence_A sentence_B entailment_label relatedness_score entailment_AB entailment_BA"
+    columns += " sentence_A_original sentence_B_original sentence_A_dataset sentence_B_dataset SemEval_set"
+    names = {"train": "TRAIN", "dev": "TRIAL", "test": "TEST"}
+    parts = splits(tasks.sick, "SICK")
+    rows = [[*example, names[split]] for split, examples in parts.items() for example in examples]
+    # The real file mixes the three parts.
+    random.Random(f"{SEED} SICK order").shuffle(rows)
+    lines = []
+    for i, (a, b, label, score, part) in enumerate(rows):
+        way = ["entails", "neutral", "contradicts"][label]
+        score = f"{score:.1f}".removesuffix(".0")
+        sources = [a + ".", b + ".", "MINIATURE", "MINIATURE"]
+        ways = [f"A_{way}_B", "B_neutral_A" if label == 0 else f"B_{way}_A"]
+        space = " " if i % 50 == 7 else ""
+        lines.append([i + 1, a, b + space, ENTAILMENT[label].upper(), score, *ways, *sources, part])
+    return {"SICK.txt": table(columns.split(), lines, "\r\n").removesuffix("\r\n")}
 
 
 TASKS = {
-    "CoLA": (cola, cola_file),
-    "RTE": (rte, rte_file),
-    "MRPC": (mrpc, mrpc_file),
-    "STS-B": (stsb, stsb_file),
+    "CoLA": lambda: glue(tasks.cola, "CoLA", cola_file),
+    "RTE": lambda: glue(tasks.rte, "RTE", rte_file),
+    "MRPC": lambda: glue(tasks.mrpc, "MRPC", mrpc_file),
+    "STS-B": lambda: glue(tasks.stsb, "STS-B", stsb_file),
+    "SST-2": lambda: glue(tasks.sst2, "SST-2", sst2_file),
+    "QQP": lambda: glue(tasks.qqp, "QQP", qqp_file),
+    "MNLI": mnli_files,
+    "QNLI": lambda: glue(tasks.qnli, "QNLI", qnli_file),
+    "WNLI": lambda: glue(tasks.wnli, "WNLI", wnli_file),
+    "AX": ax_files,
+    "SNLI": snli_files,
+    "SciTail": scitail_files,
+    "SICK": sick_files,
 }
 
 
@@ -272,10 +239,10 @@ def main():
     parser.add_argument("--out", type=Path, default=DATA, help="the folder to write to (default: data/)")
     arguments = parser.parse_args()
     stale = []
-    for task, (make, file) in TASKS.items():
-        for split, examples in splits(make, task).items():
-            path = arguments.out / task / f"{split}.tsv"
-            content = file(split, examples).encode("utf-8")
+    for task, files in TASKS.items():
+        for name, text in files().items():
+            path = arguments.out / task / name
+            content = text.encode("utf-8")
             if arguments.check:
                 if not path.is_file() or path.read_bytes() != content:
                     stale.append(str(path))

@@ -66,15 +66,22 @@ fn show_data(roots: &[PathBuf]) -> Result<()> {
     show(format_args!("data           in {}", places.join(", ")))?;
     for name in TaskCard::builtin_names() {
         let Some(card) = TaskCard::builtin(name) else { continue };
-        let sizes = [Split::Train, Split::Dev].map(|split| read_split(&card, roots, split));
-        match sizes {
-            [Ok(train), Ok(dev)] => show(format_args!(
-                "  {name:12} {} train, {} dev, in {}",
-                train.examples.len(),
-                dev.examples.len(),
-                train.path.parent().unwrap_or(Path::new("")).display()
-            ))?,
-            [Err(error), _] | [_, Err(error)] => show(format_args!("  {name:12} not usable: {error}"))?,
+        let splits = Split::ALL.into_iter().filter(|split| card.splits.contains_key(split));
+        // The test file matters only where there is nothing else, as in the diagnostic set.
+        let splits = splits.filter(|split| *split != Split::Test || card.splits.len() == 1);
+        let found: Result<Vec<_>, _> =
+            splits.map(|split| read_split(&card, roots, split).map(|found| (split, found))).collect();
+        match found {
+            Ok(found) => {
+                let sizes = found.iter().map(|(split, data)| format!("{} {split}", data.examples.len()));
+                let folder = found.first().and_then(|(_, data)| data.path.parent());
+                show(format_args!(
+                    "  {name:12} {}, in {}",
+                    sizes.collect::<Vec<_>>().join(", "),
+                    folder.unwrap_or(Path::new("")).display()
+                ))?;
+            }
+            Err(error) => show(format_args!("  {name:12} not usable: {error}"))?,
         }
     }
     Ok(())

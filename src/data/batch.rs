@@ -6,7 +6,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::encode::Encoded;
-use super::sheet::{Example, Label};
+use super::label::Label;
+use super::sheet::Example;
 use crate::error::{Error, Result};
 
 /// A batch of examples, packed.

@@ -2,16 +2,18 @@
 //!
 //! The same keys serve as a file of their own and as the `custom:` map of an experiment.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::layout::{Layout, SplitFiles};
 use super::metrics::Metric;
 use super::reader::label_spellings;
-use super::task::{Format, Layout, Objective, Split, SplitFiles, TaskCard};
+use super::table::Format;
+use super::task::{Objective, Split, TaskCard};
 use crate::error::{Error, Result};
 use crate::values::OneOrMany;
 
@@ -64,7 +66,16 @@ pub struct CustomTask {
     /// The metric that a run's score is; the first one if left out.
     #[serde(default)]
     pub headline: Option<Metric>,
-    /// Whether a `"` encloses a cell; if left out, it does in CSV and not in TSV.
+    /// Other names that a label has in files or models, each with the name in `labels`.
+    #[serde(default, deserialize_with = "word_pairs", skip_serializing_if = "BTreeMap::is_empty")]
+    pub spellings: BTreeMap<String, String>,
+    /// Labels of other tasks that count as one of `labels` when a model with those is scored here.
+    #[serde(default, deserialize_with = "word_pairs", skip_serializing_if = "BTreeMap::is_empty")]
+    pub merges: BTreeMap<String, String>,
+    /// Gold labels that mean "no consensus": such rows are left out of train, dev and test.
+    #[serde(default, deserialize_with = "words", skip_serializing_if = "Vec::is_empty")]
+    pub drop_labels: Vec<String>,
+    /// Whether a `"` encloses a cell; if left out, it does in CSV, and a TSV file shows it.
     #[serde(default)]
     pub quoting: Option<bool>,
     /// Whether the first row names the columns; without it, columns go by number from 1.
@@ -162,11 +173,15 @@ impl CustomTask {
             metrics,
             source: String::new(),
             licence: String::new(),
-            spellings: BTreeMap::new(),
-            merges: BTreeMap::new(),
             folders: Vec::new(),
             splits,
             layouts: vec![layout],
+            published: BTreeMap::new(),
+            spellings: self.spellings.clone(),
+            merges: self.merges.clone(),
+            drop_labels: self.drop_labels.clone(),
+            skip_short_rows: false,
+            allow_empty_text: false,
         }
     }
 
@@ -175,7 +190,10 @@ impl CustomTask {
             return Err(self.refusal("name its `labels`, or a `train` file to collect them from"));
         };
         let path = &train[0].files[0];
-        let mut labels: Vec<String> = label_spellings(card, path)?.into_iter().collect();
+        let spellings = label_spellings(card, path)?.into_iter().filter(|spelling| !card.drops(spelling));
+        let name = |spelling: String| self.spellings.get(&spelling).cloned().unwrap_or(spelling);
+        let labels: BTreeSet<String> = spellings.map(name).collect();
+        let mut labels: Vec<String> = labels.into_iter().collect();
         if labels.len() > MOST_COLLECTED_LABELS {
             let message = format!(
                 "column `{}` holds {} different labels; if they are scores, set `objective: regression`, \
@@ -217,6 +235,7 @@ fn is_column_number(column: &str) -> bool {
 }
 
 /// A name that YAML may have taken for a number or a truth value.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Word(String);
 
 impl<'de> Deserialize<'de> for Word {
@@ -233,6 +252,12 @@ fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> 
 fn words<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     let OneOrMany(words) = OneOrMany::<Word>::deserialize(deserializer)?;
     Ok(words.into_iter().map(|Word(word)| word).collect())
+}
+
+/// Reads a map of names to names.
+fn word_pairs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
+    let pairs = BTreeMap::<Word, Word>::deserialize(deserializer)?;
+    Ok(pairs.into_iter().map(|(Word(other), Word(name))| (other, name)).collect())
 }
 
 struct WordVisitor;
@@ -263,8 +288,8 @@ impl Visitor<'_> for WordVisitor {
 
 #[cfg(test)]
 mod tests {
+    use super::super::label::Label;
     use super::super::reader::{read_file, read_split};
-    use super::super::sheet::Label;
     use super::*;
 
     const CARD: &str = "name: claims\ntrain: t.csv\ndev: d.tsv\ntext: [claim, evidence]\nlabel: verdict\n";
@@ -356,6 +381,28 @@ mod tests {
     }
 
     #[test]
+    fn other_names_of_labels_and_rows_without_consensus_are_the_users_to_name() {
+        let card = "name: n\ntrain: t-*.csv\ntext: t\nlabel: y\nspellings: {1: yes, SUPPORTS: yes}\n\
+                    merges: {maybe: no}\ndrop_labels: '-'\n";
+        let folder = folder(&[
+            ("card.yaml", card),
+            ("t-1.csv", "t,y\na,yes\nb,supports\nc,-\n"),
+            ("t-2.csv", "t,y\nd,1\ne,no\n"),
+        ]);
+        let card = TaskCard::load(&folder.path().join("card.yaml"));
+        // Only the exact spelling stands for the label while labels are collected.
+        assert_eq!(card.unwrap().labels(), ["no", "supports", "yes"]);
+        let listed = "name: n\ntrain: t-*.csv\ntext: t\nlabel: y\nlabels: [no, yes]\n\
+                      spellings: {1: yes, SUPPORTS: yes}\nmerges: {maybe: no}\ndrop_labels: '-'\n";
+        std::fs::write(folder.path().join("listed.yaml"), listed).unwrap();
+        let card = TaskCard::load(&folder.path().join("listed.yaml")).unwrap();
+        assert_eq!(card.merges["maybe"], "no");
+        let train = read_split(&card, &[], Split::Train).unwrap();
+        let ids: Vec<_> = train.examples.iter().map(|example| example.label).collect();
+        assert_eq!((ids, train.dropped), ([1, 1, 1, 0].map(|id| Some(Label::Class(id))).to_vec(), 1));
+    }
+
+    #[test]
     fn impossible_cards_are_refused_in_a_sentence() {
         let with = |line: &str| refusal(&format!("{CARD}{line}\n"));
         let three = CARD.replace("[claim, evidence]", "[claim, evidence, verdict]");
@@ -371,6 +418,9 @@ mod tests {
             ),
             (with("labels: [a, b]\nobjective: regression"), "exclude each other"),
             (with("labels: [a, a]"), "the label `a` is listed twice"),
+            (with("labels: [a, b]\nspellings: {c: d}"), "`c` for `d`, which is none of its labels"),
+            (with("labels: [a, b]\ndrop_labels: [a]"), "`drop_labels` has `a`, which is a label"),
+            (refusal(&CARD.replace("t.csv", "t-*.csv")), "there is no file of such a name"),
             (with("labels: [a]"), "at least two labels, not 1"),
             (with("headline: matthews"), "none of its metrics (accuracy)"),
             (with("header: false"), "a column is a number from 1, not `claim`"),

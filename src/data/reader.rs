@@ -5,19 +5,22 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::sheet::{Labels, Listed, Sheet};
-use super::table::TextFile;
-use super::task::{Split, SplitFiles, TaskCard};
+use super::files::{expand, find};
+use super::layout::{RowFilter, SplitFiles};
+use super::sheet::{Example, Listed, Purpose, Sheet};
+use super::table::DataFile;
+use super::task::{Split, TaskCard};
 use crate::error::{Error, Result};
 use crate::values::hexadecimal;
-
-pub use super::sheet::{Example, Label};
 
 /// The examples of one split or file, in file order.
 #[derive(Clone, Debug)]
 pub struct Dataset {
     /// The examples, at least one.
     pub examples: Vec<Example>,
+    /// How many rows were left out because the card says so: those with a label of `drop_labels`,
+    /// and with `skip_short_rows` those with missing cells.
+    pub dropped: usize,
     /// The file they come from; the first where there are several.
     pub path: PathBuf,
     /// SHA-256 of the bytes of all files read, in reading order, in hexadecimal.
@@ -26,7 +29,8 @@ pub struct Dataset {
 
 /// Reads a split of a task, from the first of `roots` that holds it.
 ///
-/// Train and dev examples must be labelled, test examples may be.
+/// Train and dev examples must be labelled, test examples may be. Rows that the card gives up
+/// (`drop_labels`, `skip_short_rows`) are left out and counted.
 ///
 /// # Errors
 ///
@@ -40,49 +44,59 @@ pub fn read_split(card: &TaskCard, roots: &[PathBuf], split: Split) -> Result<Da
             card.name
         )));
     };
-    let labels = if split == Split::Test { Labels::Optional } else { Labels::Required };
+    let purpose = if split == Split::Test { Purpose::Testing } else { Purpose::Learning };
     if card.folders.is_empty() {
-        return read_files(card, Path::new(""), only, labels);
+        let mut files = Vec::new();
+        for pattern in &only.files {
+            files.extend(expand_to_some(pattern)?);
+        }
+        return read_files(card, Path::new(""), &files, only.rows.as_ref(), purpose);
     }
     for root in roots {
         for folder in card.folders.iter().map(|folder| root.join(folder)) {
-            if let Some(found) = choices.iter().find(|choice| is_present(choice, &folder)) {
-                return read_files(card, &folder, found, labels);
+            for choice in choices {
+                if let Some(files) = find(choice, &folder)? {
+                    return read_files(card, &folder, &files, choice.rows.as_ref(), purpose);
+                }
             }
         }
     }
     Err(not_found(card, roots, split, choices))
 }
 
-/// Reads one file of a task, such as the input of a prediction; labels may be missing.
+/// Reads one file of a task, such as the input of a prediction, each row as an example; labels
+/// may be missing.
 ///
 /// # Errors
 ///
 /// [`Error::Data`] with file and line if the file has none of the card's layouts or a row is not
 /// an example of the task.
 pub fn read_file(card: &TaskCard, path: &Path) -> Result<Dataset> {
-    let files = SplitFiles { files: vec![path.to_path_buf()], rows: None };
-    read_files(card, Path::new(""), &files, Labels::Optional)
+    read_files(card, Path::new(""), &[path.to_path_buf()], None, Purpose::Predicting)
 }
 
 /// Returns the distinct spellings in the label column of a file, for a card without label names.
 pub(super) fn label_spellings(card: &TaskCard, path: &Path) -> Result<BTreeSet<String>> {
-    let file = TextFile::read(path)?;
-    let sheet = Sheet::open(card, &file)?;
-    sheet.require_label()?;
-    let spellings = sheet.rows.iter().filter_map(|row| sheet.label(row));
-    Ok(spellings.map(str::to_string).collect())
+    let mut spellings = BTreeSet::new();
+    for path in expand_to_some(path)? {
+        let file = DataFile::read(&path)?;
+        spellings.extend(Sheet::open(card, &file)?.label_spellings()?.map(str::to_string));
+    }
+    Ok(spellings)
 }
 
-fn is_present(choice: &SplitFiles, folder: &Path) -> bool {
-    let list = choice.rows.as_ref().map(|filter| &filter.list);
-    choice.files.iter().chain(list).all(|file| folder.join(file).exists())
+/// Returns the files that a user's path stands for, at least one.
+fn expand_to_some(path: &Path) -> Result<Vec<PathBuf>> {
+    match expand(path)? {
+        files if files.is_empty() => Err(Error::data(path, 0, "there is no file of such a name")),
+        files => Ok(files),
+    }
 }
 
 fn not_found(card: &TaskCard, roots: &[PathBuf], split: Split, choices: &[SplitFiles]) -> Error {
     let mut names: Vec<String> = Vec::new();
     for choice in choices {
-        let list = choice.rows.as_ref().map(|filter| &filter.list);
+        let list = choice.rows.as_ref().and_then(|filter| filter.list.as_ref());
         let files: Vec<_> = choice.files.iter().chain(list).map(|file| file.display().to_string()).collect();
         names.push(files.join(" with "));
     }
@@ -96,29 +110,33 @@ fn not_found(card: &TaskCard, roots: &[PathBuf], split: Split, choices: &[SplitF
     ))
 }
 
-fn read_files(card: &TaskCard, folder: &Path, choice: &SplitFiles, labels: Labels) -> Result<Dataset> {
+fn read_files(
+    card: &TaskCard,
+    folder: &Path,
+    files: &[PathBuf],
+    filter: Option<&RowFilter>,
+    purpose: Purpose,
+) -> Result<Dataset> {
     let mut checksum = Sha256::new();
     let mut examples = Vec::new();
-    let listed = match &choice.rows {
-        Some(filter) => Some(Listed::read(filter, folder, &mut checksum)?),
-        None => None,
-    };
-    for path in &choice.files {
-        let file = TextFile::read(&folder.join(path))?;
+    let mut dropped = 0;
+    let listed = filter.map(|filter| Listed::read(filter, folder, &mut checksum)).transpose()?;
+    for path in files {
+        let file = DataFile::read(path)?;
         file.add_to(&mut checksum);
-        let sheet = Sheet::open(card, &file)?;
         let before = examples.len();
-        sheet.read(card, listed.as_ref(), labels, &mut examples)?;
+        dropped += Sheet::open(card, &file)?.read(listed.as_ref(), purpose, &mut examples)?;
         if examples.len() == before {
-            return Err(Error::data(file.path(), 0, "has no examples"));
+            return Err(Error::data(path, 0, "has no examples"));
         }
     }
-    let path = choice.files.first().map(|path| folder.join(path)).unwrap_or_default();
-    Ok(Dataset { examples, path, sha256: hexadecimal(&checksum.finalize()) })
+    let path = files.first().cloned().unwrap_or_default();
+    Ok(Dataset { examples, dropped, path, sha256: hexadecimal(&checksum.finalize()) })
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::label::Label;
     use super::*;
 
     const TRAIN: &str = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\tc\td\tnot_entailment\n";

@@ -8,18 +8,11 @@ use std::path::Path;
 
 use sha2::Sha256;
 
-use super::table::{Row, TextFile};
-use super::task::{Format, Keep, Layout, Objective, RowFilter, TaskCard};
+use super::label::{Gold, Label, LabelReader};
+use super::layout::{Keep, Layout, RowFilter};
+use super::table::{DataFile, Format, Request, Row, Rows};
+use super::task::TaskCard;
 use crate::error::{Error, Result};
-
-/// The gold answer of an example.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Label {
-    /// A class id, the position of the label in the card.
-    Class(usize),
-    /// A finite score.
-    Score(f32),
-}
 
 /// One text or one pair of texts, with its label where the file has one.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,14 +25,18 @@ pub struct Example {
     pub label: Option<Label>,
 }
 
-/// Whether every example must have a label.
+/// What examples are read for.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Labels {
-    Required,
-    Optional,
+pub(super) enum Purpose {
+    /// Training or choosing: each example has a label; rows that the card gives up are left out.
+    Learning,
+    /// Testing: as for learning, but labels may be withheld.
+    Testing,
+    /// Predicting: each row is an example, its label known or not.
+    Predicting,
 }
 
-/// The keys of a [`RowFilter`]'s list.
+/// The keys of a [`RowFilter`].
 pub(super) struct Listed<'a> {
     filter: &'a RowFilter,
     keys: HashSet<Vec<String>>,
@@ -47,9 +44,14 @@ pub(super) struct Listed<'a> {
 
 impl<'a> Listed<'a> {
     pub fn read(filter: &'a RowFilter, folder: &Path, checksum: &mut Sha256) -> Result<Self> {
-        let file = TextFile::read(&folder.join(&filter.list))?;
+        let Some(list) = &filter.list else {
+            let keys = filter.values.iter().map(|value| vec![value.clone()]).collect();
+            return Ok(Listed { filter, keys });
+        };
+        let file = DataFile::read(&folder.join(list))?;
         file.add_to(checksum);
-        let rows = file.rows(Format::Tsv, false)?.rows;
+        let request = Request { quoting: Some(false), columns: None };
+        let rows = file.rows(Format::Tsv, &request)?.rows;
         let key = |row: &Row| row.cells.iter().flatten().map(|cell| cell.to_string()).collect();
         Ok(Listed { filter, keys: rows.iter().map(key).collect() })
     }
@@ -57,10 +59,10 @@ impl<'a> Listed<'a> {
 
 /// A file together with the layout it turned out to have.
 pub(super) struct Sheet<'a> {
-    file: &'a TextFile,
+    card: &'a TaskCard,
+    file: &'a DataFile,
     layout: &'a Layout,
-    quoting: bool,
-    pub rows: Vec<Row<'a>>,
+    rows: Rows<'a>,
     columns: Vec<String>,
     /// How many cells a row may have; empty where rows are not made of positions.
     widths: Vec<usize>,
@@ -70,15 +72,23 @@ pub(super) struct Sheet<'a> {
 
 impl<'a> Sheet<'a> {
     /// Finds the layout of a file.
-    pub fn open(card: &'a TaskCard, file: &'a TextFile) -> Result<Self> {
+    pub fn open(card: &'a TaskCard, file: &'a DataFile) -> Result<Self> {
+        let columns = columns_of(card);
         let mut seen = Vec::new();
+        // The layouts of a card as a rule agree in format and quoting: one reading serves them all.
+        let mut last: Option<((Format, Option<bool>), Rows)> = None;
         for layout in &card.layouts {
-            let sheet = Sheet::split(file, layout)?;
-            if sheet.columns.is_empty() {
+            let form = (layout.format.unwrap_or_else(|| file.guess_format()), layout.quoting);
+            let rows = match last.take() {
+                Some((known, rows)) if known == form => rows,
+                _ => file.rows(form.0, &Request { quoting: form.1, columns: Some(&columns) })?,
+            };
+            if rows.rows.is_empty() {
                 return Err(Error::data(file.path(), 0, "has no examples"));
             }
-            if let Some(sheet) = sheet.fit(&mut seen) {
-                return Ok(sheet);
+            match Sheet::fit(card, file, layout, rows) {
+                Ok(sheet) => return Ok(sheet),
+                Err((rows, first)) => (last, seen) = (Some((form, rows)), first),
             }
         }
         let expected: Vec<_> = card.layouts.iter().map(describe).collect();
@@ -86,58 +96,43 @@ impl<'a> Sheet<'a> {
         Err(Error::data(file.path(), 1, format!("{message}; found {}", preview(&seen))))
     }
 
-    /// Splits the file into named columns as a layout says, whether or not it fits.
-    fn split(file: &'a TextFile, layout: &'a Layout) -> Result<Self> {
-        let format = layout.format.unwrap_or_else(|| file.guess_format());
-        let quoting = layout.quoting.unwrap_or(format == Format::Csv);
-        let parsed = file.rows(format, quoting)?;
-        let mut rows = parsed.rows;
-        let mut widths = Vec::new();
-        let columns = match parsed.columns {
-            Some(columns) => columns,
-            None if layout.header && !rows.is_empty() => {
-                let header = rows.remove(0).cells;
-                widths.push(header.len());
-                header.into_iter().map(|name| name.unwrap_or_default().trim().to_string()).collect()
-            }
+    /// Finds the layout's columns in the rows; if one is missing, gives back the rows and the
+    /// cells or names of the first one.
+    fn fit(
+        card: &'a TaskCard,
+        file: &'a DataFile,
+        layout: &'a Layout,
+        mut rows: Rows<'a>,
+    ) -> Result<Self, (Rows<'a>, Vec<String>)> {
+        let first = || rows.rows[0].cells.iter().map(|cell| cell.as_deref().unwrap_or_default());
+        let width = rows.rows[0].cells.len();
+        let (columns, widths): (Vec<String>, _) = match &rows.columns {
+            Some(columns) => (columns.clone(), Vec::new()),
+            None if layout.header => (first().map(|name| name.trim().to_string()).collect(), vec![width]),
             None => {
-                let width = rows.first().map_or(0, |row| row.cells.len());
-                widths = if layout.widths.is_empty() { vec![width] } else { layout.widths.clone() };
-                (1..=width).map(|number| number.to_string()).collect()
+                let widths = if layout.widths.is_empty() { vec![width] } else { layout.widths.clone() };
+                ((1..=width).map(|number| number.to_string()).collect(), widths)
             }
         };
-        Ok(Sheet { file, layout, quoting, rows, columns, widths, text: Vec::new(), label: None })
-    }
-
-    /// Finds the layout's columns; if one is missing, notes in `seen` what the first row holds.
-    fn fit(mut self, seen: &mut Vec<String>) -> Option<Self> {
-        let text: Option<Vec<usize>> = self.layout.text.iter().map(|column| self.position(column)).collect();
-        let right_width = self.widths.is_empty() || self.widths.contains(&self.columns.len());
-        match text {
-            Some(text) if right_width => {
-                self.text = text;
-                self.label = self.layout.label.iter().find_map(|column| self.position(column));
-                Some(self)
-            }
-            _ => {
-                let named = self.layout.header || self.widths.is_empty();
-                let first = self.rows.first().filter(|_| !named);
-                let cells = first.map(|row| row.cells.iter().flatten().map(|cell| cell.to_string()));
-                *seen = cells.map_or_else(|| self.columns.clone(), Iterator::collect);
-                None
-            }
+        let position = |column: &String| columns.iter().position(|name| name == column);
+        let text: Option<Vec<usize>> = layout.text.iter().map(position).collect();
+        let is_right_width = widths.is_empty() || widths.contains(&width);
+        let Some(text) = text.filter(|_| is_right_width) else {
+            let seen = rows.columns.clone().unwrap_or_else(|| first().map(str::to_string).collect());
+            return Err((rows, seen));
+        };
+        let label = layout.label.iter().find_map(position);
+        if layout.header && rows.columns.is_none() {
+            rows.rows.remove(0);
         }
-    }
-
-    fn position(&self, column: &str) -> Option<usize> {
-        self.columns.iter().position(|name| name == column)
+        Ok(Sheet { card, file, layout, rows, columns, widths, text, label })
     }
 
     fn fault(&self, line: usize, message: impl Into<String>) -> Error {
         Error::data(self.file.path(), line, message)
     }
 
-    pub fn require_label(&self) -> Result<()> {
+    fn require_label(&self) -> Result<()> {
         match self.label {
             Some(_) => Ok(()),
             None => {
@@ -147,19 +142,25 @@ impl<'a> Sheet<'a> {
         }
     }
 
-    /// Appends the examples of the rows that `listed` lets through.
+    /// Appends the examples of the rows that `listed` lets through; returns how many rows the
+    /// card gave up.
     pub fn read(
         &self,
-        card: &TaskCard,
         listed: Option<&Listed>,
-        labels: Labels,
+        purpose: Purpose,
         examples: &mut Vec<Example>,
-    ) -> Result<()> {
-        if labels == Labels::Required {
+    ) -> Result<usize> {
+        if purpose == Purpose::Learning {
             self.require_label()?;
         }
+        let labels = LabelReader::new(self.card, self.layout);
         let key = listed.map_or(Ok(Vec::new()), |listed| self.key_columns(&listed.filter.columns))?;
-        for row in &self.rows {
+        let mut dropped = 0;
+        for row in &self.rows.rows {
+            if self.card.skip_short_rows && purpose != Purpose::Predicting && self.is_short(row) {
+                dropped += 1;
+                continue;
+            }
             self.check_width(row)?;
             if let Some(listed) = listed {
                 let cell = |&position: &usize| row.cells[position].as_deref().unwrap_or("").to_string();
@@ -168,14 +169,24 @@ impl<'a> Sheet<'a> {
                     continue;
                 }
             }
-            examples.push(self.example(card, row, labels)?);
+            match self.example(row, &labels, purpose)? {
+                Some(example) => examples.push(example),
+                None => dropped += 1,
+            }
         }
-        Ok(())
+        Ok(dropped)
     }
 
     fn key_columns(&self, names: &[String]) -> Result<Vec<usize>> {
+        let position = |name: &String| self.columns.iter().position(|column| column == name);
         let missing = |name: &String| self.fault(1, format!("has no column `{name}`"));
-        names.iter().map(|name| self.position(name).ok_or_else(|| missing(name))).collect()
+        names.iter().map(|name| position(name).ok_or_else(|| missing(name))).collect()
+    }
+
+    fn is_short(&self, row: &Row) -> bool {
+        let is_missing = |position: &usize| row.cells.get(*position).is_none_or(Option::is_none);
+        self.widths.iter().all(|width| row.cells.len() < *width) && !self.widths.is_empty()
+            || self.text.iter().any(is_missing)
     }
 
     fn check_width(&self, row: &Row) -> Result<()> {
@@ -184,7 +195,7 @@ impl<'a> Sheet<'a> {
             return Ok(());
         }
         let expected: Vec<_> = self.widths.iter().map(usize::to_string).collect();
-        let hint = match self.quoting {
+        let hint = match self.rows.quoted {
             true => "; if a `\"` is an ordinary character in this file, set `quoting: false`",
             false => "",
         };
@@ -192,71 +203,52 @@ impl<'a> Sheet<'a> {
         Err(self.fault(row.line, message))
     }
 
-    fn example(&self, card: &TaskCard, row: &Row, labels: Labels) -> Result<Example> {
-        let text = |index: usize| {
-            let position = self.text[index];
-            let column = &self.layout.text[index];
-            match row.cells[position].as_deref() {
-                None => Err(self.fault(row.line, format!("has no text in column `{column}`"))),
-                Some(text) if text.trim().is_empty() => {
-                    Err(self.fault(row.line, format!("the text in column `{column}` is empty")))
-                }
-                Some(text) => Ok(text.to_string()),
-            }
-        };
-        let first = text(0)?;
-        let second = if self.text.len() == 2 { Some(text(1)?) } else { None };
-        let label = match self.label(row) {
-            Some(cell) => {
-                parse_label(card, self.layout, cell).map_err(|message| self.fault(row.line, message))?
-            }
+    /// Reads a row; `None` if its label is one of those that the card gives up.
+    fn example(&self, row: &Row, labels: &LabelReader, purpose: Purpose) -> Result<Option<Example>> {
+        let gold = match self.label(row) {
+            Some(cell) => Some(labels.read(cell).map_err(|message| self.fault(row.line, message))?),
             None => None,
         };
-        if label.is_none() && labels == Labels::Required {
-            return Err(self.fault(row.line, "has no label"));
+        let label = match gold {
+            Some(Gold::Known(label)) => Some(label),
+            Some(Gold::Dropped) if purpose != Purpose::Predicting => return Ok(None),
+            _ if purpose == Purpose::Learning => return Err(self.fault(row.line, "has no label")),
+            _ => None,
+        };
+        let first = self.text(row, 0)?;
+        let second = if self.text.len() == 2 { Some(self.text(row, 1)?) } else { None };
+        Ok(Some(Example { first, second, label }))
+    }
+
+    fn text(&self, row: &Row, index: usize) -> Result<String> {
+        let column = &self.layout.text[index];
+        match row.cells[self.text[index]].as_deref() {
+            None => Err(self.fault(row.line, format!("has no text in column `{column}`"))),
+            Some(text) if text.trim().is_empty() && !self.card.allow_empty_text => {
+                Err(self.fault(row.line, format!("the text in column `{column}` is empty")))
+            }
+            Some(text) => Ok(text.to_string()),
         }
-        Ok(Example { first, second, label })
     }
 
     /// Returns what a row has as its label, if anything.
-    pub fn label<'row>(&self, row: &'row Row) -> Option<&'row str> {
+    fn label<'row>(&self, row: &'row Row) -> Option<&'row str> {
         let cell = row.cells.get(self.label?)?.as_deref()?.trim();
         (!cell.is_empty()).then_some(cell)
     }
+
+    /// Returns the spellings in the label column.
+    pub fn label_spellings(&self) -> Result<impl Iterator<Item = &str>> {
+        self.require_label()?;
+        Ok(self.rows.rows.iter().filter_map(|row| self.label(row)))
+    }
 }
 
-/// Reads a label; `None` is the -1 that the hub's copies of GLUE give a withheld one.
-fn parse_label(card: &TaskCard, layout: &Layout, cell: &str) -> Result<Option<Label>, String> {
-    match &card.objective {
-        Objective::Classification { labels } => {
-            let id = [labels, &layout.labels]
-                .into_iter()
-                .find_map(|names| names.iter().position(|name| name == cell));
-            match id {
-                Some(id) => Ok(Some(Label::Class(id))),
-                None if cell == "-1" => Ok(None),
-                None => {
-                    let (known, other) = (labels.join(", "), layout.labels.join(", "));
-                    let other =
-                        if other.is_empty() { other } else { format!(", in this order also {other}") };
-                    Err(format!("unknown label `{cell}`; the labels of `{}` are {known}{other}", card.name))
-                }
-            }
-        }
-        Objective::Regression => {
-            let score = cell.parse::<f32>().ok().filter(|score| score.is_finite());
-            let score = score.ok_or_else(|| format!("the score `{cell}` is not a finite number"))?;
-            match card.score_range {
-                Some((least, greatest)) if !(least..=greatest).contains(&f64::from(score)) => {
-                    if score == -1.0 {
-                        return Ok(None);
-                    }
-                    Err(format!("the score `{cell}` is outside the range {least} to {greatest}"))
-                }
-                _ => Ok(Some(Label::Score(score))),
-            }
-        }
-    }
+/// Returns the columns that any layout or choice of rows of a card names.
+fn columns_of(card: &TaskCard) -> Vec<&str> {
+    let layouts = card.layouts.iter().flat_map(|layout| layout.text.iter().chain(&layout.label));
+    let filters = card.splits.values().flatten().filter_map(|choice| choice.rows.as_ref());
+    layouts.chain(filters.flat_map(|filter| &filter.columns)).map(String::as_str).collect()
 }
 
 /// Says what a layout looks like, for a message.
@@ -288,22 +280,23 @@ fn preview(cells: &[String]) -> String {
 mod tests {
     use proptest::prelude::*;
 
+    use super::Purpose::{Learning, Predicting};
     use super::*;
 
     /// Reads a file's content as the named task does.
-    fn read(task: &str, name: &str, content: &str, labels: Labels) -> Result<Vec<Example>> {
+    fn read(task: &str, name: &str, content: &str, purpose: Purpose) -> Result<Vec<Example>> {
         let card = TaskCard::builtin(task).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();
-        let file = TextFile::read(&path)?;
+        let file = DataFile::read(&path)?;
         let mut examples = Vec::new();
-        Sheet::open(&card, &file)?.read(&card, None, labels, &mut examples)?;
+        Sheet::open(&card, &file)?.read(None, purpose, &mut examples)?;
         Ok(examples)
     }
 
     fn refusal(task: &str, content: &str) -> String {
-        read(task, "f.tsv", content, Labels::Required).unwrap_err().to_string()
+        read(task, "f.tsv", content, Learning).unwrap_err().to_string()
     }
 
     fn example(first: &str, second: Option<&str>, label: Option<Label>) -> Example {
@@ -320,10 +313,10 @@ mod tests {
             example("He left.", None, Some(Label::Class(1))),
             example(" \"He left ", None, Some(Label::Class(0))),
         ];
-        assert_eq!(read("cola", "f.tsv", rows, Labels::Required).unwrap(), expected);
+        assert_eq!(read("cola", "f.tsv", rows, Learning).unwrap(), expected);
         let test = "index\tsentence\n0\tHe left.\n";
         let expected = [example("He left.", None, None)];
-        assert_eq!(read("cola", "f.tsv", test, Labels::Optional).unwrap(), expected);
+        assert_eq!(read("cola", "f.tsv", test, Predicting).unwrap(), expected);
     }
 
     #[test]
@@ -331,9 +324,9 @@ mod tests {
         let pair = |score| example(" a", Some("b"), Some(Label::Score(score)));
         let headed = "index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\t a\tb\t3.800\n1\tnews\t a\tb\t4\n";
         let expected = [pair(3.8), pair(4.0)];
-        assert_eq!(read("stsb", "f.tsv", headed, Labels::Required).unwrap(), expected);
+        assert_eq!(read("stsb", "f.tsv", headed, Learning).unwrap(), expected);
         let original = "g\tf\ty\t1\t3.800\t a\tb\ng\tf\ty\t2\t4\t a\tb\tlicence\tlicence\n";
-        assert_eq!(read("stsb", "sts-train.csv", original, Labels::Required).unwrap(), expected);
+        assert_eq!(read("stsb", "sts-train.csv", original, Learning).unwrap(), expected);
     }
 
     #[test]
@@ -341,9 +334,9 @@ mod tests {
         let rows = "{\"sentence2\": \"b, c\", \"sentence1\": \"a\", \"idx\": 0, \"label\": 1}\n\
                     {\"sentence1\": \"d\", \"sentence2\": \"e\", \"label\": -1}\n";
         let expected = [example("a", Some("b, c"), Some(Label::Class(1))), example("d", Some("e"), None)];
-        assert_eq!(read("mrpc", "f.jsonl", rows, Labels::Optional).unwrap(), expected);
+        assert_eq!(read("mrpc", "f.jsonl", rows, Predicting).unwrap(), expected);
         let rows = "sentence1,sentence2,label\na,\"b, c\",equivalent\nd,e,\n";
-        assert_eq!(read("mrpc", "f.csv", rows, Labels::Optional).unwrap(), expected);
+        assert_eq!(read("mrpc", "f.csv", rows, Predicting).unwrap(), expected);
     }
 
     #[test]
@@ -365,7 +358,7 @@ mod tests {
         }
         let rows =
             "{\"sentence1\": \"a\", \"sentence2\": \"b\"}\n{\"sentence1\": \"a\", \"sentence2\": [\"b\"]}\n";
-        let message = read("rte", "f.jsonl", rows, Labels::Optional).unwrap_err().to_string();
+        let message = read("rte", "f.jsonl", rows, Predicting).unwrap_err().to_string();
         assert!(message.ends_with(":2: has no text in column `sentence2`"), "{message}");
     }
 
@@ -395,7 +388,7 @@ mod tests {
     #[test]
     fn a_quoted_file_that_joins_lines_is_told_how_to_read_it_plainly() {
         let rows = "sentence1,sentence2,label\na,\"b,1\nc,d,0\n";
-        let message = read("mrpc", "f.csv", rows, Labels::Required).unwrap_err().to_string();
+        let message = read("mrpc", "f.csv", rows, Learning).unwrap_err().to_string();
         assert!(message.contains(":2: expected 3 columns, found 2; if a `\"` is"), "{message}");
     }
 
@@ -406,9 +399,10 @@ mod tests {
             header in prop::sample::select(vec!["", "sentence\tlabel\n", "sentence1,sentence2,label\n", "{"]),
             body in "[\t\n\r\",{}:a01.\u{feff}é-]{0,60}",
         ) {
-            if let Ok(examples) = read(task, "f.txt", &format!("{header}{body}"), Labels::Required) {
+            if let Ok(examples) = read(task, "f.txt", &format!("{header}{body}"), Learning) {
                 for example in examples {
-                    prop_assert!(!example.first.is_empty() && example.label.is_some());
+                    prop_assert!(example.label.is_some());
+                    prop_assert!(!example.first.is_empty() || TaskCard::builtin(task).unwrap().allow_empty_text);
                 }
             }
         }

@@ -5,19 +5,30 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::layout::{Layout, SplitFiles};
 use super::metrics::Metric;
 use crate::error::{Error, Result};
 
-const BUILTIN: [(&str, &str); 4] = [
+const BUILTIN: [(&str, &str); 15] = [
     ("cola", include_str!("cards/cola.yaml")),
     ("rte", include_str!("cards/rte.yaml")),
     ("mrpc", include_str!("cards/mrpc.yaml")),
     ("stsb", include_str!("cards/stsb.yaml")),
+    ("sst2", include_str!("cards/sst2.yaml")),
+    ("qqp", include_str!("cards/qqp.yaml")),
+    ("mnli", include_str!("cards/mnli.yaml")),
+    ("mnli_mm", include_str!("cards/mnli_mm.yaml")),
+    ("qnli", include_str!("cards/qnli.yaml")),
+    ("wnli", include_str!("cards/wnli.yaml")),
+    ("ax", include_str!("cards/ax.yaml")),
+    ("snli", include_str!("cards/snli.yaml")),
+    ("scitail", include_str!("cards/scitail.yaml")),
+    ("sick", include_str!("cards/sick.yaml")),
+    ("sick_r", include_str!("cards/sick_r.yaml")),
 ];
 
 /// What a model learns to predict.
@@ -98,12 +109,6 @@ pub struct TaskCard {
     /// Under what terms the data may be used.
     #[serde(default)]
     pub licence: String,
-    /// Other names that a label has in files or models, and the label of this card that each stands for.
-    #[serde(default)]
-    pub spellings: BTreeMap<String, String>,
-    /// Labels of other tasks that count as one of this task's when a model with those labels is scored here.
-    #[serde(default)]
-    pub merges: BTreeMap<String, String>,
     /// Names that the task's folder goes by under a data root; without any, files are looked
     /// up as they stand.
     #[serde(default)]
@@ -112,85 +117,34 @@ pub struct TaskCard {
     pub splits: BTreeMap<Split, Vec<SplitFiles>>,
     /// The forms a file of this task can have; the first one that fits a file is used.
     pub layouts: Vec<Layout>,
-}
-
-/// Files that together hold one split.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SplitFiles {
-    /// The files, in reading order, relative to the task's folder.
-    pub files: Vec<PathBuf>,
-    /// Which of their rows belong to the split; without it, all do.
+    /// How many usable examples the publishers count in each split.
     #[serde(default)]
-    pub rows: Option<RowFilter>,
-}
-
-/// A choice of rows by a list of keys in another file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RowFilter {
-    /// Whether the listed rows are kept or left out.
-    pub keep: Keep,
-    /// A tab-separated file without header, one key a row, relative to the task's folder.
-    pub list: PathBuf,
-    /// The columns of the data file that make up the key, in the order of the list's columns.
-    pub columns: Vec<String>,
-}
-
-/// Which rows a [`RowFilter`] keeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Keep {
-    /// Rows whose key is in the list.
-    Listed,
-    /// Rows whose key is not in the list.
-    Unlisted,
-}
-
-/// How the cells of a file are told apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    /// Commas between the cells.
-    Csv,
-    /// Tabs between the cells.
-    Tsv,
-    /// JSON Lines: one object a line.
-    Jsonl,
-}
-
-/// One form that a task's file can have.
-///
-/// A column is named by its header; where there is none, by its number from 1.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Layout {
-    /// Whether the first row names the columns. JSON Lines always name them.
-    pub header: bool,
-    /// Without a header: how many columns a row may have; empty takes the first row's number.
+    pub published: BTreeMap<Split, usize>,
+    /// Other names that a label has in files or models, each with the card's own name for it.
     #[serde(default)]
-    pub widths: Vec<usize>,
-    /// The one or two text columns.
-    pub text: Vec<String>,
-    /// The label's column; of several names the first one present counts.
-    pub label: Vec<String>,
-    /// What the file calls the labels, in id order, where that differs from the card's names.
+    pub spellings: BTreeMap<String, String>,
+    /// Labels of other tasks that count as one of this task's when a model with those labels is
+    /// scored here; gold labels are not read by it.
     #[serde(default)]
-    pub labels: Vec<String>,
-    /// How cells are told apart; `None` finds out from the file.
+    pub merges: BTreeMap<String, String>,
+    /// Gold labels that mean "no consensus": [`read_split`](super::read_split) leaves such rows out.
     #[serde(default)]
-    pub format: Option<Format>,
-    /// Whether a `"` encloses a cell, as in RFC 4180; `None` means in CSV only.
+    pub drop_labels: Vec<String>,
+    /// Whether [`read_split`](super::read_split) leaves out rows with missing cells; otherwise
+    /// they are errors.
     #[serde(default)]
-    pub quoting: Option<bool>,
+    pub skip_short_rows: bool,
+    /// Whether a text may be empty.
+    #[serde(default)]
+    pub allow_empty_text: bool,
 }
 
 impl TaskCard {
     /// Returns the built-in card of a task, by its name or its GLUE spelling in any case, such
     /// as `stsb`, `STS-B` or `CoLA`.
     pub fn builtin(name: &str) -> Option<TaskCard> {
-        let plain: String = name.to_lowercase().chars().filter(|c| !matches!(c, '-' | '_')).collect();
-        let (_, card) = BUILTIN.iter().find(|(builtin, _)| *builtin == plain)?;
+        let plain = |name: &str| name.to_lowercase().replace(['-', '_'], "");
+        let (_, card) = BUILTIN.iter().find(|(builtin, _)| plain(builtin) == plain(name))?;
         Some(serde_yaml::from_str(card).expect("built-in cards are valid: a test reads each of them"))
     }
 
@@ -205,6 +159,16 @@ impl TaskCard {
             Objective::Classification { labels } => labels,
             Objective::Regression => &[],
         }
+    }
+
+    /// Returns the class id of a label's own name.
+    pub fn label_id(&self, name: &str) -> Option<usize> {
+        self.labels().iter().position(|label| label == name)
+    }
+
+    /// Says whether a gold label means that the row is to be left out.
+    pub(super) fn drops(&self, cell: &str) -> bool {
+        self.drop_labels.iter().any(|label| label.to_lowercase() == cell.to_lowercase())
     }
 
     /// Returns the number of outputs a model needs for the task: 1 for regression.
@@ -238,9 +202,17 @@ impl TaskCard {
                 return refuse(format!("the label `{}` is listed twice", label.1));
             }
         }
+        if let Some(reason) = self.objection_to_names() {
+            return refuse(reason);
+        }
         for layout in &self.layouts {
             if !matches!(layout.text.len(), 1 | 2) {
                 return refuse(format!("`text` takes one or two columns, not {}", layout.text.len()));
+            }
+        }
+        for filter in self.splits.values().flatten().filter_map(|choice| choice.rows.as_ref()) {
+            if let Some(reason) = filter.objection() {
+                return refuse(reason.to_string());
             }
         }
         for metric in self.metrics.iter().chain([&self.headline]) {
@@ -261,7 +233,34 @@ impl TaskCard {
                 self.headline
             ));
         }
+        let counts = self.layouts.iter().map(|layout| layout.labels.len());
+        if let Some(given) = counts.into_iter().find(|given| ![0, self.labels().len()].contains(given)) {
+            return refuse(format!("a layout names {given} labels, the task has {}", self.labels().len()));
+        }
         Ok(())
+    }
+
+    /// Says which other name of a label leads nowhere or two ways, if one does.
+    fn objection_to_names(&self) -> Option<String> {
+        let is_label = |name: &String| self.labels().contains(name);
+        for (key, names) in [("spellings", &self.spellings), ("merges", &self.merges)] {
+            for (other, name) in names {
+                if !is_label(name) {
+                    return Some(format!(
+                        "`{key}` takes `{other}` for `{name}`, which is none of its labels"
+                    ));
+                }
+                if is_label(other) {
+                    return Some(format!("`{key}` takes `{other}` for `{name}`, but it is a label itself"));
+                }
+            }
+        }
+        if let Some(other) = self.merges.keys().find(|other| self.spellings.contains_key(*other)) {
+            return Some(format!("`{other}` is in `spellings` and in `merges`; keep one of them"));
+        }
+        let is_known = |name: &&String| is_label(name) || self.spellings.contains_key(*name);
+        let dropped = self.drop_labels.iter().find(is_known)?;
+        Some(format!("`drop_labels` has `{dropped}`, which is a label"))
     }
 
     /// Says why the task cannot have a metric, if it cannot.
@@ -296,19 +295,23 @@ mod tests {
             assert_eq!(card.name, name);
             card.check().unwrap();
             assert!(!card.source.is_empty() && !card.licence.is_empty() && !card.folders.is_empty());
-            for split in Split::ALL {
-                assert!(!card.splits[&split].is_empty(), "{name} {split}");
-            }
-            for layout in &card.layouts {
-                assert!(layout.labels.is_empty() || layout.labels.len() == card.label_count());
-            }
+            // The diagnostic set has nothing to train on and nothing to choose by.
+            let splits = if name == "ax" { &[Split::Test][..] } else { &Split::ALL[..] };
+            assert!(card.splits.keys().eq(splits) && card.published.keys().eq(splits), "{name}");
+            assert!(card.splits.values().all(|choices| !choices.is_empty()), "{name}");
             assert!(card.layouts.iter().all(|layout| (layout.text.len() == 2) == card.is_pair()));
         }
     }
 
     #[test]
     fn glue_spellings_name_the_same_cards() {
-        for (spelling, name) in [("CoLA", "cola"), ("STS-B", "stsb"), ("sts_b", "stsb"), ("MRPC", "mrpc")] {
+        for (spelling, name) in [
+            ("CoLA", "cola"),
+            ("STS-B", "stsb"),
+            ("sts_b", "stsb"),
+            ("MNLI-mm", "mnli_mm"),
+            ("SST-2", "sst2"),
+        ] {
             assert_eq!(TaskCard::builtin(spelling).unwrap().name, name);
         }
         assert_eq!(TaskCard::builtin("colab"), None);
@@ -322,8 +325,25 @@ mod tests {
         assert_eq!(card("mrpc").labels(), ["not_equivalent", "equivalent"]);
         assert_eq!(card("stsb").objective, Objective::Regression);
         assert_eq!(card("stsb").label_count(), 1);
-        let headlines = ["cola", "rte", "mrpc", "stsb"].map(|name| card(name).headline);
-        assert_eq!(headlines, [Metric::Matthews, Metric::Accuracy, Metric::F1, Metric::Combined]);
+        let three = ["entailment", "neutral", "contradiction"];
+        for name in ["mnli", "mnli_mm", "ax", "snli", "sick"] {
+            assert_eq!(card(name).labels(), three, "{name}");
+        }
+        assert_eq!(card("qnli").labels(), ["entailment", "not_entailment"]);
+        assert_eq!(card("wnli").labels(), ["not_entailment", "entailment"]);
+        assert_eq!(card("scitail").labels(), ["entails", "neutral"]);
+        assert_eq!(card("sst2").labels(), ["negative", "positive"]);
+        assert_eq!(card("qqp").labels(), ["not_duplicate", "duplicate"]);
+        assert_eq!((card("sick_r").labels().len(), card("sick_r").score_range), (0, Some((1.0, 5.0))));
+        for name in TaskCard::builtin_names() {
+            let expected = match name {
+                "cola" | "ax" => Metric::Matthews,
+                "mrpc" | "qqp" => Metric::F1,
+                "stsb" | "sick_r" => Metric::Combined,
+                _ => Metric::Accuracy,
+            };
+            assert_eq!(card(name).headline, expected, "{name}");
+        }
     }
 
     #[test]
@@ -345,7 +365,10 @@ mod tests {
             spoil(&mut card);
             card.check().unwrap_err().to_string()
         };
-        let cases: [(Spoil, &str); 8] = [
+        fn put(names: &mut BTreeMap<String, String>, other: &str, name: &str) {
+            names.insert(other.into(), name.into());
+        }
+        let cases: [(Spoil, &str); 14] = [
             (|card| card.headline = Metric::Pearson, "does not fit a classification"),
             (|card| card.headline = Metric::Matthews, "none of its metrics (f1, accuracy, combined)"),
             (|card| card.objective = Objective::Regression, "does not fit a regression"),
@@ -356,6 +379,27 @@ mod tests {
             (
                 |card| card.objective = Objective::Classification { labels: vec!["a".into(), "a".into()] },
                 "`a` is listed twice",
+            ),
+            (
+                |card| put(&mut card.spellings, "same", "equal"),
+                "`same` for `equal`, which is none of its labels",
+            ),
+            (|card| put(&mut card.merges, "equivalent", "not_equivalent"), "but it is a label itself"),
+            (
+                |card| {
+                    put(&mut card.spellings, "same", "equivalent");
+                    put(&mut card.merges, "same", "equivalent");
+                },
+                "in `spellings` and in `merges`",
+            ),
+            (
+                |card| card.drop_labels.push("equivalent".into()),
+                "`drop_labels` has `equivalent`, which is a label",
+            ),
+            (|card| card.layouts[0].labels.push("2".into()), "a layout names 3 labels, the task has 2"),
+            (
+                |card| card.splits.get_mut(&Split::Dev).unwrap()[1].rows.as_mut().unwrap().list = None,
+                "needs a `list` or `values`",
             ),
         ];
         for (spoil, expected) in cases {

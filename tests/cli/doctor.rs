@@ -15,7 +15,8 @@ fn doctor_lists_data_and_models_and_says_what_is_wrong_with_them() {
     };
     assert!(line("libtorch").contains(" 2."));
     assert!(line("CUDA").len() > "CUDA".len());
-    for task in ["cola", "rte", "mrpc", "stsb"] {
+    assert!(line("ax").contains("40 test, in "), "{}", line("ax"));
+    for task in ["cola", "rte", "mrpc", "stsb", "qqp", "mnli_mm", "snli", "scitail", "sick_r"] {
         assert!(line(task).contains("320 train, 120 dev"), "{}", line(task));
     }
     assert!(line("whole").contains("bert, 2 layers, hidden 24"), "{}", line("whole"));
