@@ -162,6 +162,7 @@ impl CustomTask {
             metrics,
             source: String::new(),
             licence: String::new(),
+            published: BTreeMap::new(),
             folders: Vec::new(),
             splits,
             layouts: vec![layout],

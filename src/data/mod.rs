@@ -1,8 +1,11 @@
-//! Data: what a task is, its files as examples, its examples as token ids, its metrics.
+//! Data: what a task is, its files as examples, its examples as token ids, its metrics; where data sets come from and
+//! what they hold.
 
 mod batch;
+mod check;
 mod custom;
 mod encode;
+mod fetch;
 mod metrics;
 mod reader;
 mod sheet;
@@ -10,8 +13,12 @@ mod table;
 mod task;
 
 pub use batch::{EncodedDataset, PackedBatch, Padding, Targets};
+pub use check::{InTrain, Lengths, Scores, SplitCheck, TokenLengths, check_splits, read_present};
 pub use custom::{CustomObjective, CustomTask};
 pub use encode::{Encoded, TokenEncoder};
+pub use fetch::{
+    Download, FetchEvent, FetchOptions, Fetched, cache_folder, downloads_of, fetched_data_folder,
+};
 pub use metrics::{Metric, score_classes, score_values};
 pub use reader::{Dataset, Example, Label, read_file, read_split};
 pub use task::{Format, Keep, Layout, Objective, RowFilter, Split, SplitFiles, TaskCard};

@@ -98,6 +98,9 @@ pub struct TaskCard {
     /// Under what terms the data may be used.
     #[serde(default)]
     pub licence: String,
+    /// How many rows each split has as it was published.
+    #[serde(default)]
+    pub published: BTreeMap<Split, usize>,
     /// Names that the task's folder goes by under a data root; without any, files are looked
     /// up as they stand.
     #[serde(default)]
