@@ -188,7 +188,18 @@ fn fetch_one(card: &TaskCard, download: &Download, options: &FetchOptions) -> Re
     let mut display = TransferDisplay::new();
     let result = download.fetch(card, options, &mut |event| display.show(event));
     display.finish();
-    match result? {
+    let result = result?;
+    if Some(&options.to) == fetched_data_folder().as_ref() {
+        let nearer =
+            card.folders.iter().map(|folder| Path::new("data").join(folder)).find(|path| path.exists());
+        if let Some(nearer) = nearer {
+            let (nearer, to) = (nearer.display(), options.to.display());
+            eprintln!(
+                "note: experiments started here find {nearer} first; --data {to} puts what was fetched before it"
+            );
+        }
+    }
+    match result {
         Fetched::New => show(format_args!("{}: in {}", card.name, folder.display())),
         Fetched::Already => show(format_args!("{}: is complete already, in {}", card.name, folder.display())),
     }
@@ -279,7 +290,7 @@ fn measures(check: &SplitCheck, max_length: usize) -> Vec<Measure> {
     count("contradictions", check.contradictions);
     if let Some(common) = check.in_train {
         count("in train", common.rows);
-        count("in train, other label", common.other_label);
+        count("in train with another label", common.other_label);
     }
     count("empty texts", check.empty);
     count(&format!("over {max_length} words"), check.long);
