@@ -309,3 +309,12 @@ fn an_endpoint_takes_the_place_of_scheme_and_host() {
     let moved = relocated(url, Some("http://127.0.0.1:8000/mirror/")).unwrap();
     assert_eq!(moved, "http://127.0.0.1:8000/mirror/record/1/files/SICK.zip?download=1");
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_told_from_other_faults() {
+    let write = |path: &str| std::fs::write(path, "x").map_err(write_fault(Path::new(path))).unwrap_err();
+    let full = write("/dev/full").to_string();
+    assert!(full.contains("/dev/full: the disk is full") && full.contains("--to"), "{full}");
+    assert!(write("/dev/null/x").to_string().starts_with("cannot write /dev/null/x: "));
+}

@@ -248,6 +248,10 @@ impl Transfer<'_> {
                     format!("the server's name is not known here, perhaps for want of a network; {MIRROR}");
                 self.fault(text).into()
             }
+            // Among the errors of a connection, the kind of those about certificates.
+            ureq::Error::Io(error) if error.kind() == ErrorKind::InvalidData => {
+                self.fault(format!("the connection cannot be trusted ({error}); {MIRROR}")).into()
+            }
             ureq::Error::Io(_)
             | ureq::Error::Timeout(_)
             | ureq::Error::ConnectionFailed
