@@ -31,9 +31,7 @@ pub fn doctor(arguments: DoctorArguments) -> Result<ExitCode> {
     ))?;
     show(format_args!("libtorch       {}, {} threads", libtorch::version(), tch::get_num_threads()))?;
     show_cuda()?;
-    let mut roots = arguments.data.data;
-    roots.push(PathBuf::from("data"));
-    show_data(&roots)?;
+    show_data(&arguments.data.roots())?;
     show_models(&arguments.models)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -2,6 +2,7 @@
 
 mod child;
 mod compare;
+mod data;
 mod doctor;
 mod evaluate;
 mod experiment;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
+use child_tuning::data::fetched_data_folder;
 use child_tuning::error::Error;
 use clap::{Args, Parser, Subcommand};
 use tch::{Cuda, Device};
@@ -32,6 +34,7 @@ use tch::{Cuda, Device};
 Exit codes: 0 done, 1 some runs failed, 2 usage or configuration, 3 environment, 130 interrupted.
 
 Examples:
+  child-tuning data fetch cola rte mrpc stsb
   child-tuning plan experiments/quickstart.yaml
   child-tuning run experiments/glue.yaml --device cuda --set train.learning_rate='[2e-5, 4e-5]'
   child-tuning run experiments/glue.yaml --only task=rte --only method=vanilla
@@ -56,6 +59,8 @@ enum Command {
     Predict(predict::PredictArguments),
     /// Compute, inspect and compare child networks (masks).
     Child(child::ChildArguments),
+    /// List, fetch and check data sets.
+    Data(data::DataCommandArguments),
     /// Write a model folder, head included, in the form that transformers loads.
     Export(export::ExportArguments),
     /// Show what is installed here (libtorch, CUDA, data, models) and what to do about what is not.
@@ -83,6 +88,7 @@ pub fn call(arguments: Arguments) -> Result<ExitCode> {
         Command::Evaluate(arguments) => evaluate::evaluate(arguments),
         Command::Predict(arguments) => predict::predict(arguments),
         Command::Child(arguments) => child::child(arguments),
+        Command::Data(arguments) => data::data(arguments),
         Command::Export(arguments) => export::export(arguments),
         Command::Doctor(arguments) => doctor::doctor(arguments),
     }
@@ -131,7 +137,17 @@ impl ComputeArguments {
 /// Folders with data sets.
 #[derive(Args)]
 pub struct DataArguments {
-    /// Folder with data sets, searched before those of the experiment and `data/`; may be repeated
+    /// Folder with data sets, searched before those of the experiment, `data/` and what was fetched; may be repeated
     #[arg(long = "data", value_name = "FOLDER", env = "DATA")]
     data: Vec<PathBuf>,
+}
+
+impl DataArguments {
+    /// Returns where data sets are looked for outside experiments: the folders given, `data/`, and what was fetched.
+    fn roots(&self) -> Vec<PathBuf> {
+        let mut roots = self.data.clone();
+        roots.push(PathBuf::from("data"));
+        roots.extend(fetched_data_folder());
+        roots
+    }
 }

@@ -1,12 +1,16 @@
 //! Progress: bars on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use child_tuning::data::FetchEvent;
 use child_tuning::experiment::RunEvent;
 use child_tuning::experiment::results::{Row, Status};
 use child_tuning::train::{Event, Progress};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{BinaryBytes, HumanDuration, ProgressBar, ProgressStyle};
+
+/// How often a transfer reports where there is no bar.
+const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
 /// Shows what a runner reports, on standard error.
 pub struct Display {
@@ -99,4 +103,87 @@ fn outcome(rows: &[Row]) -> String {
         format!("{place}{} {score}{degenerate}", row.headline)
     };
     format!("{} ({seconds:.1} s)", rows.iter().map(score).collect::<Vec<_>>().join(", "))
+}
+
+/// Shows what a transfer reports, on standard error.
+pub struct TransferDisplay {
+    bar: Option<ProgressBar>,
+    name: String,
+    bytes: u64,
+    /// How much was there when the transfer started, and when that was.
+    start: (u64, Instant),
+    last_line: Instant,
+}
+
+impl TransferDisplay {
+    /// Makes a display that fits what standard error is.
+    pub fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template(
+                "{prefix} {bar:24} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec} [{elapsed} < {eta}]",
+            );
+            ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        Self { bar, name: String::new(), bytes: 0, start: (0, Instant::now()), last_line: Instant::now() }
+    }
+
+    /// Shows one event.
+    pub fn show(&mut self, event: FetchEvent) {
+        match event {
+            FetchEvent::Started { url, start, bytes } => {
+                let path = url.split('?').next().unwrap_or(url);
+                self.name = path.rsplit('/').next().unwrap_or(path).to_owned();
+                (self.bytes, self.start, self.last_line) = (bytes, (start, Instant::now()), Instant::now());
+                let there = match start {
+                    0 => String::new(),
+                    start => format!(", {} are there already", BinaryBytes(start)),
+                };
+                self.line(&format!("{url}: {}{there}", BinaryBytes(bytes)));
+                if let Some(bar) = &self.bar {
+                    bar.set_prefix(self.name.clone());
+                    bar.reset();
+                    bar.set_length(bytes);
+                    bar.set_position(start);
+                    bar.reset_eta();
+                }
+            }
+            FetchEvent::Received(done) => self.received(done),
+            FetchEvent::Waiting { reason, pause } => {
+                self.line(&format!("{reason}; trying again in {} s", pause.as_secs()));
+            }
+            FetchEvent::Unpacking => self.line("unpacking"),
+        }
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn received(&mut self, done: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+        } else if done == self.bytes || self.last_line.elapsed() >= BETWEEN_LINES {
+            self.last_line = Instant::now();
+            let (start, since) = self.start;
+            let speed = (done - start) as f64 / since.elapsed().as_secs_f64().max(1e-3);
+            let left = match self.bytes - done {
+                0 => String::new(),
+                left => {
+                    format!(", {} left", HumanDuration(Duration::from_secs_f64(left as f64 / speed.max(1.0))))
+                }
+            };
+            let share = 100.0 * done as f64 / self.bytes as f64;
+            eprintln!("{}: {share:.0} %, {}/s{left}", self.name, BinaryBytes(speed as u64));
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+    }
 }

@@ -1,8 +1,11 @@
-//! Data: what a task is, its files as examples, its examples as token ids, its metrics.
+//! Data: what a task is, its files as examples, its examples as token ids, its metrics; where data sets come from and
+//! what they hold.
 
 mod batch;
+mod check;
 mod custom;
 mod encode;
+mod fetch;
 mod files;
 mod label;
 mod label_map;
@@ -15,8 +18,12 @@ mod table;
 mod task;
 
 pub use batch::{EncodedDataset, PackedBatch, Padding, Targets};
+pub use check::{InTrain, Lengths, Scores, SplitCheck, TokenLengths, check_splits, read_present};
 pub use custom::{CustomObjective, CustomTask};
 pub use encode::{Encoded, TokenEncoder};
+pub use fetch::{
+    Download, FetchEvent, FetchOptions, Fetched, cache_folder, downloads_of, fetched_data_folder,
+};
 pub use label::Label;
 pub use label_map::LabelMap;
 pub use label_noise::noisy_labels;
@@ -26,5 +33,3 @@ pub use reader::{Dataset, read_file, read_split};
 pub use sheet::Example;
 pub use table::Format;
 pub use task::{Objective, Split, TaskCard};
-
-pub fn cache_folder() -> Option<std::path::PathBuf> { None }

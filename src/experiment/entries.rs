@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use super::run::{Source, StartFolder};
 use super::spec::TaskSpec;
 use super::transfer::{EarlierRuns, EvaluationSpec, InitFrom};
-use crate::data::{Dataset, LabelMap, Split, TaskCard, TokenEncoder, cache_folder, read_split};
+use crate::data::{Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, read_split};
 use crate::error::{Error, Result};
 use crate::model::ModelFolder;
 use crate::spelling::suggestion;
@@ -162,8 +162,8 @@ impl Library {
 /// Returns where data sets are looked for, in order: the folders of the command line, those of the experiment, the
 /// folder `data`, and what was downloaded.
 pub fn data_roots(first: &[PathBuf], then: &[PathBuf]) -> Vec<PathBuf> {
-    let downloaded = cache_folder().map(|cache| cache.join("data"));
-    first.iter().chain(then).cloned().chain([PathBuf::from("data")]).chain(downloaded).collect()
+    let own = first.iter().chain(then).cloned().chain([PathBuf::from("data")]);
+    own.chain(fetched_data_folder()).collect()
 }
 
 /// Finds a task by its built-in name, or by its card file beside the experiment or in the working folder.

@@ -112,9 +112,10 @@ impl Workplace {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(assert_cmd::cargo::cargo_bin!("child-tuning"));
         command.args(arguments).current_dir(self.folder.path());
-        for variable in ["DATA", "LIBTORCH"] {
+        for variable in ["DATA", "LIBTORCH", "CHILD_TUNING_DATA_ENDPOINT"] {
             command.env_remove(variable);
         }
+        command.env("CHILD_TUNING_CACHE", self.path("cache"));
         command
     }
 
