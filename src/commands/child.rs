@@ -234,7 +234,7 @@ fn matrices(pairs: &[Overlap]) -> String {
             });
             table.add_row(std::iter::once(row[0].first.clone()).chain(cells));
         }
-        table.to_string()
+        table.trim_fmt()
     };
     [
         matrix("overlap: both / either", |pair| pair.overlap),
