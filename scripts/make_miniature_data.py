@@ -230,6 +230,8 @@ TASKS = {
     "SNLI": snli_files,
     "SciTail": scitail_files,
     "SICK": sick_files,
+    # Tells the program that data/ holds no real data, and that what was fetched goes before it.
+    ".": lambda: {"MINIATURE": "The data sets in this folder are generated; see README.md.\n"},
 }
 
 

@@ -40,4 +40,6 @@ fi
 packages=$(cd .venv && echo lib/python3*/site-packages)
 mkdir -p models
 [ -e models/minilm-l6 ] && [ ! -L models/minilm-l6 ] || ln -sfn "../.venv/$packages/$encoder_folder" models/minilm-l6
+# A random encoder of 30,000 weights, for `profile: tiny`.
+[ -e models/tiny ] && [ ! -L models/tiny ] || ln -sfn ../tests/fixtures/bert_pair models/tiny
 touch .venv/installed

@@ -99,17 +99,18 @@ pub struct Difference {
 pub fn compare(rows: &[Row]) -> Comparison {
     let (rows, repeated) = without_repetition(rows);
     let (trials, rows): (Vec<&Row>, Vec<&Row>) = rows.into_iter().partition(|row| row.purpose == "selection");
-    let blocks = gather(&rows, |row| (&row.source_task, &row.task, &row.evaluated_on, &row.split, &row.headline))
-        .into_iter()
-        .map(|((source_task, task, evaluated_on, split, headline), rows)| Block {
-            source_task: source_task.clone(),
-            task: task.clone(),
-            evaluated_on: evaluated_on.clone(),
-            split: split.clone(),
-            headline: headline.clone(),
-            groups: groups(&rows),
-        })
-        .collect();
+    let blocks =
+        gather(&rows, |row| (&row.source_task, &row.task, &row.evaluated_on, &row.split, &row.headline))
+            .into_iter()
+            .map(|((source_task, task, evaluated_on, split, headline), rows)| Block {
+                source_task: source_task.clone(),
+                task: task.clone(),
+                evaluated_on: evaluated_on.clone(),
+                split: split.clone(),
+                headline: headline.clone(),
+                groups: groups(&rows),
+            })
+            .collect();
     Comparison { blocks, repeated, trials: trials.len() }
 }
 

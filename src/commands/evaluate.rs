@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use child_tuning::data::{EncodedDataset, Split, TokenEncoder, read_split};
 use child_tuning::error::Error;
-use child_tuning::experiment::{data_roots, named_card};
+use child_tuning::experiment::named_card;
 use child_tuning::model::{Classifier, ModelFolder};
 use child_tuning::train::{Precision, Scored, evaluate as score};
 use clap::Args;
@@ -38,7 +38,7 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
     let device = arguments.compute.device()?;
     let folder = ModelFolder::open(&arguments.model)?;
     let encoder = TokenEncoder::from_folder(&arguments.model)?;
-    let roots = data_roots(&arguments.data.data, &[]);
+    let roots = arguments.data.roots();
     show("task,split,examples,metric,value")?;
     for task in &arguments.tasks {
         let card = named_card(task, Path::new(""))?;
@@ -47,7 +47,11 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
         classifier.check_inputs(&encoder, arguments.max_length)?;
         let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
         let data = EncodedDataset::new(inputs, &dataset.examples).map_err(|_| {
-            Error::data(&dataset.path, 0, "has no labels to score with; `child-tuning predict` writes predictions")
+            Error::data(
+                &dataset.path,
+                0,
+                "has no labels to score with; `child-tuning predict` writes predictions",
+            )
         })?;
         let scored = Scored { data: &data, card: &card, labels: &labels };
         let evaluation = score(&classifier, scored, Precision::Float32, |_| Ok(()))?;

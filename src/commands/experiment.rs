@@ -115,7 +115,8 @@ fn show_plan(plan: &Plan, speed: &Speed) -> Result<()> {
     });
     let (chosen, open): (Vec<_>, Vec<_>) =
         choices.iter().map(|choice| (choice, choice.choose(&rows))).partition(|(_, chosen)| chosen.is_some());
-    let chosen = chosen.iter().filter_map(|(_, chosen)| chosen.as_ref()).flat_map(|chosen| &chosen.candidate.reports);
+    let chosen =
+        chosen.iter().filter_map(|(_, chosen)| chosen.as_ref()).flat_map(|chosen| &chosen.candidate.reports);
     let runs: Vec<_> = trials.iter().chain(&plan.runs).chain(chosen).collect();
     let to_do: Vec<_> = runs.iter().filter(|run| !recorded.has(&run.id, run.rows())).collect();
     let mut tokens = Tokens::default();
@@ -141,6 +142,9 @@ fn show_plan(plan: &Plan, speed: &Speed) -> Result<()> {
             steps += add(run)?;
         }
         to_choose += seeds;
+    }
+    for note in &plan.notes {
+        show(format_args!("note: {note}"))?;
     }
     let finished = runs.len() - to_do.len();
     let all = runs.len() + to_choose;

@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use child_tuning::data::fetched_data_folder;
 use child_tuning::error::Error;
+use child_tuning::experiment::data_roots;
 use clap::{Args, Parser, Subcommand};
 use tch::{Cuda, Device};
 
@@ -143,11 +143,8 @@ pub struct DataArguments {
 }
 
 impl DataArguments {
-    /// Returns where data sets are looked for outside experiments: the folders given, `data/`, and what was fetched.
+    /// Returns where data sets are looked for outside experiments.
     fn roots(&self) -> Vec<PathBuf> {
-        let mut roots = self.data.clone();
-        roots.push(PathBuf::from("data"));
-        roots.extend(fetched_data_folder());
-        roots
+        data_roots(&self.data, &[])
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use child_tuning::data::{LabelMap, TaskCard, TokenEncoder, read_file};
+use child_tuning::data::{LabelMap, Objective, TaskCard, TokenEncoder, read_file};
 use child_tuning::error::Error;
 use child_tuning::experiment::named_card;
 use child_tuning::model::{Classifier, Labels, ModelFolder};
@@ -58,7 +58,7 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
 /// Returns one column a label of the task; where several of the model's labels count as one, that of the likeliest.
 fn in_terms_of(card: &TaskCard, labels: &LabelMap, logits: &Tensor) -> Result<Vec<Vec<f32>>, Error> {
     let rows: Vec<Vec<f32>> = Vec::try_from(logits)?;
-    if card.label_count() == 0 {
+    if card.objective == Objective::Regression {
         return Ok(rows);
     }
     if labels.classes() != card.label_count() {

@@ -27,7 +27,8 @@ impl LabelMap {
     /// Returns the map for a model with the labels of `trained` on the data of `scored`; with regressions on both sides,
     /// the empty map.
     ///
-    /// The model's labels become the data's where each has a counterpart there; otherwise the data's become the model's.
+    /// The model's labels become the data's where each has a counterpart there and none of the data's is left out;
+    /// otherwise the data's become the model's.
     ///
     /// # Errors
     /// Fails, naming the label, if neither side can be expressed in the labels of the other.
@@ -46,15 +47,15 @@ impl LabelMap {
             _ => return Err(fault("one predicts classes, the other a score".into())),
         };
         let own = |count: usize| (0..count).collect();
-        let unmatched = match counterparts(model, scored) {
-            Ok(predicted) => return Ok(Self { predicted, actual: own(data.len()), classes: data.len() }),
-            Err(label) => label,
+        let problem = match counterparts(model, scored) {
+            Err(label) => format!("its label `{label}` is none of {}", data.join(", ")),
+            Ok(predicted) => match (0..data.len()).find(|class| !predicted.contains(class)) {
+                None => return Ok(Self { predicted, actual: own(data.len()), classes: data.len() }),
+                Some(class) => format!("it has no label for `{}`", data[class]),
+            },
         };
         let Ok(actual) = counterparts(data, trained) else {
-            return Err(fault(format!(
-                "its label `{unmatched}` is none of {}; say what it counts as under `merges:` of a card of your own",
-                data.join(", ")
-            )));
+            return Err(fault(format!("{problem}; say what counts as what under `merges:` of a card of your own")));
         };
         if scored.metrics.contains(&Metric::F1) {
             return Err(fault(format!("`f1` needs the labels {}, and the model has fewer", data.join(", "))));
@@ -145,7 +146,13 @@ mod tests {
     fn what_has_no_counterpart_is_refused_by_name() {
         let topic = card("topic", &["sports", "politics"], "");
         let message = LabelMap::between(&topic, &nli()).unwrap_err().to_string();
-        assert!(message.contains("its label `sports` is none of entailment, neutral, contradiction"), "{message}");
+        assert!(
+            message.contains("its label `sports` is none of entailment, neutral, contradiction"),
+            "{message}"
+        );
+        let part = card("part", &["entailment", "neutral"], "");
+        let message = LabelMap::between(&part, &nli()).unwrap_err().to_string();
+        assert!(message.contains("it has no label for `contradiction`"), "{message}");
         let score = TaskCard { objective: Objective::Regression, ..nli() };
         let message = LabelMap::between(&score, &nli()).unwrap_err().to_string();
         assert!(message.contains("one predicts classes, the other a score"), "{message}");

@@ -29,7 +29,7 @@ pub use label_map::LabelMap;
 pub use label_noise::noisy_labels;
 pub use layout::{Keep, Layout, RowFilter, SplitFiles};
 pub use metrics::{Metric, score_classes, score_values};
-pub use reader::{Dataset, read_file, read_split};
+pub use reader::{Dataset, holds, read_file, read_split};
 pub use sheet::Example;
 pub use table::Format;
 pub use task::{Objective, Split, TaskCard};

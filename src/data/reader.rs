@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::files::{expand, find};
+use super::label::Label;
 use super::layout::{RowFilter, SplitFiles};
 use super::sheet::{Example, Listed, Purpose, Sheet};
 use super::table::DataFile;
@@ -25,6 +26,32 @@ pub struct Dataset {
     pub path: PathBuf,
     /// SHA-256 of the bytes of all files read, in reading order, in hexadecimal.
     pub sha256: String,
+}
+
+impl Dataset {
+    /// Returns the SHA-256 of texts and labels, in hexadecimal: equal for the same examples in any file format.
+    pub fn examples_sha256(&self) -> String {
+        let mut checksum = Sha256::new();
+        for Example { first, second, label } in &self.examples {
+            for text in [Some(first), second.as_ref()].into_iter().flatten() {
+                checksum.update((text.len() as u64).to_le_bytes());
+                checksum.update(text);
+            }
+            checksum.update(match label {
+                None => [0; 9],
+                Some(Label::Class(id)) => tagged(1, *id as u64),
+                Some(Label::Score(score)) => tagged(2, u64::from(score.to_bits())),
+            });
+        }
+        hexadecimal(&checksum.finalize())
+    }
+}
+
+/// A number behind a byte that tells what it is.
+fn tagged(kind: u8, number: u64) -> [u8; 9] {
+    let mut bytes = [kind; 9];
+    bytes[1..].copy_from_slice(&number.to_le_bytes());
+    bytes
 }
 
 /// Reads a split of a task, from the first of `roots` that holds it.
@@ -62,6 +89,22 @@ pub fn read_split(card: &TaskCard, roots: &[PathBuf], split: Split) -> Result<Da
         }
     }
     Err(not_found(card, roots, split, choices))
+}
+
+/// Returns whether a root holds a split of a task; a task without folders of its own is in none.
+///
+/// # Errors
+///
+/// [`Error::Data`] if some of the files of a split are there and others are not.
+pub fn holds(card: &TaskCard, root: &Path, split: Split) -> Result<bool> {
+    for folder in card.folders.iter().map(|folder| root.join(folder)) {
+        for choice in card.splits.get(&split).into_iter().flatten() {
+            if find(choice, &folder)?.is_some() {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// Reads one file of a task, such as the input of a prediction, each row as an example; labels
@@ -136,7 +179,6 @@ fn read_files(
 
 #[cfg(test)]
 mod tests {
-    use super::super::label::Label;
     use super::*;
 
     const TRAIN: &str = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\tc\td\tnot_entailment\n";

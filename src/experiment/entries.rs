@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use super::run::{Source, StartFolder};
 use super::spec::TaskSpec;
 use super::transfer::{EarlierRuns, EvaluationSpec, InitFrom};
-use crate::data::{Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, read_split};
+use crate::data::{Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, holds, read_split};
 use crate::error::{Error, Result};
 use crate::model::ModelFolder;
 use crate::spelling::suggestion;
@@ -64,25 +64,33 @@ fn open_folder(path: &Path, overrides: &Map<String, Value>) -> Result<ModelFolde
     Ok(folder)
 }
 
+/// A part of a data set.
+pub struct SplitEntry {
+    /// Its task.
+    pub card: Arc<TaskCard>,
+    /// Which part.
+    pub split: Split,
+    /// The examples.
+    pub dataset: Arc<Dataset>,
+    /// SHA-256 of the examples, whatever files they come from.
+    pub sha256: String,
+}
+
 /// A task with the data that runs train on and are scored on.
 pub struct TaskEntry {
     /// What the task is.
     pub card: Arc<TaskCard>,
     /// Training data.
-    pub train: Arc<Dataset>,
+    pub train: Arc<SplitEntry>,
     /// Data that runs are scored on.
-    pub dev: Arc<Dataset>,
+    pub dev: Arc<SplitEntry>,
 }
 
 /// A data set that a run is scored on.
 #[derive(Clone)]
 pub struct Evaluated {
-    /// Its task.
-    pub card: Arc<TaskCard>,
-    /// The part of it.
-    pub split: Split,
-    /// The examples.
-    pub dataset: Arc<Dataset>,
+    /// The examples and their task.
+    pub on: Arc<SplitEntry>,
     /// How the classes of the run's task compare with it.
     pub labels: LabelMap,
 }
@@ -91,7 +99,8 @@ pub struct Evaluated {
 pub struct Library {
     base: PathBuf,
     roots: Vec<PathBuf>,
-    splits: Vec<(Arc<TaskCard>, Split, Arc<Dataset>)>,
+    /// What was read, and the roots that it was looked for in.
+    splits: Vec<(Arc<SplitEntry>, Vec<PathBuf>)>,
 }
 
 impl Library {
@@ -100,15 +109,37 @@ impl Library {
         Self { base: base.to_owned(), roots, splits: Vec::new() }
     }
 
-    /// Opens a task to train on.
+    /// Opens a task to train on. Its train and dev data come from one place: parts of different copies do not belong
+    /// together.
     ///
     /// # Errors
     /// Fails, naming file and place, if the task is not known or its data cannot be read.
     pub fn task(&mut self, spec: &TaskSpec) -> Result<TaskEntry> {
+        const NEEDED: [Split; 2] = [Split::Train, Split::Dev];
         let card = self.card(spec)?;
-        let (card, train) = self.split(card, Split::Train)?;
-        let (card, dev) = self.split(card.as_ref().clone(), Split::Dev)?;
-        Ok(TaskEntry { card, train, dev })
+        let mut roots = self.roots.clone();
+        if !card.folders.is_empty() {
+            let mut places = Vec::new();
+            for split in NEEDED {
+                let holding = |root: &&PathBuf| holds(&card, root, split).unwrap_or(true);
+                places.push(self.roots.iter().filter(holding).collect::<Vec<_>>());
+            }
+            match places[0].iter().find(|root| places[1].contains(root)) {
+                Some(root) => roots = vec![root.to_path_buf()],
+                None if places.iter().all(|places| !places.is_empty()) => {
+                    return Err(Error::configuration(format!(
+                        "task `{}` has its train data in {} and its dev data in {}; put both into one folder",
+                        card.name,
+                        places[0][0].display(),
+                        places[1][0].display()
+                    )));
+                }
+                None => {}
+            }
+        }
+        let [train, dev] = NEEDED.map(|split| self.split(&card, split, &roots));
+        let (train, dev) = (train?, dev?);
+        Ok(TaskEntry { card: dev.card.clone(), train, dev })
     }
 
     /// Opens what runs of a task are scored on: its own dev split, and what the experiment lists besides.
@@ -116,28 +147,52 @@ impl Library {
     /// # Errors
     /// Fails if data cannot be read or have no labels, or if the task's labels cannot be compared with theirs.
     pub fn evaluations(&mut self, task: &TaskEntry, further: &[EvaluationSpec]) -> Result<Arc<[Evaluated]>> {
-        let own = Evaluated {
-            card: task.card.clone(),
-            split: Split::Dev,
-            dataset: task.dev.clone(),
-            labels: LabelMap::between(&task.card, &task.card)?,
-        };
+        let own = Evaluated { on: task.dev.clone(), labels: LabelMap::between(&task.card, &task.card)? };
         let mut all = vec![own];
         for spec in further {
-            let (card, dataset) = self.split(self.card(&spec.task)?, spec.split)?;
-            if all.iter().any(|other| other.card.name == card.name && other.split == spec.split) {
+            let card = self.card(&spec.task)?;
+            if all.iter().any(|other| other.on.card.name == card.name && other.on.split == spec.split) {
                 continue;
             }
-            if dataset.examples.iter().any(|example| example.label.is_none()) {
+            // What is trained on in this experiment is scored in the same copy.
+            let known =
+                self.splits.iter().find(|(entry, _)| *entry.card == card && entry.split == spec.split);
+            let on = match known {
+                Some((entry, _)) => entry.clone(),
+                None => self.split(&card, spec.split, &self.roots.clone())?,
+            };
+            if on.dataset.examples.iter().any(|example| example.label.is_none()) {
                 return Err(Error::configuration(format!(
                     "evaluate: the {} split of `{}` has no labels to score with; `child-tuning predict` writes predictions",
                     spec.split, card.name
                 )));
             }
             let labels = LabelMap::between(&task.card, &card)?;
-            all.push(Evaluated { card, split: spec.split, dataset, labels });
+            all.push(Evaluated { on, labels });
         }
         Ok(all.into())
+    }
+
+    /// Says in sentences what was read that is not the whole published data, and what was left out of it.
+    pub fn notes(&self) -> Vec<String> {
+        let differing = self.splits.iter().filter_map(|(entry, _)| {
+            let published = entry.card.published.get(&entry.split)?;
+            let found = entry.dataset.examples.len();
+            (found != *published)
+                .then(|| format!("{} {} {found} of {published}", entry.card.name, entry.split))
+        });
+        let differing: Vec<String> = differing.collect();
+        let mut notes = Vec::new();
+        if !differing.is_empty() {
+            notes.push(format!("not the published number of examples: {}", differing.join(", ")));
+        }
+        for (entry, _) in self.splits.iter().filter(|(entry, _)| entry.dataset.dropped > 0) {
+            let (count, name, split) = (entry.dataset.dropped, &entry.card.name, entry.split);
+            notes.push(format!(
+                "{name} {split}: {count} rows without an agreed label or with missing cells left out"
+            ));
+        }
+        notes
     }
 
     fn card(&self, spec: &TaskSpec) -> Result<TaskCard> {
@@ -147,23 +202,33 @@ impl Library {
         }
     }
 
-    fn split(&mut self, card: TaskCard, split: Split) -> Result<(Arc<TaskCard>, Arc<Dataset>)> {
-        let known = self.splits.iter().find(|(other, of, _)| **other == card && *of == split);
-        if let Some((card, _, dataset)) = known {
-            return Ok((card.clone(), dataset.clone()));
+    fn split(&mut self, card: &TaskCard, split: Split, roots: &[PathBuf]) -> Result<Arc<SplitEntry>> {
+        let is_it = |(entry, from): &&(Arc<SplitEntry>, Vec<PathBuf>)| {
+            *entry.card == *card && entry.split == split && from == roots
+        };
+        if let Some((entry, _)) = self.splits.iter().find(is_it) {
+            return Ok(entry.clone());
         }
-        let dataset = Arc::new(read_split(&card, &self.roots, split)?);
-        let card = Arc::new(card);
-        self.splits.push((card.clone(), split, dataset.clone()));
-        Ok((card, dataset))
+        let dataset = read_split(card, roots, split)?;
+        let sha256 = dataset.examples_sha256();
+        let entry = SplitEntry { card: Arc::new(card.clone()), split, dataset: Arc::new(dataset), sha256 };
+        let entry = Arc::new(entry);
+        self.splits.push((entry.clone(), roots.to_vec()));
+        Ok(entry)
     }
 }
 
 /// Returns where data sets are looked for, in order: the folders of the command line, those of the experiment, the
-/// folder `data`, and what was downloaded.
+/// folder `data`, and what was fetched. The miniature data that come with the program stand behind what was fetched.
 pub fn data_roots(first: &[PathBuf], then: &[PathBuf]) -> Vec<PathBuf> {
-    let own = first.iter().chain(then).cloned().chain([PathBuf::from("data")]);
-    own.chain(fetched_data_folder()).collect()
+    let own = PathBuf::from("data");
+    let is_miniature = own.join("MINIATURE").exists();
+    let mut last = vec![own];
+    last.extend(fetched_data_folder());
+    if is_miniature {
+        last.reverse();
+    }
+    first.iter().chain(then).cloned().chain(last).collect()
 }
 
 /// Finds a task by its built-in name, or by its card file beside the experiment or in the working folder.
@@ -200,19 +265,20 @@ pub fn start_folder(init_from: &InitFrom, model: &ModelEntry, seed: u64) -> Resu
         other => other,
     })?;
     let sha256 = folder.sha256();
-    let source = if source.run.is_empty() { Source { run: sha256[..16].to_owned(), ..source } } else { source };
+    let source =
+        if source.run.is_empty() { Source { run: sha256[..16].to_owned(), ..source } } else { source };
     Ok(StartFolder { folder, sha256, source })
 }
 
 /// Finds the one run of another experiment that has this model and seed and the columns asked for.
 fn earlier_run(earlier: &EarlierRuns, model: &ModelEntry, seed: u64) -> Result<(PathBuf, Source)> {
     let path = &earlier.results;
-    let fault = |message: String| {
+    let fault = |found: String, mend: &str| {
         let mut columns = earlier.columns.clone();
         columns.insert("seed".into(), seed.to_string());
         let columns: Vec<_> = columns.iter().map(|(column, value)| format!("{column}={value}")).collect();
         Error::configuration(format!(
-            "init_from: {}: {message} with {}",
+            "init_from: {}: {found} with {}{mend}",
             path.display(),
             columns.join(", ")
         ))
@@ -223,7 +289,10 @@ fn earlier_run(earlier: &EarlierRuns, model: &ModelEntry, seed: u64) -> Result<(
     let header = reader.headers().map_err(unreadable)?.clone();
     if let Some(column) = earlier.columns.keys().find(|column| !header.iter().any(|name| name == *column)) {
         let hint = suggestion(column, header.iter());
-        return Err(Error::configuration(format!("init_from: {} has no column `{column}`{hint}", path.display())));
+        return Err(Error::configuration(format!(
+            "init_from: {} has no column `{column}`{hint}",
+            path.display()
+        )));
     }
     let mut found: BTreeMap<String, Source> = BTreeMap::new();
     for row in reader.deserialize::<BTreeMap<String, String>>() {
@@ -244,14 +313,14 @@ fn earlier_run(earlier: &EarlierRuns, model: &ModelEntry, seed: u64) -> Result<(
         }
     }
     match found.len() {
-        0 => Err(fault(format!("no run of {} that ended ok", model.name))),
+        0 => Err(fault(format!("no run of {} that ended ok", model.name), "")),
         1 => {
             let source = found.into_values().next().unwrap_or_default();
             Ok((earlier.models.join(&source.run), source))
         }
-        count => Err(fault(format!(
-            "{count} runs ({}); name further columns under `where:`",
-            found.into_keys().collect::<Vec<_>>().join(", ")
-        ))),
+        count => {
+            let runs: Vec<String> = found.into_keys().collect();
+            Err(fault(format!("{count} runs ({})", runs.join(", ")), "; name further columns under `where:`"))
+        }
     }
 }

@@ -61,7 +61,10 @@ impl Speed {
             target.f_copy_(&source)?;
             Ok(target.shallow_clone())
         })?;
-        Ok(Self { operations: [rate(Kind::Float)?, rate(Kind::BFloat16)?], bytes: 8.0 * elements as f64 / copied })
+        Ok(Self {
+            operations: [rate(Kind::Float)?, rate(Kind::BFloat16)?],
+            bytes: 8.0 * elements as f64 / copied,
+        })
     }
 
     fn operations(&self, precision: Precision) -> f64 {
@@ -93,7 +96,7 @@ fn repeated(device: Device, mut operation: impl FnMut() -> Result<Tensor>) -> Re
 pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecast> {
     let settings = &run.hyperparameters;
     let shape = Classifier::shape(&run.model.folder.config, &Labels::from(&run.task.card.objective))?;
-    let train = tokens.of(&run.model, &run.task.train, settings.max_length)?;
+    let train = tokens.of(&run.model, &run.task.train.dataset, settings.max_length)?;
     let share = run.training_examples() as f64 / train.len() as f64;
     let epoch = share * forward_operations(&shape, &train);
     let steps = run.total_steps() as f64;
@@ -101,8 +104,8 @@ pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecas
     let weights = shape.weights as f64;
 
     let mut seconds = 0.0;
-    for on in run.evaluations.iter() {
-        let data = tokens.of(&run.model, &on.dataset, settings.max_length)?;
+    for evaluated in run.evaluations.iter() {
+        let data = tokens.of(&run.model, &evaluated.on.dataset, settings.max_length)?;
         seconds += forward_operations(&shape, &data) / rate;
     }
     let (trained, activations) = match run.is_frozen() {
@@ -127,13 +130,19 @@ pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecas
 /// Operations of one forward pass over a data set.
 fn forward_operations(shape: &ModelShape, data: &EncodedDataset) -> f64 {
     let per_example = |tokens: f64| {
-        tokens * (2 * shape.matrix_weights) as f64 + 4.0 * tokens * tokens * (shape.layers * shape.hidden) as f64
+        tokens * (2 * shape.matrix_weights) as f64
+            + 4.0 * tokens * tokens * (shape.layers * shape.hidden) as f64
     };
     data.inputs.iter().map(|input| per_example(input.ids.len() as f64)).sum()
 }
 
 /// Bytes that the backward pass needs of a micro-batch: about 19 numbers a hidden unit and 3 an attention weight.
-fn activation_bytes(shape: &ModelShape, data: &EncodedDataset, micro_batch: usize, precision: Precision) -> f64 {
+fn activation_bytes(
+    shape: &ModelShape,
+    data: &EncodedDataset,
+    micro_batch: usize,
+    precision: Precision,
+) -> f64 {
     let mut lengths: Vec<f64> = data.inputs.iter().map(|input| input.ids.len() as f64).collect();
     lengths.sort_by(f64::total_cmp);
     // A batch with its share of the longest examples.

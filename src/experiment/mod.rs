@@ -17,7 +17,7 @@ mod spec;
 mod training_set;
 mod transfer;
 
-pub use entries::{Evaluated, ModelEntry, TaskEntry, data_roots, named_card};
+pub use entries::{Evaluated, ModelEntry, SplitEntry, TaskEntry, data_roots, named_card};
 pub use forecast::{Forecast, Speed, forecast};
 pub use machine::graphics_cards;
 pub use overrides::Override;

@@ -32,6 +32,8 @@ pub struct Plan {
     /// The runs, those that a comparison needs together next to each other, sources before what starts from them. With a
     /// selection, these are known only when its trials are done.
     pub runs: Vec<Arc<Run>>,
+    /// What the user should know about the data, in sentences.
+    pub notes: Vec<String>,
     /// Trials that choose the runs.
     pub selection: Option<Selection>,
     /// The description of Child-Tuning that filled in what was left out.
@@ -58,7 +60,8 @@ impl Plan {
         let models = (spec.model.0.iter())
             .map(|name| ModelEntry::open(name, &overrides).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
-        let mut builder = Builder { preset, library: Library::new(&base, data_roots(&options.data, listed(&spec.data))) };
+        let mut builder =
+            Builder { preset, library: Library::new(&base, data_roots(&options.data, listed(&spec.data))) };
         let evaluate = listed(&spec.evaluate);
         let tasks = builder.tasks(&spec.task, evaluate)?;
         let seeds = spec.seeds.as_ref().map_or(vec![42], |seeds| seeds.0.clone());
@@ -123,6 +126,7 @@ impl Plan {
             masks: spec.masks.clone(),
             selection: trial_seeds.is_some().then_some(selection),
             name,
+            notes: builder.library.notes(),
             runs,
             preset,
         };
@@ -144,7 +148,8 @@ impl Plan {
             let get: fn(&Run) -> String = match column.as_str() {
                 "model" => |run| run.model.name.clone(),
                 "task" => |run| run.task.card.name.clone(),
-                "method" => |run| run.method.name().to_owned(),
+                // Of a chain, the method that its first stage compares.
+                "method" => |run| run.first_stage().method.name().to_owned(),
                 "seed" => |run| run.seed.to_string(),
                 _ => {
                     let hint = suggestion(column, COLUMNS);
@@ -155,15 +160,15 @@ impl Plan {
                 }
             };
             // A seed chooses among the runs that are reported; all trials are needed to choose their settings.
-            let wanted = |run: &Run| {
-                get(run) == *value || (column == "seed" && run.purpose == RunPurpose::Selection)
-            };
+            let wanted =
+                |run: &Run| get(run) == *value || (column == "seed" && run.purpose == RunPurpose::Selection);
             if !self.all_runs().any(|run| get(run) == *value) {
                 return Err(Error::configuration(format!("--only {column}={value} leaves no run")));
             }
             let mut kept: Vec<Arc<Run>> = Vec::new();
             for run in self.runs.iter().rev() {
-                let is_source = |other: &Arc<Run>| other.source_run().is_some_and(|source| source.id == run.id);
+                let is_source =
+                    |other: &Arc<Run>| other.source_run().is_some_and(|source| source.id == run.id);
                 if wanted(run) || kept.iter().any(is_source) {
                     kept.push(run.clone());
                 }
@@ -233,16 +238,23 @@ struct Builder {
 
 impl Builder {
     fn tasks(&mut self, specs: &OneOrMany<TaskSpec>, evaluate: &[EvaluationSpec]) -> Result<Vec<OpenTask>> {
-        let open = |spec: &TaskSpec| {
-            let task = Arc::new(self.library.task(spec)?);
+        let tasks = specs.0.iter().map(|spec| self.library.task(spec).map(Arc::new));
+        let tasks = tasks.collect::<Result<Vec<_>>>()?;
+        let open = |task: Arc<TaskEntry>| {
             let evaluations = self.library.evaluations(&task, evaluate)?;
             Ok((task, evaluations))
         };
-        specs.0.iter().map(open).collect()
+        tasks.into_iter().map(open).collect()
     }
 
     /// Adds a run, and behind it the runs of the stages that start from it.
-    fn add(&mut self, run: Run, point: &GridPoint, stages: &[ThenSpec], runs: &mut Vec<Arc<Run>>) -> Result<()> {
+    fn add(
+        &mut self,
+        run: Run,
+        point: &GridPoint,
+        stages: &[ThenSpec],
+        runs: &mut Vec<Arc<Run>>,
+    ) -> Result<()> {
         if runs.iter().any(|other| other.id == run.id) {
             return Err(Error::configuration(format!(
                 "the experiment holds the same run twice: {}; remove the repeated entry",
@@ -289,7 +301,8 @@ impl Selection {
                 run.label()
             )));
         }
-        let noise = if run.label_noise > 0.0 { format!(" label_noise={}", run.label_noise) } else { String::new() };
+        let noise =
+            if run.label_noise > 0.0 { format!(" label_noise={}", run.label_noise) } else { String::new() };
         let size = run.examples.map_or(String::new(), |examples| format!(" examples={examples}"));
         let what =
             format!("{} on {} with {}{size}{noise}", run.method.name(), run.task.card.name, run.model.name);

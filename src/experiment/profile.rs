@@ -65,7 +65,8 @@ fn shrink(train: &mut TrainSpec, first: bool) {
         train.max_length = Some(Count(LENGTH).into());
     }
     train.batch_size = train.batch_size.take().map(|sizes| each(sizes, |size: Count| Count(size.0.min(16))));
-    train.micro_batch = train.micro_batch.take().map(|sizes| each(sizes, |size: Count| Count(size.0.min(16))));
+    train.micro_batch =
+        train.micro_batch.take().map(|sizes| each(sizes, |size: Count| Count(size.0.min(16))));
     if train.precision.is_some() {
         train.precision = Some(Precision::Float32.into());
     }

@@ -131,7 +131,7 @@ impl Tokens {
 pub fn training_set<'d>(all: Cow<'d, EncodedDataset>, run: &Run) -> Result<Cow<'d, EncodedDataset>> {
     let chosen = match run.examples {
         None => all,
-        Some(count) => Cow::Owned(all.part(&subset(&run.task.train.examples, count, run.seed))?),
+        Some(count) => Cow::Owned(all.part(&subset(&run.task.train.dataset.examples, count, run.seed))?),
     };
     if run.label_noise == 0.0 {
         return Ok(chosen);

@@ -119,15 +119,19 @@ impl ResultsFile {
         let _lock = lock(&self.path)?;
         let contents = self.contents()?;
         let runs: HashSet<&str> = rows.iter().map(|row| row.run.as_str()).collect();
-        let (superseded, kept): (Vec<&Found>, Vec<&Found>) =
-            contents.rows.iter().partition(|found| found.ended == Ended::Failed && runs.contains(found.run.as_str()));
+        let (superseded, kept): (Vec<&Found>, Vec<&Found>) = contents
+            .rows
+            .iter()
+            .partition(|found| found.ended == Ended::Failed && runs.contains(found.run.as_str()));
         let mut taken: HashSet<[&str; 4]> = kept
             .iter()
             .map(|found| [&*found.run, &*found.evaluated_on, &*found.split, &*found.data])
             .collect();
         let new: Vec<&Row> = (rows.iter())
             .filter(|row| {
-                taken.insert([&row.run, &row.evaluated_on, &row.split, &row.evaluated_sha256].map(String::as_str))
+                taken.insert(
+                    [&row.run, &row.evaluated_on, &row.split, &row.evaluated_sha256].map(String::as_str),
+                )
             })
             .collect();
         let lines = text::encode(&new).map_err(|error| Error::io("write", &self.path)(error.into()))?;

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use tch::Device;
 
-use super::entries::Evaluated;
+use super::entries::SplitEntry;
 use super::machine;
 use super::plan::Plan;
 use super::results::{Row, Status};
@@ -27,7 +27,7 @@ pub struct Outcome {
 }
 
 /// Makes the row of a run on one data set, with what is known whatever becomes of the run.
-pub fn described(plan: &Plan, run: &Run, on: &Evaluated, device: Device, started: SystemTime) -> Row {
+pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, started: SystemTime) -> Row {
     let settings = &run.hyperparameters;
     let source = run.source();
     let overrides = &run.model.overrides;
@@ -52,7 +52,7 @@ pub fn described(plan: &Plan, run: &Run, on: &Evaluated, device: Device, started
         task: run.task.card.name.clone(),
         evaluated_on: on.card.name.clone(),
         split: on.split.name().to_owned(),
-        evaluated_sha256: on.dataset.sha256.clone(),
+        evaluated_sha256: on.sha256.clone(),
         preset: yaml_name(&plan.preset),
         method: run.method.name().to_owned(),
         method_config: run.method.options(),

@@ -105,7 +105,7 @@ impl Run {
 
     /// Returns the number of training examples.
     pub fn training_examples(&self) -> usize {
-        let all = self.task.train.examples.len();
+        let all = self.task.train.dataset.examples.len();
         self.examples.map_or(all, |examples| examples.min(all))
     }
 
@@ -120,6 +120,11 @@ impl Run {
             Start::Run(run) => Some(run),
             _ => None,
         }
+    }
+
+    /// Returns the run that the chain of stages up to this one begins with, which may be this one.
+    pub fn first_stage(&self) -> &Run {
+        self.source_run().map_or(self, |source| source.first_stage())
     }
 
     /// Returns where the weights that this run starts from come from.
@@ -145,7 +150,8 @@ impl Run {
 
     /// Returns the rows that the run is to have: task, split and the SHA-256 of the data.
     pub fn rows(&self) -> impl Iterator<Item = (&str, Split, &str)> {
-        self.evaluations.iter().map(|on| (on.card.name.as_str(), on.split, on.dataset.sha256.as_str()))
+        let evaluated = self.evaluations.iter().map(|evaluated| &evaluated.on);
+        evaluated.map(|on| (on.card.name.as_str(), on.split, on.sha256.as_str()))
     }
 
     /// Returns the folder of weights to start from, where it is not a run that is still to be trained.

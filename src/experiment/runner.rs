@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime};
 
 use tch::Device;
 
+use super::entries::Evaluated;
 use super::machine;
 use super::plan::Plan;
 use super::resident::{ResidentModel, Tokens, has_model, training_set};
@@ -20,7 +21,8 @@ use crate::error::{Error, Result};
 use crate::libtorch;
 use crate::model::{Classifier, ModelFolder};
 use crate::train::{
-    Checkpoint, Control, Event, OptimizerRule, Progress, Scored, StepVariance, evaluate, prepare, step_variance, train,
+    Checkpoint, Control, Event, OptimizerRule, Progress, Scored, StepVariance, evaluate, prepare,
+    step_variance, train,
 };
 
 /// Something that happened while an experiment ran.
@@ -61,6 +63,8 @@ pub struct Runner<'a> {
     /// The model of the last run, kept for the next one.
     resident: Option<ResidentModel>,
     tokens: Tokens,
+    /// What is to be said about the data before the first run.
+    notes: &'a [String],
 }
 
 /// Whether the weights that a run starts from are at hand.
@@ -81,7 +85,7 @@ impl<'a> Runner<'a> {
         interrupted: &'a AtomicBool,
         report: &'a mut dyn FnMut(RunEvent),
     ) -> Self {
-        Self { plan, device, interrupted, report, resident: None, tokens: Tokens::default() }
+        Self { plan, device, interrupted, report, resident: None, tokens: Tokens::default(), notes: &plan.notes }
     }
 
     /// Trains every run that the results file lacks: the trials of a selection first, then the runs that are reported.
@@ -114,7 +118,12 @@ impl<'a> Runner<'a> {
     }
 
     /// Trains those of some runs that are not there yet.
-    fn train_missing(&mut self, runs: &[Arc<Run>], results: &ResultsFile, summary: &mut Summary) -> Result<()> {
+    fn train_missing(
+        &mut self,
+        runs: &[Arc<Run>],
+        results: &ResultsFile,
+        summary: &mut Summary,
+    ) -> Result<()> {
         let recorded = results.recorded()?;
         let is_there = |recorded: &Recorded, run: &Run| recorded.has(&run.id, run.rows());
         let there = runs.iter().filter(|run| is_there(&recorded, run)).count();
@@ -136,16 +145,18 @@ impl<'a> Runner<'a> {
                 summary.skipped += 1;
                 continue;
             }
-            let rows = match self.source_of(run, results) {
-                Ok(Source::Elsewhere) => {
-                    summary.elsewhere += 1;
-                    continue;
-                }
+            let source = self.source_of(run, results);
+            if let Ok(Source::Elsewhere) = source {
+                summary.elsewhere += 1;
+                continue;
+            }
+            for note in std::mem::take(&mut self.notes) {
+                (self.report)(RunEvent::Note(note.clone()));
+            }
+            (self.report)(RunEvent::Started(number + 1, runs.len(), run));
+            let rows = match source {
                 Ok(Source::Lost(ended, why)) => self.without_source(run, ended, &why),
-                Ok(Source::Ready) => {
-                    (self.report)(RunEvent::Started(number + 1, runs.len(), run));
-                    self.rows(run)
-                }
+                Ok(_) => self.rows(run),
                 Err(error) => Err(error),
             };
             let rows = match rows {
@@ -247,7 +258,7 @@ impl<'a> Runner<'a> {
             (self.report)(RunEvent::Started(number + 1, runs.len(), run));
             self.load(run)?;
             let Some(resident) = &mut self.resident else { continue };
-            let all = self.tokens.of(&run.model, &run.task.train, run.hyperparameters.max_length)?;
+            let all = self.tokens.of(&run.model, &run.task.train.dataset, run.hyperparameters.max_length)?;
             let (report, interrupted) = (&mut *self.report, self.interrupted);
             let mut forward = |event| report(RunEvent::Progress(event));
             let mut control = Control { interrupted, report: &mut forward };
@@ -303,7 +314,10 @@ impl<'a> Runner<'a> {
         }
         match results.recorded()?.ended(&source.id) {
             Some(Ended::Ok) => {}
-            Some(ended) => return Ok(Source::Lost(ended, format!("run {} that it starts from", source.id))),
+            Some(ended) => {
+                let verb = if ended == Ended::Diverged { "diverged" } else { "failed" };
+                return Ok(Source::Lost(ended, format!("run {} that it starts from {verb}", source.id)));
+            }
             // Sources come first in a plan: this one is being trained, or was stopped.
             None => return Ok(Source::Elsewhere),
         }
@@ -327,15 +341,14 @@ impl<'a> Runner<'a> {
     /// Makes the rows of a run whose source has no weights to start from.
     fn without_source(&self, run: &Run, ended: Ended, why: &str) -> Result<Vec<Row>> {
         let status = if ended == Ended::Diverged { Status::Diverged } else { Status::Failed };
-        let verb = if ended == Ended::Diverged { "diverged" } else { "failed" };
-        Ok(self.rows_without_scores(run, status, &format!("not trained: {why} {verb}"), SystemTime::now()))
+        Ok(self.rows_without_scores(run, status, &format!("not trained: {why}"), SystemTime::now()))
     }
 
     fn rows_without_scores(&self, run: &Run, status: Status, reason: &str, started: SystemTime) -> Vec<Row> {
-        let row = |on| Row {
+        let row = |evaluated: &Evaluated| Row {
             status,
             reason: Some(reason.to_owned()),
-            ..described(self.plan, run, on, self.device, started)
+            ..described(self.plan, run, &evaluated.on, self.device, started)
         };
         run.evaluations.iter().map(row).collect()
     }
@@ -361,8 +374,8 @@ impl<'a> Runner<'a> {
             Ok(outcome) => outcome,
         };
         let kept = self.keep(run, outcome.trained.mask.as_deref());
-        let row = |(on, scores)| {
-            let mut row = described(self.plan, run, on, self.device, started);
+        let row = |(evaluated, scores): (&Evaluated, _)| {
+            let mut row = described(self.plan, run, &evaluated.on, self.device, started);
             measured(&mut row, &outcome, scores);
             if let Err(error) = &kept {
                 // The scores stay in the row; as a failed run it is done again, so that its model gets kept.
@@ -412,9 +425,12 @@ impl<'a> Runner<'a> {
         let settings = &run.hyperparameters;
         let tokens = &mut self.tokens;
         let mut encode = |dataset| tokens.of(&run.model, dataset, settings.max_length);
-        let all = encode(&run.task.train)?;
-        let evaluated =
-            run.evaluations.iter().map(|on| encode(&on.dataset)).collect::<Result<Vec<_>>>()?;
+        let all = encode(&run.task.train.dataset)?;
+        let evaluated = run
+            .evaluations
+            .iter()
+            .map(|evaluated| encode(&evaluated.on.dataset))
+            .collect::<Result<Vec<_>>>()?;
         let report = &mut *self.report;
         let mut forward = |event| report(RunEvent::Progress(event));
         let mut control = Control { interrupted: self.interrupted, report: &mut forward };
@@ -426,7 +442,7 @@ impl<'a> Runner<'a> {
         let features_time = started.elapsed();
         let scored = |place: usize| Scored {
             data: &evaluated[place],
-            card: &run.evaluations[place].card,
+            card: &run.evaluations[place].on.card,
             labels: &run.evaluations[place].labels,
         };
         let watched = settings.checkpoint == Checkpoint::Best || settings.early_stopping.is_some();
@@ -446,7 +462,7 @@ impl<'a> Runner<'a> {
                 control.check()
             })?;
             if !evaluation.loss.is_finite() {
-                let (loss, split) = (evaluation.loss, run.evaluations[place].split);
+                let (loss, split) = (evaluation.loss, run.evaluations[place].on.split);
                 return Err(Error::Diverged(format!("the {split} loss is {loss} after the last step")));
             }
             evaluations.push((evaluation, started.elapsed()));
@@ -479,9 +495,11 @@ impl<'a> Runner<'a> {
         }
         let recorded = results.recorded()?;
         for run in &self.plan.runs {
-            let mut next = self.plan.runs.iter().filter(|other| {
-                other.source_run().is_some_and(|source| source.id == run.id)
-            });
+            let mut next = self
+                .plan
+                .runs
+                .iter()
+                .filter(|other| other.source_run().is_some_and(|source| source.id == run.id));
             if next.all(|other| recorded.has(&other.id, other.rows())) {
                 // What cannot be removed does no harm; the folder above goes with the last one.
                 let kept = self.kept(run);

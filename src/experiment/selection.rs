@@ -51,7 +51,9 @@ impl Choice {
             let mut scores = Vec::new();
             for trial in &candidate.trials {
                 let row = rows.iter().find(|row| {
-                    row.run == trial.id && row.evaluated_on == trial.task.card.name && row.status != Status::Failed
+                    row.run == trial.id
+                        && row.evaluated_on == trial.task.card.name
+                        && row.status != Status::Failed
                 })?;
                 scores.extend(row.score.filter(|_| row.status == Status::Ok));
             }

@@ -130,23 +130,29 @@ impl Classifier {
     ///
     /// # Errors
     /// Fails if there is no head, or one for labels that cannot be compared with the task's.
-    pub fn load_fine_tuned(folder: &ModelFolder, card: &TaskCard, device: Device) -> Result<(Self, LabelMap)> {
+    pub fn load_fine_tuned(
+        folder: &ModelFolder,
+        card: &TaskCard,
+        device: Device,
+    ) -> Result<(Self, LabelMap)> {
         let task = Labels::from(&card.objective);
-        let headless = || {
+        let headless = |own: String| {
             Error::model(
                 &folder.path,
-                format!("has no head for the labels of task {}; fine-tune it on the task first", card.name),
+                format!("has no head for the labels of task {}{own}; fine-tune it on the task first", card.name),
             )
         };
         if folder.head_for(&task)?.is_some() {
             let map = LabelMap::between(card, card)?;
             return Ok((Self::load(folder, task, HeadStart::Keep, device)?, map));
         }
-        let names = folder.config.labels().filter(|names| names.len() > 1).ok_or_else(headless)?;
-        let map = LabelMap::of_model(&names, card)?;
+        let names = folder.config.labels().filter(|names| names.len() > 1);
+        let names = names.ok_or_else(|| headless(String::new()))?;
+        let map = LabelMap::of_model(&names, card)
+            .map_err(|_| headless(format!(" (its own are {})", names.join(", "))))?;
         let own = Labels::Classes(names);
         if folder.head_for(&own)?.is_none() {
-            return Err(headless());
+            return Err(headless(String::new()));
         }
         Ok((Self::load(folder, own, HeadStart::Keep, device)?, map))
     }
@@ -178,7 +184,8 @@ impl Classifier {
             ParameterPlace::EncoderLayer(layer) => layer + 1,
             _ => 0,
         };
-        let matrices = table.iter().filter(in_layers).filter(|parameter| parameter.kind == ParameterKind::Weight);
+        let matrices =
+            table.iter().filter(in_layers).filter(|parameter| parameter.kind == ParameterKind::Weight);
         Ok(ModelShape {
             weights: table.iter().map(Parameter::count).sum(),
             matrix_weights: matrices.map(Parameter::count).sum(),

@@ -14,4 +14,7 @@ pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network};
 pub use config::{FAMILIES, ModelConfig};
 pub use dropout::Dropout;
 pub use layers::{Embedding, LayerNorm, LayerObserver, Linear, Pass, Rows, loss};
-pub use params::{Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable, TrainableGroup};
+pub use params::{
+    Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
+    TrainableGroup,
+};

@@ -294,7 +294,6 @@ impl Parameters {
         Ok(())
     }
 
-
     /// Copies all values from a buffer of the same layout.
     ///
     /// # Errors

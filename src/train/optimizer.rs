@@ -98,7 +98,9 @@ impl AdamW {
             let mut weights = slice(parameters.values(), &group.range)?;
             let mut shrink = || match decayed {
                 _ if in_kernel || decay == 0.0 => Ok(()),
-                Some(child) => child.scale_members(&mut weights, group.range.start, 1.0 - learning_rate * decay),
+                Some(child) => {
+                    child.scale_members(&mut weights, group.range.start, 1.0 - learning_rate * decay)
+                }
                 None => Ok(weights.f_mul_scalar_(1.0 - learning_rate * decay).map(|_| ())?),
             };
             if before {

@@ -277,12 +277,7 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn run(
-        mut self,
-        dev: Option<Scored>,
-        prepare_time: Duration,
-        control: &mut Control,
-    ) -> Result<Trained> {
+    fn run(mut self, dev: Option<Scored>, prepare_time: Duration, control: &mut Control) -> Result<Trained> {
         let mut train_time = Duration::ZERO;
         let mut selection = Selection::default();
         let epochs = self.hyperparameters.epochs.ceil() as usize;

@@ -65,7 +65,8 @@ fn plan_counts_and_trains_nothing() {
     let written = workplace.read("results.csv");
     let text = plan(&workplace);
     assert!(
-        text.contains("6 runs, 2 finished, 4 to do, 8 optimizer steps; results in results.csv"),
+        text.contains("6 runs, 2 finished, 4 to do, 8 optimizer steps; about ")
+            && text.contains("; results in results.csv"),
         "{text}"
     );
     let done = workplace.column("results.csv", "run");
@@ -122,13 +123,27 @@ fn a_row_says_where_it_comes_from() {
     workplace.run(&[]).with_code(0);
     let row = workplace.row("results.csv");
     // Commit and peak memory are known on most machines only; the empty rest belongs to other kinds of runs.
-    let optional =
-        ["commit", "peak_memory_mb", "reason", "f1", "matthews", "pearson", "spearman", "combined"];
+    let optional = [
+        "commit",
+        "peak_memory_mb",
+        "reason",
+        "f1",
+        "matthews",
+        "pearson",
+        "spearman",
+        "combined",
+        "model_config",
+        "source_run",
+        "source_task",
+        "source_method",
+        "source_config",
+        "early_stopping",
+    ];
     for (column, value) in row.iter().filter(|(column, _)| !optional.contains(&column.as_str())) {
         assert!(!value.is_empty(), "{column} is empty");
     }
     let expected = [
-        ("schema_version", "1"),
+        ("schema_version", "2"),
         ("experiment", "provenance"),
         ("model", "bert_pair"),
         ("task", "rte"),

@@ -32,12 +32,20 @@ pub struct Row {
     pub experiment: String,
     /// Hash of the resolved run, 16 hexadecimal characters.
     pub run: String,
-    /// `report`; `selection` for a trial that chooses hyper-parameters, and `tuned` for a result that has these.
-    pub purpose: String,
     /// Hub id or folder of the pretrained encoder.
     pub model: String,
     /// SHA-256 of the pretrained weights.
     pub model_sha256: String,
+    /// Task that was trained on.
+    pub task: String,
+    /// Task that was scored; the same as `task` unless domains are transferred.
+    pub evaluated_on: String,
+    /// Split of `evaluated_on` that was scored.
+    pub split: String,
+    /// SHA-256 of the data that were scored.
+    pub evaluated_sha256: String,
+    /// `report`; `selection` for a trial that chooses hyper-parameters, and `tuned` for a result that has these.
+    pub purpose: String,
     /// Keys of the model's config that the experiment overrides, as JSON; empty without any.
     pub model_config: String,
     /// Run whose weights training started from, or the first 16 characters of the SHA-256 of these; empty if the
@@ -49,14 +57,6 @@ pub struct Row {
     pub source_method: String,
     /// Settings of these methods.
     pub source_config: String,
-    /// Task that was trained on.
-    pub task: String,
-    /// Task that was scored; the same as `task` unless domains are transferred.
-    pub evaluated_on: String,
-    /// Split of `evaluated_on` that was scored.
-    pub split: String,
-    /// SHA-256 of the data that were scored.
-    pub evaluated_sha256: String,
     /// `paper` or `official`.
     pub preset: String,
     /// Name of the fine-tuning method, such as `child_tuning_d`.
@@ -204,18 +204,18 @@ impl Default for Row {
             schema_version: SCHEMA_VERSION,
             experiment: String::new(),
             run: String::new(),
-            purpose: String::new(),
             model: String::new(),
             model_sha256: String::new(),
+            task: String::new(),
+            evaluated_on: String::new(),
+            split: String::new(),
+            evaluated_sha256: String::new(),
+            purpose: String::new(),
             model_config: String::new(),
             source_run: String::new(),
             source_task: String::new(),
             source_method: String::new(),
             source_config: String::new(),
-            task: String::new(),
-            evaluated_on: String::new(),
-            split: String::new(),
-            evaluated_sha256: String::new(),
             preset: String::new(),
             method: String::new(),
             method_config: String::new(),

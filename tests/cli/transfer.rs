@@ -1,0 +1,324 @@
+//! Stages, further evaluations, starts from other runs, tuning: what goes beyond one task and its dev set.
+
+use std::collections::HashMap;
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+
+use crate::support::{Row, Workplace};
+
+/// A short source on MRPC and heads for two targets on its frozen encoder.
+const STAGES: &str = "task: mrpc\nmethod: [vanilla, child_tuning_d: {p: 0.5}]\n\
+    train: {epochs: 1, batch_size: 16, examples: 32, max_length: 32, learning_rate: 1e-3}\n\
+    then: {freeze: encoder, task: [cola, stsb], train: {epochs: 2, learning_rate: 1e-2}}\n";
+
+fn started<'t>(text: &'t str, what: &str) -> Vec<&'t str> {
+    text.lines().filter(|line| line.contains(what) && line.ends_with(" steps")).collect()
+}
+
+fn number(row: &Row, column: &str) -> f64 {
+    row[column].parse().unwrap_or_else(|_| panic!("{column} is `{}`", row[column]))
+}
+
+#[test]
+fn a_source_is_trained_once_and_its_encoder_stays_as_it_is() {
+    let workplace = Workplace::new();
+    workplace.experiment(&format!("{STAGES}save: kept\n"));
+    let answer = workplace.run(&[]).with_code(0);
+    assert_eq!(started(&answer.stderr, "] mrpc ").len(), 2, "{}", answer.stderr);
+    let rows = workplace.rows("results.csv");
+    assert_eq!(rows.len(), 2 * 3);
+    for source in rows.iter().filter(|row| row["source_run"].is_empty()) {
+        let targets: Vec<_> = rows.iter().filter(|row| row["source_run"] == source["run"]).collect();
+        assert_eq!(targets.len(), 2);
+        let before = workplace.tensors(&format!("kept/{}/model.safetensors", source["run"]));
+        for target in targets {
+            assert_eq!(
+                (target["source_task"].as_str(), &target["source_method"]),
+                ("mrpc", &source["method"])
+            );
+            assert_eq!((target["freeze"].as_str(), target["head"].as_str()), ("encoder", "fresh"));
+            // Hidden size 32: one row an output and its bias.
+            let outputs = if target["task"] == "stsb" { 1 } else { 2 };
+            assert_eq!(target["trainable_parameters"], (33 * outputs).to_string());
+            let after = workplace.tensors(&format!("kept/{}/model.safetensors", target["run"]));
+            let (body, head): (Vec<_>, Vec<_>) = after.keys().partition(|name| name.starts_with("bert."));
+            assert_eq!(head.len(), 2);
+            assert!(body.iter().all(|name| before[*name] == after[*name]), "an encoder tensor changed");
+        }
+    }
+
+    // Another target later: the sources that were kept are not trained again.
+    let again = workplace.run(&["--set", "then.task=[cola, stsb, rte]"]).with_code(0);
+    assert!(started(&again.stderr, "] mrpc ").is_empty() && !again.stderr.contains("trained again"));
+    assert_eq!(started(&again.stderr, " rte ").len(), 2, "{}", again.stderr);
+}
+
+#[test]
+fn weights_that_were_kept_for_targets_only_are_removed_and_made_again_when_needed() {
+    let workplace = Workplace::new();
+    workplace.experiment(STAGES);
+    workplace.run(&["--only", "task=cola"]).with_code(0);
+    assert!(!workplace.path("results.csv.sources").exists());
+    let score = |task: &str| {
+        let rows = workplace.rows("results.csv");
+        rows.into_iter().filter(|row| row["task"] == task).map(|row| row["score"].clone()).collect::<Vec<_>>()
+    };
+    let (sources, targets) = (score("mrpc"), score("cola"));
+    let answer = workplace.run(&[]).with_code(0);
+    assert_eq!(answer.stderr.matches("is trained again").count(), 2, "{}", answer.stderr);
+    assert_eq!((score("mrpc"), score("cola"), score("stsb").len()), (sources, targets, 2));
+    // A seed's source is the same however often it is made: the same target comes out.
+    let first = workplace.rows("results.csv");
+    std::fs::remove_file(workplace.path("results.csv")).unwrap();
+    workplace.run(&[]).with_code(0);
+    let key = |row: &Row| (row["run"].clone(), row["score"].clone());
+    let sorted = |rows: &[Row]| {
+        let mut keys: Vec<_> = rows.iter().map(key).collect();
+        keys.sort();
+        keys
+    };
+    assert_eq!(sorted(&workplace.rows("results.csv")), sorted(&first));
+}
+
+#[test]
+fn targets_of_a_source_without_weights_are_rows_that_say_why() {
+    let workplace = Workplace::new();
+    workplace.experiment(STAGES);
+    let answer =
+        workplace.run(&["--set", "train.learning_rate=1e30", "--only", "method=vanilla"]).with_code(1);
+    let rows = workplace.rows("results.csv");
+    assert_eq!(rows.len(), 3, "{}", answer.stderr);
+    assert!(rows.iter().all(|row| row["status"] == "diverged" && row["score"].is_empty()));
+    let source = &rows.iter().find(|row| row["task"] == "mrpc").unwrap()["run"];
+    for target in rows.iter().filter(|row| row["task"] != "mrpc") {
+        assert_eq!(target["reason"], format!("not trained: run {source} that it starts from diverged"));
+    }
+    workplace.run(&["--set", "train.learning_rate=1e30", "--only", "method=vanilla"]).with_code(0);
+    assert_eq!(workplace.rows("results.csv").len(), 3);
+}
+
+#[test]
+fn stages_may_follow_stages() {
+    let workplace = Workplace::new();
+    let then = "then: {task: rte, method: {child_tuning_f: {p: 0.5}}, then: {task: cola}}\n";
+    workplace.experiment(&format!("task: mrpc\n{then}"));
+    workplace.run(&[]).with_code(0);
+    let row = &workplace.rows("results.csv")[2];
+    assert_eq!((row["task"].as_str(), row["method"].as_str()), ("cola", "vanilla"));
+    assert_eq!(
+        (row["source_task"].as_str(), row["source_method"].as_str()),
+        ("mrpc>rte", "vanilla>child_tuning_f")
+    );
+    let text = workplace.call(&["compare", "results.csv"]).with_code(0).stdout;
+    assert!(text.contains("mrpc > rte > cola (dev)"), "{text}");
+}
+
+#[test]
+fn a_run_is_scored_on_other_tasks_as_its_model_would_be() {
+    let workplace = Workplace::new();
+    let evaluate = "evaluate: [mnli, scitail, sick, rte, {task: snli, split: test}, snli]";
+    workplace.experiment(&format!("task: snli\n{evaluate}\nsave: kept\n"));
+    workplace.run(&[]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    let places: Vec<_> = rows.iter().map(|row| format!("{} {}", row["evaluated_on"], row["split"])).collect();
+    assert_eq!(places, ["snli dev", "mnli dev", "scitail dev", "sick dev", "rte dev", "snli test"]);
+    assert!(rows.iter().all(|row| row["run"] == rows[0]["run"] && row["task"] == "snli"));
+
+    // The kept model, scored by itself, gives the same numbers.
+    let model = format!("kept/{}", rows[0]["run"]);
+    let data = crate::support::project("data");
+    let further = ["--data", data.to_str().unwrap(), "--max-length", "32", "--threads", "1"];
+    for row in &rows {
+        let (task, split) = (row["evaluated_on"].as_str(), row["split"].as_str());
+        let call =
+            [&["evaluate", "--model", &model, "--task", task, "--split", split][..], &further].concat();
+        let text = workplace.call(&call).with_code(0).stdout;
+        let values: HashMap<&str, f64> = text
+            .lines()
+            .skip(1)
+            .map(|line| {
+                let cells: Vec<&str> = line.split(',').collect();
+                assert_eq!((cells[0], cells[1], cells[2]), (task, split, row["examples_evaluated"].as_str()));
+                (cells[3], cells[4].parse().unwrap())
+            })
+            .collect();
+        assert_eq!(values["accuracy"], number(row, "accuracy"), "{task} {split}");
+        assert!((values["loss"] - number(row, "loss")).abs() < 1e-9, "{task} {split}");
+    }
+
+    // A further data set costs no second row of those that are there.
+    workplace.run(&["--set", "evaluate=[mnli, qnli]"]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    assert_eq!((rows.len(), rows[6]["evaluated_on"].as_str()), (7, "qnli"));
+}
+
+#[test]
+fn what_cannot_be_compared_is_refused_before_anything_trains() {
+    let workplace = Workplace::new();
+    let cases = [
+        (
+            "task: stsb\nevaluate: rte\n",
+            "a model of task `stsb` cannot be scored on `rte`: one predicts classes",
+        ),
+        (
+            "task: cola\nevaluate: snli\n",
+            "its label `unacceptable` is none of entailment, neutral, contradiction",
+        ),
+        (
+            "task: rte\nevaluate: {task: rte, split: test}\n",
+            "the test split of `rte` has no labels to score with",
+        ),
+        ("task: rte\nevaluate: {task: rte, spilt: test}\n", "unknown field `spilt`"),
+        (
+            "then: {freeze: encoder, task: cola, method: child_tuning_d}\n",
+            "child_tuning_d chooses among the encoder",
+        ),
+        ("then: {task: cola}\nselect: {by: dev, on_seeds: 7}\n", "`select` and `then` exclude each other"),
+        (
+            "seeds: [1, 2]\nselect: {by: dev, on_seeds: [2, 3]}\n",
+            "seed 2 would both choose the settings and be reported",
+        ),
+        ("init_from: nowhere\n", "nowhere: init_from: no such model folder"),
+    ];
+    for (text, message) in cases {
+        workplace.experiment(text);
+        workplace.run(&[]).refused(2, &[message]);
+        assert!(!workplace.path("results.csv").exists());
+    }
+}
+
+#[test]
+fn runs_start_from_those_of_another_experiment() {
+    let workplace = Workplace::new();
+    let text = "task: mrpc\nmethod: [vanilla, child_tuning_f]\nseeds: [1, 2]\nsave: kept\nresults: a.csv\n";
+    workplace.experiment(text);
+    workplace.run(&[]).with_code(0);
+    let from = |columns: &str| {
+        format!("task: cola\nseeds: [1, 2]\ninit_from: {{results: a.csv, models: kept{columns}}}\n")
+    };
+    workplace.experiment(&from(""));
+    workplace
+        .run(&[])
+        .refused(2, &["init_from: a.csv: 2 runs (", "with seed=1; name further columns under `where:`"]);
+    workplace.experiment(&from(", where: {metod: vanilla}"));
+    workplace.run(&[]).refused(2, &["a.csv has no column `metod`; did you mean `method`?"]);
+    workplace.experiment(&from(", where: {method: child_tuning_d}"));
+    workplace.run(&[]).refused(2, &["no run of bert_pair that ended ok with method=child_tuning_d, seed=1"]);
+    workplace.experiment(&from(", where: {method: child_tuning_f}"));
+    workplace.run(&[]).with_code(0);
+    let sources = workplace.rows("a.csv");
+    for row in workplace.rows("results.csv") {
+        let source = sources.iter().find(|source| source["run"] == row["source_run"]).unwrap();
+        assert_eq!((&source["seed"], source["method"].as_str()), (&row["seed"], "child_tuning_f"));
+        assert_eq!((row["source_task"].as_str(), &row["source_config"]), ("mrpc", &source["method_config"]));
+    }
+}
+
+#[test]
+fn trials_choose_the_settings_of_the_runs_that_are_reported() {
+    let workplace = Workplace::new();
+    let text = "task: rte\nmethod: [vanilla, child_tuning_f: {p: [0.3, 0.9]}]\nseeds: [5]\n\
+        select: {by: dev, on_seeds: [1, 2]}\n\
+        train: {epochs: 1, batch_size: 16, examples: 32, max_length: 32, learning_rate: [1e-3, 1e-2]}\n";
+    workplace.experiment(text);
+    let plan = workplace.call(&["plan", "experiment.yaml"]).with_code(0).stdout;
+    assert!(plan.contains(
+        "then 1 runs of child_tuning_f on rte with bert_pair examples=32, with the best of 4 settings"
+    ));
+    assert!(plan.contains("14 runs, 0 finished, 14 to do, 28 optimizer steps"), "{plan}");
+    workplace.run(&[]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    let (trials, reports): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row["purpose"] == "selection");
+    assert_eq!((trials.len(), reports.len()), (12, 2));
+    for report in reports {
+        assert_eq!((report["purpose"].as_str(), report["seed"].as_str()), ("tuned", "5"));
+        let mut means: Vec<(f64, (String, String))> = Vec::new();
+        for trial in trials.iter().filter(|trial| trial["method"] == report["method"]) {
+            let settings = (trial["method_config"].clone(), trial["learning_rate"].clone());
+            match means.iter_mut().find(|(_, other)| *other == settings) {
+                Some((mean, _)) => *mean = (*mean + number(trial, "score")) / 2.0,
+                None => means.push((number(trial, "score"), settings)),
+            }
+        }
+        let best = means.iter().fold(f64::NEG_INFINITY, |best, (mean, _)| best.max(*mean));
+        let chosen = means.iter().find(|(mean, _)| *mean == best).map(|(_, settings)| settings);
+        assert_eq!(chosen, Some(&(report["method_config"].clone(), report["learning_rate"].clone())));
+    }
+    let text = workplace.call(&["compare", "results.csv"]).with_code(0).stdout;
+    assert!(
+        text.contains("12 rows left out: trials that chose the settings.") && text.contains("(1)"),
+        "{text}"
+    );
+    let again = workplace.run(&[]).with_code(0);
+    assert!(again.stdout.contains("0 runs done, 14 were there already"), "{}", again.stdout);
+}
+
+#[test]
+fn wrong_training_labels_are_counted_and_do_harm() {
+    let workplace = Workplace::new();
+    workplace.experiment(
+        "train: {epochs: 1, batch_size: 16, max_length: 32, examples: 64, label_noise: [0, 0.5]}",
+    );
+    workplace.run(&[]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    assert_eq!([&rows[0]["label_noise"], &rows[1]["label_noise"]], ["0.0", "0.5"]);
+    assert_ne!(rows[0]["loss"], rows[1]["loss"]);
+    workplace
+        .run(&["--set", "train.label_noise=1"])
+        .refused(2, &["label_noise", "at least 0 and below 1, not 1"]);
+}
+
+#[test]
+fn a_model_that_numbers_its_labels_otherwise_is_scored_by_name() {
+    let workplace = Workplace::new();
+    workplace.copy_model("bert_pair", "permuted");
+    // Label 0 becomes 2, 1 becomes 0, 2 becomes 1, in the config and in the rows of the head.
+    let order = [1, 2, 0];
+    let names = ["ENTAILMENT", "NEUTRAL", "CONTRADICTION"];
+    let mut config: serde_json::Value =
+        serde_json::from_str(&workplace.read("permuted/config.json")).unwrap();
+    for (id, old) in order.into_iter().enumerate() {
+        config["id2label"][id.to_string()] = names[old].into();
+    }
+    workplace.write("permuted/config.json", config.to_string());
+    let bytes = std::fs::read(workplace.path("permuted/model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let permuted: Vec<(String, Vec<usize>, Vec<u8>)> = file
+        .iter()
+        .map(|(name, view)| {
+            let rows: Vec<&[u8]> = view.data().chunks(view.data().len() / view.shape()[0]).collect();
+            let data = match name.starts_with("classifier.") {
+                true => order.map(|row| rows[row]).concat(),
+                false => view.data().to_vec(),
+            };
+            (name.to_owned(), view.shape().to_vec(), data)
+        })
+        .collect();
+    let views = permuted.iter().map(|(name, shape, data)| {
+        (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data).unwrap())
+    });
+    workplace.write("permuted/model.safetensors", safetensors::serialize(views, None).unwrap());
+
+    let data = crate::support::project("data");
+    let output = |model: &str| {
+        let tasks =
+            ["--task", "snli,mnli,scitail,rte", "--data", data.to_str().unwrap(), "--max-length", "32"];
+        let scores =
+            workplace.call(&[&["evaluate", "--model", model][..], &tasks].concat()).with_code(0).stdout;
+        let input = data.join("SciTail/tsv_format/scitail_1.0_dev.tsv");
+        let files = ["--input", input.to_str().unwrap(), "--output", "p.csv", "--max-length", "32"];
+        let predict = [&["predict", "--model", model, "--task", "scitail", "--logits"][..], &files].concat();
+        workplace.call(&predict).with_code(0);
+        (scores, workplace.read("p.csv"))
+    };
+    let (scores, predictions) = output("permuted");
+    assert_eq!((&scores, &predictions), (&output("bert_pair").0, &output("bert_pair").1));
+    assert_eq!(scores.lines().count(), 1 + 4 * 2);
+    assert!(predictions.contains(",entails,") && predictions.contains(",neutral,"), "one class only");
+
+    // Training goes on from its head, which is kept in the task's order.
+    workplace.experiment("model: [bert_pair, permuted]\ntask: snli\n");
+    workplace.run(&[]).with_code(0);
+    let scores = workplace.column("results.csv", "loss");
+    assert_eq!(scores[0], scores[1]);
+}
