@@ -10,7 +10,7 @@ use child_tuning::data::{
     check_splits, downloads_of, fetched_data_folder, read_present,
 };
 use child_tuning::error::Error;
-use child_tuning::experiment::named_card;
+use child_tuning::experiment::{data_roots, named_card};
 use clap::{Args, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::BinaryBytes;
@@ -190,9 +190,10 @@ fn fetch_one(card: &TaskCard, download: &Download, options: &FetchOptions) -> Re
     display.finish();
     let result = result?;
     if Some(&options.to) == fetched_data_folder().as_ref() {
-        let nearer =
-            card.folders.iter().map(|folder| Path::new("data").join(folder)).find(|path| path.exists());
-        if let Some(nearer) = nearer {
+        let roots = data_roots(&[], &[]);
+        let before = roots.iter().take_while(|root| **root != options.to);
+        let mut folders = before.flat_map(|root| card.folders.iter().map(move |folder| root.join(folder)));
+        if let Some(nearer) = folders.find(|path| path.exists()) {
             let (nearer, to) = (nearer.display(), options.to.display());
             eprintln!(
                 "note: experiments started here find {nearer} first; --data {to} puts what was fetched before it"

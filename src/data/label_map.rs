@@ -55,7 +55,9 @@ impl LabelMap {
             },
         };
         let Ok(actual) = counterparts(data, trained) else {
-            return Err(fault(format!("{problem}; say what counts as what under `merges:` of a card of your own")));
+            return Err(fault(format!(
+                "{problem}; say what counts as what under `merges:` of a card of your own"
+            )));
         };
         if scored.metrics.contains(&Metric::F1) {
             return Err(fault(format!("`f1` needs the labels {}, and the model has fewer", data.join(", "))));

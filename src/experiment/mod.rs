@@ -3,6 +3,7 @@
 mod entries;
 mod forecast;
 mod grid;
+mod inspection;
 mod machine;
 mod overrides;
 mod plan;

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use tch::{Device, Tensor};
@@ -22,7 +23,7 @@ pub struct ResidentModel {
     /// The model.
     pub classifier: Classifier,
     /// What the frozen encoder makes of data sets.
-    features: Vec<(Arc<EncodedDataset>, FeatureKey, Tensor)>,
+    features: Vec<(Rc<EncodedDataset>, FeatureKey, Tensor)>,
 }
 
 /// What features depend on, besides the weights and the data: the arithmetic, and the seed of parts of the encoder that
@@ -61,7 +62,7 @@ impl ResidentModel {
     pub fn seen_by<'d>(
         &mut self,
         run: &Run,
-        data: &'d Arc<EncodedDataset>,
+        data: &'d Rc<EncodedDataset>,
         control: &mut Control,
     ) -> Result<Cow<'d, EncodedDataset>> {
         if !run.is_frozen() {
@@ -75,7 +76,7 @@ impl ResidentModel {
             precision: run.hyperparameters.precision,
             seed: self.classifier.report.fresh.iter().any(fresh).then_some(run.seed),
         };
-        let known = self.features.iter().position(|(of, other, _)| Arc::ptr_eq(of, data) && *other == key);
+        let known = self.features.iter().position(|(of, other, _)| Rc::ptr_eq(of, data) && *other == key);
         let place = match known {
             Some(place) => place,
             None => {
@@ -97,7 +98,7 @@ impl ResidentModel {
 /// Data sets as tokens, each made once for a tokenizer and a length.
 #[derive(Default)]
 pub struct Tokens {
-    known: Vec<(String, usize, Arc<Dataset>, Arc<EncodedDataset>)>,
+    known: Vec<(String, usize, Arc<Dataset>, Rc<EncodedDataset>)>,
 }
 
 impl Tokens {
@@ -110,7 +111,7 @@ impl Tokens {
         model: &ModelEntry,
         dataset: &Arc<Dataset>,
         max_length: usize,
-    ) -> Result<Arc<EncodedDataset>> {
+    ) -> Result<Rc<EncodedDataset>> {
         let known = self.known.iter().find(|(tokenizer, length, of, _)| {
             *tokenizer == model.tokenizer_sha256 && *length == max_length && Arc::ptr_eq(of, dataset)
         });
@@ -118,7 +119,7 @@ impl Tokens {
             return Ok(encoded.clone());
         }
         let inputs = model.encoder.encode_dataset(&dataset.examples, max_length)?;
-        let encoded = Arc::new(EncodedDataset::new(inputs, &dataset.examples)?);
+        let encoded = Rc::new(EncodedDataset::new(inputs, &dataset.examples)?);
         self.known.push((model.tokenizer_sha256.clone(), max_length, dataset.clone(), encoded.clone()));
         Ok(encoded)
     }

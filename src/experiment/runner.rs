@@ -1,7 +1,7 @@
 //! The runner: trains what the results file does not have yet, one run after the other, and writes each result down.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
@@ -9,21 +9,18 @@ use std::time::{Instant, SystemTime};
 use tch::Device;
 
 use super::entries::Evaluated;
+use super::inspection::write_mask_of;
 use super::machine;
 use super::plan::Plan;
 use super::resident::{ResidentModel, Tokens, has_model, training_set};
 use super::results::{Ended, Recorded, ResultsFile, Row, Status, read};
 use super::rows::{Outcome, described, measured};
 use super::run::{Run, Start, kept_model};
-use crate::child::{GradientMask, write_mask};
-use crate::data::EncodedDataset;
+use crate::child::GradientMask;
 use crate::error::{Error, Result};
 use crate::libtorch;
-use crate::model::{Classifier, ModelFolder};
-use crate::train::{
-    Checkpoint, Control, Event, OptimizerRule, Progress, Scored, StepVariance, evaluate, prepare,
-    step_variance, train,
-};
+use crate::model::ModelFolder;
+use crate::train::{Checkpoint, Control, Event, Progress, Scored, evaluate, train};
 
 /// Something that happened while an experiment ran.
 pub enum RunEvent<'a> {
@@ -56,13 +53,13 @@ pub struct Summary {
 
 /// Runs the plan of an experiment.
 pub struct Runner<'a> {
-    plan: &'a Plan,
+    pub(super) plan: &'a Plan,
     device: Device,
-    interrupted: &'a AtomicBool,
-    report: &'a mut dyn FnMut(RunEvent),
+    pub(super) interrupted: &'a AtomicBool,
+    pub(super) report: &'a mut dyn FnMut(RunEvent),
     /// The model of the last run, kept for the next one.
-    resident: Option<ResidentModel>,
-    tokens: Tokens,
+    pub(super) resident: Option<ResidentModel>,
+    pub(super) tokens: Tokens,
     /// What is to be said about the data before the first run.
     notes: &'a [String],
 }
@@ -85,7 +82,15 @@ impl<'a> Runner<'a> {
         interrupted: &'a AtomicBool,
         report: &'a mut dyn FnMut(RunEvent),
     ) -> Self {
-        Self { plan, device, interrupted, report, resident: None, tokens: Tokens::default(), notes: &plan.notes }
+        Self {
+            plan,
+            device,
+            interrupted,
+            report,
+            resident: None,
+            tokens: Tokens::default(),
+            notes: &plan.notes,
+        }
     }
 
     /// Trains every run that the results file lacks: the trials of a selection first, then the runs that are reported.
@@ -198,75 +203,6 @@ impl<'a> Runner<'a> {
             (self.report)(RunEvent::Note(note));
         }
         Ok(runs)
-    }
-
-    /// Computes the masks of all runs whose method has a fixed one, and writes each as `folder/<run>.safetensors`. Trains
-    /// nothing.
-    ///
-    /// # Errors
-    /// Fails if a model cannot be loaded, a mask cannot be computed, or the folder cannot be written.
-    pub fn compute_masks(mut self, folder: &Path) -> Result<Vec<PathBuf>> {
-        let mut written = Vec::new();
-        let plan = self.plan;
-        self.with_each(
-            |run| run.method.has_fixed_mask(),
-            |run, classifier, data, control| {
-                let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
-                let prepared = prepare(classifier, data, method, settings, run.seed, control)?;
-                written.extend(write_mask_of(plan, run, prepared.mask.as_deref(), folder)?);
-                Ok(())
-            },
-        )?;
-        Ok(written)
-    }
-
-    /// Measures the steps of SGD at the start of all runs that Theorem 1 of the paper is about: vanilla and Child-Tuning_F
-    /// with `optimizer: sgd`. Trains nothing.
-    ///
-    /// # Errors
-    /// Fails if there is no such run, a model cannot be loaded, or libtorch refuses an operation.
-    pub fn step_variances(mut self, draws: u64) -> Result<Vec<(Run, StepVariance)>> {
-        let mut measured = Vec::new();
-        let concerned = |run: &Run| {
-            run.hyperparameters.optimizer == OptimizerRule::Sgd
-                && ["vanilla", "child_tuning_f"].contains(&run.method.name())
-        };
-        if !self.plan.all_runs().any(|run| concerned(run)) {
-            return Err(Error::configuration(format!(
-                "{}: no run is vanilla or child_tuning_f with `train.optimizer: sgd`, which Theorem 1 is about",
-                self.plan.name
-            )));
-        }
-        self.with_each(concerned, |run, classifier, data, control| {
-            let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
-            let variance = step_variance(classifier, data, method, settings, run.seed, draws, control)?;
-            measured.push((run.clone(), variance));
-            Ok(())
-        })?;
-        Ok(measured)
-    }
-
-    /// Loads what each chosen run starts from, resets it for the run's seed, and lets `act` work on it.
-    fn with_each(
-        &mut self,
-        chosen: impl Fn(&Run) -> bool,
-        mut act: impl FnMut(&Run, &mut Classifier, &EncodedDataset, &mut Control) -> Result<()>,
-    ) -> Result<()> {
-        // What starts from another run has no weights to look at before that one is trained.
-        let runs: Vec<_> = self.plan.all_runs().filter(|run| run.source_run().is_none()).cloned().collect();
-        for (number, run) in runs.iter().enumerate().filter(|(_, run)| chosen(run)) {
-            (self.report)(RunEvent::Started(number + 1, runs.len(), run));
-            self.load(run)?;
-            let Some(resident) = &mut self.resident else { continue };
-            let all = self.tokens.of(&run.model, &run.task.train.dataset, run.hyperparameters.max_length)?;
-            let (report, interrupted) = (&mut *self.report, self.interrupted);
-            let mut forward = |event| report(RunEvent::Progress(event));
-            let mut control = Control { interrupted, report: &mut forward };
-            let data = training_set(std::borrow::Cow::Borrowed(&all), run)?;
-            resident.classifier.reset(run.seed)?;
-            act(run, &mut resident.classifier, &data, &mut control)?;
-        }
-        Ok(())
     }
 
     /// Makes the folders of models and masks before anything trains, so that a bad place does not cost trained runs.
@@ -388,7 +324,7 @@ impl<'a> Runner<'a> {
     }
 
     /// Makes the model of a run resident, reusing what the last run left.
-    fn load(&mut self, run: &Run) -> Result<()> {
+    pub(super) fn load(&mut self, run: &Run) -> Result<()> {
         if self.resident.as_ref().is_some_and(|resident| resident.serves(run)) {
             return Ok(());
         }
@@ -453,9 +389,9 @@ impl<'a> Runner<'a> {
             trained.prepare_time += features_time;
         }
         let mut evaluations = Vec::with_capacity(evaluated.len());
-        for place in 0..evaluated.len() {
+        for (place, data) in evaluated.iter().enumerate() {
             let started = Instant::now();
-            let (mut done, total) = (0, evaluated[place].len());
+            let (mut done, total) = (0, data.len());
             let evaluation = evaluate(classifier, scored(place), settings.precision, |examples| {
                 done += examples;
                 (control.report)(Event::Evaluated(Progress::new(done, total)));
@@ -509,25 +445,4 @@ impl<'a> Runner<'a> {
         }
         Ok(())
     }
-}
-
-/// Writes the mask of a run, if it has a fixed one, and returns where.
-fn write_mask_of(
-    plan: &Plan,
-    run: &Run,
-    mask: Option<&GradientMask>,
-    folder: &Path,
-) -> Result<Option<PathBuf>> {
-    let Some(child) = mask.and_then(GradientMask::child) else { return Ok(None) };
-    let about = [
-        ("experiment", plan.name.clone()),
-        ("run", run.id.clone()),
-        ("model_sha256", run.model.sha256.clone()),
-        ("task", run.task.card.name.clone()),
-        ("method", format!("{} {}", run.method.name(), run.method.options())),
-        ("seed", run.seed.to_string()),
-    ];
-    let path = folder.join(format!("{}.safetensors", run.id));
-    write_mask(&path, child, &about)?;
-    Ok(Some(path))
 }

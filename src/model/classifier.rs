@@ -139,7 +139,10 @@ impl Classifier {
         let headless = |own: String| {
             Error::model(
                 &folder.path,
-                format!("has no head for the labels of task {}{own}; fine-tune it on the task first", card.name),
+                format!(
+                    "has no head for the labels of task {}{own}; fine-tune it on the task first",
+                    card.name
+                ),
             )
         };
         if folder.head_for(&task)?.is_some() {

@@ -1,0 +1,106 @@
+//! What an experiment's runs start from, looked at without training: masks, and the steps that Theorem 1 is about.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+use super::plan::Plan;
+use super::resident::training_set;
+use super::run::Run;
+use super::runner::{RunEvent, Runner};
+use crate::child::{GradientMask, write_mask};
+use crate::data::EncodedDataset;
+use crate::error::{Error, Result};
+use crate::model::Classifier;
+use crate::train::{Control, OptimizerRule, StepVariance, prepare, step_variance};
+
+impl Runner<'_> {
+    /// Computes the masks of all runs whose method has a fixed one, and writes each as `folder/<run>.safetensors`. Trains
+    /// nothing.
+    ///
+    /// # Errors
+    /// Fails if a model cannot be loaded, a mask cannot be computed, or the folder cannot be written.
+    pub fn compute_masks(mut self, folder: &Path) -> Result<Vec<PathBuf>> {
+        let mut written = Vec::new();
+        let plan = self.plan;
+        self.with_each(
+            |run| run.method.has_fixed_mask(),
+            |run, classifier, data, control| {
+                let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
+                let prepared = prepare(classifier, data, method, settings, run.seed, control)?;
+                written.extend(write_mask_of(plan, run, prepared.mask.as_deref(), folder)?);
+                Ok(())
+            },
+        )?;
+        Ok(written)
+    }
+
+    /// Measures the steps of SGD at the start of all runs that Theorem 1 of the paper is about: vanilla and Child-Tuning_F
+    /// with `optimizer: sgd`. Trains nothing.
+    ///
+    /// # Errors
+    /// Fails if there is no such run, a model cannot be loaded, or libtorch refuses an operation.
+    pub fn step_variances(mut self, draws: u64) -> Result<Vec<(Run, StepVariance)>> {
+        let mut measured = Vec::new();
+        let concerned = |run: &Run| {
+            run.hyperparameters.optimizer == OptimizerRule::Sgd
+                && ["vanilla", "child_tuning_f"].contains(&run.method.name())
+        };
+        if !self.plan.all_runs().any(|run| concerned(run)) {
+            return Err(Error::configuration(format!(
+                "{}: no run is vanilla or child_tuning_f with `train.optimizer: sgd`, which Theorem 1 is about",
+                self.plan.name
+            )));
+        }
+        self.with_each(concerned, |run, classifier, data, control| {
+            let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
+            let variance = step_variance(classifier, data, method, settings, run.seed, draws, control)?;
+            measured.push((run.clone(), variance));
+            Ok(())
+        })?;
+        Ok(measured)
+    }
+
+    /// Loads what each chosen run starts from, resets it for the run's seed, and lets `act` work on it.
+    fn with_each(
+        &mut self,
+        chosen: impl Fn(&Run) -> bool,
+        mut act: impl FnMut(&Run, &mut Classifier, &EncodedDataset, &mut Control) -> Result<()>,
+    ) -> Result<()> {
+        // What starts from another run has no weights to look at before that one is trained.
+        let runs: Vec<_> = self.plan.all_runs().filter(|run| run.source_run().is_none()).cloned().collect();
+        for (number, run) in runs.iter().enumerate().filter(|(_, run)| chosen(run)) {
+            (self.report)(RunEvent::Started(number + 1, runs.len(), run));
+            self.load(run)?;
+            let Some(resident) = &mut self.resident else { continue };
+            let all = self.tokens.of(&run.model, &run.task.train.dataset, run.hyperparameters.max_length)?;
+            let (report, interrupted) = (&mut *self.report, self.interrupted);
+            let mut forward = |event| report(RunEvent::Progress(event));
+            let mut control = Control { interrupted, report: &mut forward };
+            let data = training_set(Cow::Borrowed(&all), run)?;
+            resident.classifier.reset(run.seed)?;
+            act(run, &mut resident.classifier, &data, &mut control)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes the mask of a run, if it has a fixed one, and returns where.
+pub(super) fn write_mask_of(
+    plan: &Plan,
+    run: &Run,
+    mask: Option<&GradientMask>,
+    folder: &Path,
+) -> Result<Option<PathBuf>> {
+    let Some(child) = mask.and_then(GradientMask::child) else { return Ok(None) };
+    let about = [
+        ("experiment", plan.name.clone()),
+        ("run", run.id.clone()),
+        ("model_sha256", run.model.sha256.clone()),
+        ("task", run.task.card.name.clone()),
+        ("method", format!("{} {}", run.method.name(), run.method.options())),
+        ("seed", run.seed.to_string()),
+    ];
+    let path = folder.join(format!("{}.safetensors", run.id));
+    write_mask(&path, child, &about)?;
+    Ok(Some(path))
+}
