@@ -151,20 +151,21 @@ impl Library {
         let mut all = vec![own];
         for spec in further {
             let card = self.card(&spec.task)?;
-            if all.iter().any(|other| other.on.card.name == card.name && other.on.split == spec.split) {
+            let usual = if card.splits.contains_key(&Split::Dev) { Split::Dev } else { Split::Test };
+            let split = spec.split.unwrap_or(usual);
+            if all.iter().any(|other| other.on.card.name == card.name && other.on.split == split) {
                 continue;
             }
             // What is trained on in this experiment is scored in the same copy.
-            let known =
-                self.splits.iter().find(|(entry, _)| *entry.card == card && entry.split == spec.split);
+            let known = self.splits.iter().find(|(entry, _)| *entry.card == card && entry.split == split);
             let on = match known {
                 Some((entry, _)) => entry.clone(),
-                None => self.split(&card, spec.split, &self.roots.clone())?,
+                None => self.split(&card, split, &self.roots.clone())?,
             };
             if on.dataset.examples.iter().any(|example| example.label.is_none()) {
                 return Err(Error::configuration(format!(
                     "evaluate: the {} split of `{}` has no labels to score with; `child-tuning predict` writes predictions",
-                    spec.split, card.name
+                    split, card.name
                 )));
             }
             let labels = LabelMap::between(&task.card, &card)?;

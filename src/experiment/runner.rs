@@ -15,7 +15,7 @@ use super::plan::Plan;
 use super::resident::{ResidentModel, Tokens, has_model, training_set};
 use super::results::{Ended, Recorded, ResultsFile, Row, Status, read};
 use super::rows::{Outcome, described, measured};
-use super::run::{Run, Start, kept_model};
+use super::run::{Run, RunPurpose, Start, kept_model};
 use crate::child::GradientMask;
 use crate::error::{Error, Result};
 use crate::libtorch;
@@ -410,10 +410,12 @@ impl<'a> Runner<'a> {
     fn keep(&self, run: &Run, mask: Option<&GradientMask>) -> Result<()> {
         let Some(resident) = &self.resident else { return Ok(()) };
         let is_source = |other: &Arc<Run>| other.source_run().is_some_and(|source| source.id == run.id);
-        if self.plan.save.is_some() || self.plan.runs.iter().any(is_source) {
+        // Of trials only the scores are wanted.
+        let is_result = run.purpose != RunPurpose::Selection;
+        if self.plan.save.is_some() && is_result || self.plan.runs.iter().any(is_source) {
             resident.classifier.save(&self.kept(run), &run.model.encoder)?;
         }
-        if let Some(folder) = &self.plan.masks {
+        if let Some(folder) = self.plan.masks.as_ref().filter(|_| is_result) {
             write_mask_of(self.plan, run, mask, folder)?;
         }
         Ok(())

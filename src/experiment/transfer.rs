@@ -16,13 +16,13 @@ use crate::model::HeadStart;
 use crate::train::Freeze;
 use crate::values::OneOrMany;
 
-/// A data set to score on without training on it: a task's name, for its dev split, or `{task: snli, split: test}`.
+/// A data set to score on without training on it: a task's name, or `{task: snli, split: test}`.
 #[derive(Clone, Debug)]
 pub struct EvaluationSpec {
     /// The task.
     pub task: TaskSpec,
-    /// The split.
-    pub split: Split,
+    /// The split; dev if left out, or test where a task has no dev.
+    pub split: Option<Split>,
 }
 
 impl<'de> Deserialize<'de> for EvaluationSpec {
@@ -41,7 +41,7 @@ impl<'de> Visitor<'de> for EvaluationVisitor {
     }
 
     fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<EvaluationSpec, E> {
-        Ok(EvaluationSpec { task: TaskSpec::Named(name.to_owned()), split: Split::Dev })
+        Ok(EvaluationSpec { task: TaskSpec::Named(name.to_owned()), split: None })
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<EvaluationSpec, A::Error> {
@@ -52,7 +52,7 @@ impl<'de> Visitor<'de> for EvaluationVisitor {
             split: Option<Split>,
         }
         let typed = Typed::deserialize(MapAccessDeserializer::new(map))?;
-        Ok(EvaluationSpec { task: typed.task, split: typed.split.unwrap_or(Split::Dev) })
+        Ok(EvaluationSpec { task: typed.task, split: typed.split })
     }
 }
 

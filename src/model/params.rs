@@ -348,3 +348,26 @@ fn view(flat: &Tensor, parameter: &Parameter) -> Result<Tensor> {
     let range = &parameter.range;
     Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?.f_view(parameter.shape.as_slice())?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_trains_is_the_fewest_ranges_with_and_without_decay() {
+        let mut table = ParameterTable::default();
+        table.declare("body", &[10, 7], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        table.declare("body bias", &[10], ParameterKind::Bias, ParameterPlace::EncoderLayer(0));
+        table.declare("head", &[2, 10], ParameterKind::Weight, ParameterPlace::Head);
+        table.declare("head bias", &[2], ParameterKind::Bias, ParameterPlace::Head);
+        let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        assert_eq!(parameters.buffer_len(), 128 + 64 + 64 + 64);
+        let group = |range, decays| TrainableGroup { range, decays };
+        let all = parameters.trainable(|_| true);
+        assert_eq!(all.groups, [group(0..192, true), group(192..320, false)]);
+        assert_eq!((&all.spans[..], all.count), (&[0..320][..], 70 + 10 + 20 + 2));
+        let head = parameters.trainable(|parameter| parameter.place == ParameterPlace::Head);
+        assert_eq!(head.groups, [group(128..192, true), group(256..320, false)]);
+        assert_eq!((&head.spans[..], head.count), (&[128..192, 256..320][..], 22));
+    }
+}

@@ -176,3 +176,27 @@ fn nearly_constant(predicted: &[f64]) -> bool {
         .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), &value| (low.min(value), high.max(value)));
     high - low <= 1e-3
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loss_is_cross_entropy_and_adds_up_classes_that_count_as_one() {
+        let logits = Tensor::from_slice(&[1.0f32, -0.5, 2.0, 0.25, 0.0, -3.0]).view([2, 3]);
+        let identity = LabelMap::identity(3);
+        let expected = logits.cross_entropy_for_logits(&Tensor::from_slice(&[2i64, 0]));
+        let loss = class_loss(&logits, &[2, 0], &identity).unwrap();
+        assert!((loss - f64::try_from(expected).unwrap()).abs() < 1e-6);
+
+        let card = |name| TaskCard::builtin(name).unwrap();
+        let merged = LabelMap::between(&card("snli"), &card("scitail")).unwrap();
+        let neutral = |row: [f64; 3]| {
+            let sum: f64 = row.iter().map(|logit| logit.exp()).sum();
+            -((row[1].exp() + row[2].exp()) / sum).ln()
+        };
+        let expected = (neutral([1.0, -0.5, 2.0]) + neutral([0.25, 0.0, -3.0])) / 2.0;
+        assert!((class_loss(&logits, &[1, 1], &merged).unwrap() - expected).abs() < 1e-6);
+        assert!(class_loss(&(logits * f64::NAN), &[1, 1], &merged).unwrap().is_nan());
+    }
+}

@@ -5,9 +5,12 @@ use std::sync::atomic::AtomicBool;
 use child_tuning::child::ChildNetwork;
 use child_tuning::data::EncodedDataset;
 use child_tuning::method::{Method, MethodSpec, Preset};
-use child_tuning::model::Classifier;
-use child_tuning::train::{Control, Hyperparameters, OptimizerRule, Order, Precision, Trained, train};
-use tch::{Kind, Tensor};
+use child_tuning::model::{Classifier, ParameterPlace, Pass};
+use child_tuning::train::{
+    Control, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Trained, frozen_features, predict,
+    train,
+};
+use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{assert_close, classifier, dataset, part, tensors};
 use crate::optimizer::hyperparameters;
@@ -237,4 +240,35 @@ fn the_head_is_new_for_each_seed_and_the_body_is_the_checkpoint() {
     let deviation = heads[0].std(false).double_value(&[]);
     assert!((0.012..0.028).contains(&deviation), "{deviation}");
     assert_eq!(heads[0].kind(), Kind::Float);
+}
+
+#[test]
+fn a_frozen_encoder_keeps_every_bit_and_gives_the_same_logits() {
+    let mut data = dataset(&tensors("bert_pair/reference.safetensors"));
+    let mut classifier = classifier("bert_pair");
+    classifier.reset(3).unwrap();
+    let whole = predict(&classifier, &data.inputs, Precision::Float32, |_| Ok(())).unwrap();
+    let features = frozen_features(&classifier, &data.inputs, Precision::Float32, |_| Ok(())).unwrap();
+    data = data.with_features(&features);
+    let numbers: Vec<usize> = (0..data.len()).collect();
+    let (batch, _) = data.batch(&numbers, 0, Device::Cpu).unwrap();
+    let weights = classifier.parameters.compute_weights(Kind::Float).unwrap();
+    let logits = tch::no_grad(|| classifier.logits(&Pass::new(&weights, &batch, None)).unwrap());
+    assert_close("logits", &logits, &whole, 1e-6, true);
+
+    let settings = Hyperparameters { freeze: Freeze::Encoder, learning_rate: 1e-2, ..settings() };
+    for text in ["optimizer: adamw", "optimizer: sgd"] {
+        let optimizer = if text.ends_with("sgd") { OptimizerRule::Sgd } else { OptimizerRule::Adamw };
+        let before = classifier.parameters.values_copy().unwrap();
+        let settings = Hyperparameters { optimizer, ..settings.clone() };
+        let trained = run(&mut classifier, &data, method("vanilla").as_ref(), &settings, 3);
+        let after = classifier.parameters.values_copy().unwrap();
+        for (_, parameter) in classifier.parameters.iter() {
+            let same = part(&classifier.parameters, &before, &parameter.name)
+                == part(&classifier.parameters, &after, &parameter.name);
+            assert_eq!(same, parameter.place != ParameterPlace::Head, "{text} {}", parameter.name);
+        }
+        // Three labels on 32 features.
+        assert_eq!(trained.trainable, 3 * 33, "{text}");
+    }
 }
