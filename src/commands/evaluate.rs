@@ -39,7 +39,7 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
     let folder = ModelFolder::open(&arguments.model)?;
     let encoder = TokenEncoder::from_folder(&arguments.model)?;
     let roots = arguments.data.roots();
-    show("task,split,examples,metric,value")?;
+    let mut lines = vec!["task,split,examples,metric,value".to_owned()];
     for task in &arguments.tasks {
         let card = named_card(task, Path::new(""))?;
         let dataset = read_split(&card, &roots, arguments.split)?;
@@ -57,9 +57,10 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
         let evaluation = score(&classifier, scored, Precision::Float32, |_| Ok(()))?;
         let (name, split, examples) = (&card.name, arguments.split, data.len());
         for (metric, value) in &evaluation.scores {
-            show(format_args!("{name},{split},{examples},{metric},{value}"))?;
+            lines.push(format!("{name},{split},{examples},{metric},{value}"));
         }
-        show(format_args!("{name},{split},{examples},loss,{}", evaluation.loss))?;
+        lines.push(format!("{name},{split},{examples},loss,{}", evaluation.loss));
     }
+    show(lines.join("\n"))?;
     Ok(ExitCode::SUCCESS)
 }
