@@ -365,7 +365,7 @@ mod tests {
         let group = |range, decays| TrainableGroup { range, decays };
         let all = parameters.trainable(|_| true);
         assert_eq!(all.groups, [group(0..192, true), group(192..320, false)]);
-        assert_eq!((&all.spans[..], all.count), (&[0..320][..], 70 + 10 + 20 + 2));
+        assert_eq!((&all.spans[..], all.count), (std::slice::from_ref(&(0..320)), 70 + 10 + 20 + 2));
         let head = parameters.trainable(|parameter| parameter.place == ParameterPlace::Head);
         assert_eq!(head.groups, [group(128..192, true), group(256..320, false)]);
         assert_eq!((&head.spans[..], head.count), (&[128..192, 256..320][..], 22));
