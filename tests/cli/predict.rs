@@ -135,7 +135,8 @@ fn a_model_without_a_head_for_the_task_is_refused() {
     };
     let dev = gold("RTE/dev.tsv", 3, 1).0;
     let own = "(its own are entailment, neutral, contradiction)";
-    refused("bert_pair", "mrpc", &dev, 2, &["bert_pair: has no head", "task mrpc", own, "fine-tune it"]);
+    let pairs = gold("MRPC/dev.tsv", 0, 1).0;
+    refused("bert_pair", "mrpc", &pairs, 2, &["bert_pair: has no head", "task mrpc", own, "fine-tune it"]);
     refused("bert_single", "rte", &dev, 2, &["bert_single: has no head", "task rte", "fine-tune it"]);
     refused("bert_single", "colla", &dev, 2, &["unknown task `colla`", "did you mean `cola`?"]);
     let foreign = gold("STS-B/dev.tsv", 9, 1).0;
