@@ -75,9 +75,10 @@ fn low_resource_and_label_noise() {
 fn child_ablation_and_controls() {
     let rows = tiny("child_ablation", &["--only", "seed=42,task=mrpc"]);
     assert_eq!(distinct(&rows, "method_config").len(), 5);
-    let shares: BTreeSet<&str> =
-        rows.iter().filter(|row| row["method"] != "vanilla").map(|row| &row["child_share"][..4]).collect();
-    assert_eq!(shares, ["0.30", "0.29"].into_iter().filter(|share| shares.contains(share)).collect());
+    for row in rows.iter().filter(|row| row["method"] != "vanilla") {
+        let share: f64 = row["child_share"].parse().unwrap();
+        assert!((share - 0.3).abs() < 1e-4, "{}: {share}", row["method_config"]);
+    }
     let rows = tiny("controls", &["--only", "seed=42,task=mrpc"]);
     assert_eq!(distinct(&rows, "method_config").len(), 7);
 }
