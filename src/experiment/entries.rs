@@ -96,15 +96,15 @@ pub struct Evaluated {
 }
 
 /// Finds tasks and reads their data, each split once.
-pub struct Library {
+pub struct Catalogue {
     base: PathBuf,
     roots: Vec<PathBuf>,
     /// What was read, and the roots that it was looked for in.
     splits: Vec<(Arc<SplitEntry>, Vec<PathBuf>)>,
 }
 
-impl Library {
-    /// Makes a library that looks for card files in the folder `base` first, and for data sets in `roots`.
+impl Catalogue {
+    /// Makes a catalogue that looks for card files in the folder `base` first, and for data sets in `roots`.
     pub fn new(base: &Path, roots: Vec<PathBuf>) -> Self {
         Self { base: base.to_owned(), roots, splits: Vec::new() }
     }

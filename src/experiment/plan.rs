@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::entries::{Evaluated, Library, ModelEntry, TaskEntry, data_roots, start_folder};
+use super::entries::{Catalogue, Evaluated, ModelEntry, TaskEntry, data_roots, start_folder};
 use super::grid::GridPoint;
 use super::run::{Run, RunPurpose, Start};
 use super::selection::{Candidate, Choice, Selection};
@@ -60,8 +60,10 @@ impl Plan {
         let models = (spec.model.0.iter())
             .map(|name| ModelEntry::open(name, &overrides).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
-        let mut builder =
-            Builder { preset, library: Library::new(&base, data_roots(&options.data, listed(&spec.data))) };
+        let mut builder = Builder {
+            preset,
+            catalogue: Catalogue::new(&base, data_roots(&options.data, listed(&spec.data))),
+        };
         let evaluate = listed(&spec.evaluate);
         let tasks = builder.tasks(&spec.task, evaluate)?;
         let seeds = spec.seeds.as_ref().map_or(vec![42], |seeds| seeds.0.clone());
@@ -126,7 +128,7 @@ impl Plan {
             masks: spec.masks.clone(),
             selection: trial_seeds.is_some().then_some(selection),
             name,
-            notes: builder.library.notes(),
+            notes: builder.catalogue.notes(),
             runs,
             preset,
         };
@@ -233,15 +235,15 @@ type OpenTask = (Arc<TaskEntry>, Arc<[Evaluated]>);
 /// Makes runs, stage after stage.
 struct Builder {
     preset: Preset,
-    library: Library,
+    catalogue: Catalogue,
 }
 
 impl Builder {
     fn tasks(&mut self, specs: &OneOrMany<TaskSpec>, evaluate: &[EvaluationSpec]) -> Result<Vec<OpenTask>> {
-        let tasks = specs.0.iter().map(|spec| self.library.task(spec).map(Arc::new));
+        let tasks = specs.0.iter().map(|spec| self.catalogue.task(spec).map(Arc::new));
         let tasks = tasks.collect::<Result<Vec<_>>>()?;
         let open = |task: Arc<TaskEntry>| {
-            let evaluations = self.library.evaluations(&task, evaluate)?;
+            let evaluations = self.catalogue.evaluations(&task, evaluate)?;
             Ok((task, evaluations))
         };
         tasks.into_iter().map(open).collect()
