@@ -110,14 +110,15 @@ fn show_plan(plan: &Plan, speed: &Speed) -> Result<()> {
         false => Default::default(),
     };
     let rows = if plan.results.exists() { results::read(&plan.results)? } else { Vec::new() };
-    let (trials, choices) = (plan.selection.iter()).fold(Default::default(), |_: (&[_], &[_]), selection| {
-        (&selection.trials[..], &selection.choices[..])
-    });
-    let (chosen, open): (Vec<_>, Vec<_>) =
-        choices.iter().map(|choice| (choice, choice.choose(&rows))).partition(|(_, chosen)| chosen.is_some());
+    let (chosen, open): (Vec<_>, Vec<_>) = plan
+        .selection
+        .choices
+        .iter()
+        .map(|choice| (choice, choice.choose(&rows)))
+        .partition(|(_, chosen)| chosen.is_some());
     let chosen =
         chosen.iter().filter_map(|(_, chosen)| chosen.as_ref()).flat_map(|chosen| &chosen.candidate.reports);
-    let runs: Vec<_> = trials.iter().chain(&plan.runs).chain(chosen).collect();
+    let runs: Vec<_> = plan.selection.trials.iter().chain(&plan.runs).chain(chosen).collect();
     let to_do: Vec<_> = runs.iter().filter(|run| !recorded.has(&run.id, run.rows())).collect();
     let mut tokens = Tokens::default();
     let mut steps = 0;

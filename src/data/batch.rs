@@ -234,12 +234,8 @@ impl EncodedDataset {
     }
 
     /// Returns the same examples with what a frozen encoder makes of them, `[examples, hidden]`.
-    pub fn with_features(&self, features: &Tensor) -> Self {
-        Self {
-            inputs: self.inputs.clone(),
-            targets: self.targets.clone(),
-            features: Some(features.shallow_clone()),
-        }
+    pub fn with_features(&self, features: Tensor) -> Self {
+        Self { inputs: self.inputs.clone(), targets: self.targets.clone(), features: Some(features) }
     }
 
     /// Returns the number of examples.

@@ -1,15 +1,13 @@
 //! The models and data sets of an experiment, opened and checked, each of them once.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use super::run::{Source, StartFolder};
 use super::spec::TaskSpec;
-use super::transfer::{EarlierRuns, EvaluationSpec, InitFrom};
+use super::transfer::EvaluationSpec;
 use crate::data::{Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, holds, read_split};
 use crate::error::{Error, Result};
 use crate::model::ModelFolder;
@@ -57,7 +55,8 @@ impl ModelEntry {
     }
 }
 
-fn open_folder(path: &Path, overrides: &Map<String, Value>) -> Result<ModelFolder> {
+/// Opens a model folder of a family that runs here, with the experiment's overrides of its config.
+pub(super) fn open_folder(path: &Path, overrides: &Map<String, Value>) -> Result<ModelFolder> {
     let mut folder = ModelFolder::open(path)?;
     folder.config = folder.config.with_overrides(overrides)?;
     folder.config.family()?;
@@ -250,78 +249,4 @@ pub fn named_card(name: &str, base: &Path) -> Result<TaskCard> {
         suggestion(name, known.iter().copied()),
         known.join(", ")
     )))
-}
-
-/// Opens the weights that `init_from` names for runs of a model and seed.
-///
-/// # Errors
-/// Fails, naming file and columns, if there is no such run or more than one, or its model was not kept.
-pub fn start_folder(init_from: &InitFrom, model: &ModelEntry, seed: u64) -> Result<StartFolder> {
-    let (path, source) = match init_from {
-        InitFrom::Folder(path) => (path.clone(), Source::default()),
-        InitFrom::Results(earlier) => earlier_run(earlier, model, seed)?,
-    };
-    let folder = open_folder(&path, &model.overrides).map_err(|error| match error {
-        Error::Model { path, message } => Error::Model { path, message: format!("init_from: {message}") },
-        other => other,
-    })?;
-    let sha256 = folder.sha256();
-    let source =
-        if source.run.is_empty() { Source { run: sha256[..16].to_owned(), ..source } } else { source };
-    Ok(StartFolder { folder, sha256, source })
-}
-
-/// Finds the one run of another experiment that has this model and seed and the columns asked for.
-fn earlier_run(earlier: &EarlierRuns, model: &ModelEntry, seed: u64) -> Result<(PathBuf, Source)> {
-    let path = &earlier.results;
-    let fault = |found: String, mend: &str| {
-        let mut columns = earlier.columns.clone();
-        columns.insert("seed".into(), seed.to_string());
-        let columns: Vec<_> = columns.iter().map(|(column, value)| format!("{column}={value}")).collect();
-        Error::configuration(format!(
-            "init_from: {}: {found} with {}{mend}",
-            path.display(),
-            columns.join(", ")
-        ))
-    };
-    let unreadable =
-        |error: csv::Error| Error::configuration(format!("init_from: {}: {error}", path.display()));
-    let mut reader = csv::Reader::from_path(path).map_err(unreadable)?;
-    let header = reader.headers().map_err(unreadable)?.clone();
-    if let Some(column) = earlier.columns.keys().find(|column| !header.iter().any(|name| name == *column)) {
-        let hint = suggestion(column, header.iter());
-        return Err(Error::configuration(format!(
-            "init_from: {} has no column `{column}`{hint}",
-            path.display()
-        )));
-    }
-    let mut found: BTreeMap<String, Source> = BTreeMap::new();
-    for row in reader.deserialize::<BTreeMap<String, String>>() {
-        let row = row.map_err(unreadable)?;
-        let get = |column: &str| row.get(column).map(String::as_str).unwrap_or_default();
-        let wanted = earlier.columns.iter().all(|(column, value)| get(column) == value)
-            && get("seed") == seed.to_string()
-            && get("model_sha256") == model.sha256
-            && get("status") == "ok";
-        if wanted {
-            let source = Source {
-                run: get("run").to_owned(),
-                task: get("task").to_owned(),
-                method: get("method").to_owned(),
-                method_config: get("method_config").to_owned(),
-            };
-            found.insert(source.run.clone(), source);
-        }
-    }
-    match found.len() {
-        0 => Err(fault(format!("no run of {} that ended ok", model.name), "")),
-        1 => {
-            let source = found.into_values().next().unwrap_or_default();
-            Ok((earlier.models.join(&source.run), source))
-        }
-        count => {
-            let runs: Vec<String> = found.into_keys().collect();
-            Err(fault(format!("{count} runs ({})", runs.join(", ")), "; name further columns under `where:`"))
-        }
-    }
 }

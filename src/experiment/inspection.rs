@@ -1,12 +1,11 @@
 //! What an experiment's runs start from, looked at without training: masks, and the steps that Theorem 1 is about.
 
-use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use super::plan::Plan;
-use super::resident::training_set;
 use super::run::Run;
 use super::runner::{RunEvent, Runner};
+use super::training_set::training_set;
 use crate::child::{GradientMask, write_mask};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
@@ -76,7 +75,7 @@ impl Runner<'_> {
             let (report, interrupted) = (&mut *self.report, self.interrupted);
             let mut forward = |event| report(RunEvent::Progress(event));
             let mut control = Control { interrupted, report: &mut forward };
-            let data = training_set(Cow::Borrowed(&all), run)?;
+            let data = training_set(&all, run)?;
             resident.classifier.reset(run.seed)?;
             act(run, &mut resident.classifier, &data, &mut control)?;
         }

@@ -15,6 +15,7 @@ mod run;
 mod runner;
 mod selection;
 mod spec;
+mod start;
 mod training_set;
 mod transfer;
 
@@ -24,7 +25,8 @@ pub use machine::graphics_cards;
 pub use overrides::Override;
 pub use plan::{Plan, PlanOptions};
 pub use resident::Tokens;
-pub use run::{Run, RunPurpose, Start};
+pub use run::{Run, RunPurpose};
 pub use runner::{RunEvent, Runner, Summary};
 pub use selection::{Candidate, Choice, Selection};
 pub use spec::{ExperimentSpec, PAPER_SEEDS};
+pub use start::Start;

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::entries::{Catalogue, Evaluated, ModelEntry, TaskEntry, data_roots, start_folder};
+use super::entries::{Catalogue, Evaluated, ModelEntry, TaskEntry, data_roots};
 use super::grid::GridPoint;
-use super::run::{Run, RunPurpose, Start};
-use super::selection::{Candidate, Choice, Selection};
+use super::run::{Run, RunPurpose, refuse_repeated};
+use super::selection::{self, Selection};
 use super::spec::{ExperimentSpec, TaskSpec};
+use super::start::{Start, Starts};
 use super::transfer::{EvaluationSpec, ThenSpec};
 use crate::error::{Error, Result};
 use crate::method::{Method, MethodSpec, Preset};
@@ -29,13 +30,13 @@ pub struct PlanOptions {
 pub struct Plan {
     /// The experiment's name.
     pub name: String,
-    /// The runs, those that a comparison needs together next to each other, sources before what starts from them. With a
-    /// selection, these are known only when its trials are done.
+    /// The runs, those that a comparison needs together next to each other, sources before what starts from them. Empty
+    /// with `select`: these are known only when the trials are done.
     pub runs: Vec<Arc<Run>>,
     /// What the user should know about the data, in sentences.
     pub notes: Vec<String>,
-    /// Trials that choose the runs.
-    pub selection: Option<Selection>,
+    /// Trials, and the runs that they choose between; empty without `select`.
+    pub selection: Selection,
     /// The description of Child-Tuning that filled in what was left out.
     pub preset: Preset,
     /// The CSV that results are appended to.
@@ -54,69 +55,41 @@ impl Plan {
     pub fn resolve(spec: &ExperimentSpec, file: &Path, options: &PlanOptions) -> Result<Self> {
         let preset = spec.preset.unwrap_or_default();
         let name = spec.name.clone().unwrap_or_else(|| "experiment".into());
-        let base = file.parent().unwrap_or(Path::new("")).to_path_buf();
+        let base = file.parent().unwrap_or(Path::new(""));
         let methods = resolve_methods(&spec.method, preset)?;
         let overrides = spec.model_config.clone().unwrap_or_default();
         let models = (spec.model.0.iter())
             .map(|name| ModelEntry::open(name, &overrides).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
-        let mut builder = Builder {
-            preset,
-            catalogue: Catalogue::new(&base, data_roots(&options.data, listed(&spec.data))),
-        };
-        let evaluate = listed(&spec.evaluate);
-        let tasks = builder.tasks(&spec.task, evaluate)?;
+        let mut catalogue = Catalogue::new(base, data_roots(&options.data, listed(&spec.data)));
+        let tasks = open_tasks(&mut catalogue, &spec.task, &spec.evaluate)?;
+        let next = NextStage::open(&spec.then, preset, &mut catalogue)?;
         let seeds = spec.seeds.as_ref().map_or(vec![42], |seeds| seeds.0.clone());
         let points = GridPoint::default().next_stage(&spec.train.clone().unwrap_or_default());
-        check_selection(spec, &seeds)?;
-        let trial_seeds = spec.select.as_ref().map(|select| &select.on_seeds.0);
+        selection::check(spec, &seeds)?;
 
-        let mut runs = Vec::new();
-        let mut selection = Selection::default();
+        let (mut runs, mut selection) = (Vec::new(), Selection::default());
         for model in &models {
-            let start = |seed: u64| -> Result<Start> {
-                Ok(match &spec.init_from {
-                    None => Start::Pretrained,
-                    Some(from) => Start::Folder(Arc::new(start_folder(from, model, seed)?)),
-                })
-            };
-            let starts = seeds.iter().map(|&seed| start(seed)).collect::<Result<Vec<_>>>()?;
-            for (task, evaluations) in &tasks {
-                let stage = Stage {
-                    model,
-                    task,
-                    evaluations,
-                    freeze: spec.freeze.unwrap_or_default(),
-                    head: spec.head.unwrap_or_default(),
-                    purpose: RunPurpose::Report,
-                };
+            let mut starts = Starts::new(spec.init_from.as_ref(), model);
+            for open in &tasks {
+                let (freeze, head) = (spec.freeze.unwrap_or_default(), spec.head.unwrap_or_default());
+                let stage = Stage { model, open, freeze, head, preset };
                 for point in &points {
-                    match trial_seeds {
-                        None => {
-                            for (&seed, start) in seeds.iter().zip(&starts) {
-                                for method in &methods {
-                                    let run = stage.run(method, point, preset, start.clone(), seed)?;
-                                    let stages = listed(&spec.then);
-                                    builder.add(run, point, stages, &mut runs)?;
-                                }
-                            }
+                    if let Some(select) = &spec.select {
+                        for method in &methods {
+                            let mut on = |seeds: &[u64], purpose| {
+                                let run = |&seed| stage.run(method, point, starts.of(seed)?, seed, purpose);
+                                seeds.iter().map(run).collect::<Result<Vec<_>>>()
+                            };
+                            let trials = on(&select.on_seeds.0, RunPurpose::Selection)?;
+                            selection.add(trials, on(&seeds, RunPurpose::Tuned)?)?;
                         }
-                        Some(trial_seeds) => {
-                            for method in &methods {
-                                let on = |seeds: &[u64], purpose| -> Result<Vec<Arc<Run>>> {
-                                    let stage = Stage { purpose, ..stage };
-                                    seeds
-                                        .iter()
-                                        .map(|&seed| {
-                                            stage.run(method, point, preset, start(seed)?, seed).map(Arc::new)
-                                        })
-                                        .collect()
-                                };
-                                selection.add(
-                                    on(trial_seeds, RunPurpose::Selection)?,
-                                    on(&seeds, RunPurpose::Tuned)?,
-                                )?;
-                            }
+                        continue;
+                    }
+                    for &seed in &seeds {
+                        for method in &methods {
+                            let run = stage.run(method, point, starts.of(seed)?, seed, RunPurpose::Report)?;
+                            add_chain(run, point, &next, preset, &mut runs)?;
                         }
                     }
                 }
@@ -126,9 +99,9 @@ impl Plan {
             results: spec.results.clone().unwrap_or_else(|| PathBuf::from(format!("results/{name}.csv"))),
             save: spec.save.clone(),
             masks: spec.masks.clone(),
-            selection: trial_seeds.is_some().then_some(selection),
+            selection,
             name,
-            notes: builder.catalogue.notes(),
+            notes: catalogue.notes(),
             runs,
             preset,
         };
@@ -138,10 +111,9 @@ impl Plan {
 
     /// Returns every run that may come to be trained.
     pub fn all_runs(&self) -> impl Iterator<Item = &Arc<Run>> {
-        let selection = self.selection.iter();
-        let reports = selection.clone().flat_map(|selection| &selection.choices);
-        let reports = reports.flat_map(|choice| &choice.candidates).flat_map(|candidate| &candidate.reports);
-        self.runs.iter().chain(selection.flat_map(|selection| &selection.trials)).chain(reports)
+        let candidates = self.selection.choices.iter().flat_map(|choice| &choice.candidates);
+        let reports = candidates.flat_map(|candidate| &candidate.reports);
+        self.runs.iter().chain(&self.selection.trials).chain(reports)
     }
 
     fn keep_only(&mut self, only: &[(String, String)]) -> Result<()> {
@@ -177,23 +149,36 @@ impl Plan {
             }
             kept.reverse();
             self.runs = kept;
-            if let Some(selection) = &mut self.selection {
-                selection.retain(wanted);
-            }
+            self.selection.retain(wanted);
         }
         Ok(())
     }
 }
 
-/// What the runs of a stage have in common.
-#[derive(Clone, Copy)]
+/// A task, and what its runs are scored on.
+type OpenTask = (Arc<TaskEntry>, Arc<[Evaluated]>);
+
+/// Opens the tasks of a stage: all that are trained before those that are only scored.
+fn open_tasks(
+    catalogue: &mut Catalogue,
+    tasks: &OneOrMany<TaskSpec>,
+    evaluate: &Option<OneOrMany<EvaluationSpec>>,
+) -> Result<Vec<OpenTask>> {
+    let tasks = tasks.0.iter().map(|spec| catalogue.task(spec)).collect::<Result<Vec<_>>>()?;
+    let open = |task: TaskEntry| {
+        let evaluations = catalogue.evaluations(&task, listed(evaluate))?;
+        Ok((Arc::new(task), evaluations))
+    };
+    tasks.into_iter().map(open).collect()
+}
+
+/// What the runs of a stage on one task have in common.
 struct Stage<'a> {
     model: &'a Arc<ModelEntry>,
-    task: &'a Arc<TaskEntry>,
-    evaluations: &'a Arc<[Evaluated]>,
+    open: &'a OpenTask,
     freeze: Freeze,
     head: HeadStart,
-    purpose: RunPurpose,
+    preset: Preset,
 }
 
 impl Stage<'_> {
@@ -201,167 +186,90 @@ impl Stage<'_> {
         &self,
         method: &Arc<dyn Method>,
         point: &GridPoint,
-        preset: Preset,
         start: Start,
         seed: u64,
-    ) -> Result<Run> {
+        purpose: RunPurpose,
+    ) -> Result<Arc<Run>> {
         if self.freeze == Freeze::Encoder && method.name() != "vanilla" {
             return Err(Error::configuration(format!(
                 "`freeze: encoder` trains the head only, and {} chooses among the encoder's weights; use vanilla",
                 method.name()
             )));
         }
+        let (task, evaluations) = self.open;
         let mut run = Run {
             id: String::new(),
             model: self.model.clone(),
             start,
             head: self.head,
-            task: self.task.clone(),
+            task: task.clone(),
             method: method.clone(),
-            hyperparameters: point.settle(method.as_ref(), preset, self.freeze)?,
+            hyperparameters: point.settle(method.as_ref(), self.preset, self.freeze)?,
             examples: point.examples,
             label_noise: point.label_noise,
             seed,
-            evaluations: self.evaluations.clone(),
-            purpose: self.purpose,
+            evaluations: evaluations.clone(),
+            purpose,
         };
         run.id = run.identity();
-        Ok(run)
+        Ok(Arc::new(run))
     }
 }
 
-type OpenTask = (Arc<TaskEntry>, Arc<[Evaluated]>);
-
-/// Makes runs, stage after stage.
-struct Builder {
-    preset: Preset,
-    catalogue: Catalogue,
+/// A stage that goes on from another, with its tasks opened.
+struct NextStage<'a> {
+    spec: &'a ThenSpec,
+    tasks: Vec<OpenTask>,
+    methods: Vec<Arc<dyn Method>>,
+    next: Vec<NextStage<'a>>,
 }
 
-impl Builder {
-    fn tasks(&mut self, specs: &OneOrMany<TaskSpec>, evaluate: &[EvaluationSpec]) -> Result<Vec<OpenTask>> {
-        let tasks = specs.0.iter().map(|spec| self.catalogue.task(spec).map(Arc::new));
-        let tasks = tasks.collect::<Result<Vec<_>>>()?;
-        let open = |task: Arc<TaskEntry>| {
-            let evaluations = self.catalogue.evaluations(&task, evaluate)?;
-            Ok((task, evaluations))
+impl<'a> NextStage<'a> {
+    fn open(
+        stages: &'a Option<OneOrMany<ThenSpec>>,
+        preset: Preset,
+        catalogue: &mut Catalogue,
+    ) -> Result<Vec<Self>> {
+        let open = |spec: &'a ThenSpec| {
+            Ok(Self {
+                spec,
+                tasks: open_tasks(catalogue, &spec.task, &spec.evaluate)?,
+                methods: match &spec.method {
+                    Some(methods) => resolve_methods(methods, preset)?,
+                    None => MethodSpec::vanilla().resolve(preset)?,
+                },
+                next: Self::open(&spec.then, preset, catalogue)?,
+            })
         };
-        tasks.into_iter().map(open).collect()
+        listed(stages).iter().map(open).collect()
     }
+}
 
-    /// Adds a run, and behind it the runs of the stages that start from it.
-    fn add(
-        &mut self,
-        run: Run,
-        point: &GridPoint,
-        stages: &[ThenSpec],
-        runs: &mut Vec<Arc<Run>>,
-    ) -> Result<()> {
-        if runs.iter().any(|other| other.id == run.id) {
-            return Err(Error::configuration(format!(
-                "the experiment holds the same run twice: {}; remove the repeated entry",
-                run.label()
-            )));
-        }
-        let run = Arc::new(run);
-        runs.push(run.clone());
-        for stage in stages {
-            let methods = match &stage.method {
-                Some(methods) => resolve_methods(methods, self.preset)?,
-                None => MethodSpec::vanilla().resolve(self.preset)?,
-            };
-            let points = point.next_stage(&stage.train.clone().unwrap_or_default());
-            for (task, evaluations) in self.tasks(&stage.task, listed(&stage.evaluate))? {
-                let common = Stage {
-                    model: &run.model,
-                    task: &task,
-                    evaluations: &evaluations,
-                    freeze: stage.freeze.unwrap_or_default(),
-                    head: stage.head.unwrap_or(HeadStart::Fresh),
-                    purpose: RunPurpose::Report,
-                };
-                for point in &points {
-                    for method in &methods {
-                        let next =
-                            common.run(method, point, self.preset, Start::Run(run.clone()), run.seed)?;
-                        self.add(next, point, listed(&stage.then), runs)?;
-                    }
+/// Adds a run, and behind it the runs of the stages that start from it.
+fn add_chain(
+    run: Arc<Run>,
+    point: &GridPoint,
+    next: &[NextStage],
+    preset: Preset,
+    runs: &mut Vec<Arc<Run>>,
+) -> Result<()> {
+    refuse_repeated(&run, runs)?;
+    runs.push(run.clone());
+    for NextStage { spec, tasks, methods, next } in next {
+        let points = point.next_stage(&spec.train.clone().unwrap_or_default());
+        let (freeze, head) = (spec.freeze.unwrap_or_default(), spec.head.unwrap_or(HeadStart::Fresh));
+        for open in tasks {
+            let stage = Stage { model: &run.model, open, freeze, head, preset };
+            for point in &points {
+                for method in methods {
+                    let start = Start::Run(run.clone());
+                    let target = stage.run(method, point, start, run.seed, RunPurpose::Report)?;
+                    add_chain(target, point, next, preset, runs)?;
                 }
             }
         }
-        Ok(())
     }
-}
-
-impl Selection {
-    /// Adds a point of the grid as a candidate.
-    fn add(&mut self, trials: Vec<Arc<Run>>, reports: Vec<Arc<Run>>) -> Result<()> {
-        let Some(run) = trials.first() else { return Ok(()) };
-        if self.trials.iter().any(|other| other.id == run.id) {
-            return Err(Error::configuration(format!(
-                "the experiment holds the same run twice: {}; remove the repeated entry",
-                run.label()
-            )));
-        }
-        let noise =
-            if run.label_noise > 0.0 { format!(" label_noise={}", run.label_noise) } else { String::new() };
-        let size = run.examples.map_or(String::new(), |examples| format!(" examples={examples}"));
-        let what =
-            format!("{} on {} with {}{size}{noise}", run.method.name(), run.task.card.name, run.model.name);
-        let settings = &run.hyperparameters;
-        let candidate = Candidate {
-            settings: format!(
-                "{} learning_rate={:e} epochs={} batch_size={} warmup={} weight_decay={}",
-                run.method.options(),
-                settings.learning_rate,
-                settings.epochs,
-                settings.batch_size,
-                settings.warmup.0,
-                settings.weight_decay
-            )
-            .trim_start()
-            .to_owned(),
-            trials: trials.clone(),
-            reports,
-        };
-        self.trials.extend(trials);
-        match self.choices.iter_mut().find(|choice| choice.what == what) {
-            Some(choice) => choice.candidates.push(candidate),
-            None => self.choices.push(Choice { what, candidates: vec![candidate] }),
-        }
-        Ok(())
-    }
-
-    fn retain(&mut self, wanted: impl Fn(&Run) -> bool) {
-        self.trials.retain(|run| wanted(run));
-        for choice in &mut self.choices {
-            for candidate in &mut choice.candidates {
-                candidate.trials.retain(|run| wanted(run));
-                candidate.reports.retain(|run| wanted(run));
-            }
-            choice.candidates.retain(|candidate| !candidate.reports.is_empty());
-        }
-        self.choices.retain(|choice| !choice.candidates.is_empty());
-    }
-}
-
-/// Refuses selections that contradict the rest of the experiment.
-fn check_selection(spec: &ExperimentSpec, seeds: &[u64]) -> Result<()> {
-    let Some(select) = &spec.select else { return Ok(()) };
-    if spec.then.is_some() {
-        return Err(Error::configuration(
-            "`select` and `then` exclude each other; tune in one experiment, and go on from its runs in another \
-             (`init_from`)",
-        ));
-    }
-    let shared = select.on_seeds.0.iter().find(|seed| seeds.contains(seed));
-    match shared {
-        Some(seed) if !select.share_seeds => Err(Error::configuration(format!(
-            "select: seed {seed} would both choose the settings and be reported, which flatters the report; take other \
-             `on_seeds`, or set `share_seeds: true`"
-        ))),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 fn resolve_methods(methods: &OneOrMany<MethodSpec>, preset: Preset) -> Result<Vec<Arc<dyn Method>>> {

@@ -1,16 +1,14 @@
 //! What stays in memory from one run to the next: a model with the weights that runs start from, and data as tokens.
 
-use std::borrow::Cow;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use tch::{Device, Tensor};
+use tch::Device;
 
 use super::entries::{ModelEntry, TaskEntry};
 use super::run::Run;
-use super::training_set::subset;
-use crate::data::{Dataset, EncodedDataset, noisy_labels};
+use crate::data::{Dataset, EncodedDataset};
 use crate::error::Result;
 use crate::model::{Classifier, HeadStart, Labels, ModelFolder, ParameterPlace};
 use crate::train::{Control, Event, Precision, Progress, frozen_features};
@@ -23,7 +21,7 @@ pub struct ResidentModel {
     /// The model.
     pub classifier: Classifier,
     /// What the frozen encoder makes of data sets.
-    features: Vec<(Rc<EncodedDataset>, FeatureKey, Tensor)>,
+    features: Vec<(Rc<EncodedDataset>, FeatureKey, Rc<EncodedDataset>)>,
 }
 
 /// What features depend on, besides the weights and the data: the arithmetic, and the seed of parts of the encoder that
@@ -59,14 +57,14 @@ impl ResidentModel {
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation or the user asks to stop.
-    pub fn seen_by<'d>(
+    pub fn seen_by(
         &mut self,
         run: &Run,
-        data: &'d Rc<EncodedDataset>,
+        data: &Rc<EncodedDataset>,
         control: &mut Control,
-    ) -> Result<Cow<'d, EncodedDataset>> {
+    ) -> Result<Rc<EncodedDataset>> {
         if !run.is_frozen() {
-            return Ok(Cow::Borrowed(data));
+            return Ok(data.clone());
         }
         let parameters = &self.classifier.parameters;
         let fresh = |name: &String| {
@@ -76,22 +74,19 @@ impl ResidentModel {
             precision: run.hyperparameters.precision,
             seed: self.classifier.report.fresh.iter().any(fresh).then_some(run.seed),
         };
-        let known = self.features.iter().position(|(of, other, _)| Rc::ptr_eq(of, data) && *other == key);
-        let place = match known {
-            Some(place) => place,
-            None => {
-                let (mut done, total) = (0, data.len());
-                let each = |examples| {
-                    done += examples;
-                    (control.report)(Event::Encoded(Progress::new(done, total)));
-                    control.check()
-                };
-                let features = frozen_features(&self.classifier, &data.inputs, key.precision, each)?;
-                self.features.push((data.clone(), key, features));
-                self.features.len() - 1
-            }
-        };
-        Ok(Cow::Owned(data.with_features(&self.features[place].2)))
+        let known = self.features.iter().find(|(of, other, _)| Rc::ptr_eq(of, data) && *other == key);
+        if let Some((.., seen)) = known {
+            return Ok(seen.clone());
+        }
+        let (mut done, total) = (0, data.len());
+        let features = frozen_features(&self.classifier, &data.inputs, key.precision, |examples| {
+            done += examples;
+            (control.report)(Event::Encoded(Progress::new(done, total)));
+            control.check()
+        })?;
+        let seen = Rc::new(data.with_features(features));
+        self.features.push((data.clone(), key, seen.clone()));
+        Ok(seen)
     }
 }
 
@@ -123,23 +118,6 @@ impl Tokens {
         self.known.push((model.tokenizer_sha256.clone(), max_length, dataset.clone(), encoded.clone()));
         Ok(encoded)
     }
-}
-
-/// Returns the examples that a run trains on, with the labels it trains on.
-///
-/// # Errors
-/// Fails if libtorch cannot allocate.
-pub fn training_set<'d>(all: Cow<'d, EncodedDataset>, run: &Run) -> Result<Cow<'d, EncodedDataset>> {
-    let chosen = match run.examples {
-        None => all,
-        Some(count) => Cow::Owned(all.part(&subset(&run.task.train.dataset.examples, count, run.seed))?),
-    };
-    if run.label_noise == 0.0 {
-        return Ok(chosen);
-    }
-    let mut noisy = chosen.into_owned();
-    noisy.targets = noisy_labels(&noisy.targets, run.task.card.label_count(), run.label_noise, run.seed)?;
-    Ok(Cow::Owned(noisy))
 }
 
 /// Returns whether a folder has a whole model; [`Classifier::save`] writes the weights last but the tokenizer.

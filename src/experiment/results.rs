@@ -272,7 +272,7 @@ fn open_lock_file(path: &Path) -> Result<File> {
 }
 
 /// Returns the path with something added to its name.
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or(OsStr::new("results")).to_owned();
     name.push(suffix);
     path.with_file_name(name)

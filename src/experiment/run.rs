@@ -1,15 +1,16 @@
 //! One run with no options left, and the identity that it has by its contents.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::entries::{Evaluated, ModelEntry, TaskEntry};
+use super::start::{Source, Start};
 use crate::data::Split;
+use crate::error::{Error, Result};
 use crate::method::Method;
-use crate::model::{HeadStart, ModelFolder};
+use crate::model::HeadStart;
 use crate::train::{Freeze, Hyperparameters};
 use crate::values::hexadecimal;
 
@@ -40,40 +41,6 @@ pub struct Run {
     pub evaluations: Arc<[Evaluated]>,
     /// What it is for.
     pub purpose: RunPurpose,
-}
-
-/// The weights that a run starts from.
-#[derive(Clone)]
-pub enum Start {
-    /// Those of the pretrained model.
-    Pretrained,
-    /// Those that another run of the experiment ended with.
-    Run(Arc<Run>),
-    /// Those of a folder: of a model, or of a run of another experiment.
-    Folder(Arc<StartFolder>),
-}
-
-/// A folder with weights to start from.
-pub struct StartFolder {
-    /// The opened folder.
-    pub folder: ModelFolder,
-    /// SHA-256 of its weights.
-    pub sha256: String,
-    /// What made them, where that is known.
-    pub source: Source,
-}
-
-/// Where the weights that a run starts from come from, as the results file names it; empty for pretrained ones.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Source {
-    /// The run that made them, or the first 16 characters of their SHA-256.
-    pub run: String,
-    /// The tasks they were trained on, in order, between `>`.
-    pub task: String,
-    /// The methods of those stages.
-    pub method: String,
-    /// The settings of the methods.
-    pub method_config: String,
 }
 
 /// What a run is for.
@@ -154,15 +121,6 @@ impl Run {
         evaluated.map(|on| (on.card.name.as_str(), on.split, on.sha256.as_str()))
     }
 
-    /// Returns the folder of weights to start from, where it is not a run that is still to be trained.
-    pub fn start_folder(&self) -> Option<&ModelFolder> {
-        match &self.start {
-            Start::Pretrained => Some(&self.model.folder),
-            Start::Folder(start) => Some(&start.folder),
-            Start::Run(_) => None,
-        }
-    }
-
     /// Returns what names the weights that the run starts from: equal for runs that start alike.
     pub fn start_id(&self) -> &str {
         match &self.start {
@@ -214,14 +172,16 @@ impl Run {
     }
 }
 
-/// Returns where the weights of runs that others start from are kept: `save:`, or a folder beside the results.
-pub fn kept_model(save: Option<&PathBuf>, results: &std::path::Path, run: &str) -> PathBuf {
-    match save {
-        Some(save) => save.join(run),
-        None => {
-            let mut name = results.file_name().unwrap_or_default().to_owned();
-            name.push(".sources");
-            results.with_file_name(name).join(run)
-        }
+/// Refuses a run that is there already: two of one id would be one row.
+///
+/// # Errors
+/// Fails, naming the run, if it is among the others.
+pub fn refuse_repeated(run: &Run, others: &[Arc<Run>]) -> Result<()> {
+    if !others.iter().any(|other| other.id == run.id) {
+        return Ok(());
     }
+    Err(Error::configuration(format!(
+        "the experiment holds the same run twice: {}; remove the repeated entry",
+        run.label()
+    )))
 }

@@ -12,10 +12,12 @@ use super::entries::Evaluated;
 use super::inspection::write_mask_of;
 use super::machine;
 use super::plan::Plan;
-use super::resident::{ResidentModel, Tokens, has_model, training_set};
-use super::results::{Ended, Recorded, ResultsFile, Row, Status, read};
+use super::resident::{ResidentModel, Tokens, has_model};
+use super::results::{Ended, Recorded, ResultsFile, Row, Status, beside, read};
 use super::rows::{Outcome, described, measured};
-use super::run::{Run, RunPurpose, Start, kept_model};
+use super::run::{Run, RunPurpose};
+use super::start::Start;
+use super::training_set::training_set;
 use crate::child::GradientMask;
 use crate::error::{Error, Result};
 use crate::libtorch;
@@ -68,8 +70,8 @@ pub struct Runner<'a> {
 enum Source {
     /// They are: in the pretrained model, or in this folder.
     Ready,
-    /// The run that makes them ended without; why.
-    Lost(Ended, String),
+    /// The run that makes them ended without; how this one ends then, and why.
+    Lost(Status, String),
     /// Another process is training that run.
     Elsewhere,
 }
@@ -107,17 +109,12 @@ impl<'a> Runner<'a> {
         self.make_folders()?;
         self.check_models()?;
         let mut summary = Summary::default();
-        let runs = match &self.plan.selection {
-            None => self.plan.runs.clone(),
-            Some(selection) => {
-                self.train_missing(&selection.trials, &results, &mut summary)?;
-                if summary.interrupted {
-                    return Ok(summary);
-                }
-                self.chosen(&results)?
-            }
-        };
-        self.train_missing(&runs, &results, &mut summary)?;
+        let plan = self.plan;
+        self.train_missing(&plan.selection.trials, &results, &mut summary)?;
+        if !summary.interrupted {
+            let runs = [plan.runs.clone(), self.chosen(&results)?].concat();
+            self.train_missing(&runs, &results, &mut summary)?;
+        }
         self.clear_sources(&results)?;
         Ok(summary)
     }
@@ -160,7 +157,12 @@ impl<'a> Runner<'a> {
             }
             (self.report)(RunEvent::Started(number + 1, runs.len(), run));
             let rows = match source {
-                Ok(Source::Lost(ended, why)) => self.without_source(run, ended, &why),
+                Ok(Source::Lost(status, why)) => Ok(self.rows_without_scores(
+                    run,
+                    status,
+                    &format!("not trained: {why}"),
+                    SystemTime::now(),
+                )),
                 Ok(_) => self.rows(run),
                 Err(error) => Err(error),
             };
@@ -186,7 +188,7 @@ impl<'a> Runner<'a> {
     fn chosen(&mut self, results: &ResultsFile) -> Result<Vec<Arc<Run>>> {
         let rows = read(results.path())?;
         let mut runs = Vec::new();
-        for choice in self.plan.selection.iter().flat_map(|selection| &selection.choices) {
+        for choice in &self.plan.selection.choices {
             let note = match choice.choose(&rows) {
                 None => format!("{}: not chosen yet, as trials are missing or failed", choice.what),
                 Some(chosen) => {
@@ -251,8 +253,11 @@ impl<'a> Runner<'a> {
         match results.recorded()?.ended(&source.id) {
             Some(Ended::Ok) => {}
             Some(ended) => {
-                let verb = if ended == Ended::Diverged { "diverged" } else { "failed" };
-                return Ok(Source::Lost(ended, format!("run {} that it starts from {verb}", source.id)));
+                let (status, verb) = match ended {
+                    Ended::Diverged => (Status::Diverged, "diverged"),
+                    _ => (Status::Failed, "failed"),
+                };
+                return Ok(Source::Lost(status, format!("run {} that it starts from {verb}", source.id)));
             }
             // Sources come first in a plan: this one is being trained, or was stopped.
             None => return Ok(Source::Elsewhere),
@@ -270,16 +275,11 @@ impl<'a> Runner<'a> {
         )));
         match self.rows(source)?.into_iter().find(|row| row.status != Status::Ok) {
             None => Ok(Source::Ready),
-            Some(row) => Ok(Source::Lost(Ended::Failed, row.reason.unwrap_or_default())),
+            Some(row) => Ok(Source::Lost(Status::Failed, row.reason.unwrap_or_default())),
         }
     }
 
-    /// Makes the rows of a run whose source has no weights to start from.
-    fn without_source(&self, run: &Run, ended: Ended, why: &str) -> Result<Vec<Row>> {
-        let status = if ended == Ended::Diverged { Status::Diverged } else { Status::Failed };
-        Ok(self.rows_without_scores(run, status, &format!("not trained: {why}"), SystemTime::now()))
-    }
-
+    /// Makes the rows of a run that has no scores.
     fn rows_without_scores(&self, run: &Run, status: Status, reason: &str, started: SystemTime) -> Vec<Row> {
         let row = |evaluated: &Evaluated| Row {
             status,
@@ -331,13 +331,13 @@ impl<'a> Runner<'a> {
         // Freed before the next model is loaded.
         self.resident = None;
         let kept;
-        let folder = match (&run.start, run.start_folder()) {
-            (Start::Run(source), _) => {
+        let folder = match &run.start {
+            Start::Pretrained => &run.model.folder,
+            Start::Folder(start) => &start.folder,
+            Start::Run(source) => {
                 kept = ModelFolder::open(&self.kept(source))?;
                 &kept
             }
-            (_, Some(folder)) => folder,
-            (_, None) => &run.model.folder,
         };
         let resident = ResidentModel::load(run, folder, self.device)?;
         let report = &resident.classifier.report;
@@ -372,7 +372,8 @@ impl<'a> Runner<'a> {
         let mut control = Control { interrupted: self.interrupted, report: &mut forward };
         resident.classifier.reset(run.seed)?;
         let started = Instant::now();
-        let data = training_set(resident.seen_by(run, &all, &mut control)?, run)?;
+        let all = resident.seen_by(run, &all, &mut control)?;
+        let data = training_set(&all, run)?;
         let evaluated =
             evaluated.iter().map(|on| resident.seen_by(run, on, &mut control)).collect::<Result<Vec<_>>>()?;
         let features_time = started.elapsed();
@@ -421,9 +422,10 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    /// Returns where the model of a run is kept.
+    /// Returns where the model of a run is kept: in `save:`, or beside the results where others start from it.
     fn kept(&self, run: &Run) -> PathBuf {
-        kept_model(self.plan.save.as_ref(), &self.plan.results, &run.id)
+        let folder = self.plan.save.clone().unwrap_or_else(|| beside(&self.plan.results, ".sources"));
+        folder.join(&run.id)
     }
 
     /// Removes the models that were kept only for other runs to start from, once those are done.

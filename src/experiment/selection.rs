@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::results::{Row, Status};
-use super::run::Run;
+use super::run::{Run, refuse_repeated};
+use super::spec::ExperimentSpec;
+use crate::error::{Error, Result};
 
 /// The trials of an experiment, and what they choose between.
 #[derive(Default)]
@@ -34,12 +36,91 @@ pub struct Candidate {
 
 /// What the trials of a choice came to.
 pub struct Chosen<'a> {
-    /// What was tuned.
-    pub what: &'a str,
     /// The best candidate.
     pub candidate: &'a Candidate,
     /// Its mean headline metric over the seeds of the trials; `None` if no trial has one.
     pub mean: Option<f64>,
+}
+
+impl Selection {
+    /// Adds a point of the grid as a candidate: its trials, and what is reported if it is chosen.
+    ///
+    /// # Errors
+    /// Fails if a trial is there already.
+    pub fn add(&mut self, trials: Vec<Arc<Run>>, reports: Vec<Arc<Run>>) -> Result<()> {
+        let Some(run) = trials.first() else { return Ok(()) };
+        refuse_repeated(run, &self.trials)?;
+        let (what, settings) = (conditions(run), settings(run));
+        let candidate = Candidate { settings, trials: trials.clone(), reports };
+        self.trials.extend(trials);
+        match self.choices.iter_mut().find(|choice| choice.what == what) {
+            Some(choice) => choice.candidates.push(candidate),
+            None => self.choices.push(Choice { what, candidates: vec![candidate] }),
+        }
+        Ok(())
+    }
+
+    /// Keeps the runs that are wanted, and the choices that they leave.
+    pub fn retain(&mut self, wanted: impl Fn(&Run) -> bool) {
+        self.trials.retain(|run| wanted(run));
+        for choice in &mut self.choices {
+            for candidate in &mut choice.candidates {
+                candidate.trials.retain(|run| wanted(run));
+                candidate.reports.retain(|run| wanted(run));
+            }
+            choice.candidates.retain(|candidate| !candidate.reports.is_empty());
+        }
+        self.choices.retain(|choice| !choice.candidates.is_empty());
+    }
+}
+
+/// Says what is not tuned, which is what a choice is made for.
+fn conditions(run: &Run) -> String {
+    let mut text = format!("{} on {} with {}", run.method.name(), run.task.card.name, run.model.name);
+    if let Some(examples) = run.examples {
+        text += &format!(" examples={examples}");
+    }
+    if run.label_noise > 0.0 {
+        text += &format!(" label_noise={}", run.label_noise);
+    }
+    text
+}
+
+/// Says what a candidate is made of.
+fn settings(run: &Run) -> String {
+    let settings = &run.hyperparameters;
+    let text = format!(
+        "{} learning_rate={:e} epochs={} batch_size={} warmup={} weight_decay={}",
+        run.method.options(),
+        settings.learning_rate,
+        settings.epochs,
+        settings.batch_size,
+        settings.warmup.0,
+        settings.weight_decay
+    );
+    text.trim_start().to_owned()
+}
+
+/// Refuses selections that contradict the rest of the experiment.
+///
+/// # Errors
+/// Fails, naming the keys, if there are stages too, or if a seed would both choose and be reported.
+pub fn check(spec: &ExperimentSpec, seeds: &[u64]) -> Result<()> {
+    let Some(select) = &spec.select else { return Ok(()) };
+    if spec.then.is_some() {
+        return Err(Error::configuration(
+            "`select` and `then` exclude each other; tune in one experiment, and go on from its runs in another \
+             (`init_from`)",
+        ));
+    }
+    let shared = select.on_seeds.0.iter().find(|seed| seeds.contains(seed));
+    match shared {
+        Some(seed) if !select.share_seeds => Err(Error::configuration(format!(
+            "select: seed {seed} would both choose the settings and be reported, which flatters the report; take other \
+             `on_seeds`, or set `share_seeds: true`"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 impl Choice {
@@ -63,6 +144,6 @@ impl Choice {
             }
         }
         let (count, mean, candidate) = best?;
-        Some(Chosen { what: &self.what, candidate, mean: (count > 0).then_some(mean) })
+        Some(Chosen { candidate, mean: (count > 0).then_some(mean) })
     }
 }

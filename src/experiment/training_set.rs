@@ -1,11 +1,33 @@
-//! Subsets of training data: random, stratified by label, nested, and a pure function of the seed.
+//! The examples that a run trains on: all, or a subset that is random, stratified by label, nested and a pure function of the
+//! seed; with the labels they have, or some of them wrong.
 
-use crate::data::{Example, Label};
+use std::borrow::Cow;
+
+use super::run::Run;
+use crate::data::{EncodedDataset, Example, Label, noisy_labels};
+use crate::error::Result;
 use crate::random::{self, Key, Purpose};
+
+/// Returns the examples that a run trains on, with the labels it trains on.
+///
+/// # Errors
+/// Fails if libtorch cannot allocate.
+pub fn training_set<'d>(all: &'d EncodedDataset, run: &Run) -> Result<Cow<'d, EncodedDataset>> {
+    let chosen = match run.examples {
+        None => Cow::Borrowed(all),
+        Some(count) => Cow::Owned(all.part(&subset(&run.task.train.dataset.examples, count, run.seed))?),
+    };
+    if run.label_noise == 0.0 {
+        return Ok(chosen);
+    }
+    let mut noisy = chosen.into_owned();
+    noisy.targets = noisy_labels(&noisy.targets, run.task.card.label_count(), run.label_noise, run.seed)?;
+    Ok(Cow::Owned(noisy))
+}
 
 /// Returns the numbers of `count` examples, in file order. Each class has its share to within one example, and for one
 /// seed a smaller subset is part of every larger one.
-pub fn subset(examples: &[Example], count: usize, seed: u64) -> Vec<usize> {
+fn subset(examples: &[Example], count: usize, seed: u64) -> Vec<usize> {
     let order = random::permutation(examples.len(), Key::derive(seed, Purpose::Subset, 0));
     let class = |number: usize| match examples[number].label {
         Some(Label::Class(id)) => id,

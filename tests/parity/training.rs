@@ -249,7 +249,7 @@ fn a_frozen_encoder_keeps_every_bit_and_gives_the_same_logits() {
     classifier.reset(3).unwrap();
     let whole = predict(&classifier, &data.inputs, Precision::Float32, |_| Ok(())).unwrap();
     let features = frozen_features(&classifier, &data.inputs, Precision::Float32, |_| Ok(())).unwrap();
-    data = data.with_features(&features);
+    data = data.with_features(features);
     let numbers: Vec<usize> = (0..data.len()).collect();
     let (batch, _) = data.batch(&numbers, 0, Device::Cpu).unwrap();
     let weights = classifier.parameters.compute_weights(Kind::Float).unwrap();

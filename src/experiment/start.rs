@@ -1,0 +1,146 @@
+//! The weights that runs start from: pretrained ones, those of another run, those in a folder.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::entries::{ModelEntry, open_folder};
+use super::run::Run;
+use super::transfer::{EarlierRuns, InitFrom};
+use crate::error::{Error, Result};
+use crate::model::ModelFolder;
+use crate::spelling::suggestion;
+
+/// The weights that a run starts from.
+#[derive(Clone)]
+pub enum Start {
+    /// Those of the pretrained model.
+    Pretrained,
+    /// Those that another run of the experiment ended with.
+    Run(Arc<Run>),
+    /// Those of a folder: of a model, or of a run of another experiment.
+    Folder(Arc<StartFolder>),
+}
+
+/// A folder with weights to start from.
+pub struct StartFolder {
+    /// The opened folder.
+    pub folder: ModelFolder,
+    /// SHA-256 of its weights.
+    pub sha256: String,
+    /// What made them, where that is known.
+    pub source: Source,
+}
+
+/// Where the weights that a run starts from come from, as the results file names it; empty for pretrained ones.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Source {
+    /// The run that made them, or the first 16 characters of their SHA-256.
+    pub run: String,
+    /// The tasks they were trained on, in order, between `>`.
+    pub task: String,
+    /// The methods of those stages.
+    pub method: String,
+    /// The settings of the methods.
+    pub method_config: String,
+}
+
+/// What the runs of one model start from, each folder opened once.
+pub struct Starts<'a> {
+    init_from: Option<&'a InitFrom>,
+    model: &'a ModelEntry,
+    /// By seed, or by none where it is one folder for all.
+    opened: HashMap<Option<u64>, Arc<StartFolder>>,
+}
+
+impl<'a> Starts<'a> {
+    /// Makes the starts of a model's runs.
+    pub fn new(init_from: Option<&'a InitFrom>, model: &'a ModelEntry) -> Self {
+        Self { init_from, model, opened: HashMap::new() }
+    }
+
+    /// Returns what a run of a seed starts from.
+    ///
+    /// # Errors
+    /// Fails, naming file and columns, if there is no such run or more than one, or its model was not kept.
+    pub fn of(&mut self, seed: u64) -> Result<Start> {
+        let Some(init_from) = self.init_from else { return Ok(Start::Pretrained) };
+        let key = matches!(init_from, InitFrom::Results(_)).then_some(seed);
+        if let Some(folder) = self.opened.get(&key) {
+            return Ok(Start::Folder(folder.clone()));
+        }
+        let folder = Arc::new(start_folder(init_from, self.model, seed)?);
+        self.opened.insert(key, folder.clone());
+        Ok(Start::Folder(folder))
+    }
+}
+
+fn start_folder(init_from: &InitFrom, model: &ModelEntry, seed: u64) -> Result<StartFolder> {
+    let (path, source) = match init_from {
+        InitFrom::Folder(path) => (path.clone(), Source::default()),
+        InitFrom::Results(earlier) => earlier_run(earlier, model, seed)?,
+    };
+    let folder = open_folder(&path, &model.overrides).map_err(|error| match error {
+        Error::Model { path, message } => Error::Model { path, message: format!("init_from: {message}") },
+        other => other,
+    })?;
+    let sha256 = folder.sha256();
+    let source =
+        if source.run.is_empty() { Source { run: sha256[..16].to_owned(), ..source } } else { source };
+    Ok(StartFolder { folder, sha256, source })
+}
+
+/// Finds the one run of another experiment that has this model and seed and the columns asked for.
+fn earlier_run(earlier: &EarlierRuns, model: &ModelEntry, seed: u64) -> Result<(PathBuf, Source)> {
+    let path = &earlier.results;
+    let fault = |found: String, mend: &str| {
+        let mut columns = earlier.columns.clone();
+        columns.insert("seed".into(), seed.to_string());
+        let columns: Vec<_> = columns.iter().map(|(column, value)| format!("{column}={value}")).collect();
+        Error::configuration(format!(
+            "init_from: {}: {found} with {}{mend}",
+            path.display(),
+            columns.join(", ")
+        ))
+    };
+    let unreadable =
+        |error: csv::Error| Error::configuration(format!("init_from: {}: {error}", path.display()));
+    let mut reader = csv::Reader::from_path(path).map_err(unreadable)?;
+    let header = reader.headers().map_err(unreadable)?.clone();
+    if let Some(column) = earlier.columns.keys().find(|column| !header.iter().any(|name| name == *column)) {
+        let hint = suggestion(column, header.iter());
+        return Err(Error::configuration(format!(
+            "init_from: {} has no column `{column}`{hint}",
+            path.display()
+        )));
+    }
+    let mut found: BTreeMap<String, Source> = BTreeMap::new();
+    for row in reader.deserialize::<BTreeMap<String, String>>() {
+        let row = row.map_err(unreadable)?;
+        let get = |column: &str| row.get(column).map(String::as_str).unwrap_or_default();
+        let wanted = earlier.columns.iter().all(|(column, value)| get(column) == value)
+            && get("seed") == seed.to_string()
+            && get("model_sha256") == model.sha256
+            && get("status") == "ok";
+        if wanted {
+            let source = Source {
+                run: get("run").to_owned(),
+                task: get("task").to_owned(),
+                method: get("method").to_owned(),
+                method_config: get("method_config").to_owned(),
+            };
+            found.insert(source.run.clone(), source);
+        }
+    }
+    match found.len() {
+        0 => Err(fault(format!("no run of {} that ended ok", model.name), "")),
+        1 => {
+            let source = found.into_values().next().unwrap_or_default();
+            Ok((earlier.models.join(&source.run), source))
+        }
+        count => {
+            let runs: Vec<String> = found.into_keys().collect();
+            Err(fault(format!("{count} runs ({})", runs.join(", ")), "; name further columns under `where:`"))
+        }
+    }
+}
