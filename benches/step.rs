@@ -8,15 +8,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use child_tuning::child::{BernoulliMask, ChildNetwork, GradientMask, MaskScope, Threshold};
+use child_tuning::child::{BernoulliMask, ChildNetwork, Cut, GradientMask, MaskScope, Threshold};
 use child_tuning::data::{Encoded, EncodedDataset, Targets};
 use child_tuning::error::Result;
 use child_tuning::method::{DecayScope, Prepared};
 use child_tuning::model::{Classifier, Labels, ModelConfig};
 use child_tuning::random::philox;
-use child_tuning::train::{
-    AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Trainer, Warmup,
-};
+use child_tuning::train::{Hyperparameters, Order, Precision, Trainer};
 use clap::Parser;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -132,20 +130,10 @@ fn settings(precision: &str) -> Hyperparameters {
         epochs: 1e6,
         batch_size: BATCH_SIZE,
         micro_batch: BATCH_SIZE,
-        max_length: 128,
         learning_rate: 1e-5,
-        warmup: Warmup(0.1),
-        weight_decay: 0.01,
-        max_gradient_norm: Some(1.0),
-        optimizer: OptimizerRule::Adamw,
-        betas: (0.9, 0.999),
-        epsilon: 1e-8,
-        adamw: AdamWForm::Torch,
         precision: if precision == "bf16" { Precision::Bf16 } else { Precision::Float32 },
         order: Order::Sequential,
-        checkpoint: Checkpoint::Last,
-        freeze: Freeze::Nothing,
-        early_stopping: None,
+        ..Hyperparameters::default()
     }
 }
 
@@ -163,9 +151,7 @@ fn prepared(method: &str, classifier: &Classifier) -> anyhow::Result<Prepared> {
             let child = ChildNetwork::from_scores(
                 parameters,
                 &scores,
-                SHARE,
-                MaskScope::EncoderLayers,
-                Threshold::Global,
+                &Cut::highest(SHARE, MaskScope::EncoderLayers, Threshold::Global),
             )?;
             (Some(GradientMask::Fixed(child)), DecayScope::Child)
         }

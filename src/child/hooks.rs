@@ -107,6 +107,7 @@ pub fn install_hooks(parameters: &Parameters, mask: &Arc<GradientMask>) -> Resul
 mod tests {
     use tch::Device;
 
+    use super::super::{Cut, Threshold};
     use super::*;
     use crate::model::{ParameterKind, ParameterPlace, ParameterTable};
 
@@ -157,9 +158,7 @@ mod tests {
         let child = ChildNetwork::from_scores(
             &parameters,
             &scores,
-            0.25,
-            MaskScope::EncoderLayers,
-            super::super::Threshold::Global,
+            &Cut::highest(0.25, MaskScope::EncoderLayers, Threshold::Global),
         )
         .unwrap();
         assert_eq!((child.kept(), child.maskable()), (250, 1000));

@@ -149,7 +149,7 @@ mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::child::{MaskScope, Threshold};
+    use crate::child::{Cut, MaskScope, Threshold};
     use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
 
     fn parameters(second: i64) -> Parameters {
@@ -164,9 +164,12 @@ mod tests {
     fn a_mask_survives_the_file_and_foreign_files_are_refused() {
         let parameters = parameters(70);
         let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
-        let child =
-            ChildNetwork::from_scores(&parameters, &scores, 0.4, MaskScope::Backbone, Threshold::PerTensor)
-                .unwrap();
+        let child = ChildNetwork::from_scores(
+            &parameters,
+            &scores,
+            &Cut::highest(0.4, MaskScope::Backbone, Threshold::PerTensor),
+        )
+        .unwrap();
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("masks/mask.safetensors");
@@ -190,8 +193,12 @@ mod tests {
     fn a_mask_of_another_model_or_with_other_bits_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("mask.safetensors");
-        let child =
-            ChildNetwork::random(&parameters(70), 0.4, MaskScope::Backbone, Threshold::Global, 1).unwrap();
+        let child = ChildNetwork::random(
+            &parameters(70),
+            &Cut::highest(0.4, MaskScope::Backbone, Threshold::Global),
+            1,
+        )
+        .unwrap();
         write_mask(&path, &child, &[]).unwrap();
         let mut file = read_mask(&path).unwrap();
         let refused = |file: &MaskFile, parameters: &Parameters| {

@@ -1,6 +1,7 @@
 //! Child networks: which weights train, chosen anew at every step (Bernoulli) or once by Fisher information.
 
 mod bernoulli;
+mod cut;
 mod fisher;
 mod hooks;
 mod mask_file;
@@ -10,8 +11,9 @@ mod per_example;
 mod select;
 
 pub use bernoulli::BernoulliMask;
+pub use cut::{Choice, Cut, Threshold};
 pub use fisher::{Estimator, FisherBatch, FisherOptions, fisher_information};
 pub use hooks::{GradientMask, install_hooks};
 pub use mask_file::{MaskFile, read_mask, write_mask};
-pub use network::{ChildNetwork, Choice, MaskScope, TensorMask, Threshold};
+pub use network::{ChildNetwork, MaskScope, TensorMask};
 pub use overlap::{Overlap, Part, Parts, mask_names, overlaps};

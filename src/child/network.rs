@@ -10,11 +10,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::{Device, Tensor};
 
-use super::select::{End, Selection, extreme, percentile};
 use crate::error::{Error, Result};
-use crate::libtorch::{elements, elements_mut};
+use crate::libtorch::elements_mut;
 use crate::model::{Parameter, ParameterKind, ParameterPlace, Parameters};
-use crate::random::{self, GROUP, Key, Purpose};
 use crate::values::hexadecimal;
 
 const WORD: usize = 64;
@@ -52,31 +50,6 @@ impl MaskScope {
     }
 }
 
-/// How a child network is cut out of the scores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Threshold {
-    /// The highest round(p · N) scores of all tensors together; ties go to the earlier element.
-    Global,
-    /// The highest round(p · n) scores of each tensor.
-    PerTensor,
-    /// Scores at or above numpy's linear (1 − p)-percentile of all tensors together, ties included: the released rule.
-    Percentile,
-}
-
-/// Which weights of the scope make a fixed child network.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Choice {
-    /// Those with the highest scores, as in the paper.
-    #[default]
-    Highest,
-    /// Those with the lowest scores.
-    Lowest,
-    /// A draw from the run's seed, whatever the scores.
-    Random,
-}
-
 /// The share of one tensor that is in the child network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorMask {
@@ -105,98 +78,6 @@ pub struct ChildNetwork {
 }
 
 impl ChildNetwork {
-    /// Keeps the share `p` of the weights in `scope` with the highest scores (`scores` has the layout of the flat
-    /// parameter buffer).
-    ///
-    /// # Errors
-    /// Fails if a score is not a number or the scope is empty.
-    pub fn from_scores(
-        parameters: &Parameters,
-        scores: &Tensor,
-        p: f64,
-        scope: MaskScope,
-        threshold: Threshold,
-    ) -> Result<Self> {
-        Self::from_end(parameters, scores, p, scope, threshold, End::Largest)
-    }
-
-    /// Keeps the share `p` of the weights in `scope` with the lowest scores.
-    ///
-    /// # Errors
-    /// Fails if a score is not a number, the scope is empty, or the threshold is a percentile.
-    pub fn from_lowest_scores(
-        parameters: &Parameters,
-        scores: &Tensor,
-        p: f64,
-        scope: MaskScope,
-        threshold: Threshold,
-    ) -> Result<Self> {
-        Self::from_end(parameters, scores, p, scope, threshold, End::Smallest)
-    }
-
-    /// Keeps a share `p` of the weights in `scope` that is drawn from the seed.
-    ///
-    /// # Errors
-    /// Fails if the scope is empty.
-    pub fn random(
-        parameters: &Parameters,
-        p: f64,
-        scope: MaskScope,
-        threshold: Threshold,
-        seed: u64,
-    ) -> Result<Self> {
-        let key = Key::derive(seed, Purpose::RandomChild, 0);
-        let mut scores = vec![0f32; parameters.buffer_len()];
-        scores.par_chunks_mut(GROUP).enumerate().for_each(|(group, scores)| {
-            for (score, number) in scores.iter_mut().zip(random::group(key, group as u32, [0; 3])) {
-                // As many bits as float32 holds exactly; of the few equal ones the earlier counts as higher.
-                *score = (number >> 8) as f32;
-            }
-        });
-        Self::from_scores(parameters, &Tensor::from_slice(&scores), p, scope, threshold)
-    }
-
-    fn from_end(
-        parameters: &Parameters,
-        scores: &Tensor,
-        p: f64,
-        scope: MaskScope,
-        threshold: Threshold,
-        end: End,
-    ) -> Result<Self> {
-        let scores = scores.f_to_device(Device::Cpu)?;
-        let scores: &[f32] = elements(&scores)?;
-        let mut child = Self::full(parameters, scope)?;
-        let ranges: Vec<_> =
-            child.tensors.iter().map(|tensor| tensor.start..tensor.start + tensor.count).collect();
-        if ranges
-            .par_iter()
-            .any(|range| scores[range.clone()].iter().any(|score| score.is_nan() || *score < 0.0))
-        {
-            return Err(Error::Diverged("the Fisher information has entries that are not numbers".into()));
-        }
-        let slices: Vec<&[f32]> = ranges.iter().map(|range| &scores[range.clone()]).collect();
-        let count = |slices: &[&[f32]]| slices.iter().map(|slice| slice.len()).sum::<usize>();
-        let share = |total: usize| (p * total as f64).round() as usize;
-        match threshold {
-            Threshold::Global => {
-                child.select(scores, &mut extreme(&slices, share(count(&slices)), end), 0..slices.len())
-            }
-            Threshold::PerTensor => {
-                for (index, slice) in slices.iter().enumerate() {
-                    child.select(scores, &mut extreme(&[slice], share(slice.len()), end), index..index + 1);
-                }
-            }
-            Threshold::Percentile if end == End::Smallest => {
-                return Err(Error::configuration("the percentile is a rule for the highest scores only"));
-            }
-            Threshold::Percentile => {
-                child.select(scores, &mut Selection::at_least(percentile(&slices, 1.0 - p)), 0..slices.len());
-            }
-        }
-        Ok(child)
-    }
-
     /// Makes the child network that is the whole network.
     ///
     /// # Errors
@@ -239,13 +120,6 @@ impl ChildNetwork {
             kept += usize::from(bit);
         }
         self.tensors[index].kept = kept;
-    }
-
-    fn select(&mut self, scores: &[f32], selection: &mut Selection, tensors: Range<usize>) {
-        for index in tensors {
-            let TensorMask { start, count, .. } = self.tensors[index];
-            self.set_bits(index, scores[start..start + count].iter().map(|&score| selection.takes(score)));
-        }
     }
 
     /// Returns the tensors that the mask reaches.
@@ -388,8 +262,7 @@ fn multiply_chunk(values: &mut [f32], words: &[u64], inside: f32, outside: f32) 
 
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
-
+    use super::super::cut::{Cut, Threshold};
     use super::*;
     use crate::model::ParameterTable;
 
@@ -401,78 +274,16 @@ mod tests {
         Parameters::allocate(table, Device::Cpu).unwrap()
     }
 
-    fn child(threshold: Threshold, scores: &Tensor, p: f64) -> ChildNetwork {
-        ChildNetwork::from_scores(&parameters(), scores, p, MaskScope::Backbone, threshold).unwrap()
-    }
-
-    #[test]
-    fn the_exact_share_is_kept_whatever_the_ties() {
-        let scores = Tensor::zeros([parameters().buffer_len() as i64], (Kind::Float, Device::Cpu));
-        // round(0.3 · 200), all of them equal: the first ones.
-        let global = child(Threshold::Global, &scores, 0.3);
-        assert_eq!((global.kept(), global.maskable()), (60, 200));
-        assert!(global.bits(&global.tensors()[0]).enumerate().all(|(index, bit)| bit == (index < 60)));
-        let per_tensor = child(Threshold::PerTensor, &scores, 0.3);
-        assert_eq!(per_tensor.tensors().iter().map(|tensor| tensor.kept).collect::<Vec<_>>(), [39, 21]);
-        // The released rule keeps all ties, and here all is a tie.
-        assert!(child(Threshold::Percentile, &scores, 0.3).is_full());
-    }
-
-    #[test]
-    fn the_lowest_and_the_highest_half_are_the_whole() {
-        let parameters = parameters();
-        let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
-        for threshold in [Threshold::Global, Threshold::PerTensor] {
-            let highest = child(threshold, &scores, 0.5);
-            let scope = MaskScope::Backbone;
-            let lowest =
-                ChildNetwork::from_lowest_scores(&parameters, &scores, 0.5, scope, threshold).unwrap();
-            assert_eq!((lowest.kept(), highest.kept()), (100, 100));
-            for (low, high) in lowest.tensors().iter().zip(highest.tensors()) {
-                assert!(lowest.bits(low).zip(highest.bits(high)).all(|(low, high)| low != high));
-            }
-        }
-        let zeros = scores.zeros_like();
-        let tied = ChildNetwork::from_lowest_scores(
-            &parameters,
-            &zeros,
-            0.3,
-            MaskScope::Backbone,
-            Threshold::Global,
-        )
-        .unwrap();
-        assert_eq!(tied.kept(), 60);
-        assert!(tied.bits(&tied.tensors()[0]).enumerate().all(|(index, bit)| bit == (index < 60)));
-    }
-
-    #[test]
-    fn a_random_child_has_the_exact_share_everywhere_and_a_seed() {
-        let mut table = ParameterTable::default();
-        table.declare("weight", &[40_000], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
-        let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
-        let random = |seed| {
-            ChildNetwork::random(&parameters, 0.3, MaskScope::Backbone, Threshold::Global, seed).unwrap()
-        };
-        let (first, second) = (random(1), random(2));
-        assert_eq!((first.kept(), second.kept()), (12_000, 12_000));
-        assert_eq!(first.sha256(), random(1).sha256());
-        let bits = |child: &ChildNetwork| child.bits(&child.tensors()[0]).collect::<Vec<_>>();
-        let (first, second) = (bits(&first), bits(&second));
-        let within = |part: &[bool]| part.iter().filter(|bit| **bit).count() as f64;
-        let both = first.iter().zip(&second).filter(|(first, second)| **first && **second).count() as f64;
-        // Five standard deviations: a quarter of the places, and the places that two seeds share.
-        for (found, places, share) in [(within(&first[..10_000]), 1e4, 0.3f64), (both, 4e4, 0.09)] {
-            let deviation = (places * share * (1.0 - share)).sqrt();
-            assert!((found - places * share).abs() < 5.0 * deviation, "{found} of {places}");
-        }
+    fn random(p: f64) -> ChildNetwork {
+        let cut = Cut::highest(p, MaskScope::Backbone, Threshold::Global);
+        ChildNetwork::random(&parameters(), &cut, 1).unwrap()
     }
 
     #[test]
     fn pruning_leaves_the_members_and_what_the_mask_does_not_reach() {
         let parameters = parameters();
         let _ = parameters.values().shallow_clone().fill_(-2.0);
-        let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
-        let child = child(Threshold::Global, &scores, 0.3);
+        let child = random(0.3);
         child.prune(&parameters).unwrap();
         let values = |name: &str| {
             let leaf = parameters.leaf(parameters.find(name).unwrap()).detach();
@@ -485,20 +296,10 @@ mod tests {
         assert_eq!(values("head"), [-2.0; 5]);
     }
 
-    #[test]
-    fn scores_that_are_not_numbers_are_refused() {
-        let scores = Tensor::full([parameters().buffer_len() as i64], f64::NAN, (Kind::Float, Device::Cpu));
-        let refused =
-            ChildNetwork::from_scores(&parameters(), &scores, 0.3, MaskScope::All, Threshold::Global);
-        assert!(matches!(refused, Err(Error::Diverged(_))));
-    }
-
     /// What a GPU uses, tried on the CPU's tensors.
     #[test]
     fn the_mask_of_a_device_has_the_same_bits() {
-        let parameters = parameters();
-        let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
-        let child = child(Threshold::Global, &scores, 0.5);
+        let child = random(0.5);
         for tensor in child.tensors() {
             let mask = child.device_mask(tensor.start..tensor.start + tensor.count, Device::Cpu).unwrap();
             assert_eq!(Vec::<bool>::try_from(&mask).unwrap(), child.bits(tensor).collect::<Vec<_>>());

@@ -3,11 +3,11 @@
 use super::spec::TrainSpec;
 use crate::error::{Error, Result};
 use crate::method::{Method, Preset};
-use crate::train::{AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Warmup};
+use crate::train::{AdamWForm, Freeze, Hyperparameters, Warmup};
 use crate::values::OneOrMany;
 
 /// One point of the grid, still without the parts that depend on the method.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct GridPoint {
     hyperparameters: Hyperparameters,
     micro_batch: Option<usize>,
@@ -17,37 +17,6 @@ pub struct GridPoint {
     pub examples: Option<usize>,
     /// Share of the training labels that are replaced.
     pub label_noise: f64,
-}
-
-impl Default for GridPoint {
-    fn default() -> Self {
-        Self {
-            hyperparameters: Hyperparameters {
-                epochs: 3.0,
-                batch_size: 16,
-                micro_batch: 16,
-                max_length: 128,
-                learning_rate: 4e-5,
-                warmup: Warmup(0.1),
-                weight_decay: 0.01,
-                max_gradient_norm: Some(1.0),
-                optimizer: OptimizerRule::Adamw,
-                betas: (0.9, 0.999),
-                epsilon: 1e-8,
-                adamw: AdamWForm::Torch,
-                precision: Precision::Float32,
-                order: Order::Shuffled,
-                checkpoint: Checkpoint::Last,
-                freeze: Freeze::Nothing,
-                early_stopping: None,
-            },
-            micro_batch: None,
-            warmup: None,
-            adamw: None,
-            examples: None,
-            label_noise: 0.0,
-        }
-    }
 }
 
 impl GridPoint {

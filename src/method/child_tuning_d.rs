@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::registry::MethodOptions;
 use super::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared, Preset};
 use crate::child::{
-    ChildNetwork, Choice, Estimator, FisherBatch, FisherOptions, GradientMask, MaskFile, MaskScope,
+    ChildNetwork, Choice, Cut, Estimator, FisherBatch, FisherOptions, GradientMask, MaskFile, MaskScope,
     Threshold, fisher_information, read_mask,
 };
 use crate::error::{Error, Result};
@@ -58,19 +58,11 @@ struct ChildTuningD {
 #[derive(Clone)]
 enum Source {
     /// The highest or lowest Fisher information.
-    Fisher { cut: Cut, options: FisherOptions, lowest: bool },
+    Fisher { cut: Cut, options: FisherOptions },
     /// A draw from the run's seed.
     Random(Cut),
     /// A mask file, with the hash of the mask.
     File { mask: Arc<MaskFile>, sha256: String },
-}
-
-/// How much is kept of what.
-#[derive(Clone, Copy)]
-struct Cut {
-    p: f64,
-    scope: MaskScope,
-    threshold: Threshold,
 }
 
 impl MethodOptions for Options {
@@ -144,10 +136,11 @@ impl Options {
                 p: p.0,
                 scope: mask.scope.unwrap_or(scope),
                 threshold: mask.threshold.unwrap_or(threshold),
+                choose: choice,
             };
             match choice {
                 Choice::Random => Source::Random(cut),
-                _ => Source::Fisher { cut, options, lowest: choice == Choice::Lowest },
+                _ => Source::Fisher { cut, options },
             }
         };
         Ok(self.p.as_ref().map_or(&[Share(0.3)][..], |p| &p.0).iter().map(source).collect())
@@ -177,10 +170,10 @@ impl Source {
         let scope =
             |cut: &Cut| format!("scope={} threshold={}", yaml_name(&cut.scope), yaml_name(&cut.threshold));
         match self {
-            Source::Fisher { cut, options, lowest } => format!(
+            Source::Fisher { cut, options } => format!(
                 "p={} {}fisher={} fisher.dropout={}{} {}",
                 cut.p,
-                if *lowest { "choose=lowest " } else { "" },
+                if cut.choose == Choice::Lowest { "choose=lowest " } else { "" },
                 yaml_name(&options.estimator),
                 options.dropout,
                 options.clip.map_or(String::new(), |clip| format!(" fisher.clip={clip}")),
@@ -224,16 +217,12 @@ impl Method for ChildTuningD {
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
         let child = match &self.source {
-            Source::Fisher { cut, options, lowest } => {
+            Source::Fisher { cut, options } => {
                 let information = information(preparation, options, cut.scope)?;
-                let select =
-                    if *lowest { ChildNetwork::from_lowest_scores } else { ChildNetwork::from_scores };
-                let parameters = &preparation.classifier.parameters;
-                select(parameters, &information, cut.p, cut.scope, cut.threshold)?
+                ChildNetwork::from_scores(&preparation.classifier.parameters, &information, cut)?
             }
-            Source::Random(Cut { p, scope, threshold }) => {
-                let parameters = &preparation.classifier.parameters;
-                ChildNetwork::random(parameters, *p, *scope, *threshold, preparation.seed)?
+            Source::Random(cut) => {
+                ChildNetwork::random(&preparation.classifier.parameters, cut, preparation.seed)?
             }
             Source::File { mask, .. } => mask.child_network(&preparation.classifier.parameters)?,
         };

@@ -147,6 +147,31 @@ pub struct Hyperparameters {
     pub early_stopping: Option<usize>,
 }
 
+impl Default for Hyperparameters {
+    /// What an experiment has that says nothing, under the preset `paper`.
+    fn default() -> Self {
+        Self {
+            epochs: 3.0,
+            batch_size: 16,
+            micro_batch: 16,
+            max_length: 128,
+            learning_rate: 4e-5,
+            warmup: Warmup(0.1),
+            weight_decay: 0.01,
+            max_gradient_norm: Some(1.0),
+            optimizer: OptimizerRule::Adamw,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            adamw: AdamWForm::Torch,
+            precision: Precision::Float32,
+            order: Order::Shuffled,
+            checkpoint: Checkpoint::Last,
+            freeze: Freeze::Nothing,
+            early_stopping: None,
+        }
+    }
+}
+
 impl Hyperparameters {
     /// Returns the number of optimizer steps of one epoch.
     pub fn steps_per_epoch(&self, examples: usize) -> u64 {

@@ -57,7 +57,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::child::{MaskScope, Threshold};
+    use crate::child::{Cut, MaskScope, Threshold};
     use crate::model::{ParameterKind, ParameterPlace, ParameterTable};
 
     /// Weights 0, 1, 2, …; gradients 10, 9, 8, …; the bias does not decay.
@@ -100,7 +100,9 @@ mod tests {
         let parameters = parameters();
         let _ = parameters.gradients().shallow_clone().zero_();
         let before = values(&parameters, "weight");
-        let child = ChildNetwork::random(&parameters, 0.5, MaskScope::All, Threshold::PerTensor, 1).unwrap();
+        let child =
+            ChildNetwork::random(&parameters, &Cut::highest(0.5, MaskScope::All, Threshold::PerTensor), 1)
+                .unwrap();
         sgd(&parameters).step(&parameters, 0.1, Some(&child)).unwrap();
         let after = values(&parameters, "weight");
         for ((before, after), bit) in before.iter().zip(&after).zip(child.bits(&child.tensors()[0])) {

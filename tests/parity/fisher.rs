@@ -1,7 +1,7 @@
 //! Fisher information, masks and a training step against plain loops and the released optimizer.
 
 use child_tuning::child::{
-    ChildNetwork, Estimator, FisherBatch, FisherOptions, MaskScope, Threshold, fisher_information,
+    ChildNetwork, Cut, Estimator, FisherBatch, FisherOptions, MaskScope, Threshold, fisher_information,
 };
 use child_tuning::data::EncodedDataset;
 use child_tuning::method::{MethodSpec, Preset};
@@ -83,9 +83,12 @@ fn the_mask_of_d_is_the_top_k_of_a_per_example_loop() {
     let (data, mut classifier) = (dataset(&reference), classifier("fisher"));
     let p = 0.3;
     let found = information(&mut classifier, &data, BATCH_SIZE, &PER_EXAMPLE);
-    let child =
-        ChildNetwork::from_scores(&classifier.parameters, &found, p, MaskScope::Backbone, Threshold::Global)
-            .unwrap();
+    let child = ChildNetwork::from_scores(
+        &classifier.parameters,
+        &found,
+        &Cut::highest(p, MaskScope::Backbone, Threshold::Global),
+    )
+    .unwrap();
 
     let mut scores = Vec::new();
     for tensor in child.tensors() {

@@ -1,9 +1,7 @@
 //! Ten AdamW steps against `torch.optim.AdamW` and the released (legacy transformers) form.
 
 use child_tuning::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
-use child_tuning::train::{
-    AdamW, AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Warmup,
-};
+use child_tuning::train::{AdamW, AdamWForm, Hyperparameters, Order, Warmup};
 use tch::Device;
 
 use crate::fixture::{assert_close, part, tensors};
@@ -16,17 +14,8 @@ pub fn hyperparameters() -> Hyperparameters {
         max_length: 40,
         learning_rate: 1e-3,
         warmup: Warmup(0.0),
-        weight_decay: 0.01,
-        max_gradient_norm: Some(1.0),
-        optimizer: OptimizerRule::Adamw,
-        betas: (0.9, 0.999),
-        epsilon: 1e-8,
-        adamw: AdamWForm::Torch,
-        precision: Precision::Float32,
         order: Order::Sequential,
-        checkpoint: Checkpoint::Last,
-        freeze: Freeze::Nothing,
-        early_stopping: None,
+        ..Hyperparameters::default()
     }
 }
 

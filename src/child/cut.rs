@@ -1,0 +1,195 @@
+//! How a fixed child network is cut out of a model: which weights, how many, compared with which others.
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+
+use super::network::{ChildNetwork, MaskScope};
+use super::select::{End, Selection, extreme, percentile};
+use crate::error::{Error, Result};
+use crate::libtorch::elements;
+use crate::model::Parameters;
+use crate::random::{self, GROUP, Key, Purpose};
+
+/// How a child network is cut out of the scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Threshold {
+    /// The highest round(p · N) scores of all tensors together; ties go to the earlier element.
+    Global,
+    /// The highest round(p · n) scores of each tensor.
+    PerTensor,
+    /// Scores at or above numpy's linear (1 − p)-percentile of all tensors together, ties included: the released rule.
+    Percentile,
+}
+
+/// Which weights of the scope make a fixed child network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Choice {
+    /// Those with the highest scores, as in the paper.
+    #[default]
+    Highest,
+    /// Those with the lowest scores.
+    Lowest,
+    /// A draw from the run's seed, whatever the scores.
+    Random,
+}
+
+/// A child network still to be cut out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cut {
+    /// Share of the weights in the scope that it keeps.
+    pub p: f64,
+    /// The part of the model that it is cut out of.
+    pub scope: MaskScope,
+    /// Which weights compete for the share.
+    pub threshold: Threshold,
+    /// Which of them win.
+    pub choose: Choice,
+}
+
+impl Cut {
+    /// Makes the cut that keeps the highest scores.
+    pub fn highest(p: f64, scope: MaskScope, threshold: Threshold) -> Self {
+        Self { p, scope, threshold, choose: Choice::Highest }
+    }
+}
+
+impl ChildNetwork {
+    /// Cuts a child network out by scores, which have the layout of the flat parameter buffer.
+    ///
+    /// # Errors
+    /// Fails if a score is not a number, the scope is empty, or a percentile is asked for the lowest scores.
+    pub fn from_scores(parameters: &Parameters, scores: &Tensor, cut: &Cut) -> Result<Self> {
+        let scores = scores.f_to_device(Device::Cpu)?;
+        let scores: &[f32] = elements(&scores)?;
+        let mut child = Self::full(parameters, cut.scope)?;
+        let slices: Vec<&[f32]> = (child.tensors().iter())
+            .map(|tensor| &scores[tensor.start..tensor.start + tensor.count])
+            .collect();
+        if slices.par_iter().any(|slice| slice.iter().any(|score| score.is_nan() || *score < 0.0)) {
+            return Err(Error::Diverged("the Fisher information has entries that are not numbers".into()));
+        }
+        let end = if cut.choose == Choice::Lowest { End::Smallest } else { End::Largest };
+        let share = |total: usize| (cut.p * total as f64).round() as usize;
+        let total = slices.iter().map(|slice| slice.len()).sum();
+        // One rule for all tensors together, or one anew for each.
+        let mut common = match cut.threshold {
+            Threshold::Global => Some(extreme(&slices, share(total), end)),
+            Threshold::PerTensor => None,
+            Threshold::Percentile if end == End::Smallest => {
+                return Err(Error::configuration("the percentile is a rule for the highest scores only"));
+            }
+            Threshold::Percentile => Some(Selection::at_least(percentile(&slices, 1.0 - cut.p))),
+        };
+        for (index, slice) in slices.iter().enumerate() {
+            let mut own = common.is_none().then(|| extreme(&[slice], share(slice.len()), end));
+            if let Some(selection) = common.as_mut().or(own.as_mut()) {
+                child.set_bits(index, slice.iter().map(|&score| selection.takes(score)));
+            }
+        }
+        Ok(child)
+    }
+
+    /// Cuts a child network out by a draw from the seed.
+    ///
+    /// # Errors
+    /// Fails if the scope is empty.
+    pub fn random(parameters: &Parameters, cut: &Cut, seed: u64) -> Result<Self> {
+        let key = Key::derive(seed, Purpose::RandomChild, 0);
+        let mut scores = vec![0f32; parameters.buffer_len()];
+        scores.par_chunks_mut(GROUP).enumerate().for_each(|(group, scores)| {
+            for (score, number) in scores.iter_mut().zip(random::group(key, group as u32, [0; 3])) {
+                // As many bits as float32 holds exactly; of the few equal ones the earlier counts as higher.
+                *score = (number >> 8) as f32;
+            }
+        });
+        Self::from_scores(parameters, &Tensor::from_slice(&scores), cut)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable};
+
+    fn parameters() -> Parameters {
+        let mut table = ParameterTable::default();
+        table.declare("first", &[10, 13], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        table.declare("second", &[70], ParameterKind::Weight, ParameterPlace::Pooler);
+        table.declare("head", &[5], ParameterKind::Weight, ParameterPlace::Head);
+        Parameters::allocate(table, Device::Cpu).unwrap()
+    }
+
+    fn child(threshold: Threshold, scores: &Tensor, p: f64) -> ChildNetwork {
+        let cut = Cut::highest(p, MaskScope::Backbone, threshold);
+        ChildNetwork::from_scores(&parameters(), scores, &cut).unwrap()
+    }
+
+    #[test]
+    fn the_exact_share_is_kept_whatever_the_ties() {
+        let scores = Tensor::zeros([parameters().buffer_len() as i64], (Kind::Float, Device::Cpu));
+        // round(0.3 · 200), all of them equal: the first ones.
+        let global = child(Threshold::Global, &scores, 0.3);
+        assert_eq!((global.kept(), global.maskable()), (60, 200));
+        assert!(global.bits(&global.tensors()[0]).enumerate().all(|(index, bit)| bit == (index < 60)));
+        let per_tensor = child(Threshold::PerTensor, &scores, 0.3);
+        assert_eq!(per_tensor.tensors().iter().map(|tensor| tensor.kept).collect::<Vec<_>>(), [39, 21]);
+        // The released rule keeps all ties, and here all is a tie.
+        assert!(child(Threshold::Percentile, &scores, 0.3).is_full());
+    }
+
+    #[test]
+    fn the_lowest_and_the_highest_half_are_the_whole() {
+        let parameters = parameters();
+        let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
+        let lowest = |threshold, scores: &Tensor, p| {
+            let cut = Cut { choose: Choice::Lowest, ..Cut::highest(p, MaskScope::Backbone, threshold) };
+            ChildNetwork::from_scores(&parameters, scores, &cut)
+        };
+        for threshold in [Threshold::Global, Threshold::PerTensor] {
+            let (highest, lowest) =
+                (child(threshold, &scores, 0.5), lowest(threshold, &scores, 0.5).unwrap());
+            assert_eq!((lowest.kept(), highest.kept()), (100, 100));
+            for (low, high) in lowest.tensors().iter().zip(highest.tensors()) {
+                assert!(lowest.bits(low).zip(highest.bits(high)).all(|(low, high)| low != high));
+            }
+        }
+        let tied = lowest(Threshold::Global, &scores.zeros_like(), 0.3).unwrap();
+        assert_eq!(tied.kept(), 60);
+        assert!(tied.bits(&tied.tensors()[0]).enumerate().all(|(index, bit)| bit == (index < 60)));
+        assert!(matches!(lowest(Threshold::Percentile, &scores, 0.3), Err(Error::Configuration(_))));
+    }
+
+    #[test]
+    fn a_random_child_has_the_exact_share_everywhere_and_a_seed() {
+        let mut table = ParameterTable::default();
+        table.declare("weight", &[40_000], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        let cut = Cut::highest(0.3, MaskScope::Backbone, Threshold::Global);
+        let random = |seed| ChildNetwork::random(&parameters, &cut, seed).unwrap();
+        let (first, second) = (random(1), random(2));
+        assert_eq!((first.kept(), second.kept()), (12_000, 12_000));
+        assert_eq!(first.sha256(), random(1).sha256());
+        let bits = |child: &ChildNetwork| child.bits(&child.tensors()[0]).collect::<Vec<_>>();
+        let (first, second) = (bits(&first), bits(&second));
+        let within = |part: &[bool]| part.iter().filter(|bit| **bit).count() as f64;
+        let both = first.iter().zip(&second).filter(|(first, second)| **first && **second).count() as f64;
+        // Five standard deviations: a quarter of the places, and the places that two seeds share.
+        for (found, places, share) in [(within(&first[..10_000]), 1e4, 0.3f64), (both, 4e4, 0.09)] {
+            let deviation = (places * share * (1.0 - share)).sqrt();
+            assert!((found - places * share).abs() < 5.0 * deviation, "{found} of {places}");
+        }
+    }
+
+    #[test]
+    fn scores_that_are_not_numbers_are_refused() {
+        let scores = Tensor::full([parameters().buffer_len() as i64], f64::NAN, (Kind::Float, Device::Cpu));
+        let cut = Cut::highest(0.3, MaskScope::All, Threshold::Global);
+        let refused = ChildNetwork::from_scores(&parameters(), &scores, &cut);
+        assert!(matches!(refused, Err(Error::Diverged(_))));
+    }
+}
