@@ -46,13 +46,9 @@ impl LabelMap {
             }
             _ => return Err(fault("one predicts classes, the other a score".into())),
         };
-        let own = |count: usize| (0..count).collect();
-        let problem = match counterparts(model, scored) {
-            Err(label) => format!("its label `{label}` is none of {}", data.join(", ")),
-            Ok(predicted) => match (0..data.len()).find(|class| !predicted.contains(class)) {
-                None => return Ok(Self { predicted, actual: own(data.len()), classes: data.len() }),
-                Some(class) => format!("it has no label for `{}`", data[class]),
-            },
+        let problem = match Self::to_labels_of(model, scored) {
+            Ok(map) => return Ok(map),
+            Err(problem) => problem,
         };
         let Ok(actual) = counterparts(data, trained) else {
             return Err(fault(format!(
@@ -62,20 +58,22 @@ impl LabelMap {
         if scored.metrics.contains(&Metric::F1) {
             return Err(fault(format!("`f1` needs the labels {}, and the model has fewer", data.join(", "))));
         }
-        Ok(Self { predicted: own(model.len()), actual, classes: model.len() })
+        Ok(Self { predicted: (0..model.len()).collect(), actual, classes: model.len() })
     }
 
-    /// Returns the map for a model with the given labels, in id order, on the data of `scored`.
+    /// Returns the map for a model with the given labels, in id order, where each has a counterpart in the data's and none
+    /// of the data's is left out.
     ///
     /// # Errors
-    /// As [`LabelMap::between`].
-    pub fn of_model(labels: &[String], scored: &TaskCard) -> Result<Self> {
-        let model = TaskCard {
-            name: "of the model".into(),
-            objective: Objective::Classification { labels: labels.to_vec() },
-            ..scored.clone()
-        };
-        Self::between(&model, scored)
+    /// Says what has no counterpart.
+    pub fn to_labels_of(model: &[String], scored: &TaskCard) -> Result<Self, String> {
+        let data = scored.labels();
+        let predicted = counterparts(model, scored)
+            .map_err(|label| format!("its label `{label}` is none of {}", data.join(", ")))?;
+        match (0..data.len()).find(|class| !predicted.contains(class)) {
+            Some(class) => Err(format!("it has no label for `{}`", data[class])),
+            None => Ok(Self { predicted, actual: (0..data.len()).collect(), classes: data.len() }),
+        }
     }
 
     /// Returns the number of classes that are compared.
@@ -128,7 +126,7 @@ mod tests {
     #[test]
     fn a_permuted_model_is_mapped_by_name_in_any_case() {
         let labels = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"].map(str::to_owned);
-        let map = LabelMap::of_model(&labels, &nli()).unwrap();
+        let map = LabelMap::to_labels_of(&labels, &nli()).unwrap();
         assert_eq!([0, 1, 2].map(|class| map.predicted(class)), [2, 1, 0]);
         assert_eq!([0, 1, 2].map(|class| map.actual(class)), [0, 1, 2]);
         assert_eq!(LabelMap::between(&nli(), &nli()).unwrap(), LabelMap::identity(3));

@@ -151,7 +151,7 @@ impl Classifier {
         }
         let names = folder.config.labels().filter(|names| names.len() > 1);
         let names = names.ok_or_else(|| headless(String::new()))?;
-        let map = LabelMap::of_model(&names, card)
+        let map = LabelMap::to_labels_of(&names, card)
             .map_err(|_| headless(format!(" (its own are {})", names.join(", "))))?;
         let own = Labels::Classes(names);
         if folder.head_for(&own)?.is_none() {
