@@ -172,3 +172,39 @@ fn check_counts_measures_and_goes_on_after_a_file_that_cannot_be_read() {
     let absent = ["no data of task `stsb`", "`child-tuning data fetch stsb` gets them"];
     workplace.call(&["data", "check", "stsb"]).refused(2, &absent);
 }
+
+/// `data/` of the project goes behind what was fetched; a `data/` of one's own goes before it.
+#[test]
+fn the_miniature_never_hides_a_fetched_data_set() {
+    let workplace = Workplace::new();
+    workplace.copy_data("RTE");
+    let dev = workplace.read("own/RTE/dev.tsv");
+    let first = |lines: usize| dev.split_inclusive('\n').take(lines).collect::<String>();
+    workplace.write("own/RTE/dev.tsv", first(8));
+    std::fs::create_dir(workplace.path("cache")).unwrap();
+    std::fs::rename(workplace.path("own"), workplace.path("cache/data")).unwrap();
+    std::os::unix::fs::symlink(miniature(), workplace.path("data")).unwrap();
+    workplace.experiment("results: fetched.csv");
+    workplace.edit("experiment.yaml", &format!("data: [own, {:?}]\n", project("data")), "");
+    workplace.run(&[]).with_code(0);
+    assert_eq!(workplace.row("fetched.csv")["examples_evaluated"], "7");
+
+    std::fs::remove_file(workplace.path("data")).unwrap();
+    workplace.write("data/RTE/train.tsv", workplace.read("cache/data/RTE/train.tsv"));
+    workplace.write("data/RTE/dev.tsv", first(6));
+    workplace.edit("experiment.yaml", "fetched.csv", "own.csv");
+    workplace.run(&[]).with_code(0);
+    assert_eq!(workplace.row("own.csv")["examples_evaluated"], "5");
+}
+
+#[test]
+fn splits_of_different_copies_are_not_put_together() {
+    let workplace = Workplace::new();
+    workplace.copy_data("RTE");
+    workplace.write("a/RTE/train.tsv", workplace.read("own/RTE/train.tsv"));
+    workplace.write("b/RTE/dev.tsv", workplace.read("own/RTE/dev.tsv"));
+    workplace.experiment("data: [a, b]");
+    workplace
+        .run(&[])
+        .refused(2, &["its train data in ", "and its dev data in ", "put both into one folder"]);
+}
