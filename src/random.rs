@@ -49,6 +49,12 @@ impl Key {
         Key([block[0], block[1]])
     }
 
+    /// Derives the key of one part of what the stream is for, such as a micro-batch of a step.
+    pub fn of_part(self, part: u64) -> Self {
+        let block = philox([part as u32, (part >> 32) as u32, 0, 1], self);
+        Key([block[0], block[1]])
+    }
+
     /// Returns the key as one number, to seed a generator that takes one.
     pub fn as_u64(self) -> u64 {
         u64::from(self.0[0]) | u64::from(self.0[1]) << 32

@@ -1,21 +1,14 @@
 //! Child-Tuning_F: a fresh Bernoulli mask at every optimizer step.
 
-use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use multiversion::multiversion;
-use rayon::prelude::*;
 use tch::Tensor;
 
+use super::masking::StepMask;
 use super::network::MaskScope;
 use crate::error::Result;
-use crate::libtorch::elements_mut;
 use crate::model::Parameter;
-use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
-
-/// Elements that one thread masks at a time: small enough to stay in its cache.
-const CHUNK: usize = 256 * GROUP;
+use crate::random::{Bernoulli, Key, Purpose};
 
 /// The masks of a run: M_t ~ Bernoulli(p) for every element and step t, kept gradients scaled by 1/p (Algorithm 1 and
 /// section 3.1 of the paper).
@@ -29,8 +22,6 @@ pub struct BernoulliMask {
     scale: f32,
     seed: u64,
     step: AtomicU64,
-    /// On CUDA the mask of the current step is drawn by libtorch, and kept for the step's other micro-batches.
-    drawn: Mutex<HashMap<usize, (u64, Tensor)>>,
 }
 
 impl BernoulliMask {
@@ -43,7 +34,6 @@ impl BernoulliMask {
             scale: if rescale { (1.0 / probability) as f32 } else { 1.0 },
             seed,
             step: AtomicU64::new(0),
-            drawn: Mutex::default(),
         }
     }
 
@@ -67,58 +57,27 @@ impl BernoulliMask {
         self.step.store(step, Ordering::Relaxed);
     }
 
-    /// Masks and scales a parameter's contiguous float32 gradient in place.
+    /// Returns the mask of the current step, for the CPU.
+    pub fn on_cpu(&self) -> StepMask<'static> {
+        StepMask::Random { key: self.key(), limit: self.keep.limit, scale: self.scale }
+    }
+
+    /// Returns a parameter's gradient with the mask of the current step, on a GPU: libtorch's dropout draws, masks and
+    /// scales in one kernel. Seeded anew for each parameter and step, so that micro-batches share a mask that nobody
+    /// stores.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn apply(&self, gradient: &mut Tensor, parameter: &Parameter) -> Result<()> {
-        let step = self.step.load(Ordering::Relaxed);
-        if gradient.device().is_cuda() {
-            return self.apply_on_device(gradient, parameter, step);
-        }
-        let key = Key::derive(self.seed, Purpose::Mask, step);
-        let first_group = (parameter.range.start / GROUP) as u32;
-        elements_mut::<f32>(gradient)?.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
-            mask_and_scale(
-                values,
-                key,
-                first_group + (chunk * CHUNK / GROUP) as u32,
-                self.keep.limit,
-                self.scale,
-            );
-        });
-        Ok(())
+    pub fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
+        tch::manual_seed((self.key().of_part(parameter.range.start as u64).as_u64() >> 1) as i64);
+        let (masked, _) = gradient.f_native_dropout(1.0 - self.probability, true)?;
+        // Dropout scales by 1/p always.
+        let unscale = f64::from(self.scale) * self.probability;
+        Ok(if self.scale == 1.0 { masked.f_mul_scalar(unscale)? } else { masked })
     }
 
-    fn apply_on_device(&self, gradient: &mut Tensor, parameter: &Parameter, step: u64) -> Result<()> {
-        let mut drawn = self.drawn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mask = match drawn.get(&parameter.range.start) {
-            Some((of_step, mask)) if *of_step == step => mask.shallow_clone(),
-            _ => {
-                let mut mask = gradient.f_empty_like()?.f_bernoulli_float_(self.probability)?;
-                let mask = mask.f_mul_scalar_(f64::from(self.scale))?;
-                drawn.insert(parameter.range.start, (step, mask.shallow_clone()));
-                mask
-            }
-        };
-        let _ = gradient.f_mul_(&mask)?;
-        Ok(())
-    }
-}
-
-/// Scales the elements whose random number is at most `limit` and zeroes the others. A product with zero, not a store
-/// of zero, so that a gradient that is not a number stays visible.
-#[multiversion(targets = "simd")]
-fn mask_and_scale(values: &mut [f32], key: Key, first_group: u32, limit: u32, scale: f32) {
-    for (index, group) in values.chunks_mut(GROUP).enumerate() {
-        // Rows of the embedding table that no token of the batch uses: what is zero stays zero, and costs no numbers.
-        if group.iter().all(|value| value.to_bits() << 1 == 0) {
-            continue;
-        }
-        let numbers = random::group(key, first_group + index as u32, [0; 3]);
-        for (value, number) in group.iter_mut().zip(numbers) {
-            *value *= if number <= limit { scale } else { 0.0 };
-        }
+    fn key(&self) -> Key {
+        Key::derive(self.seed, Purpose::Mask, self.step.load(Ordering::Relaxed))
     }
 }
 
@@ -126,25 +85,17 @@ fn mask_and_scale(values: &mut [f32], key: Key, first_group: u32, limit: u32, sc
 mod tests {
     use tch::{Device, Kind};
 
+    use super::super::masking::mask_in_place;
     use super::*;
-    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable};
 
-    const COUNT: i64 = 100_003;
-
-    fn parameters() -> Parameters {
-        let mut table = ParameterTable::default();
-        table.declare("other", &[7], ParameterKind::Weight, ParameterPlace::Head);
-        table.declare("weight", &[COUNT], ParameterKind::Weight, ParameterPlace::Head);
-        Parameters::allocate(table, Device::Cpu).unwrap()
-    }
+    const COUNT: usize = 100_003;
 
     fn masked(mask: &BernoulliMask, step: u64) -> Vec<f32> {
-        let parameters = parameters();
-        let parameter = parameters.get(parameters.find("weight").unwrap());
-        let mut gradient = Tensor::ones([COUNT], (Kind::Float, Device::Cpu));
+        let mut gradient = vec![1f32; COUNT];
         mask.begin_step(step);
-        mask.apply(&mut gradient, parameter).unwrap();
-        Vec::try_from(gradient).unwrap()
+        mask_in_place(&mut gradient, mask.on_cpu(), 1);
+        gradient
     }
 
     #[test]
@@ -176,18 +127,23 @@ mod tests {
         }
     }
 
+    /// What a GPU uses, tried on the CPU's tensors.
     #[test]
-    fn the_mask_does_not_depend_on_the_number_of_threads() {
-        let mask = BernoulliMask::new(MaskScope::All, 0.3, true, 42);
-        let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        let three = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-        assert_eq!(one.install(|| masked(&mask, 5)), three.install(|| masked(&mask, 5)));
-    }
-
-    #[test]
-    fn a_gradient_that_is_not_a_number_stays_visible() {
-        let mut values = vec![f32::NAN; GROUP];
-        mask_and_scale(&mut values, Key([1, 2]), 0, Bernoulli::new(0.3).limit, 2.0);
-        assert!(values.iter().all(|value| value.is_nan()));
+    fn the_mask_of_a_device_has_the_share_and_the_scale_and_comes_again() {
+        let mut table = ParameterTable::default();
+        table.declare("weight", &[COUNT as i64], ParameterKind::Weight, ParameterPlace::Head);
+        let parameter = table.iter().next().unwrap();
+        let ones = Tensor::ones([COUNT as i64], (Kind::Float, Device::Cpu));
+        for (rescale, scale) in [(true, 4.0), (false, 1.0)] {
+            let mask = BernoulliMask::new(MaskScope::All, 0.25, rescale, 7);
+            mask.begin_step(3);
+            let first = mask.on_device(&ones, parameter).unwrap();
+            assert_eq!(first, mask.on_device(&ones, parameter).unwrap());
+            let kept = f64::try_from(first.sum(Kind::Double)).unwrap() / scale;
+            assert!((kept - 0.25 * COUNT as f64).abs() < 5.0 * (0.25 * 0.75 * COUNT as f64).sqrt(), "{kept}");
+            assert_eq!(f64::try_from(first.max()).unwrap(), scale);
+            mask.begin_step(4);
+            assert_ne!(first, mask.on_device(&ones, parameter).unwrap());
+        }
     }
 }

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::hooks::GradientHooks;
 use super::network::MaskScope;
 use super::per_example::SquaredGradients;
 use crate::data::PackedBatch;
@@ -57,7 +58,7 @@ pub fn fisher_information(
     scope: MaskScope,
     mut each: impl FnMut(usize) -> Result<()>,
 ) -> Result<Tensor> {
-    let mut information = classifier.parameters.gradients().f_zeros_like()?;
+    let mut information = classifier.parameters.values().f_zeros_like()?;
     let mut terms = 0;
     for batch in batches {
         let batch = batch?;
@@ -74,7 +75,6 @@ pub fn fisher_information(
         };
         each(examples)?;
     }
-    classifier.parameters.zero_gradients()?;
     Ok(information.f_div_scalar(terms.max(1) as f64)?)
 }
 
@@ -104,11 +104,12 @@ fn add_batch(
     clip: Option<f64>,
     information: &mut Tensor,
 ) -> Result<()> {
-    classifier.parameters.zero_gradients()?;
     let weights = classifier.parameters.compute_weights(Kind::Float)?;
+    let hooks = GradientHooks::collect(&classifier.parameters, &weights, |_| true, None)?;
     let pass = Pass::new(&weights, &batch.batch, batch.dropout);
     loss(&classifier.logits(&pass)?, &batch.targets, batch.batch.examples())?.f_backward()?;
-    let gradients = classifier.parameters.gradients();
+    hooks.end_step()?;
+    let gradients = classifier.parameters.gradients()?;
     if let Some(limit) = clip {
         for (_, parameter) in classifier.parameters.iter() {
             let range = &parameter.range;

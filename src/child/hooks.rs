@@ -1,14 +1,16 @@
-//! Masks at work: a gradient hook on every parameter that the mask reaches.
+//! Masks at work: a gradient hook on every parameter.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tch::{Kind, Tensor};
 
 use super::bernoulli::BernoulliMask;
+use super::masking::{self, Gradient, StepMask, mask_in_place};
 use super::network::{ChildNetwork, MaskScope};
 use crate::error::Result;
-use crate::libtorch::GradientHook;
+use crate::libtorch::{AccumulationHook, elements, elements_mut};
 use crate::model::{Parameter, Parameters};
+use crate::random::GROUP;
 
 /// The mask that a run multiplies its gradients by.
 pub enum GradientMask {
@@ -50,57 +52,178 @@ impl GradientMask {
         }
     }
 
-    /// Multiplies a parameter's contiguous float32 gradient by the mask, in place.
-    ///
-    /// # Errors
-    /// Fails if libtorch refuses an operation.
-    pub fn apply(&self, gradient: &mut Tensor, parameter: &Parameter) -> Result<()> {
+    /// Returns the mask of the current step, for the CPU.
+    fn on_cpu(&self) -> StepMask<'_> {
         match self {
-            GradientMask::Bernoulli(mask) => mask.apply(gradient, parameter),
-            GradientMask::Fixed(child) => child.apply(gradient, parameter),
+            GradientMask::Bernoulli(mask) => mask.on_cpu(),
+            GradientMask::Fixed(child) => child.on_cpu(),
         }
     }
 
-    /// Masks the accumulated gradients of a model, for the released code's order: clip first, then mask.
+    /// Returns a parameter's gradient with the mask of the current step, on a GPU.
+    fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
+        match self {
+            GradientMask::Bernoulli(mask) => mask.on_device(gradient, parameter),
+            GradientMask::Fixed(child) => child.on_device(gradient, parameter),
+        }
+    }
+
+    /// Masks the gradients that a step has collected, for the released code's order: clip first, then mask.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn apply_to_all(&self, parameters: &Parameters) -> Result<()> {
-        for (_, parameter) in parameters.iter().filter(|(_, parameter)| self.scope().covers(parameter)) {
-            let range = &parameter.range;
-            let mut gradient = parameters.gradients().f_narrow(0, range.start as i64, range.len() as i64)?;
-            self.apply(&mut gradient, parameter)?;
+        for (id, parameter) in parameters.iter().filter(|(_, parameter)| self.scope().covers(parameter)) {
+            let mut gradient = parameters.part(parameters.gradients()?, id)?;
+            if gradient.device().is_cuda() {
+                gradient.f_copy_(&self.on_device(&gradient, parameter)?)?;
+            } else {
+                mask_in_place(elements_mut(&mut gradient)?, self.on_cpu(), parameter.range.start / GROUP);
+            }
         }
         Ok(())
     }
 }
 
-/// Registers the mask on every parameter in its scope; it applies until the hooks are dropped.
+/// What becomes of the gradients that backward makes, until this is dropped: a hook on every parameter takes its gradient
+/// as soon as it is there, multiplies it by the mask and puts it to its place in the flat gradient buffer, beside what
+/// earlier micro-batches of the step left there.
 ///
-/// A hook runs once a backward pass, before the gradient is added to what earlier micro-batches left. It multiplies in
-/// place where nobody else holds the gradient, and in a copy elsewhere.
-///
-/// # Errors
-/// Fails if libtorch refuses a hook.
-pub fn install_hooks(parameters: &Parameters, mask: &Arc<GradientMask>) -> Result<Vec<GradientHook>> {
-    let covered = parameters.iter().filter(|(_, parameter)| mask.scope().covers(parameter));
-    covered
-        .map(|(id, parameter)| {
-            let (mask, parameter) = (mask.clone(), parameter.clone());
-            GradientHook::register(parameters.leaf(id), move |hooked| {
-                let mut gradient = hooked.gradient;
-                let in_place = hooked.exclusive && gradient.is_contiguous() && gradient.kind() == Kind::Float;
-                if in_place {
-                    mask.apply(&mut gradient, &parameter)?;
-                    return Ok(None);
-                }
-                let mut copy = Tensor::f_empty(gradient.size(), (Kind::Float, gradient.device()))?;
-                copy.f_copy_(&gradient)?;
-                mask.apply(&mut copy, &parameter)?;
-                Ok(Some(copy))
-            })
-        })
-        .collect()
+/// Nothing needs to be zeroed before a step, and no gradient exists twice for longer than its layer's backward.
+pub struct GradientHooks {
+    slots: Vec<Slot>,
+    _hooks: Vec<AccumulationHook>,
+}
+
+/// What has come of one parameter's gradient in this step.
+struct Slot {
+    place: Tensor,
+    arrived: Arc<Mutex<Arrived>>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Arrived {
+    any: bool,
+    /// Sum of the squares of what the micro-batches so far add up to; on the CPU only.
+    squares: f64,
+}
+
+impl GradientHooks {
+    /// Collects the gradients of the parameters that train. `weights` are those that passes use, of all parameters.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses a hook or cannot allocate the buffer.
+    pub fn collect(
+        parameters: &Parameters,
+        weights: &[Tensor],
+        trains: impl Fn(&Parameter) -> bool,
+        mask: Option<&Arc<GradientMask>>,
+    ) -> Result<Self> {
+        let (mut slots, mut hooks) = (Vec::new(), Vec::new());
+        for (id, parameter) in parameters.iter().filter(|(_, parameter)| trains(parameter)) {
+            let mut place = parameters.part(parameters.gradients()?, id)?;
+            let arrived = Arc::new(Mutex::new(Arrived::default()));
+            slots.push(Slot { place: place.shallow_clone(), arrived: arrived.clone() });
+            let (mask, parameter) = (reaching(mask, parameter), parameter.clone());
+            hooks.push(AccumulationHook::register(&weights[id.index()], move |gradient| {
+                let mut arrived = lock(&arrived);
+                arrived.squares = deposit(&mut place, &gradient, mask.as_deref(), &parameter, arrived.any)?;
+                arrived.any = true;
+                Ok(())
+            })?);
+        }
+        Ok(Self { slots, _hooks: hooks })
+    }
+
+    /// Hands each gradient of a parameter that trains to `update` as soon as it is whole, masked and in float32, `[count]`,
+    /// and keeps none: for steps of one micro-batch and without a norm. `weights` are as for
+    /// [`GradientHooks::collect`].
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses a hook.
+    pub fn hand_on(
+        parameters: &Parameters,
+        weights: &[Tensor],
+        trains: impl Fn(&Parameter) -> bool,
+        mask: Option<&Arc<GradientMask>>,
+        update: impl FnMut(&Parameter, &Tensor) -> Result<()> + Send + 'static,
+    ) -> Result<Self> {
+        let update = Arc::new(Mutex::new(update));
+        let mut hooks = Vec::new();
+        for (id, parameter) in parameters.iter().filter(|(_, parameter)| trains(parameter)) {
+            let (mask, parameter, update) = (reaching(mask, parameter), parameter.clone(), update.clone());
+            hooks.push(AccumulationHook::register(&weights[id.index()], move |gradient| {
+                let options = (Kind::Float, gradient.device());
+                let mut masked = Tensor::f_empty([parameter.count() as i64], options)?;
+                deposit(&mut masked, &gradient, mask.as_deref(), &parameter, false)?;
+                lock(&update)(&parameter, &masked)
+            })?);
+        }
+        Ok(Self { slots: Vec::new(), _hooks: hooks })
+    }
+
+    /// Starts a step: the next gradients take the place of what is there.
+    pub fn begin_step(&self) {
+        self.slots.iter().for_each(|slot| *lock(&slot.arrived) = Arrived::default());
+    }
+
+    /// Ends a step: parameters that the loss did not reach have a gradient of zero.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn end_step(&self) -> Result<()> {
+        for slot in self.slots.iter().filter(|slot| !lock(&slot.arrived).any) {
+            let _ = slot.place.shallow_clone().f_zero_()?;
+        }
+        Ok(())
+    }
+
+    /// Returns the norm of all that the step has collected, on the CPU; nothing on a GPU, where the buffer is at hand.
+    pub fn norm(&self) -> f64 {
+        self.slots.iter().map(|slot| lock(&slot.arrived).squares).sum::<f64>().sqrt()
+    }
+}
+
+/// Returns the mask, if it reaches a parameter.
+fn reaching(mask: Option<&Arc<GradientMask>>, parameter: &Parameter) -> Option<Arc<GradientMask>> {
+    mask.filter(|mask| mask.scope().covers(parameter)).cloned()
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Puts a masked gradient to its place, or adds it to what is there; returns the sum of squares of what is there then (on
+/// the CPU).
+fn deposit(
+    place: &mut Tensor,
+    gradient: &Tensor,
+    mask: Option<&GradientMask>,
+    parameter: &Parameter,
+    adds: bool,
+) -> Result<f64> {
+    let gradient = gradient.f_contiguous()?.f_view([-1])?;
+    if gradient.device().is_cuda() {
+        let masked =
+            mask.map_or(Ok(gradient.shallow_clone()), |mask| mask.on_device(&gradient, parameter))?;
+        if adds {
+            let _ = place.f_add_(&masked)?;
+        } else {
+            place.f_copy_(&masked)?;
+        }
+        return Ok(0.0);
+    }
+    let mask = mask.map_or(StepMask::Everything, GradientMask::on_cpu);
+    let first_group = parameter.range.start / GROUP;
+    let bits;
+    let gradient = match gradient.kind() {
+        Kind::BFloat16 => {
+            bits = gradient.f_view_dtype(Kind::Int16)?;
+            Gradient::Half(elements(&bits)?)
+        }
+        _ => Gradient::Float(elements(&gradient)?),
+    };
+    Ok(masking::deposit(elements_mut(place)?, gradient, mask, first_group, adds))
 }
 
 #[cfg(test)]
@@ -118,37 +241,59 @@ mod tests {
         Parameters::allocate(table, Device::Cpu).unwrap()
     }
 
-    /// Backward through a loss whose gradient is 3 everywhere; returns the gradients of body and head.
+    /// Backward through a loss whose gradient is 3 everywhere; returns what has been collected of body and head.
     fn backward(parameters: &Parameters) -> [Vec<f32>; 2] {
-        let names = ["body", "head"];
-        for name in names {
-            (parameters.leaf(parameters.find(name).unwrap()) * 3.0).sum(Kind::Float).backward();
-        }
-        names.map(|name| Vec::try_from(parameters.leaf(parameters.find(name).unwrap()).grad()).unwrap())
+        let names = ["body", "head"].map(|name| parameters.find(name).unwrap());
+        names.iter().for_each(|&id| (parameters.leaf(id) * 3.0).sum(Kind::Float).backward());
+        collected(parameters)
+    }
+
+    fn collected(parameters: &Parameters) -> [Vec<f32>; 2] {
+        let flat = parameters.gradients().unwrap();
+        ["body", "head"].map(|name| {
+            Vec::try_from(parameters.part(flat, parameters.find(name).unwrap()).unwrap()).unwrap()
+        })
+    }
+
+    fn hooks(parameters: &Parameters, mask: GradientMask) -> (Arc<GradientMask>, GradientHooks) {
+        let mask = Arc::new(mask);
+        let weights = parameters.compute_weights(Kind::Float).unwrap();
+        let hooks = GradientHooks::collect(parameters, &weights, |_| true, Some(&mask)).unwrap();
+        (mask, hooks)
     }
 
     #[test]
     fn micro_batches_of_a_step_share_a_mask_and_steps_do_not() {
-        let mut parameters = parameters();
+        let parameters = parameters();
         let mask = BernoulliMask::new(MaskScope::EncoderLayers, 0.5, true, 1);
-        let mask = Arc::new(GradientMask::Bernoulli(mask));
-        let hooks = install_hooks(&parameters, &mask).unwrap();
-        assert_eq!(hooks.len(), 1);
+        let (mask, hooks) = hooks(&parameters, GradientMask::Bernoulli(mask));
 
         mask.begin_step(0);
+        hooks.begin_step();
         let [once, head] = backward(&parameters);
+        let norm = |values: &[f32]| values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
+        assert!((hooks.norm() - (norm(&once) + norm(&head)).sqrt()).abs() < 1e-3);
         let [twice, _] = backward(&parameters);
         assert!(once.iter().all(|&value| value == 0.0 || value == 6.0));
         assert!(once.iter().zip(&twice).all(|(once, twice)| *twice == 2.0 * once));
         assert_eq!(head, [3.0; 10], "the head is outside the scope");
 
-        parameters.zero_gradients().unwrap();
         mask.begin_step(1);
+        hooks.begin_step();
         assert_ne!(backward(&parameters)[0], once);
+    }
 
-        drop(hooks);
-        parameters.zero_gradients().unwrap();
-        assert_eq!(backward(&parameters)[0], [3.0; 1000]);
+    #[test]
+    fn a_parameter_that_the_loss_does_not_reach_has_a_gradient_of_zero() {
+        let parameters = parameters();
+        let weights = parameters.compute_weights(Kind::Float).unwrap();
+        let hooks = GradientHooks::collect(&parameters, &weights, |_| true, None).unwrap();
+        hooks.begin_step();
+        assert_eq!(backward(&parameters), [vec![3.0; 1000], vec![3.0; 10]]);
+        hooks.begin_step();
+        (parameters.leaf(parameters.find("head").unwrap()) * 2.0).sum(Kind::Float).backward();
+        hooks.end_step().unwrap();
+        assert_eq!(collected(&parameters), [vec![0.0; 1000], vec![2.0; 10]]);
     }
 
     #[test]
@@ -162,7 +307,8 @@ mod tests {
         )
         .unwrap();
         assert_eq!((child.kept(), child.maskable()), (250, 1000));
-        let _hooks = install_hooks(&parameters, &Arc::new(GradientMask::Fixed(child))).unwrap();
+        let (_, hooks) = hooks(&parameters, GradientMask::Fixed(child));
+        hooks.begin_step();
         let [body, head] = backward(&parameters);
         assert!(body.iter().enumerate().all(|(index, &value)| value == if index >= 750 { 3.0 } else { 0.0 }));
         assert_eq!(head, [3.0; 10]);

@@ -4,20 +4,17 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Mutex;
 
-use multiversion::multiversion;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use super::masking::{StepMask, mask_in_place};
 use crate::error::{Error, Result};
 use crate::libtorch::elements_mut;
 use crate::model::{Parameter, ParameterKind, ParameterPlace, Parameters};
 use crate::values::hexadecimal;
 
 const WORD: usize = 64;
-/// Words that one thread works on at a time.
-const CHUNK: usize = 256;
 
 /// The part of a model that a mask may reach; the rest always trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,18 +172,18 @@ impl ChildNetwork {
         hexadecimal(&hash.finalize())
     }
 
-    /// Multiplies a parameter's contiguous float32 gradient (or values) by the mask, in place.
+    /// Returns the mask for the CPU.
+    pub fn on_cpu(&self) -> StepMask<'_> {
+        StepMask::Bits { words: &self.words, inside: 1.0, outside: 0.0 }
+    }
+
+    /// Returns a parameter's gradient with the mask, on a GPU.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn apply(&self, gradient: &mut Tensor, parameter: &Parameter) -> Result<()> {
-        if gradient.device().is_cuda() {
-            let mask = self.device_mask(parameter.range.clone(), gradient.device())?;
-            let _ = gradient.f_mul_(&mask.f_view(gradient.size().as_slice())?)?;
-            return Ok(());
-        }
-        multiply(elements_mut(gradient)?, self.words_from(parameter.range.start), 1.0, 0.0);
-        Ok(())
+    pub fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
+        let mask = self.device_mask(parameter.range.clone(), gradient.device())?;
+        Ok(gradient.f_mul(&mask.f_view(gradient.size().as_slice())?)?)
     }
 
     /// Sets the weights outside the child network to zero.
@@ -194,10 +191,9 @@ impl ChildNetwork {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn prune(&self, parameters: &Parameters) -> Result<()> {
-        for (_, parameter) in parameters.iter().filter(|(_, parameter)| self.scope.covers(parameter)) {
-            let range = &parameter.range;
-            let mut values = parameters.values().f_narrow(0, range.start as i64, range.len() as i64)?;
-            self.apply(&mut values, parameter)?;
+        let values = parameters.values_to_change();
+        for (id, parameter) in parameters.iter().filter(|(_, parameter)| self.scope.covers(parameter)) {
+            self.scale(&mut parameters.part(&values, id)?, parameter.range.start, [1.0, 0.0])?;
         }
         Ok(())
     }
@@ -208,19 +204,36 @@ impl ChildNetwork {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn scale_members(&self, values: &mut Tensor, start: usize, factor: f64) -> Result<()> {
+        self.scale(values, start, [factor, 1.0])
+    }
+
+    /// Multiplies the elements of the flat buffer from `start` on by one factor inside the child network and another one
+    /// outside.
+    fn scale(&self, values: &mut Tensor, start: usize, [inside, outside]: [f64; 2]) -> Result<()> {
         if values.device().is_cuda() {
             let members = self.device_mask(start..start + values.numel(), values.device())?;
-            let loss = values.f_mul(&members)?.f_mul_scalar(1.0 - factor)?;
-            let _ = values.f_sub_(&loss)?;
+            let inside = Tensor::f_full([1], inside, (values.kind(), values.device()))?;
+            let factors = inside.f_where_scalarother(&members, outside)?;
+            let _ = values.f_mul_(&factors)?;
             return Ok(());
         }
-        multiply(elements_mut(values)?, self.words_from(start), factor as f32, 1.0);
+        let mask = StepMask::Bits { words: &self.words, inside: inside as f32, outside: outside as f32 };
+        mask_in_place(elements_mut(values)?, mask, start / WORD);
         Ok(())
     }
 
-    fn words_from(&self, start: usize) -> &[u64] {
-        // Ranges of parameters start at multiples of a word.
-        &self.words[start / WORD..]
+    /// Returns the bits of the flat buffer, 64 a word; those that the mask does not reach are set.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Returns the places of the members in a range of the flat buffer, counted from its start, on a device: `[members]`
+    /// int32.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn members_on_device(&self, range: Range<usize>, device: Device) -> Result<Tensor> {
+        Ok(self.device_mask(range, device)?.f_nonzero()?.f_flatten(0, -1)?.f_to_kind(Kind::Int)?)
     }
 
     /// Returns the bits of a range as booleans on a device, `[range]`.
@@ -237,26 +250,6 @@ impl ChildNetwork {
         let mask = bits.f_narrow(0, 0, range.len() as i64)?;
         on_device.insert(range, mask.shallow_clone());
         Ok(mask)
-    }
-}
-
-/// Multiplies each value by `inside` where its bit is set, by `outside` elsewhere.
-fn multiply(values: &mut [f32], words: &[u64], inside: f32, outside: f32) {
-    values
-        .par_chunks_mut(CHUNK * WORD)
-        .zip(words.par_chunks(CHUNK))
-        .for_each(|(values, words)| multiply_chunk(values, words, inside, outside));
-}
-
-#[multiversion(targets = "simd")]
-fn multiply_chunk(values: &mut [f32], words: &[u64], inside: f32, outside: f32) {
-    for (values, word) in values.chunks_mut(WORD).zip(words) {
-        let halves = [*word as u32, (*word >> 32) as u32];
-        for (values, half) in values.chunks_mut(32).zip(halves) {
-            for (bit, value) in values.iter_mut().enumerate() {
-                *value *= if half >> bit & 1 == 1 { inside } else { outside };
-            }
-        }
     }
 }
 

@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 use super::network::MaskScope;
 use crate::data::PackedBatch;
 use crate::error::Result;
-use crate::libtorch::{GradientHook, HookedGradient};
+use crate::libtorch::GradientHook;
 use crate::model::{Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows};
 
 /// Adds Σ_b (∂ loss_b / ∂w)² of one batch to a buffer while backward runs.
@@ -59,12 +59,7 @@ impl<'a> SquaredGradients<'a> {
         output: &Tensor,
         function: impl FnMut(Tensor) -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        let mut function = function;
-        let hook = GradientHook::register(output, move |HookedGradient { gradient, .. }| {
-            function(gradient)?;
-            Ok(None)
-        })?;
-        self.hooks.borrow_mut().push(hook);
+        self.hooks.borrow_mut().push(GradientHook::register(output, function)?);
         Ok(())
     }
 }

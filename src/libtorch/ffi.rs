@@ -6,12 +6,8 @@ use torch_sys::C_tensor;
 
 use crate::error::{Error, Result};
 
-pub(super) type HookFunction = unsafe extern "C" fn(
-    state: *mut c_void,
-    gradient: *mut C_tensor,
-    exclusive: bool,
-    replacement: *mut *mut C_tensor,
-) -> *mut c_char;
+pub(super) type HookFunction =
+    unsafe extern "C" fn(state: *mut c_void, gradient: *mut C_tensor) -> *mut c_char;
 
 pub(super) type ReleaseFunction = unsafe extern "C" fn(state: *mut c_void);
 
@@ -30,7 +26,14 @@ unsafe extern "C" {
 
     pub(super) fn child_tuning_remove_hook(tensor: *mut C_tensor, handle: c_uint) -> *mut c_char;
 
-    pub(super) fn child_tuning_set_gradient(leaf: *mut C_tensor, gradient: *mut C_tensor) -> *mut c_char;
+    pub(super) fn child_tuning_take_gradients(
+        leaf: *mut C_tensor,
+        function: HookFunction,
+        state: *mut c_void,
+        release: ReleaseFunction,
+    ) -> *mut c_char;
+
+    pub(super) fn child_tuning_leave_gradients(leaf: *mut C_tensor) -> *mut c_char;
 
     pub(super) fn child_tuning_fused_adamw(
         parameters: *const *mut C_tensor,
@@ -44,6 +47,7 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         epsilon: f64,
+        divisor: *mut C_tensor,
     ) -> *mut c_char;
 
     pub(super) fn child_tuning_cuda_peak_bytes(device: c_int, bytes: *mut i64) -> *mut c_char;

@@ -11,7 +11,7 @@ mod optimizer;
 mod process;
 
 pub use context::{cuda_peak_bytes, reset_cuda_peak, version};
-pub use hooks::{GradientHook, HookedGradient, panic_message, set_gradient};
+pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use memory::{elements, elements_mut, map_file};
 pub use optimizer::{FusedAdamW, FusedGroup};
 pub use process::{keep_freed_memory, with_a_considerate_environment};

@@ -6,7 +6,7 @@ use torch_sys::C_tensor;
 use super::ffi;
 use crate::error::{Error, Result};
 
-/// The constants of one AdamW step.
+/// The constants of one AdamW step, without weight decay.
 #[derive(Clone, Copy, Debug)]
 pub struct FusedAdamW {
     /// Step size of this step.
@@ -15,8 +15,6 @@ pub struct FusedAdamW {
     pub betas: (f64, f64),
     /// Added to the bias-corrected root of the second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay, applied before the update.
-    pub weight_decay: f64,
 }
 
 /// The tensors of one step; all five have the same device, the first four the same shape.
@@ -31,6 +29,8 @@ pub struct FusedGroup<'a> {
     pub second_moments: &'a Tensor,
     /// Number of this step, from 1, as a float32 scalar.
     pub step: &'a Tensor,
+    /// A float32 scalar that the kernel divides the gradients by; `None` leaves them.
+    pub gradient_divisor: Option<&'a Tensor>,
 }
 
 impl FusedAdamW {
@@ -52,7 +52,9 @@ impl FusedAdamW {
         let [parameters, gradients, first_moments, second_moments]: [*mut C_tensor; 4] =
             handles.each_mut().map(Tensor::as_mut_ptr);
         let step = step.as_mut_ptr();
-        // SAFETY: all five are live tensors, each list has the one element that `count` says.
+        let mut divisor = group.gradient_divisor.map(Tensor::shallow_clone);
+        let divisor = divisor.as_mut().map_or(std::ptr::null_mut(), Tensor::as_mut_ptr);
+        // SAFETY: all are live tensors or null where the shim takes null; each list has the one element that `count` says.
         let message = unsafe {
             ffi::child_tuning_fused_adamw(
                 &parameters,
@@ -64,8 +66,9 @@ impl FusedAdamW {
                 self.learning_rate,
                 self.betas.0,
                 self.betas.1,
-                self.weight_decay,
+                0.0,
                 self.epsilon,
+                divisor,
             )
         };
         ffi::check(message)

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/version.h>
 
@@ -32,20 +33,43 @@ char *guarded(Body body) {
   }
 }
 
-// Writes the replacement for `gradient` to `replacement` (null keeps it); both tensors are owned by the callee and
-// by this file respectively. Returns a message on failure.
-using HookFunction = char *(*)(void *state, at::Tensor *gradient, bool exclusive, at::Tensor **replacement);
+// Takes `gradient` over. Returns a message on failure.
+using HookFunction = char *(*)(void *state, at::Tensor *gradient);
 using ReleaseFunction = void (*)(void *state);
 
 // The state of one hook. libtorch keeps hooks as copyable std::functions, so the state is shared; the last copy
 // releases it.
 struct HookState {
-  HookState(void *state, ReleaseFunction release) : state(state), release(release) {}
+  HookState(HookFunction function, void *state, ReleaseFunction release)
+      : function(function), state(state), release(release) {}
   HookState(const HookState &) = delete;
   HookState &operator=(const HookState &) = delete;
   ~HookState() { release(state); }
+
+  void call(at::Tensor gradient) const {
+    char *message = function(state, new at::Tensor(std::move(gradient)));
+    if (message == nullptr) return;
+    std::string text(message);
+    free(message);
+    throw std::runtime_error(text);
+  }
+
+  HookFunction function;
   void *state;
   ReleaseFunction release;
+};
+
+// Takes the gradient out of a leaf as soon as backward has put it there.
+struct TakeGradient : torch::autograd::PostAccumulateGradHook {
+  explicit TakeGradient(std::shared_ptr<HookState> state) : state(std::move(state)) {}
+
+  void operator()(const torch::autograd::Variable &leaf) override {
+    at::Tensor gradient = std::move(leaf.mutable_grad());
+    leaf.mutable_grad().reset();
+    state->call(std::move(gradient));
+  }
+
+  std::shared_ptr<HookState> state;
 };
 
 std::vector<at::Tensor> tensors(at::Tensor *const *pointers, size_t count) {
@@ -63,24 +87,15 @@ void child_tuning_free_message(char *message) { free(message); }
 
 const char *child_tuning_libtorch_version() { return TORCH_VERSION; }
 
-// Registers a hook on `tensor`. `state` belongs to libtorch from here on, also on failure.
+// Registers a hook that sees the gradient of `tensor` on its way. `state` belongs to libtorch from here on, also on
+// failure.
 char *child_tuning_register_hook(at::Tensor *tensor, HookFunction function, void *state, ReleaseFunction release,
                                  unsigned *handle) {
-  auto shared = std::make_shared<HookState>(state, release);
+  auto shared = std::make_shared<HookState>(function, state, release);
   return guarded([&] {
-    *handle = tensor->register_hook([shared, function](const at::Tensor &gradient) -> at::Tensor {
-      // The engine holds this gradient twice while a hook runs (its list and the argument): a third owner, or a
-      // second view of the storage, means that somebody else still needs the values.
-      const bool exclusive = gradient.use_count() <= 2 && gradient.has_storage() && gradient.storage().use_count() == 1;
-      at::Tensor *replacement = nullptr;
-      char *message = function(shared->state, new at::Tensor(gradient), exclusive, &replacement);
-      std::unique_ptr<at::Tensor> owned(replacement);
-      if (message != nullptr) {
-        std::string text(message);
-        free(message);
-        throw std::runtime_error(text);
-      }
-      return owned ? *owned : at::Tensor();
+    *handle = tensor->register_hook([shared](const at::Tensor &gradient) -> at::Tensor {
+      shared->call(gradient);
+      return at::Tensor();
     });
   });
 }
@@ -89,21 +104,32 @@ char *child_tuning_remove_hook(at::Tensor *tensor, unsigned handle) {
   return guarded([&] { tensor->remove_hook(handle); });
 }
 
-// Makes `gradient` the `.grad` of `leaf`, so that backward adds into that memory.
-char *child_tuning_set_gradient(at::Tensor *leaf, at::Tensor *gradient) {
-  return guarded([&] { leaf->mutable_grad() = *gradient; });
+// Registers the one hook that takes each gradient that backward leaves in the leaf `leaf`. `state` belongs to libtorch
+// from here on, also on failure.
+char *child_tuning_take_gradients(at::Tensor *leaf, HookFunction function, void *state, ReleaseFunction release) {
+  auto shared = std::make_shared<HookState>(function, state, release);
+  return guarded([&] {
+    TORCH_CHECK(leaf->requires_grad() && leaf->is_leaf(), "only a leaf that requires a gradient keeps one to take");
+    torch::autograd::impl::set_post_acc_grad_hooks(*leaf, std::make_unique<TakeGradient>(shared));
+  });
 }
 
-// at::_fused_adamw_ over `count` tensors of one weight-decay group.
+char *child_tuning_leave_gradients(at::Tensor *leaf) {
+  return guarded([&] { torch::autograd::impl::set_post_acc_grad_hooks(*leaf, nullptr); });
+}
+
+// at::_fused_adamw_ over `count` tensors of one weight-decay group. The kernel divides the gradients by `divisor`, a
+// scalar on their device; null leaves them.
 char *child_tuning_fused_adamw(at::Tensor *const *parameters, at::Tensor *const *gradients,
                                at::Tensor *const *first_moments, at::Tensor *const *second_moments,
                                at::Tensor *const *steps, size_t count, double learning_rate, double beta1,
-                               double beta2, double weight_decay, double epsilon) {
+                               double beta2, double weight_decay, double epsilon, at::Tensor *divisor) {
   return guarded([&] {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const auto gradient_divisor = divisor == nullptr ? std::nullopt : std::make_optional(*divisor);
     at::_fused_adamw_(tensors(parameters, count), tensors(gradients, count), tensors(first_moments, count),
                       tensors(second_moments, count), {}, tensors(steps, count), learning_rate, beta1, beta2,
-                      weight_decay, epsilon, /*amsgrad=*/false, /*maximize=*/false);
+                      weight_decay, epsilon, /*amsgrad=*/false, /*maximize=*/false, gradient_divisor);
   });
 }
 

@@ -256,7 +256,7 @@ fn information(
     let batches = order.chunks(*batch_size).enumerate().map(|(number, examples)| {
         let (batch, targets) = data.batch(examples, 0, device)?;
         let dropout =
-            options.dropout.then(|| Dropout::new(*seed, Purpose::FisherDropout, number as u64, device));
+            options.dropout.then(|| Dropout::new(*seed, Purpose::FisherDropout, number as u64, 0, device));
         Ok(FisherBatch { batch, targets, dropout })
     });
     fisher_information(classifier, batches, options, scope, progress)

@@ -207,7 +207,7 @@ impl Classifier {
         for &id in &self.fresh {
             self.parameters.initialise(id, seed, self.initializer_range)?;
         }
-        self.parameters.zero_gradients()
+        Ok(())
     }
 
     /// Computes the logits of a pass in float32, `[examples, outputs]`.

@@ -20,11 +20,13 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// Makes the pattern of a step (or of a batch of the Fisher pass, by `purpose`).
-    pub fn new(seed: u64, purpose: Purpose, step: u64, device: Device) -> Self {
+    /// Makes the pattern of a step (or of a batch of the Fisher pass, by `purpose`), for a pass over the examples from
+    /// `first_slot` on.
+    pub fn new(seed: u64, purpose: Purpose, step: u64, first_slot: usize, device: Device) -> Self {
         let key = Key::derive(seed, purpose, step);
         if device.is_cuda() {
-            tch::manual_seed((key.as_u64() >> 1) as i64);
+            // Masks draw from the same generator, so it is seeded for every pass.
+            tch::manual_seed((key.of_part(first_slot as u64).as_u64() >> 1) as i64);
         }
         Self { key }
     }
@@ -128,7 +130,7 @@ mod tests {
 
     #[test]
     fn the_pattern_of_an_example_does_not_depend_on_its_batch() {
-        let dropout = Dropout::new(42, Purpose::Dropout, 7, Device::Cpu);
+        let dropout = Dropout::new(42, Purpose::Dropout, 7, 0, Device::Cpu);
         let ones = |tokens: i64| Tensor::ones([tokens, 100], (Kind::Float, Device::Cpu));
         let whole = dropout.tokens(&ones(9), 0.3, 2, &batch(&[4, 5], 0)).unwrap();
         let second = dropout.tokens(&ones(5), 0.3, 2, &batch(&[5], 1)).unwrap();
@@ -144,7 +146,7 @@ mod tests {
 
     #[test]
     fn the_share_of_dropped_elements_is_the_probability_and_the_mean_is_kept() {
-        let dropout = Dropout::new(1, Purpose::Dropout, 0, Device::Cpu);
+        let dropout = Dropout::new(1, Purpose::Dropout, 0, 0, Device::Cpu);
         let rows = Tensor::ones([1000, 300], (Kind::Float, Device::Cpu));
         let dropped = dropout.tokens(&rows, 0.1, 0, &batch(&[1000], 0)).unwrap();
         let zeros = f64::try_from(dropped.eq(0.0).to_kind(Kind::Double).mean(Kind::Double)).unwrap();

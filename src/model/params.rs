@@ -1,16 +1,17 @@
 //! The parameters of a model in one flat buffer.
 //!
-//! Values and gradients of all parameters are two contiguous float32 tensors; each parameter is a view of a range of
-//! them. So the optimizer is one kernel launch, a norm is one reduction, and a model is reset for the next seed by one
-//! copy. Ranges start at multiples of [`ALIGNMENT`]; the gaps between them hold zeros and stay zero.
+//! Values and gradients of all parameters are two contiguous float32 tensors; each parameter is a range of both. So the
+//! optimizer is one pass, a norm is one reduction, and a model is reset for the next seed by one copy. Ranges start at
+//! multiples of [`ALIGNMENT`]; the gaps between them hold zeros and stay zero.
 
+use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::libtorch::{elements_mut, set_gradient};
+use crate::libtorch::elements_mut;
 use crate::random::{self, Key, Purpose};
 
 /// Ranges start at multiples of this many elements: a cache line, and one group of random numbers.
@@ -139,6 +140,14 @@ pub struct Trainable {
     pub count: usize,
 }
 
+impl Trainable {
+    /// Returns whether a parameter is among those that train.
+    pub fn holds(&self, parameter: &Parameter) -> bool {
+        let range = &parameter.range;
+        self.spans.iter().any(|span| span.start <= range.start && range.end <= span.end)
+    }
+}
+
 /// Parameters side by side that are all with weight decay, or all without.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrainableGroup {
@@ -153,29 +162,38 @@ pub struct Parameters {
     parameters: Vec<Parameter>,
     by_name: HashMap<String, usize>,
     values: Tensor,
-    gradients: Tensor,
     leaves: Vec<Tensor>,
+    /// Made when somebody collects gradients.
+    gradients: OnceCell<Tensor>,
+    /// Made when a pass first computes in bfloat16.
+    half: OnceCell<HalfCopy>,
+}
+
+/// The weights of the encoder in bfloat16, for all passes until the values change.
+struct HalfCopy {
+    flat: Tensor,
+    /// Ranges of the flat values, and where each of them begins in the copy.
+    runs: Vec<(Range<usize>, usize)>,
+    /// What a pass uses of each parameter: a leaf of the copy, or that of the float32 values.
+    leaves: Vec<Tensor>,
+    stale: Cell<bool>,
 }
 
 impl Parameters {
-    /// Allocates zeroed values and gradients for the declared parameters.
+    /// Allocates zeroed values for the declared parameters.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn allocate(mut table: ParameterTable, device: Device) -> Result<Self> {
         let total = table.place();
         let values = Tensor::f_zeros([total as i64], (Kind::Float, device))?;
-        let gradients = Tensor::f_zeros([total as i64], (Kind::Float, device))?;
         let parameters = table.parameters;
-        let mut leaves = Vec::with_capacity(parameters.len());
-        for parameter in &parameters {
-            let leaf = view(&values, parameter)?.f_detach()?.f_set_requires_grad(true)?;
-            set_gradient(&leaf, &view(&gradients, parameter)?)?;
-            leaves.push(leaf);
-        }
+        let leaf = |parameter: &Parameter| leaf(&values, parameter.range.start, &parameter.shape);
+        let leaves = parameters.iter().map(leaf).collect::<Result<_>>()?;
         let by_name =
             parameters.iter().enumerate().map(|(index, parameter)| (parameter.name.clone(), index)).collect();
-        Ok(Self { parameters, by_name, values, gradients, leaves })
+        let (gradients, half) = Default::default();
+        Ok(Self { parameters, by_name, values, leaves, gradients, half })
     }
 
     /// Iterates over the parameters with their name tags, in the order of declaration.
@@ -203,9 +221,37 @@ impl Parameters {
         &self.values
     }
 
-    /// Returns the gradients of all parameters, `[total]` in float32.
-    pub fn gradients(&self) -> &Tensor {
-        &self.gradients
+    /// Returns the values of all parameters for changing them in place, `[total]` in float32.
+    pub fn values_to_change(&self) -> Tensor {
+        if let Some(half) = self.half.get() {
+            half.stale.set(true);
+        }
+        self.values.shallow_clone()
+    }
+
+    /// Returns the buffer for the gradients of all parameters, `[total]` in float32; zeros until gradients are collected.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate it, when it is first asked for.
+    pub fn gradients(&self) -> Result<&Tensor> {
+        if self.gradients.get().is_none() {
+            let _ = self.gradients.set(self.values.f_zeros_like()?);
+        }
+        self.gradients.get().ok_or_else(|| Error::Libtorch("there is no gradient buffer".into()))
+    }
+
+    /// Frees the gradient buffer until it is asked for again.
+    pub fn free_gradients(&mut self) {
+        self.gradients = OnceCell::new();
+    }
+
+    /// Returns a parameter's elements in a flat buffer, `[count]`.
+    ///
+    /// # Errors
+    /// Fails if the buffer is shorter than those of the model.
+    pub fn part(&self, flat: &Tensor, id: ParameterId) -> Result<Tensor> {
+        let range = &self.get(id).range;
+        Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?)
     }
 
     /// Copies the values of all parameters, for [`Parameters::restore`].
@@ -257,41 +303,25 @@ impl Parameters {
         self.values.device()
     }
 
-    /// Returns the weights in the type that the forward pass computes in, one tensor a parameter.
+    /// Returns the weights in the type that passes compute in: leaves of the autograd graph, one a parameter.
     ///
-    /// In float32 these are the leaves. In bfloat16 the body is cast (a differentiable copy, so that gradients arrive
-    /// at the float32 leaves). Tables of embeddings stay in float32, since a step needs few of their rows, and so do
-    /// pooler and head, where the few products cost nothing.
+    /// In bfloat16 the encoder's are leaves of a copy that is made anew when the values have changed, so that a step casts
+    /// once, whatever the number of its micro-batches. Tables of embeddings stay in float32, since a step needs few of
+    /// their rows, and so do pooler and head, where the few products cost nothing.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn compute_weights(&self, kind: Kind) -> Result<Vec<Tensor>> {
-        let cast = |(leaf, parameter): (&Tensor, &Parameter)| {
-            let body = !matches!(parameter.place, ParameterPlace::Pooler | ParameterPlace::Head);
-            let computes = body && parameter.kind != ParameterKind::Embedding;
-            Ok(if computes && leaf.kind() != kind { leaf.f_to_kind(kind)? } else { leaf.shallow_clone() })
-        };
-        self.leaves.iter().zip(&self.parameters).map(cast).collect()
-    }
-
-    /// Sets all gradients to zero.
-    ///
-    /// # Errors
-    /// Fails if libtorch refuses.
-    pub fn zero_gradients(&mut self) -> Result<()> {
-        let whole = 0..self.buffer_len();
-        self.zero_gradients_in(&[whole])
-    }
-
-    /// Sets the gradients of ranges of the flat buffer to zero.
-    ///
-    /// # Errors
-    /// Fails if libtorch refuses.
-    pub fn zero_gradients_in(&mut self, ranges: &[Range<usize>]) -> Result<()> {
-        for range in ranges {
-            let _ = self.gradients.f_narrow(0, range.start as i64, range.len() as i64)?.f_zero_()?;
+        if kind == Kind::Float {
+            return Ok(self.leaves.iter().map(Tensor::shallow_clone).collect());
         }
-        Ok(())
+        if self.half.get().is_none() {
+            let _ = self.half.set(HalfCopy::new(self, kind)?);
+        }
+        let half =
+            self.half.get().ok_or_else(|| Error::Libtorch("there is no copy of the weights".into()))?;
+        half.refresh(&self.values)?;
+        Ok(half.leaves.iter().map(Tensor::shallow_clone).collect())
     }
 
     /// Copies all values from a buffer of the same layout.
@@ -299,7 +329,7 @@ impl Parameters {
     /// # Errors
     /// Fails if the lengths differ.
     pub fn restore(&mut self, values: &Tensor) -> Result<()> {
-        tch::no_grad(|| self.values.f_copy_(values))?;
+        tch::no_grad(|| self.values_to_change().f_copy_(values))?;
         Ok(())
     }
 
@@ -317,7 +347,9 @@ impl Parameters {
                 values.size()
             )));
         }
-        tch::no_grad(|| view(&self.values, parameter)?.f_copy_(values).map(|_| ()).map_err(Error::from))
+        let mut part = self.part(&self.values_to_change(), id)?.f_view(parameter.shape.as_slice())?;
+        tch::no_grad(|| part.f_copy_(values))?;
+        Ok(())
     }
 
     /// Gives a parameter the initial values that transformers gives a new one: normal weights and embeddings, zero
@@ -344,9 +376,48 @@ impl Parameters {
     }
 }
 
-fn view(flat: &Tensor, parameter: &Parameter) -> Result<Tensor> {
-    let range = &parameter.range;
-    Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?.f_view(parameter.shape.as_slice())?)
+impl HalfCopy {
+    fn new(parameters: &Parameters, kind: Kind) -> Result<Self> {
+        let computes = |parameter: &Parameter| {
+            let body = !matches!(parameter.place, ParameterPlace::Pooler | ParameterPlace::Head);
+            body && parameter.kind != ParameterKind::Embedding
+        };
+        let (mut runs, mut length) = (Vec::new(), 0);
+        for span in parameters.trainable(computes).spans {
+            runs.push((span.clone(), length));
+            length += span.len();
+        }
+        let flat = Tensor::f_zeros([length as i64], (kind, parameters.device()))?;
+        let place = |start: usize| {
+            let (run, offset) = runs.iter().rev().find(|(run, _)| run.start <= start)?;
+            Some(offset + start - run.start)
+        };
+        let leaves = parameters.iter().map(|(id, parameter)| match place(parameter.range.start) {
+            Some(start) if computes(parameter) => leaf(&flat, start, &parameter.shape),
+            _ => Ok(parameters.leaf(id).shallow_clone()),
+        });
+        Ok(Self { leaves: leaves.collect::<Result<_>>()?, flat, runs, stale: Cell::new(true) })
+    }
+
+    /// Copies the values, if they have changed since the last time.
+    fn refresh(&self, values: &Tensor) -> Result<()> {
+        if !self.stale.get() {
+            return Ok(());
+        }
+        let _guard = tch::no_grad_guard();
+        for (run, start) in &self.runs {
+            let source = values.f_narrow(0, run.start as i64, run.len() as i64)?;
+            self.flat.f_narrow(0, *start as i64, run.len() as i64)?.f_copy_(&source)?;
+        }
+        self.stale.set(false);
+        Ok(())
+    }
+}
+
+/// Makes a leaf of the autograd graph out of the elements of a flat buffer from `start` on.
+fn leaf(flat: &Tensor, start: usize, shape: &[i64]) -> Result<Tensor> {
+    let part = flat.f_narrow(0, start as i64, shape.iter().product())?;
+    Ok(part.f_view(shape)?.f_detach()?.f_set_requires_grad(true)?)
 }
 
 #[cfg(test)]

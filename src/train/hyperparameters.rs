@@ -145,6 +145,10 @@ pub struct Hyperparameters {
     pub freeze: Freeze,
     /// Epochs without a better dev score after which training stops; `None` never stops early.
     pub early_stopping: Option<usize>,
+    /// Whether each parameter is updated in backward, as soon as its gradient is there, and the gradient freed. No bit of
+    /// the outcome depends on it.
+    #[serde(skip)]
+    pub release_gradients: bool,
 }
 
 impl Default for Hyperparameters {
@@ -168,6 +172,7 @@ impl Default for Hyperparameters {
             checkpoint: Checkpoint::Last,
             freeze: Freeze::Nothing,
             early_stopping: None,
+            release_gradients: false,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Training and evaluation of one run.
 
+mod adamw_device;
+mod adamw_host;
 mod evaluate;
 mod hyperparameters;
 mod optimizer;
@@ -14,7 +16,7 @@ pub use hyperparameters::{
     AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Warmup,
 };
 pub use optimizer::AdamW;
-pub use rule::Optimizer;
+pub use rule::{Clip, Optimizer};
 pub use schedule::Schedule;
 pub use sgd::Sgd;
 pub use step_variance::{StepVariance, step_variance};

@@ -1,39 +1,41 @@
 //! AdamW over the flat buffers of a model.
 
-use std::ops::Range;
+use std::sync::Arc;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
+use super::adamw_device::DeviceMoments;
+use super::adamw_host::{HostMoments, StepConstants};
 use super::hyperparameters::{AdamWForm, Hyperparameters};
-use crate::child::ChildNetwork;
+use super::rule::Clip;
+use crate::child::GradientMask;
 use crate::error::Result;
-use crate::libtorch::{FusedAdamW, FusedGroup};
-use crate::model::{Parameters, Trainable, TrainableGroup};
+use crate::libtorch::{elements, elements_mut};
+use crate::method::DecayScope;
+use crate::model::{Parameter, Parameters, Trainable};
 
-/// AdamW with bias correction (Loshchilov and Hutter, 2019), through libtorch's fused kernel.
+/// AdamW with bias correction (Loshchilov and Hutter, 2019).
 ///
 /// The two forms differ in where epsilon stands and when decay happens:
 ///
 /// - `torch`: w ← (1 − ηλ) w, then w ← w − η m̂ / (√v̂ + ε);
 /// - `hf_legacy`: w ← w − η √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε), then w ← (1 − ηλ) w.
 ///
-/// The second update is the first with ε / √(1 − β₂ᵗ) in place of ε, so one kernel serves both.
+/// The second update is the first with ε / √(1 − β₂ᵗ) in place of ε, so one kernel serves both. With a fixed child network
+/// moments exist for its members only: those of the others would stay zero.
 pub struct AdamW {
     form: AdamWForm,
     betas: (f64, f64),
     epsilon: f64,
     weight_decay: f64,
-    groups: Vec<Group>,
-    steps: u64,
-    step: Tensor,
+    step: u64,
+    learning_rate: f64,
+    moments: Moments,
 }
 
-/// The moments of one range of the parameters.
-struct Group {
-    range: Range<usize>,
-    decays: bool,
-    first_moments: Tensor,
-    second_moments: Tensor,
+enum Moments {
+    Host(HostMoments),
+    Device(DeviceMoments),
 }
 
 impl AdamW {
@@ -45,88 +47,82 @@ impl AdamW {
         parameters: &Parameters,
         trainable: &Trainable,
         hyperparameters: &Hyperparameters,
+        mask: Option<&Arc<GradientMask>>,
+        decay: DecayScope,
     ) -> Result<Self> {
-        let options = (Kind::Float, parameters.device());
-        let group = |group: &TrainableGroup| -> Result<Group> {
-            let zeros = || Tensor::f_zeros([group.range.len() as i64], options);
-            Ok(Group {
-                range: group.range.clone(),
-                decays: group.decays,
-                first_moments: zeros()?,
-                second_moments: zeros()?,
-            })
+        // The whole network as child network is none, so that p = 1 is vanilla bit for bit.
+        let fixed = |mask: &&Arc<GradientMask>| mask.child().is_some_and(|child| !child.is_full());
+        let mask = mask.filter(fixed).cloned();
+        let decays_outside = decay == DecayScope::All;
+        let moments = if parameters.device().is_cuda() {
+            Moments::Device(DeviceMoments::new(&trainable.groups, mask, decays_outside, parameters.device())?)
+        } else {
+            let mut list: Vec<&Parameter> = parameters
+                .iter()
+                .map(|(_, parameter)| parameter)
+                .filter(|own| trainable.holds(own))
+                .collect();
+            list.sort_by_key(|parameter| parameter.range.start);
+            Moments::Host(HostMoments::new(list.into_iter(), mask, decays_outside))
         };
         Ok(Self {
             form: hyperparameters.adamw,
             betas: hyperparameters.betas,
             epsilon: hyperparameters.epsilon,
             weight_decay: hyperparameters.weight_decay,
-            groups: trainable.groups.iter().map(group).collect::<Result<_>>()?,
-            steps: 0,
-            step: Tensor::f_zeros([], options)?,
+            step: 0,
+            learning_rate: 0.0,
+            moments,
         })
     }
 
     /// Returns the bytes of the optimizer's state.
     pub fn state_bytes(&self) -> usize {
-        self.groups.iter().map(|group| 2 * group.range.len() * size_of::<f32>()).sum()
+        match &self.moments {
+            Moments::Host(moments) => moments.bytes(),
+            Moments::Device(moments) => moments.bytes(),
+        }
     }
 
-    /// Applies one step with the accumulated gradients. With `decayed`, weight decay touches only the members of that
-    /// child network, and all other weights keep every bit (their gradients and moments are zero).
+    /// Starts a step.
+    pub fn begin_step(&mut self, learning_rate: f64) {
+        self.step += 1;
+        self.learning_rate = learning_rate;
+    }
+
+    /// Updates weights with their gradients, both the part of the flat buffer that begins at `start`.
     ///
     /// # Errors
     /// Fails if libtorch refuses.
-    pub fn step(
+    pub fn apply(
         &mut self,
-        parameters: &Parameters,
-        learning_rate: f64,
-        decayed: Option<&ChildNetwork>,
+        values: &mut Tensor,
+        gradients: &Tensor,
+        start: usize,
+        clip: &Clip,
     ) -> Result<()> {
-        self.steps += 1;
-        self.step = self.step.f_fill_(self.steps as f64)?;
-        // The whole network as child network decays inside the kernel, so that p = 1 is vanilla bit for bit.
-        let decayed = decayed.filter(|child| !child.is_full());
-        let in_kernel = self.form == AdamWForm::Torch && decayed.is_none();
-        let before = self.form == AdamWForm::Torch;
-        let epsilon = match self.form {
-            AdamWForm::Torch => self.epsilon,
-            AdamWForm::HfLegacy => self.epsilon / (1.0 - self.betas.1.powi(self.steps as i32)).sqrt(),
-        };
-        for group in &self.groups {
-            let decay = if group.decays { self.weight_decay } else { 0.0 };
-            let mut weights = slice(parameters.values(), &group.range)?;
-            let mut shrink = || match decayed {
-                _ if in_kernel || decay == 0.0 => Ok(()),
-                Some(child) => {
-                    child.scale_members(&mut weights, group.range.start, 1.0 - learning_rate * decay)
-                }
-                None => Ok(weights.f_mul_scalar_(1.0 - learning_rate * decay).map(|_| ())?),
-            };
-            if before {
-                shrink()?;
+        let constants = self.constants();
+        match &mut self.moments {
+            Moments::Host(moments) => {
+                let (values, gradients) = (elements_mut(values)?, elements(gradients)?);
+                moments.apply(values, gradients, start, clip.factor(), &constants);
+                Ok(())
             }
-            FusedAdamW {
-                learning_rate,
-                betas: self.betas,
-                epsilon,
-                weight_decay: if in_kernel { decay } else { 0.0 },
-            }
-            .apply(&FusedGroup {
-                parameters: &slice(parameters.values(), &group.range)?,
-                gradients: &slice(parameters.gradients(), &group.range)?,
-                first_moments: &group.first_moments,
-                second_moments: &group.second_moments,
-                step: &self.step,
-            })?;
-            if !before {
-                shrink()?;
-            }
+            Moments::Device(moments) => moments.apply(values, gradients, start, clip.divisor(), &constants),
         }
-        Ok(())
     }
-}
 
-fn slice(flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
-    Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?)
+    fn constants(&self) -> StepConstants {
+        let decay = 1.0 - self.learning_rate * self.weight_decay;
+        let legacy = self.form == AdamWForm::HfLegacy;
+        let root = (1.0 - self.betas.1.powi(self.step as i32)).sqrt();
+        StepConstants {
+            step: self.step,
+            learning_rate: self.learning_rate,
+            betas: self.betas,
+            epsilon: if legacy { self.epsilon / root } else { self.epsilon },
+            decay_before: if legacy { 1.0 } else { decay },
+            decay_after: if legacy { decay } else { 1.0 },
+        }
+    }
 }

@@ -1,10 +1,15 @@
 //! The optimizer of a run, whichever it is.
 
+use std::sync::Arc;
+
+use tch::Tensor;
+
 use super::hyperparameters::{Hyperparameters, OptimizerRule};
 use super::optimizer::AdamW;
 use super::sgd::Sgd;
-use crate::child::ChildNetwork;
+use crate::child::GradientMask;
 use crate::error::Result;
+use crate::method::DecayScope;
 use crate::model::{Parameters, Trainable};
 
 /// What turns gradients into steps.
@@ -15,8 +20,35 @@ pub enum Optimizer {
     Sgd(Sgd),
 }
 
+/// How clipping scales the gradients of a step.
+pub enum Clip {
+    /// By this factor, known to the host.
+    Factor(f32),
+    /// By one over this scalar, which stays on the device so that nobody waits for it.
+    Divisor(Tensor),
+}
+
+impl Clip {
+    /// The factor on the host; 1 where only the device knows it.
+    pub(super) fn factor(&self) -> f32 {
+        match self {
+            Clip::Factor(factor) => *factor,
+            Clip::Divisor(_) => 1.0,
+        }
+    }
+
+    /// The divisor on the device, if it is there.
+    pub(super) fn divisor(&self) -> Option<&Tensor> {
+        match self {
+            Clip::Factor(_) => None,
+            Clip::Divisor(divisor) => Some(divisor),
+        }
+    }
+}
+
 impl Optimizer {
-    /// Makes the optimizer that the hyper-parameters ask for, for the parameters that train.
+    /// Makes the optimizer that the hyper-parameters ask for, for the parameters that train. With a fixed `mask`, weight
+    /// decay may be kept to its members; all other weights keep every bit then.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -24,10 +56,14 @@ impl Optimizer {
         parameters: &Parameters,
         trainable: &Trainable,
         hyperparameters: &Hyperparameters,
+        mask: Option<&Arc<GradientMask>>,
+        decay: DecayScope,
     ) -> Result<Self> {
         Ok(match hyperparameters.optimizer {
-            OptimizerRule::Adamw => Optimizer::AdamW(AdamW::new(parameters, trainable, hyperparameters)?),
-            OptimizerRule::Sgd => Optimizer::Sgd(Sgd::new(trainable, hyperparameters)),
+            OptimizerRule::Adamw => {
+                Optimizer::AdamW(AdamW::new(parameters, trainable, hyperparameters, mask, decay)?)
+            }
+            OptimizerRule::Sgd => Optimizer::Sgd(Sgd::new(trainable, hyperparameters, mask, decay)),
         })
     }
 
@@ -39,20 +75,29 @@ impl Optimizer {
         }
     }
 
-    /// Applies one step with the accumulated gradients. With `decayed`, weight decay touches only the members of that
-    /// child network, and all other weights keep every bit.
+    /// Starts a step.
+    pub fn begin_step(&mut self, learning_rate: f64) {
+        match self {
+            Optimizer::AdamW(adamw) => adamw.begin_step(learning_rate),
+            Optimizer::Sgd(sgd) => sgd.begin_step(learning_rate),
+        }
+    }
+
+    /// Updates weights with their masked gradients, both the part of the flat buffer that begins at `start`: the whole
+    /// buffer, or one parameter.
     ///
     /// # Errors
     /// Fails if libtorch refuses.
-    pub fn step(
+    pub fn apply(
         &mut self,
-        parameters: &Parameters,
-        learning_rate: f64,
-        decayed: Option<&ChildNetwork>,
+        values: &mut Tensor,
+        gradients: &Tensor,
+        start: usize,
+        clip: &Clip,
     ) -> Result<()> {
         match self {
-            Optimizer::AdamW(adamw) => adamw.step(parameters, learning_rate, decayed),
-            Optimizer::Sgd(sgd) => sgd.step(parameters, learning_rate, decayed),
+            Optimizer::AdamW(adamw) => adamw.apply(values, gradients, start, clip),
+            Optimizer::Sgd(sgd) => sgd.apply(values, gradients, start, clip),
         }
     }
 }

@@ -1,11 +1,15 @@
 //! Stochastic gradient descent over the flat buffers of a model.
 
-use tch::{Kind, Tensor};
+use std::sync::Arc;
+
+use tch::Tensor;
 
 use super::hyperparameters::Hyperparameters;
-use crate::child::ChildNetwork;
+use super::rule::Clip;
+use crate::child::GradientMask;
 use crate::error::Result;
-use crate::model::{Parameters, Trainable, TrainableGroup};
+use crate::method::DecayScope;
+use crate::model::{Trainable, TrainableGroup};
 
 /// Plain SGD: w ← (1 − ηλ) w, then w ← w − η g. No momentum, no state.
 ///
@@ -13,40 +17,61 @@ use crate::model::{Parameters, Trainable, TrainableGroup};
 /// its `weight_decay`.
 pub struct Sgd {
     weight_decay: f64,
+    learning_rate: f64,
     groups: Vec<TrainableGroup>,
+    /// The child network that decay is kept to, if it is.
+    decayed: Option<Arc<GradientMask>>,
 }
 
 impl Sgd {
     /// Makes an optimizer for the parameters that train; the others are not touched.
-    pub fn new(trainable: &Trainable, hyperparameters: &Hyperparameters) -> Self {
-        Self { weight_decay: hyperparameters.weight_decay, groups: trainable.groups.clone() }
+    pub fn new(
+        trainable: &Trainable,
+        hyperparameters: &Hyperparameters,
+        mask: Option<&Arc<GradientMask>>,
+        decay: DecayScope,
+    ) -> Self {
+        // The whole network as child network decays as one, so that p = 1 is vanilla bit for bit.
+        let fixed = |mask: &&Arc<GradientMask>| mask.child().is_some_and(|child| !child.is_full());
+        Self {
+            weight_decay: hyperparameters.weight_decay,
+            learning_rate: 0.0,
+            groups: trainable.groups.clone(),
+            decayed: mask.filter(|_| decay == DecayScope::Child).filter(fixed).cloned(),
+        }
     }
 
-    /// Applies one step with the accumulated gradients. With `decayed`, weight decay touches only the members of that
-    /// child network, and all other weights keep every bit (their gradients are zero).
+    /// Starts a step.
+    pub fn begin_step(&mut self, learning_rate: f64) {
+        self.learning_rate = learning_rate;
+    }
+
+    /// Updates weights with their gradients, both the part of the flat buffer that begins at `start`.
     ///
     /// # Errors
     /// Fails if libtorch refuses.
-    pub fn step(
-        &self,
-        parameters: &Parameters,
-        learning_rate: f64,
-        decayed: Option<&ChildNetwork>,
-    ) -> Result<()> {
-        let step = Tensor::f_full([], -learning_rate, (Kind::Float, parameters.device()))?;
-        // The whole network as child network decays as one, so that p = 1 is vanilla bit for bit.
-        let decayed = decayed.filter(|child| !child.is_full());
+    pub fn apply(&self, values: &mut Tensor, gradients: &Tensor, start: usize, clip: &Clip) -> Result<()> {
+        let end = start + gradients.numel();
+        let gradients = match clip {
+            Clip::Factor(1.0) => gradients.shallow_clone(),
+            Clip::Factor(factor) => gradients.f_mul_scalar(f64::from(*factor))?,
+            Clip::Divisor(divisor) => gradients.f_div(divisor)?,
+        };
         for group in &self.groups {
-            let part = |flat: &Tensor| flat.f_narrow(0, group.range.start as i64, group.range.len() as i64);
-            let mut weights = part(parameters.values())?;
+            let (first, last) = (group.range.start.max(start), group.range.end.min(end));
+            if first >= last {
+                continue;
+            }
+            let part = |flat: &Tensor| flat.f_narrow(0, (first - start) as i64, (last - first) as i64);
+            let mut weights = part(values)?;
             if group.decays && self.weight_decay != 0.0 {
-                let shrink = 1.0 - learning_rate * self.weight_decay;
-                match decayed {
-                    Some(child) => child.scale_members(&mut weights, group.range.start, shrink)?,
+                let shrink = 1.0 - self.learning_rate * self.weight_decay;
+                match self.decayed.as_ref().and_then(|mask| mask.child()) {
+                    Some(child) => child.scale_members(&mut weights, first, shrink)?,
                     None => weights.f_mul_scalar_(shrink).map(|_| ())?,
                 }
             }
-            let _ = weights.f_addcmul_(&part(parameters.gradients())?, &step)?;
+            let _ = weights.f_sub_(&part(&gradients)?.f_mul_scalar(self.learning_rate)?)?;
         }
         Ok(())
     }
@@ -54,29 +79,28 @@ impl Sgd {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
-    use crate::child::{Cut, MaskScope, Threshold};
-    use crate::model::{ParameterKind, ParameterPlace, ParameterTable};
+    use crate::child::{ChildNetwork, Cut, MaskScope, Threshold};
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
 
-    /// Weights 0, 1, 2, …; gradients 10, 9, 8, …; the bias does not decay.
+    /// Weights 0, 1, 2, …; the bias does not decay.
     fn parameters() -> Parameters {
         let mut table = ParameterTable::default();
         table.declare("weight", &[8], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
         table.declare("bias", &[4], ParameterKind::Bias, ParameterPlace::EncoderLayer(0));
-        let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        let mut parameters = Parameters::allocate(table, Device::Cpu).unwrap();
         for (name, count) in [("weight", 8), ("bias", 4)] {
-            let leaf = parameters.leaf(parameters.find(name).unwrap());
-            let numbers = Tensor::arange(count, (Kind::Float, Device::Cpu));
-            leaf.detach().copy_(&numbers);
-            leaf.grad().copy_(&(10.0 - numbers));
+            let id = parameters.find(name).unwrap();
+            parameters.set(id, &Tensor::arange(count, (Kind::Float, Device::Cpu))).unwrap();
         }
         parameters
     }
 
-    fn sgd(parameters: &Parameters) -> Sgd {
-        Sgd { weight_decay: 0.5, groups: parameters.trainable(|_| true).groups }
+    fn sgd(parameters: &Parameters, mask: Option<GradientMask>) -> Sgd {
+        let groups = parameters.trainable(|_| true).groups;
+        Sgd { weight_decay: 0.5, learning_rate: 0.1, groups, decayed: mask.map(Arc::new) }
     }
 
     fn values(parameters: &Parameters, name: &str) -> Vec<f32> {
@@ -86,8 +110,10 @@ mod tests {
     #[test]
     fn a_step_is_decay_and_descent() {
         let parameters = parameters();
-        sgd(&parameters).step(&parameters, 0.1, None).unwrap();
-        let expected = |index: usize, shrink: f64| index as f64 * shrink - 0.1 * (10.0 - index as f64);
+        let gradients = 10.0 - parameters.values();
+        let mut flat = parameters.values_to_change();
+        sgd(&parameters, None).apply(&mut flat, &gradients, 0, &Clip::Factor(0.5)).unwrap();
+        let expected = |index: usize, shrink: f64| index as f64 * shrink - 0.05 * (10.0 - index as f64);
         for (name, shrink) in [("weight", 0.95), ("bias", 1.0)] {
             for (index, value) in values(&parameters, name).into_iter().enumerate() {
                 assert!((f64::from(value) - expected(index, shrink)).abs() < 1e-6, "{name} {index}: {value}");
@@ -98,14 +124,16 @@ mod tests {
     #[test]
     fn decay_can_be_kept_to_a_child_network() {
         let parameters = parameters();
-        let _ = parameters.gradients().shallow_clone().zero_();
         let before = values(&parameters, "weight");
-        let child =
-            ChildNetwork::random(&parameters, &Cut::highest(0.5, MaskScope::All, Threshold::PerTensor), 1)
-                .unwrap();
-        sgd(&parameters).step(&parameters, 0.1, Some(&child)).unwrap();
+        let cut = Cut::highest(0.5, MaskScope::All, Threshold::PerTensor);
+        let child = ChildNetwork::random(&parameters, &cut, 1).unwrap();
+        let bits: Vec<bool> = child.bits(&child.tensors()[0]).collect();
+        let gradients = parameters.values().zeros_like();
+        let mut flat = parameters.values_to_change();
+        let sgd = sgd(&parameters, Some(GradientMask::Fixed(child)));
+        sgd.apply(&mut flat, &gradients, 0, &Clip::Factor(1.0)).unwrap();
         let after = values(&parameters, "weight");
-        for ((before, after), bit) in before.iter().zip(&after).zip(child.bits(&child.tensors()[0])) {
+        for ((before, after), bit) in before.iter().zip(&after).zip(bits) {
             let expected = if bit { before * 0.95 } else { *before };
             assert_eq!(after.to_bits(), expected.to_bits());
         }

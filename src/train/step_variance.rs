@@ -10,13 +10,15 @@
 //!
 //! which for s = 1/p is the theorem's η² (V/p + (1 − p) g²/p).
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use super::hyperparameters::Hyperparameters;
 use super::trainer::{Control, Event, Progress, prepare};
 use crate::child::{
-    Estimator, FisherBatch, FisherOptions, GradientMask, MaskScope, fisher_information, install_hooks,
+    Estimator, FisherBatch, FisherOptions, GradientHooks, GradientMask, MaskScope, fisher_information,
 };
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
@@ -95,8 +97,7 @@ pub fn step_variance(
         .f_add(&squares.f_mul_scalar(p * (1.0 - p))?)?
         .f_mul_scalar(step_length.powi(2))?;
 
-    let _hooks =
-        prepared.mask.as_ref().map(|mask| install_hooks(&classifier.parameters, mask)).transpose()?;
+    let hooks = collected(classifier, prepared.mask.as_ref())?;
     // Deviations from the predicted mean: their sums lose no digits, however small they are.
     let (mut sums, mut sums_of_squares) = (predicted_mean.f_zeros_like()?, predicted_mean.f_zeros_like()?);
     let mut lengths = Vec::new();
@@ -107,9 +108,10 @@ pub fn step_variance(
         if let Some(mask) = &prepared.mask {
             mask.begin_step(draw);
         }
-        classifier.parameters.zero_gradients()?;
+        hooks.begin_step();
         let mean_loss = add_gradient(classifier, data, &order[..batch_size], batch_size)?;
-        let deviation = gathered(&classifier.parameters, classifier.parameters.gradients(), scope)?
+        hooks.end_step()?;
+        let deviation = gathered(&classifier.parameters, classifier.parameters.gradients()?, scope)?
             .f_mul_scalar_(-learning_rate)?
             .f_sub_(&predicted_mean)?;
         sums = sums.f_add_(&deviation)?;
@@ -118,7 +120,6 @@ pub fn step_variance(
         let progress = Progress { done: draw + 1, total: draws };
         (control.report)(Event::Step { progress, loss: mean_loss });
     }
-    classifier.parameters.zero_gradients()?;
 
     let total = |values: &Tensor| -> Result<f64> { Ok(f64::try_from(values.f_sum(Kind::Double)?)?) };
     let count = draws as f64;
@@ -179,13 +180,15 @@ impl Moments {
             (control.report)(Event::Prepared(Progress::new(done, data.len())));
             control.check()
         })?;
+        let hooks = collected(classifier, None)?;
         for numbers in numbers.chunks(batch_size) {
             add_gradient(classifier, data, numbers, data.len())?;
             control.check()?;
         }
+        hooks.end_step()?;
         let parameters = &classifier.parameters;
         Ok(Self {
-            mean: gathered(parameters, parameters.gradients(), scope)?,
+            mean: gathered(parameters, parameters.gradients()?, scope)?,
             mean_square: gathered(parameters, &information, scope)?,
         })
     }
@@ -198,6 +201,12 @@ impl Moments {
         let variance = self.mean_square.f_sub(&self.mean.f_square()?)?.f_clamp_min(0.0)?;
         Ok(variance.f_mul_scalar(remaining / batch_size)?)
     }
+}
+
+/// Collects the gradients of all weights.
+fn collected(classifier: &Classifier, mask: Option<&Arc<GradientMask>>) -> Result<GradientHooks> {
+    let weights = classifier.parameters.compute_weights(Kind::Float)?;
+    GradientHooks::collect(&classifier.parameters, &weights, |_| true, mask)
 }
 
 /// Adds the gradient of examples' summed loss, divided by `whole`, to the model's. Returns their loss.

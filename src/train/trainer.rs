@@ -1,22 +1,21 @@
 //! The training loop of one run.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
 use super::evaluate::{Evaluation, Scored, evaluate};
 use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, Order};
-use super::rule::Optimizer;
+use super::rule::{Clip, Optimizer};
 use super::schedule::Schedule;
-use crate::child::{GradientMask, install_hooks};
+use crate::child::{GradientHooks, GradientMask};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
-use crate::libtorch::GradientHook;
-use crate::method::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared};
-use crate::model::{Classifier, Dropout, ParameterPlace, Pass, Trainable, loss};
+use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared};
+use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Trainable, loss};
 use crate::random::{self, Key, Purpose};
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
@@ -160,14 +159,15 @@ pub struct Trainer<'a> {
     hyperparameters: &'a Hyperparameters,
     prepared: Prepared,
     trainable: Trainable,
-    optimizer: Optimizer,
+    /// Shared with the hooks of a run that updates each parameter in backward.
+    optimizer: Arc<Mutex<Optimizer>>,
     schedule: Schedule,
     seed: u64,
     step: u64,
     tokens: u64,
     examples: u64,
     /// Removed when the run ends, so that the next run's gradients are its own.
-    _hooks: Vec<GradientHook>,
+    hooks: GradientHooks,
 }
 
 impl<'a> Trainer<'a> {
@@ -182,23 +182,35 @@ impl<'a> Trainer<'a> {
         prepared: Prepared,
         seed: u64,
     ) -> Result<Self> {
-        let hooks = match (&prepared.mask, prepared.clip) {
-            (Some(mask), ClipOrder::AfterMask) => install_hooks(&classifier.parameters, mask)?,
-            _ => Vec::new(),
-        };
-        if let (Outside::Prune, Some(child)) =
-            (prepared.outside, prepared.mask.as_ref().and_then(|mask| mask.child()))
-        {
+        let child = prepared.mask.as_ref().and_then(|mask| mask.child());
+        if let (Outside::Prune, Some(child)) = (prepared.outside, child) {
             child.prune(&classifier.parameters)?;
         }
         let frozen = hyperparameters.freeze == Freeze::Encoder;
-        let trainable =
-            classifier.parameters.trainable(|parameter| !frozen || parameter.place == ParameterPlace::Head);
+        let parameters = &mut classifier.parameters;
+        let trainable = parameters.trainable(|parameter| !frozen || parameter.place == ParameterPlace::Head);
+        let mask = prepared.mask.as_ref();
+        let optimizer = Optimizer::new(parameters, &trainable, hyperparameters, mask, prepared.decay)?;
+        let optimizer = Arc::new(Mutex::new(optimizer));
+        let weights = parameters.compute_weights(compute_kind(hyperparameters))?;
+        let trains = |parameter: &Parameter| trainable.holds(parameter);
+        let hooks = if hyperparameters.release_gradients {
+            parameters.free_gradients();
+            let (optimizer, values) = (optimizer.clone(), parameters.values_to_change());
+            GradientHooks::hand_on(parameters, &weights, trains, mask, move |parameter, gradient| {
+                let range = &parameter.range;
+                let mut values = values.f_narrow(0, range.start as i64, range.len() as i64)?;
+                lock(&optimizer).apply(&mut values, gradient, range.start, &Clip::Factor(1.0))
+            })?
+        } else {
+            let mask = mask.filter(|_| prepared.clip == ClipOrder::AfterMask);
+            GradientHooks::collect(parameters, &weights, trains, mask)?
+        };
         let total = hyperparameters.total_steps(data.len());
         let warmup = hyperparameters.warmup.steps(total);
         let learning_rate = hyperparameters.learning_rate * prepared.learning_rate_factor;
         Ok(Self {
-            optimizer: Optimizer::new(&classifier.parameters, &trainable, hyperparameters)?,
+            optimizer,
             trainable,
             schedule: Schedule { learning_rate, warmup, total },
             classifier,
@@ -209,7 +221,7 @@ impl<'a> Trainer<'a> {
             step: 0,
             tokens: 0,
             examples: 0,
-            _hooks: hooks,
+            hooks,
         })
     }
 
@@ -218,63 +230,53 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
-        let device = self.classifier.parameters.device();
-        self.classifier.parameters.zero_gradients_in(&self.trainable.spans)?;
+        let parameters = &self.classifier.parameters;
+        let device = parameters.device();
         if let Some(mask) = &self.prepared.mask {
             mask.begin_step(self.step);
         }
-        let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, device);
+        self.hooks.begin_step();
+        lock(&self.optimizer).begin_step(self.schedule.at(self.step));
+        let weights = parameters.compute_weights(compute_kind(self.hyperparameters))?;
         let mut mean_loss = Tensor::f_zeros([], (Kind::Float, device))?;
         for (part, micro_batch) in examples.chunks(self.hyperparameters.micro_batch).enumerate() {
             let first_slot = part * self.hyperparameters.micro_batch;
             let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
-            let weights = self.classifier.parameters.compute_weights(self.compute_kind())?;
+            let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, first_slot, device);
             let logits = self.classifier.logits(&Pass::new(&weights, &batch, Some(dropout)))?;
             let loss = loss(&logits, &targets, examples.len())?;
             loss.f_backward()?;
             mean_loss = mean_loss.f_add(&loss.f_detach()?)?;
             self.tokens += batch.tokens() as u64;
         }
-        self.clip_gradients()?;
-        if let (Some(mask), ClipOrder::BeforeMask) = (&self.prepared.mask, self.prepared.clip) {
-            mask.apply_to_all(&self.classifier.parameters)?;
+        let mut values = parameters.values_to_change();
+        if !self.hyperparameters.release_gradients {
+            self.hooks.end_step()?;
+            let clip = self.clip()?;
+            if let (Some(mask), ClipOrder::BeforeMask) = (&self.prepared.mask, self.prepared.clip) {
+                mask.apply_to_all(parameters)?;
+            }
+            lock(&self.optimizer).apply(&mut values, parameters.gradients()?, 0, &clip)?;
         }
-        let decayed = match self.prepared.decay {
-            DecayScope::Child => self.prepared.mask.as_ref().and_then(|mask| mask.child()),
-            DecayScope::All => None,
-        };
-        self.optimizer.step(&self.classifier.parameters, self.schedule.at(self.step), decayed)?;
         self.step += 1;
         self.examples += examples.len() as u64;
         Ok(mean_loss)
     }
 
-    /// The number type of the passes; the head alone is float32 always.
-    fn compute_kind(&self) -> Kind {
-        match self.hyperparameters.freeze {
-            Freeze::Nothing => self.hyperparameters.precision.kind(),
-            Freeze::Encoder => Kind::Float,
+    /// Returns how to scale all gradients so that their global norm is at most the limit
+    /// (`torch.nn.utils.clip_grad_norm_`), without waiting for a GPU.
+    fn clip(&self) -> Result<Clip> {
+        let Some(limit) = self.hyperparameters.max_gradient_norm else { return Ok(Clip::Factor(1.0)) };
+        let parameters = &self.classifier.parameters;
+        if !parameters.device().is_cuda() {
+            return Ok(Clip::Factor((limit / (self.hooks.norm() + 1e-6)).min(1.0) as f32));
         }
-    }
-
-    /// Scales all gradients so that their global norm is at most the limit (`torch.nn.utils.clip_grad_norm_`), without
-    /// waiting for a GPU.
-    fn clip_gradients(&self) -> Result<()> {
-        let Some(limit) = self.hyperparameters.max_gradient_norm else { return Ok(()) };
-        let gradients = self.classifier.parameters.gradients();
-        let span = |span: &Range<usize>| gradients.f_narrow(0, span.start as i64, span.len() as i64);
-        let mut spans = self.trainable.spans.iter().map(span).collect::<Result<Vec<_>, _>>()?;
-        let norms = spans.iter().map(Tensor::f_norm).collect::<Result<Vec<_>, _>>()?;
-        // Of a single span, which is the rule, the norm of the norm is the norm itself.
+        let gradients = parameters.gradients()?;
+        let norm =
+            |span: &Range<usize>| gradients.f_narrow(0, span.start as i64, span.len() as i64)?.f_norm();
+        let norms = self.trainable.spans.iter().map(norm).collect::<Result<Vec<_>, _>>()?;
         let norm = Tensor::f_stack(&norms, 0)?.f_norm()?;
-        let factor = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?.f_clamp_max(1.0)?;
-        if !factor.device().is_cuda() && f64::try_from(&factor)? == 1.0 {
-            return Ok(());
-        }
-        for span in &mut spans {
-            let _ = span.f_mul_(&factor)?;
-        }
-        Ok(())
+        Ok(Clip::Divisor(norm.f_add_scalar(1e-6)?.f_div_scalar(limit)?.f_clamp_min(1.0)?))
     }
 
     fn run(mut self, dev: Option<Scored>, prepare_time: Duration, control: &mut Control) -> Result<Trained> {
@@ -310,7 +312,7 @@ impl<'a> Trainer<'a> {
             train_time,
             examples: self.examples,
             tokens: self.tokens,
-            optimizer_bytes: self.optimizer.state_bytes(),
+            optimizer_bytes: lock(&self.optimizer).state_bytes(),
             trainable: self.trainable.count,
             mask: self.prepared.mask,
         })
@@ -355,6 +357,18 @@ impl<'a> Trainer<'a> {
             control.check()
         })
     }
+}
+
+/// The number type of the passes; the head alone is float32 always.
+fn compute_kind(hyperparameters: &Hyperparameters) -> Kind {
+    match hyperparameters.freeze {
+        Freeze::Nothing => hyperparameters.precision.kind(),
+        Freeze::Encoder => Kind::Float,
+    }
+}
+
+fn lock(optimizer: &Mutex<Optimizer>) -> MutexGuard<'_, Optimizer> {
+    optimizer.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// The best epoch so far.

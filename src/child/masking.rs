@@ -1,0 +1,248 @@
+//! Masks at work on the CPU: gradients on their way to the flat buffer, in one pass over them.
+//!
+//! For each gradient that backward makes, one pass turns it into float32, multiplies it by the mask, adds it to what
+//! earlier micro-batches of the step left and sums the squares for the global norm. Work is cut at fixed places, so that
+//! no bit depends on the number of threads.
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use crate::random::{self, GROUP, Key};
+
+/// Elements that one thread works on at a time: small enough to stay in its cache.
+pub const CHUNK: usize = 256 * GROUP;
+
+/// The mask of one step; the elements of the flat buffer that share a group start at a multiple of [`GROUP`].
+#[derive(Clone, Copy)]
+pub enum StepMask<'a> {
+    /// Nothing is masked.
+    Everything,
+    /// A bit for each element of the flat buffer decides between two factors.
+    Bits {
+        /// The bits, [`GROUP`] a word.
+        words: &'a [u64],
+        /// The factor where the bit is set.
+        inside: f32,
+        /// The factor elsewhere.
+        outside: f32,
+    },
+    /// Where the random number of an element is at most `limit` the factor is `scale`, elsewhere zero.
+    Random {
+        /// The key of the step.
+        key: Key,
+        /// The largest random number that is kept.
+        limit: u32,
+        /// The factor on what is kept.
+        scale: f32,
+    },
+}
+
+impl StepMask<'_> {
+    /// Multiplies a group's values. By zero, where the mask says so, and not overwritten: what is not a number stays
+    /// visible.
+    #[inline(always)]
+    fn apply(self, values: &mut [f32; GROUP], group: usize) {
+        match self {
+            StepMask::Everything => {}
+            StepMask::Bits { words, inside, outside } => {
+                let halves = [words[group] as u32, (words[group] >> 32) as u32];
+                for (values, half) in values.chunks_exact_mut(GROUP / 2).zip(halves) {
+                    for (bit, value) in values.iter_mut().enumerate() {
+                        *value *= if half >> bit & 1 == 1 { inside } else { outside };
+                    }
+                }
+            }
+            StepMask::Random { key, limit, scale } => {
+                // Rows of the embedding table that no token of the batch uses: zero stays zero, and costs no numbers.
+                if values.iter().all(|value| value.to_bits() << 1 == 0) {
+                    return;
+                }
+                let numbers = random::group(key, group as u32, [0; 3]);
+                for (value, number) in values.iter_mut().zip(numbers) {
+                    *value *= if number <= limit { scale } else { 0.0 };
+                }
+            }
+        }
+    }
+}
+
+/// A gradient as backward made it.
+#[derive(Clone, Copy)]
+pub enum Gradient<'a> {
+    /// In float32.
+    Float(&'a [f32]),
+    /// In bfloat16, as the upper halves of float32 numbers.
+    Half(&'a [i16]),
+}
+
+impl<'a> Gradient<'a> {
+    fn part(self, start: usize, count: usize) -> Self {
+        match self {
+            Gradient::Float(values) => Gradient::Float(&values[start..start + count]),
+            Gradient::Half(values) => Gradient::Half(&values[start..start + count]),
+        }
+    }
+
+    /// Reads a group into the first of `values`.
+    #[inline(always)]
+    fn read(self, start: usize, values: &mut [f32]) {
+        let own = start..start + values.len();
+        match self {
+            Gradient::Float(numbers) => values.copy_from_slice(&numbers[own]),
+            Gradient::Half(numbers) => {
+                for (value, &number) in values.iter_mut().zip(&numbers[own]) {
+                    *value = f32::from_bits(u32::from(number as u16) << 16);
+                }
+            }
+        }
+    }
+}
+
+/// Writes a masked gradient to its place in the flat buffer, or adds it to what is there; returns the sum of squares of
+/// what is there then. `first_group` is the place's first element divided by [`GROUP`].
+pub fn deposit(place: &mut [f32], gradient: Gradient, mask: StepMask, first_group: usize, adds: bool) -> f64 {
+    let squares: Vec<f64> = place
+        .par_chunks_mut(CHUNK)
+        .enumerate()
+        .map(|(chunk, place)| {
+            let gradient = gradient.part(chunk * CHUNK, place.len());
+            deposit_chunk(place, gradient, mask, first_group + chunk * CHUNK / GROUP, adds)
+        })
+        .collect();
+    squares.iter().sum()
+}
+
+/// Multiplies a part of the flat buffer by the mask, in place.
+pub fn mask_in_place(values: &mut [f32], mask: StepMask, first_group: usize) {
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        mask_chunk(values, mask, first_group + chunk * CHUNK / GROUP);
+    });
+}
+
+#[multiversion(targets = "simd")]
+fn deposit_chunk(
+    place: &mut [f32],
+    gradient: Gradient,
+    mask: StepMask,
+    first_group: usize,
+    adds: bool,
+) -> f64 {
+    const LANES: usize = 16;
+    let mut squares = [0f32; LANES];
+    for (index, place) in place.chunks_mut(GROUP).enumerate() {
+        let mut values = [0f32; GROUP];
+        gradient.read(index * GROUP, &mut values[..place.len()]);
+        mask.apply(&mut values, first_group + index);
+        if adds {
+            values.iter_mut().zip(&*place).for_each(|(value, &earlier)| *value += earlier);
+        }
+        for lanes in values.chunks_exact(LANES) {
+            squares.iter_mut().zip(lanes).for_each(|(sum, value)| *sum += value * value);
+        }
+        place.copy_from_slice(&values[..place.len()]);
+    }
+    squares.iter().map(|&sum| f64::from(sum)).sum()
+}
+
+#[multiversion(targets = "simd")]
+fn mask_chunk(values: &mut [f32], mask: StepMask, first_group: usize) {
+    for (index, part) in values.chunks_mut(GROUP).enumerate() {
+        let mut group = [0f32; GROUP];
+        group[..part.len()].copy_from_slice(part);
+        mask.apply(&mut group, first_group + index);
+        part.copy_from_slice(&group[..part.len()]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{Bernoulli, Purpose};
+
+    const COUNT: usize = 3 * CHUNK + 37;
+    const FIRST_GROUP: usize = 5;
+
+    fn numbers(seed: u32) -> Vec<f32> {
+        (0..COUNT).map(|index| (index as f32 * 0.37 + seed as f32).sin() * 3.0).collect()
+    }
+
+    fn words() -> Vec<u64> {
+        let key = Key::derive(3, Purpose::Mask, 0);
+        let word = |index: usize| {
+            let block = random::philox([index as u32, 0, 0, 0], key);
+            u64::from(block[0]) << 32 | u64::from(block[1])
+        };
+        (0..FIRST_GROUP + COUNT / GROUP + 1).map(word).collect()
+    }
+
+    fn random_mask() -> StepMask<'static> {
+        StepMask::Random { key: Key([1, 2]), limit: Bernoulli::new(0.3).limit, scale: 2.0 }
+    }
+
+    /// The factors of a mask, by a product with ones.
+    fn factors(mask: StepMask) -> Vec<f32> {
+        let mut ones = vec![1f32; COUNT];
+        mask_in_place(&mut ones, mask, FIRST_GROUP);
+        ones
+    }
+
+    #[test]
+    fn bits_choose_the_factor_of_their_element() {
+        let words = words();
+        let found = factors(StepMask::Bits { words: &words, inside: 0.5, outside: -1.0 });
+        for (index, factor) in found.into_iter().enumerate() {
+            let place = FIRST_GROUP * GROUP + index;
+            let set = words[place / GROUP] >> (place % GROUP) & 1 == 1;
+            assert_eq!(factor, if set { 0.5 } else { -1.0 }, "{index}");
+        }
+    }
+
+    #[test]
+    fn gradients_are_masked_added_and_squared() {
+        let words = words();
+        let (first, second) = (numbers(1), numbers(2));
+        let half: Vec<i16> = second.iter().map(|value| (value.to_bits() >> 16) as i16).collect();
+        let bits = StepMask::Bits { words: &words, inside: 1.0, outside: 0.0 };
+        for mask in [StepMask::Everything, bits, random_mask()] {
+            let factors = factors(mask);
+            let mut place = vec![f32::NAN; COUNT];
+            let squares = deposit(&mut place, Gradient::Float(&first), mask, FIRST_GROUP, false);
+            let mut expected: Vec<f32> =
+                first.iter().zip(&factors).map(|(value, factor)| value * factor).collect();
+            assert_eq!(place, expected);
+            let exact = |values: &[f32]| values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
+            assert!((squares / exact(&expected) - 1.0).abs() < 1e-5);
+
+            let squares = deposit(&mut place, Gradient::Half(&half), mask, FIRST_GROUP, true);
+            for (index, value) in expected.iter_mut().enumerate() {
+                *value += f32::from_bits(second[index].to_bits() & 0xFFFF_0000) * factors[index];
+            }
+            assert_eq!(place, expected);
+            assert!((squares / exact(&expected) - 1.0).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn no_bit_depends_on_the_number_of_threads() {
+        let gradient = numbers(3);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut place = vec![0f32; COUNT];
+            let squares = pool.install(|| {
+                deposit(&mut place, Gradient::Float(&gradient), random_mask(), FIRST_GROUP, false)
+            });
+            (place, squares.to_bits())
+        };
+        assert_eq!(run(1), run(3));
+    }
+
+    #[test]
+    fn what_is_not_a_number_stays_visible() {
+        let words = vec![0; FIRST_GROUP + 2];
+        for mask in [random_mask(), StepMask::Bits { words: &words, inside: 1.0, outside: 0.0 }] {
+            let mut values = vec![f32::NAN; GROUP];
+            mask_in_place(&mut values, mask, FIRST_GROUP);
+            assert!(values.iter().all(|value| value.is_nan()));
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! AdamW on a GPU: libtorch's fused kernel, with moments for what trains only.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use tch::{Device, Kind, Tensor};
+
+use super::adamw_host::StepConstants;
+use crate::child::GradientMask;
+use crate::error::Result;
+use crate::libtorch::{FusedAdamW, FusedGroup};
+use crate::model::TrainableGroup;
+
+/// The moments of the weights that train, on a device.
+pub struct DeviceMoments {
+    groups: Vec<Group>,
+    mask: Option<Arc<GradientMask>>,
+    decays_outside: bool,
+    /// Number of the step, as the kernel wants it.
+    step: Tensor,
+}
+
+struct Group {
+    range: Range<usize>,
+    decays: bool,
+    /// Places of the members in the range, int32; `None` where all are.
+    members: Option<Tensor>,
+    first_moments: Tensor,
+    second_moments: Tensor,
+}
+
+impl DeviceMoments {
+    /// Makes zero moments for groups of weights; with a fixed mask only for its members.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn new(
+        groups: &[TrainableGroup],
+        mask: Option<Arc<GradientMask>>,
+        decays_outside: bool,
+        device: Device,
+    ) -> Result<Self> {
+        let child = mask.as_ref().and_then(|mask| mask.child());
+        let group = |group: &TrainableGroup| -> Result<Group> {
+            let range = group.range.clone();
+            let members = child.map(|child| child.members_on_device(range.clone(), device)).transpose()?;
+            let count = members.as_ref().map_or(range.len(), Tensor::numel) as i64;
+            let zeros = || Tensor::f_zeros([count], (Kind::Float, device));
+            Ok(Group {
+                range,
+                decays: group.decays,
+                members,
+                first_moments: zeros()?,
+                second_moments: zeros()?,
+            })
+        };
+        Ok(Self {
+            groups: groups.iter().map(group).collect::<Result<_>>()?,
+            mask,
+            decays_outside,
+            step: Tensor::f_zeros([], (Kind::Float, device))?,
+        })
+    }
+
+    /// Returns the bytes of moments and members' places.
+    pub fn bytes(&self) -> usize {
+        let bytes = |group: &Group| {
+            let places = group.members.as_ref().map_or(0, |members| members.numel() * size_of::<i32>());
+            2 * group.first_moments.numel() * size_of::<f32>() + places
+        };
+        self.groups.iter().map(bytes).sum()
+    }
+
+    /// Updates the weights with their gradients divided by `divisor`, both the part of the flat buffer that begins at
+    /// `start`; whole groups only.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses.
+    pub fn apply(
+        &mut self,
+        values: &Tensor,
+        gradients: &Tensor,
+        start: usize,
+        divisor: Option<&Tensor>,
+        constants: &StepConstants,
+    ) -> Result<()> {
+        self.step = self.step.f_fill_(constants.step as f64)?;
+        let end = start + gradients.numel();
+        for group in self.groups.iter().filter(|group| group.range.start >= start && group.range.end <= end) {
+            let constants = if group.decays { *constants } else { constants.without_decay() };
+            let part = |flat: &Tensor| {
+                flat.f_narrow(0, (group.range.start - start) as i64, group.range.len() as i64)
+            };
+            let (mut values, gradients) = (part(values)?, part(gradients)?);
+            self.decay(&mut values, group, constants.decay_before)?;
+            match &group.members {
+                None => self.update(&values, &gradients, group, divisor, &constants)?,
+                Some(members) => {
+                    let own = values.f_index_select(0, members)?;
+                    let own_gradients = gradients.f_index_select(0, members)?;
+                    self.update(&own, &own_gradients, group, divisor, &constants)?;
+                    let _ = values.f_index_copy_(0, &members.f_to_kind(Kind::Int64)?, &own)?;
+                }
+            }
+            self.decay(&mut values, group, constants.decay_after)?;
+        }
+        Ok(())
+    }
+
+    fn decay(&self, values: &mut Tensor, group: &Group, factor: f64) -> Result<()> {
+        let child = self.mask.as_ref().and_then(|mask| mask.child());
+        match child.filter(|_| !self.decays_outside) {
+            _ if factor == 1.0 => {}
+            Some(child) => child.scale_members(values, group.range.start, factor)?,
+            None => {
+                let _ = values.f_mul_scalar_(factor)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn update(
+        &self,
+        values: &Tensor,
+        gradients: &Tensor,
+        group: &Group,
+        divisor: Option<&Tensor>,
+        constants: &StepConstants,
+    ) -> Result<()> {
+        FusedAdamW {
+            learning_rate: constants.learning_rate,
+            betas: constants.betas,
+            epsilon: constants.epsilon,
+        }
+        .apply(&FusedGroup {
+            parameters: values,
+            gradients,
+            first_moments: &group.first_moments,
+            second_moments: &group.second_moments,
+            step: &self.step,
+            gradient_divisor: divisor,
+        })
+    }
+}

@@ -1,0 +1,417 @@
+//! AdamW on the CPU: one pass over weights, gradients and moments, with moments for what trains only.
+//!
+//! The pass reads each gradient once, scales it by the clip factor, and updates moments and weight. With a fixed child
+//! network its moments stand side by side, nothing is kept for the others, and the members' weights and gradients are
+//! gathered for the update and put back. The arithmetic of an element is the same either way, to the bit.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use crate::child::{ChildNetwork, GradientMask};
+use crate::model::Parameter;
+use crate::random::GROUP;
+
+/// Elements that one thread works on at a time.
+const PIECE: usize = 256 * GROUP;
+
+/// The constants of one step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepConstants {
+    /// Number of the step, from 1.
+    pub step: u64,
+    /// η, the learning rate of the step.
+    pub learning_rate: f64,
+    /// Decay rates of the moments.
+    pub betas: (f64, f64),
+    /// Added to the bias-corrected root of the second moment.
+    pub epsilon: f64,
+    /// What weight decay leaves of a weight before the update.
+    pub decay_before: f64,
+    /// The same after the update.
+    pub decay_after: f64,
+}
+
+/// The moments of the weights that train.
+pub struct HostMoments {
+    pieces: Vec<Piece>,
+    first: Vec<f32>,
+    second: Vec<f32>,
+    mask: Option<Arc<GradientMask>>,
+    /// Whether weights outside the child network decay too.
+    decays_outside: bool,
+}
+
+/// A part of one parameter, a multiple of [`GROUP`] from the start of the flat buffer.
+#[derive(Clone, Debug)]
+struct Piece {
+    range: Range<usize>,
+    decays: bool,
+    /// Number of weights that have moments.
+    members: usize,
+}
+
+/// The slices of one piece.
+struct Work<'a> {
+    piece: &'a Piece,
+    values: &'a mut [f32],
+    gradients: &'a [f32],
+    first: &'a mut [f32],
+    second: &'a mut [f32],
+}
+
+impl HostMoments {
+    /// Makes zero moments for parameters, given in the order of the flat buffer; with a fixed mask only for its members.
+    pub fn new<'a>(
+        parameters: impl Iterator<Item = &'a Parameter>,
+        mask: Option<Arc<GradientMask>>,
+        decays_outside: bool,
+    ) -> Self {
+        let child = mask.as_ref().and_then(|mask| mask.child());
+        let mut pieces = Vec::new();
+        for parameter in parameters {
+            for start in parameter.range.clone().step_by(PIECE) {
+                let range = start..parameter.range.end.min(start + PIECE);
+                let members = child.map_or(range.len(), |child| count(child, &range));
+                pieces.push(Piece { range, decays: parameter.decays(), members });
+            }
+        }
+        let total = pieces.iter().map(|piece| piece.members).sum();
+        Self { pieces, first: vec![0.0; total], second: vec![0.0; total], mask, decays_outside }
+    }
+
+    /// Returns the bytes of the moments.
+    pub fn bytes(&self) -> usize {
+        (self.first.len() + self.second.len()) * size_of::<f32>()
+    }
+
+    /// Updates the weights `values` with their gradients times `factor`, both the part of the flat buffer that begins at
+    /// `start`; whole parameters only.
+    pub fn apply(
+        &mut self,
+        values: &mut [f32],
+        gradients: &[f32],
+        start: usize,
+        factor: f32,
+        constants: &StepConstants,
+    ) {
+        let child = self.mask.as_ref().and_then(|mask| mask.child());
+        let decays_outside = self.decays_outside;
+        let before = self.pieces.partition_point(|piece| piece.range.start < start);
+        let skipped: usize = self.pieces[..before].iter().map(|piece| piece.members).sum();
+        let (mut values, mut place) = (values, start);
+        let (mut first, mut second) = (&mut self.first[skipped..], &mut self.second[skipped..]);
+        let end = start + gradients.len();
+        let mut work = Vec::new();
+        for piece in self.pieces[before..].iter().take_while(|piece| piece.range.end <= end) {
+            let (_, rest) = std::mem::take(&mut values).split_at_mut(piece.range.start - place);
+            let (own, rest) = rest.split_at_mut(piece.range.len());
+            let (own_first, rest_first) = std::mem::take(&mut first).split_at_mut(piece.members);
+            let (own_second, rest_second) = std::mem::take(&mut second).split_at_mut(piece.members);
+            (values, first, second) = (rest, rest_first, rest_second);
+            place = piece.range.end;
+            let gradients = &gradients[piece.range.start - start..piece.range.end - start];
+            work.push(Work { piece, values: own, gradients, first: own_first, second: own_second });
+        }
+        work.into_par_iter().for_each_init(Default::default, |gathered, work| {
+            let constants = if work.piece.decays { *constants } else { constants.without_decay() };
+            let constants = ElementConstants::new(&constants, factor);
+            match child.filter(|_| work.piece.members < work.values.len()) {
+                Some(child) => update_members(work, child, decays_outside, &constants, gathered),
+                None => update(work.values, work.gradients, work.first, work.second, &constants),
+            }
+        });
+    }
+}
+
+impl StepConstants {
+    /// Returns the same step for weights that do not decay.
+    pub fn without_decay(self) -> Self {
+        Self { decay_before: 1.0, decay_after: 1.0, ..self }
+    }
+}
+
+/// The constants as the kernel uses them.
+#[derive(Clone, Copy)]
+struct ElementConstants {
+    factor: f32,
+    decay_before: f32,
+    decay_after: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    root_of_correction: f32,
+    step_size: f32,
+    epsilon: f32,
+}
+
+impl ElementConstants {
+    fn new(constants: &StepConstants, factor: f32) -> Self {
+        let (beta1, beta2) = constants.betas;
+        let correction = |beta: f64| 1.0 - beta.powi(constants.step as i32);
+        Self {
+            factor,
+            decay_before: constants.decay_before as f32,
+            decay_after: constants.decay_after as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            root_of_correction: correction(beta2).sqrt() as f32,
+            step_size: (constants.learning_rate / correction(beta1)) as f32,
+            epsilon: constants.epsilon as f32,
+        }
+    }
+}
+
+/// The update of `torch.optim.AdamW`, element by element.
+#[multiversion(targets = "simd")]
+fn update(
+    values: &mut [f32],
+    gradients: &[f32],
+    first: &mut [f32],
+    second: &mut [f32],
+    constants: &ElementConstants,
+) {
+    let constants = *constants;
+    for (((value, &gradient), first), second) in values.iter_mut().zip(gradients).zip(first).zip(second) {
+        let gradient = gradient * constants.factor;
+        *first += constants.one_minus_beta1 * (gradient - *first);
+        *second = *second * constants.beta2 + constants.one_minus_beta2 * gradient * gradient;
+        let root = second.sqrt() / constants.root_of_correction + constants.epsilon;
+        let moved = *value * constants.decay_before - constants.step_size * (*first / root);
+        *value = moved * constants.decay_after;
+    }
+}
+
+/// Updates the members of a child network in one piece.
+fn update_members(
+    work: Work,
+    child: &ChildNetwork,
+    decays_outside: bool,
+    constants: &ElementConstants,
+    [values, gradients]: &mut [Vec<f32>; 2],
+) {
+    let Work { piece, values: all, gradients: all_gradients, first, second } = work;
+    let mut inner = *constants;
+    if decays_outside {
+        // The members decay with the others, in the same place of the arithmetic.
+        scale(all, constants.decay_before);
+        (inner.decay_before, inner.decay_after) = (1.0, 1.0);
+    }
+    let words = words(child, &piece.range);
+    values.clear();
+    gradients.clear();
+    for_each_member(words, all.len(), |place| {
+        values.push(all[place]);
+        gradients.push(all_gradients[place]);
+    });
+    update(values, gradients, first, second, &inner);
+    let mut updated = values.iter();
+    for_each_member(words, all.len(), |place| {
+        if let Some(&value) = updated.next() {
+            all[place] = value;
+        }
+    });
+    if decays_outside {
+        scale(all, constants.decay_after);
+    }
+}
+
+fn scale(values: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        values.iter_mut().for_each(|value| *value *= factor);
+    }
+}
+
+/// The bits of a range, which starts at a multiple of [`GROUP`].
+fn words<'a>(child: &'a ChildNetwork, range: &Range<usize>) -> &'a [u64] {
+    &child.words()[range.start / GROUP..range.end.div_ceil(GROUP)]
+}
+
+fn for_each_member(words: &[u64], count: usize, mut call: impl FnMut(usize)) {
+    for (index, &word) in words.iter().enumerate() {
+        // Bits behind the end of a parameter belong to the gap.
+        let used = (count - index * GROUP).min(GROUP);
+        let mut rest = word & (u64::MAX >> (GROUP - used));
+        while rest != 0 {
+            call(index * GROUP + rest.trailing_zeros() as usize);
+            rest &= rest - 1;
+        }
+    }
+}
+
+fn count(child: &ChildNetwork, range: &Range<usize>) -> usize {
+    let mut members = 0;
+    for_each_member(words(child, range), range.len(), |_| members += 1);
+    members
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Tensor};
+
+    use super::super::adamw_device::DeviceMoments;
+    use super::*;
+    use crate::child::{Cut, MaskScope, Threshold, mask_in_place};
+    use crate::libtorch::{elements, elements_mut};
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
+
+    fn parameters() -> Parameters {
+        let mut table = ParameterTable::default();
+        table.declare("wide", &[130, 300], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        table.declare("bias", &[130], ParameterKind::Bias, ParameterPlace::EncoderLayer(0));
+        table.declare("head", &[3, 70], ParameterKind::Weight, ParameterPlace::Head);
+        let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        let random = Tensor::randn([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
+        parameters.values_to_change().copy_(&random);
+        parameters
+    }
+
+    fn in_order(parameters: &Parameters) -> Vec<&Parameter> {
+        let mut list: Vec<_> = parameters.iter().map(|(_, parameter)| parameter).collect();
+        list.sort_by_key(|parameter| parameter.range.start);
+        list
+    }
+
+    fn mask(parameters: &Parameters, p: f64) -> Arc<GradientMask> {
+        let cut = Cut::highest(p, MaskScope::Backbone, Threshold::Global);
+        Arc::new(GradientMask::Fixed(ChildNetwork::random(parameters, &cut, 5).unwrap()))
+    }
+
+    fn constants(step: u64, decay: f64, after: bool) -> StepConstants {
+        let decays = [decay, 1.0];
+        StepConstants {
+            step,
+            learning_rate: 0.01,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            decay_before: decays[usize::from(after)],
+            decay_after: decays[usize::from(!after)],
+        }
+    }
+
+    /// Gradients of one step, masked.
+    fn gradients(parameters: &Parameters, step: u64, mask: &GradientMask) -> Vec<f32> {
+        let key = crate::random::Key::derive(step, crate::random::Purpose::Head, 0);
+        let mut gradients = vec![0f32; parameters.buffer_len()];
+        crate::random::fill_normal(&mut gradients, 1.0, key, 0);
+        mask_in_place(&mut gradients, mask.child().unwrap().on_cpu(), 0);
+        gradients
+    }
+
+    fn train(
+        parameters: &Parameters,
+        mut moments: HostMoments,
+        mask: &GradientMask,
+        decay: f64,
+        after: bool,
+    ) -> (Vec<u32>, usize) {
+        for step in 1..=10 {
+            let gradients = gradients(parameters, step, mask);
+            let mut values = parameters.values_to_change();
+            let values: &mut [f32] = elements_mut(&mut values).unwrap();
+            moments.apply(values, &gradients, 0, 0.7, &constants(step, decay, after));
+        }
+        let values: &[f32] = elements(parameters.values()).unwrap();
+        (values.iter().map(|value| value.to_bits()).collect(), moments.bytes())
+    }
+
+    #[test]
+    fn moments_of_the_members_alone_give_the_same_bits() {
+        for (p, after) in [(0.1, false), (0.3, true), (0.9, false)] {
+            let start = parameters();
+            let mask = mask(&start, p);
+            let run = |compact: bool| {
+                let parameters = parameters();
+                parameters.values_to_change().copy_(start.values());
+                let own = compact.then(|| mask.clone());
+                let moments = HostMoments::new(in_order(&parameters).into_iter(), own, true);
+                train(&parameters, moments, &mask, 0.999, after)
+            };
+            let ((compact, compact_bytes), (dense, dense_bytes)) = (run(true), run(false));
+            assert!(compact == dense, "p = {p}");
+            let child = mask.child().unwrap();
+            let outside = child.maskable() - child.kept();
+            assert_eq!(dense_bytes - compact_bytes, 8 * outside);
+        }
+    }
+
+    #[test]
+    fn decay_can_be_kept_to_the_members() {
+        let parameters = parameters();
+        let before = parameters.values_copy().unwrap();
+        let mask = mask(&parameters, 0.3);
+        let moments = HostMoments::new(in_order(&parameters).into_iter(), Some(mask.clone()), false);
+        train(&parameters, moments, &mask, 0.9, false);
+        let (old, new): (&[f32], &[f32]) =
+            (elements(&before).unwrap(), elements(parameters.values()).unwrap());
+        let child = mask.child().unwrap();
+        for tensor in child.tensors() {
+            for (place, bit) in (tensor.start..).zip(child.bits(tensor)) {
+                assert_eq!(old[place] != new[place], bit, "{place}");
+            }
+        }
+    }
+
+    #[test]
+    fn parameters_one_by_one_are_all_at_once() {
+        let start = parameters();
+        let mask = mask(&start, 0.3);
+        let values = |apart: bool| {
+            let parameters = parameters();
+            parameters.values_to_change().copy_(start.values());
+            let list = in_order(&parameters);
+            let mut moments = HostMoments::new(list.iter().copied(), Some(mask.clone()), true);
+            for step in 1..=3 {
+                let gradients = gradients(&parameters, step, &mask);
+                let mut values = parameters.values_to_change();
+                let values: &mut [f32] = elements_mut(&mut values).unwrap();
+                let constants = constants(step, 0.99, false);
+                if !apart {
+                    moments.apply(values, &gradients, 0, 1.0, &constants);
+                    continue;
+                }
+                for parameter in list.iter().rev() {
+                    let range = parameter.range.clone();
+                    let part = &mut values[range.clone()];
+                    moments.apply(part, &gradients[range.clone()], range.start, 1.0, &constants);
+                }
+            }
+            parameters.values_copy().unwrap()
+        };
+        assert_eq!(values(true), values(false));
+    }
+
+    /// What a GPU uses, tried on the CPU's tensors: libtorch's kernel on the same members.
+    #[test]
+    fn the_moments_of_a_device_agree() {
+        for (decays_outside, after) in [(true, false), (false, true)] {
+            let start = parameters();
+            let mask = mask(&start, 0.3);
+            let on_host = {
+                let parameters = parameters();
+                parameters.values_to_change().copy_(start.values());
+                let moments =
+                    HostMoments::new(in_order(&parameters).into_iter(), Some(mask.clone()), decays_outside);
+                train(&parameters, moments, &mask, 0.99, after);
+                parameters.values_copy().unwrap()
+            };
+            let groups = start.trainable(|_| true).groups;
+            let mut moments =
+                DeviceMoments::new(&groups, Some(mask.clone()), decays_outside, Device::Cpu).unwrap();
+            for step in 1..=10 {
+                let gradients = Tensor::from_slice(&gradients(&start, step, &mask)) * 0.7;
+                let values = start.values_to_change();
+                moments.apply(&values, &gradients, 0, None, &constants(step, 0.99, after)).unwrap();
+            }
+            for (id, parameter) in start.iter() {
+                let part = |flat: &Tensor| start.part(flat, id).unwrap();
+                let difference = (part(start.values()) - part(&on_host)).abs().max();
+                let difference = f64::try_from(difference).unwrap();
+                assert!(difference < 1e-6, "{}: {difference}", parameter.name);
+            }
+        }
+    }
+}
