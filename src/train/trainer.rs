@@ -196,7 +196,9 @@ impl<'a> Trainer<'a> {
         let trains = |parameter: &Parameter| trainable.holds(parameter);
         let hooks = if hyperparameters.release_gradients {
             parameters.free_gradients();
-            let (optimizer, values) = (optimizer.clone(), parameters.values_to_change());
+            // With a version of its own: autograd refuses to go on where a weight that it has noted has another version,
+            // and has no more use for this one.
+            let (optimizer, values) = (optimizer.clone(), parameters.values_to_change().f_data()?);
             GradientHooks::hand_on(parameters, &weights, trains, mask, move |parameter, gradient| {
                 let range = &parameter.range;
                 let mut values = values.f_narrow(0, range.start as i64, range.len() as i64)?;
