@@ -9,12 +9,14 @@ mod hooks;
 mod memory;
 mod optimizer;
 mod process;
+mod profile;
 
-pub use context::{cuda_peak_bytes, reset_cuda_peak, version};
+pub use context::{cuda_peak_bytes, device_memory, release_cached_memory, reset_cuda_peak, version};
 pub use hooks::{GradientHook, HookedGradient, panic_message, set_gradient};
 pub use memory::{elements, elements_mut, map_file};
 pub use optimizer::{FusedAdamW, FusedGroup};
 pub use process::{keep_freed_memory, with_a_considerate_environment};
+pub use profile::{Profile, ProfileRow, profile};
 
 use crate::error::Error;
 
