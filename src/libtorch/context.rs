@@ -49,6 +49,35 @@ pub fn release_cached_memory() -> Result<()> {
     ffi::check(unsafe { ffi::child_tuning_release_cached_memory() })
 }
 
+/// Whether products of float32 matrices on CUDA may use TF32 while this value lives; afterwards it is as before.
+///
+/// TF32 rounds the factors to 10 bits of fraction and adds in float32 (`torch.backends.cuda.matmul.allow_tf32`). The
+/// setting is libtorch's and holds for the whole process. The CPU is not touched: products there stay float32.
+pub struct Tf32 {
+    before: bool,
+}
+
+impl Tf32 {
+    /// Allows TF32, or forbids it also where the environment allows it.
+    ///
+    /// # Errors
+    /// Fails if the process has set TF32 by two interfaces that contradict each other.
+    pub fn allow(allowed: bool) -> Result<Self> {
+        let mut before = false;
+        // SAFETY: `before` is valid for writing during the call.
+        ffi::check(unsafe { ffi::child_tuning_allow_tf32(allowed, &mut before) })?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for Tf32 {
+    fn drop(&mut self) {
+        let mut now = false;
+        // SAFETY: as in `allow`. It succeeded before and changes a boolean, so there is nothing to do about a failure.
+        let _ = ffi::check(unsafe { ffi::child_tuning_allow_tf32(self.before, &mut now) });
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use tch::{Cuda, Device, Kind, Tensor};
@@ -62,6 +91,27 @@ mod tests {
         assert!(error.is_out_of_memory(), "{error}");
         let mismatch = Tensor::zeros([2], (Kind::Float, Device::Cpu)).f_view([3]).unwrap_err();
         assert!(!crate::error::Error::from(mismatch).is_out_of_memory());
+    }
+
+    #[test]
+    fn tf32_is_allowed_while_the_guard_lives() {
+        let allowed = || {
+            let mut before = false;
+            // SAFETY: `before` is valid for writing during the call, and what was set is set again.
+            ffi::check(unsafe { ffi::child_tuning_allow_tf32(true, &mut before) }).unwrap();
+            // SAFETY: as above.
+            ffi::check(unsafe { ffi::child_tuning_allow_tf32(before, &mut false) }).unwrap();
+            before
+        };
+        let at_first = allowed();
+        let outer = Tf32::allow(true).unwrap();
+        assert!(allowed());
+        let inner = Tf32::allow(false).unwrap();
+        assert!(!allowed());
+        drop(inner);
+        assert!(allowed());
+        drop(outer);
+        assert_eq!(allowed(), at_first);
     }
 
     #[test]

@@ -88,3 +88,26 @@ unsafe extern "C" {
 
     pub(super) fn child_tuning_release_cached_memory() -> *mut c_char;
 }
+
+// ---- Computing on a GPU ----
+
+unsafe extern "C" {
+    pub(super) fn child_tuning_flash_attention(
+        query: *mut C_tensor,
+        key: *mut C_tensor,
+        value: *mut C_tensor,
+        lengths: *mut C_tensor,
+        longest: i64,
+        dropout: f64,
+        scale: f64,
+        context: *mut *mut C_tensor,
+    ) -> *mut c_char;
+
+    pub(super) fn child_tuning_allow_tf32(allowed: bool, before: *mut bool) -> *mut c_char;
+
+    pub(super) fn child_tuning_upload(
+        host: *mut C_tensor,
+        device: c_int,
+        copy: *mut *mut C_tensor,
+    ) -> *mut c_char;
+}

@@ -6,7 +6,10 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/pin_memory.h>
+#include <ATen/ops/to.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <kineto/ActivityType.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
@@ -246,6 +249,37 @@ char *child_tuning_release_cached_memory() {
     if (!at::hasCUDA()) return;
     auto *allocator = at::getDeviceAllocator(at::kCUDA);
     if (allocator->initialized()) allocator->emptyCache();
+  });
+}
+
+
+// ---- Computing on a GPU: attention without padding, TF32, uploads that nobody waits for ----
+
+// softmax(q kᵀ · scale) v within each example; q, k, v and the result are [tokens, heads, head_size], `lengths` counts
+// the tokens before each example, int32 [examples + 1]. Has a gradient.
+char *child_tuning_flash_attention(at::Tensor *query, at::Tensor *key, at::Tensor *value, at::Tensor *lengths,
+                                   int64_t longest, double dropout, double scale, at::Tensor **context) {
+  return guarded([&] {
+    auto result = at::_flash_attention_forward(*query, *key, *value, *lengths, *lengths, longest, longest, dropout,
+                                               /*is_causal=*/false, /*return_debug_mask=*/false, scale);
+    *context = new at::Tensor(std::get<0>(std::move(result)));
+  });
+}
+
+// Says whether products of float32 matrices on CUDA may use TF32 from here on, and whether they might before.
+char *child_tuning_allow_tf32(bool allowed, bool *before) {
+  return guarded([&] {
+    *before = at::globalContext().allowTF32CuBLAS();
+    if (*before != allowed) at::globalContext().setAllowTF32CuBLAS(allowed);
+  });
+}
+
+// Copies a tensor of the CPU to a CUDA device, in the order of its work and without waiting for it. The copy reads
+// pinned memory, which libtorch does not hand out again before the device has read it.
+char *child_tuning_upload(at::Tensor *host, int device, at::Tensor **copy) {
+  return guarded([&] {
+    const at::Device target(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    *copy = new at::Tensor(host->pin_memory().to(target, host->scalar_type(), /*non_blocking=*/true));
   });
 }
 
