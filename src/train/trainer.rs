@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
 
 use super::evaluate::{Evaluation, Scored, evaluate};
-use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, Order};
+use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, Order, Precision};
 use super::rule::Optimizer;
 use super::schedule::Schedule;
 use crate::child::{GradientMask, install_hooks};
@@ -219,6 +219,8 @@ impl<'a> Trainer<'a> {
     /// Fails if libtorch refuses an operation.
     pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
         let device = self.classifier.parameters.device();
+        let precision = self.precision();
+        let _products = precision.matrix_products()?;
         self.classifier.parameters.zero_gradients_in(&self.trainable.spans)?;
         if let Some(mask) = &self.prepared.mask {
             mask.begin_step(self.step);
@@ -228,7 +230,7 @@ impl<'a> Trainer<'a> {
         for (part, micro_batch) in examples.chunks(self.hyperparameters.micro_batch).enumerate() {
             let first_slot = part * self.hyperparameters.micro_batch;
             let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
-            let weights = self.classifier.parameters.compute_weights(self.compute_kind())?;
+            let weights = self.classifier.parameters.compute_weights(precision.kind())?;
             let logits = self.classifier.logits(&Pass::new(&weights, &batch, Some(dropout)))?;
             let loss = loss(&logits, &targets, examples.len())?;
             loss.f_backward()?;
@@ -250,10 +252,10 @@ impl<'a> Trainer<'a> {
     }
 
     /// The number type of the passes; the head alone is float32 always.
-    fn compute_kind(&self) -> Kind {
+    fn precision(&self) -> Precision {
         match self.hyperparameters.freeze {
-            Freeze::Nothing => self.hyperparameters.precision.kind(),
-            Freeze::Encoder => Kind::Float,
+            Freeze::Nothing => self.hyperparameters.precision,
+            Freeze::Encoder => Precision::Float32,
         }
     }
 
