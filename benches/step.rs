@@ -6,11 +6,12 @@
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use child_tuning::child::{BernoulliMask, ChildNetwork, Cut, GradientMask, MaskScope, Threshold};
 use child_tuning::data::{Encoded, EncodedDataset, Targets};
 use child_tuning::error::Result;
+use child_tuning::libtorch::Profile;
 use child_tuning::method::{DecayScope, Prepared};
 use child_tuning::model::{Classifier, Labels, ModelConfig};
 use child_tuning::random::philox;
@@ -48,6 +49,9 @@ struct Arguments {
     /// Hidden size; heads are 64 wide, the feed-forward layer is four times as wide
     #[arg(long, default_value_t = 768)]
     hidden: i64,
+    /// Take one step under libtorch's profiler, print the operators with the longest own time, and end
+    #[arg(long)]
+    profile: bool,
     /// Passed by cargo bench
     #[arg(long, hide = true)]
     bench: bool,
@@ -71,6 +75,11 @@ fn main() -> anyhow::Result<()> {
     let batches: Vec<&[usize]> = order.chunks_exact(BATCH_SIZE).collect();
     let mut trainer = Trainer::new(&mut classifier, &data, &settings, prepared, SEED)?;
     finished(trainer.step(batches[0])?)?;
+    if arguments.profile {
+        let (_, profile) = child_tuning::libtorch::profile(|| trainer.step(batches[1]))?;
+        print_profile(&profile);
+        return Ok(());
+    }
     println!("{}", json!({"ready": true, "torch": child_tuning::libtorch::version()}));
 
     let mut next = batches.iter().cycle();
@@ -88,6 +97,28 @@ fn main() -> anyhow::Result<()> {
         std::io::stdout().flush()?;
     }
     Ok(())
+}
+
+/// How many operators and how many kernels are shown.
+const SHOWN: usize = 30;
+
+fn print_profile(profile: &Profile) {
+    let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+    for (what, calls, rows) in [
+        ("operator calls", profile.operator_calls(), &profile.operators),
+        ("kernel launches", profile.launches(), &profile.kernels),
+    ] {
+        let all: Duration = rows.iter().map(|row| row.own).sum();
+        println!("{calls} {what}, {:.1} ms", milliseconds(all));
+        for row in rows.iter().take(SHOWN) {
+            let share = 100.0 * row.own.as_secs_f64() / all.as_secs_f64();
+            let (own, total) = (milliseconds(row.own), milliseconds(row.total));
+            println!(
+                "{own:10.3} ms {share:5.1} % {total:10.3} ms with calls {:6} ×  {}",
+                row.calls, row.name
+            );
+        }
+    }
 }
 
 /// Waits for the device by reading the loss.

@@ -85,6 +85,18 @@ impl Error {
         move |source| Error::Io { action, path, source }
     }
 
+    /// Returns whether libtorch could not get memory, on the CPU or on a GPU: a smaller batch may get through.
+    pub fn is_out_of_memory(&self) -> bool {
+        // libtorch's CUDA allocator, the CUDA runtime, cuBLAS for its workspace, and the allocator of the CPU.
+        const TEXTS: [&str; 4] = [
+            "CUDA out of memory",
+            "CUDA error: out of memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+            "DefaultCPUAllocator: can't allocate memory",
+        ];
+        matches!(self, Error::Libtorch(message) if TEXTS.iter().any(|text| message.contains(text)))
+    }
+
     /// The exit code of the command line for this error: 2 configuration, 3 environment, 1 a failed run.
     pub fn exit_code(&self) -> u8 {
         match self {

@@ -11,6 +11,7 @@ use super::network::MaskScope;
 use super::per_example::SquaredGradients;
 use crate::data::PackedBatch;
 use crate::error::Result;
+use crate::libtorch::Tf32;
 use crate::model::{Classifier, Dropout, Pass, loss};
 
 /// What is squared and averaged.
@@ -58,6 +59,7 @@ pub fn fisher_information(
     scope: MaskScope,
     mut each: impl FnMut(usize) -> Result<()>,
 ) -> Result<Tensor> {
+    let _products = Tf32::allow(false)?;
     let mut information = classifier.parameters.values().f_zeros_like()?;
     let mut terms = 0;
     for batch in batches {

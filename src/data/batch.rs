@@ -2,6 +2,11 @@
 //!
 //! The tokens of all examples of a batch stand one after the other, `[tokens]`; nothing is computed for positions that
 //! do not exist. Where attention needs a rectangle, [`Padding`] says how to get there and back.
+//!
+//! What a batch holds goes to a GPU in three copies that nobody waits for ([`upload`]): while the GPU computes one step,
+//! the host packs the next.
+
+use std::cell::RefCell;
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,6 +14,7 @@ use super::encode::Encoded;
 use super::label::Label;
 use super::sheet::Example;
 use crate::error::{Error, Result};
+use crate::libtorch::{PackedLengths, flash_attention_runs, upload};
 
 /// A batch of examples, packed.
 pub struct PackedBatch {
@@ -26,6 +32,8 @@ pub struct PackedBatch {
     pub slots: Vec<u32>,
     /// How to lay the tokens out as a rectangle; `None` if all examples are of one length.
     pub padding: Option<Padding>,
+    /// Number of tokens before each example, and of all, `[examples + 1]`, int32; only where flash attention runs.
+    cumulative_lengths: Option<Tensor>,
     /// What a frozen encoder makes of the examples, `[examples, hidden]` in float32; the tokens are left out then.
     pub features: Option<Tensor>,
 }
@@ -34,8 +42,10 @@ pub struct PackedBatch {
 pub struct Padding {
     /// Place of each token in the flattened rectangle, `[tokens]`, int64.
     pub places: Tensor,
-    /// Zero for real tokens, minus infinity for padding, `[examples, 1, 1, longest]`, float32.
-    pub bias: Tensor,
+    examples: i64,
+    longest: i64,
+    /// The bias of the type that was asked for last.
+    bias: RefCell<Option<Tensor>>,
 }
 
 impl PackedBatch {
@@ -56,15 +66,25 @@ impl PackedBatch {
             token_types.extend(example.token_types.iter().map(|&kind| i64::from(kind)));
             positions.extend(0..example.ids.len() as i64);
         }
-        let tensor =
-            |values: &[i64]| -> Result<Tensor> { Ok(Tensor::from_slice(values).f_to_device(device)?) };
+        let cumulative_lengths = if flash_attention_runs(device) {
+            let firsts = first_tokens.iter().map(|&first| first as i32);
+            let cumulative: Vec<i32> = firsts.chain([tokens as i32]).collect();
+            Some(upload(&cumulative, device)?)
+        } else {
+            None
+        };
+        let places = Padding::places(&lengths);
+        let padded = !places.is_empty();
+        let [input_ids, token_types, positions, first_tokens, places] =
+            upload_together([input_ids, token_types, positions, first_tokens, places], device)?;
         Ok(Self {
-            input_ids: tensor(&input_ids)?,
-            token_types: tensor(&token_types)?,
-            positions: tensor(&positions)?,
-            first_tokens: tensor(&first_tokens)?,
+            input_ids,
+            token_types,
+            positions,
+            first_tokens,
             slots: (first_slot as u32..).take(examples.len()).collect(),
-            padding: Padding::new(&lengths, device)?,
+            padding: padded.then(|| Padding::new(&lengths, places)),
+            cumulative_lengths,
             lengths,
             features: None,
         })
@@ -81,6 +101,7 @@ impl PackedBatch {
             first_tokens: none()?,
             slots: (first_slot as u32..).take(examples).collect(),
             padding: None,
+            cumulative_lengths: None,
             lengths: Vec::new(),
             features: Some(features),
         })
@@ -98,28 +119,64 @@ impl PackedBatch {
 
     /// Returns the number of tokens of the longest example.
     pub fn longest(&self) -> usize {
-        self.lengths.iter().copied().max().unwrap_or(0)
+        longest(&self.lengths)
+    }
+
+    /// Returns the lengths of the examples as flash attention takes them; `None` where it does not run.
+    pub fn flash_lengths(&self) -> Option<PackedLengths<'_>> {
+        let cumulative = self.cumulative_lengths.as_ref()?;
+        Some(PackedLengths { cumulative, longest: self.longest() })
     }
 }
 
+fn longest(lengths: &[usize]) -> usize {
+    lengths.iter().copied().max().unwrap_or(0)
+}
+
+/// Copies lists of numbers to a device in one piece.
+fn upload_together<const N: usize>(lists: [Vec<i64>; N], device: Device) -> Result<[Tensor; N]> {
+    let together = upload(&lists.concat(), device)?;
+    let mut start = 0;
+    let mut parts = Vec::with_capacity(N);
+    for list in &lists {
+        parts.push(together.f_narrow(0, start, list.len() as i64)?);
+        start += list.len() as i64;
+    }
+    parts.try_into().map_err(|_| Error::Libtorch("a batch came apart wrongly".into()))
+}
+
 impl Padding {
-    fn new(lengths: &[usize], device: Device) -> Result<Option<Self>> {
-        let longest = lengths.iter().copied().max().unwrap_or(0);
+    fn new(lengths: &[usize], places: Tensor) -> Self {
+        let (examples, longest) = (lengths.len() as i64, longest(lengths) as i64);
+        Self { places, examples, longest, bias: RefCell::default() }
+    }
+
+    /// Returns the place of each token in the flattened rectangle; nothing if all examples are of one length.
+    fn places(lengths: &[usize]) -> Vec<i64> {
+        let longest = longest(lengths);
         if lengths.iter().all(|&length| length == longest) {
-            return Ok(None);
+            return Vec::new();
         }
-        let mut places = Vec::with_capacity(lengths.iter().sum());
-        let mut bias = vec![f32::NEG_INFINITY; lengths.len() * longest];
-        for (example, &length) in lengths.iter().enumerate() {
-            let start = example * longest;
-            places.extend((start..start + length).map(|place| place as i64));
-            bias[start..start + length].fill(0.0);
+        let rows = lengths.iter().enumerate();
+        rows.flat_map(|(row, &length)| (row * longest..row * longest + length).map(|place| place as i64))
+            .collect()
+    }
+
+    /// Returns what attention adds to its scores, `[examples, 1, 1, longest]`: zero for real tokens, minus infinity for
+    /// padding.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn bias(&self, kind: Kind) -> Result<Tensor> {
+        let mut made = self.bias.borrow_mut();
+        if let Some(bias) = made.as_ref().filter(|bias| bias.kind() == kind) {
+            return Ok(bias.shallow_clone());
         }
-        let shape = [lengths.len() as i64, 1, 1, longest as i64];
-        Ok(Some(Self {
-            places: Tensor::from_slice(&places).f_to_device(device)?,
-            bias: Tensor::from_slice(&bias).f_view(shape)?.f_to_device(device)?,
-        }))
+        let nowhere = [self.examples * self.longest];
+        let mut bias = Tensor::f_full(nowhere, f64::NEG_INFINITY, (kind, self.places.device()))?;
+        let bias = bias.f_index_fill_(0, &self.places, 0.0)?.f_view([self.examples, 1, 1, self.longest])?;
+        *made = Some(bias.shallow_clone());
+        Ok(bias)
     }
 
     /// Lays packed rows `[tokens, width]` out as `[examples · longest, width]`, zeros where nothing is.
@@ -127,8 +184,8 @@ impl Padding {
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn pad(&self, rows: &Tensor) -> Result<Tensor> {
-        let shape = self.bias.size();
-        let empty = Tensor::f_zeros([shape[0] * shape[3], rows.size()[1]], (rows.kind(), rows.device()))?;
+        let shape = [self.examples * self.longest, rows.size()[1]];
+        let empty = Tensor::f_zeros(shape, (rows.kind(), rows.device()))?;
         Ok(empty.f_index_copy(0, &self.places, rows)?)
     }
 
@@ -161,11 +218,14 @@ impl Targets {
         }
     }
 
-    /// Returns them as a tensor, `[examples]`: int64 class ids or float32 scores.
-    pub fn tensor(&self) -> Tensor {
+    /// Returns them as a tensor on a device, `[examples]`: int64 class ids or float32 scores.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn tensor(&self, device: Device) -> Result<Tensor> {
         match self {
-            Targets::Classes(ids) => Tensor::from_slice(ids),
-            Targets::Scores(scores) => Tensor::from_slice(scores),
+            Targets::Classes(ids) => upload(ids, device),
+            Targets::Scores(scores) => upload(scores, device),
         }
     }
 }
@@ -229,7 +289,7 @@ impl EncodedDataset {
     fn feature_rows(&self, numbers: &[usize]) -> Result<Option<Tensor>> {
         let Some(features) = &self.features else { return Ok(None) };
         let rows: Vec<i64> = numbers.iter().map(|&number| number as i64).collect();
-        let rows = Tensor::from_slice(&rows).f_to_device(features.device())?;
+        let rows = upload(&rows, features.device())?;
         Ok(Some(features.f_index_select(0, &rows)?))
     }
 
@@ -263,11 +323,63 @@ impl EncodedDataset {
         first_slot: usize,
         device: Device,
     ) -> Result<(PackedBatch, Tensor)> {
-        let targets = self.targets.part(numbers).tensor().f_to_device(device)?;
+        let targets = self.targets.part(numbers).tensor(device)?;
         if let Some(features) = self.feature_rows(numbers)? {
             return Ok((PackedBatch::of_features(features, first_slot)?, targets));
         }
         let inputs: Vec<&Encoded> = numbers.iter().map(|&number| &self.inputs[number]).collect();
         Ok((PackedBatch::pack(&inputs, first_slot, device)?, targets))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(lengths: &[usize]) -> PackedBatch {
+        let mut next = 0..;
+        let examples: Vec<Encoded> = lengths
+            .iter()
+            .map(|&length| Encoded {
+                ids: next.by_ref().take(length).collect(),
+                token_types: vec![1; length],
+            })
+            .collect();
+        PackedBatch::pack(&examples.iter().collect::<Vec<_>>(), 0, Device::Cpu).unwrap()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<i64> {
+        Vec::try_from(tensor).unwrap()
+    }
+
+    #[test]
+    fn tokens_stand_one_after_the_other() {
+        let batch = batch(&[2, 1, 3]);
+        assert_eq!(values(&batch.input_ids), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(values(&batch.token_types), [1; 6]);
+        assert_eq!(values(&batch.positions), [0, 1, 0, 0, 1, 2]);
+        assert_eq!(values(&batch.first_tokens), [0, 2, 3]);
+        assert_eq!((batch.examples(), batch.tokens(), batch.longest()), (3, 6, 3));
+        assert!(batch.flash_lengths().is_none(), "there is no flash attention on the CPU");
+    }
+
+    #[test]
+    fn padding_goes_there_and_back_and_hides_what_is_not_there() {
+        let padding = batch(&[2, 1, 3]).padding.unwrap();
+        assert_eq!(values(&padding.places), [0, 1, 3, 6, 7, 8]);
+        let rows = Tensor::arange_start(1, 13, (Kind::Float, Device::Cpu)).view([6, 2]);
+        let padded = padding.pad(&rows).unwrap();
+        assert_eq!(padded.size(), [9, 2]);
+        assert_eq!(Vec::<f32>::try_from(padded.narrow(0, 4, 2).reshape([-1])).unwrap(), [0.0; 4]);
+        assert_eq!(padding.unpad(&padded).unwrap(), rows);
+
+        let (gone, here) = (f32::NEG_INFINITY, 0.0);
+        for kind in [Kind::Float, Kind::BFloat16, Kind::BFloat16] {
+            let bias = padding.bias(kind).unwrap();
+            assert_eq!((bias.kind(), bias.size()), (kind, vec![3, 1, 1, 3]));
+            let bias = Vec::<f32>::try_from(bias.to_kind(Kind::Float).view([-1])).unwrap();
+            assert_eq!(bias, [here, here, gone, here, gone, gone, here, here, here]);
+        }
+        assert!(batch(&[4, 4]).padding.is_none());
     }
 }

@@ -35,8 +35,8 @@ pub struct Forecast {
 
 /// How fast this machine is.
 pub struct Speed {
-    /// Floating-point operations a second, in float32 and in bfloat16.
-    operations: [f64; 2],
+    /// Floating-point operations a second in matrix products, in float32, TF32 and bfloat16.
+    operations: [f64; 3],
     /// Bytes a second that a copy reads and writes.
     bytes: f64,
 }
@@ -47,8 +47,10 @@ impl Speed {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn measure(device: Device) -> Result<Self> {
-        let rate = |kind: Kind| -> Result<f64> {
+        let rate = |precision: Precision| -> Result<f64> {
             let [rows, width] = [1024, 768];
+            let _products = precision.matrix_products()?;
+            let kind = precision.kind();
             let left = Tensor::f_ones([rows, width], (kind, device))?;
             let right = Tensor::f_ones([width, width], (kind, device))?;
             let seconds = repeated(device, || Ok(left.f_matmul(&right)?))?;
@@ -62,13 +64,19 @@ impl Speed {
             Ok(target.shallow_clone())
         })?;
         Ok(Self {
-            operations: [rate(Kind::Float)?, rate(Kind::BFloat16)?],
+            operations: [rate(Precision::Float32)?, rate(Precision::Tf32)?, rate(Precision::Bf16)?],
             bytes: 8.0 * elements as f64 / copied,
         })
     }
 
     fn operations(&self, precision: Precision) -> f64 {
-        EFFICIENCY * self.operations[usize::from(precision == Precision::Bf16)]
+        let [float32, tf32, bf16] = self.operations;
+        EFFICIENCY
+            * match precision {
+                Precision::Float32 => float32,
+                Precision::Tf32 => tf32,
+                Precision::Bf16 => bf16,
+            }
     }
 }
 

@@ -1,4 +1,4 @@
-//! libtorch's version and its bookkeeping of device memory.
+//! libtorch's version and the memory of devices.
 
 use std::ffi::CStr;
 
@@ -23,4 +23,105 @@ pub fn cuda_peak_bytes(device: usize) -> Result<u64> {
 pub fn reset_cuda_peak(device: usize) -> Result<()> {
     // SAFETY: no pointers are involved.
     ffi::check(unsafe { ffi::child_tuning_cuda_reset_peak(device as i32) })
+}
+
+/// Returns the bytes of a CUDA device that are free for any process, and all its bytes.
+///
+/// What libtorch keeps for later counts as used; [`release_cached_memory`] first gives the number that a new model can
+/// count on.
+///
+/// # Errors
+/// Fails if there is no such device.
+pub fn device_memory(device: usize) -> Result<(u64, u64)> {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: both numbers are valid for writing during the call.
+    ffi::check(unsafe { ffi::child_tuning_device_memory(device as i32, &mut free, &mut total) })?;
+    Ok((free, total))
+}
+
+/// Gives memory of freed tensors, which libtorch keeps for the next ones, back to the CUDA devices. Without effect
+/// where there is none.
+///
+/// # Errors
+/// Fails if a device reports an error from an earlier kernel.
+pub fn release_cached_memory() -> Result<()> {
+    // SAFETY: no pointers are involved.
+    ffi::check(unsafe { ffi::child_tuning_release_cached_memory() })
+}
+
+/// Whether products of float32 matrices on CUDA may use TF32 while this value lives; afterwards it is as before.
+///
+/// TF32 rounds the factors to 10 bits of fraction and adds in float32 (`torch.backends.cuda.matmul.allow_tf32`). The
+/// setting is libtorch's and holds for the whole process. The CPU is not touched: products there stay float32.
+pub struct Tf32 {
+    before: bool,
+}
+
+impl Tf32 {
+    /// Allows TF32, or forbids it also where the environment allows it.
+    ///
+    /// # Errors
+    /// Fails if the process has set TF32 by two interfaces that contradict each other.
+    pub fn allow(allowed: bool) -> Result<Self> {
+        let mut before = false;
+        // SAFETY: `before` is valid for writing during the call.
+        ffi::check(unsafe { ffi::child_tuning_allow_tf32(allowed, &mut before) })?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for Tf32 {
+    fn drop(&mut self) {
+        let mut now = false;
+        // SAFETY: as in `allow`. It succeeded before and changes a boolean, so there is nothing to do about a failure.
+        let _ = ffi::check(unsafe { ffi::child_tuning_allow_tf32(self.before, &mut now) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Cuda, Device, Kind, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn a_tensor_that_is_too_large_is_known_as_out_of_memory() {
+        let too_large = Tensor::f_zeros([1 << 56], (Kind::Float, Device::Cpu)).unwrap_err();
+        let error = crate::error::Error::from(too_large);
+        assert!(error.is_out_of_memory(), "{error}");
+        let mismatch = Tensor::zeros([2], (Kind::Float, Device::Cpu)).f_view([3]).unwrap_err();
+        assert!(!crate::error::Error::from(mismatch).is_out_of_memory());
+    }
+
+    #[test]
+    fn tf32_is_allowed_while_the_guard_lives() {
+        let allowed = || {
+            let mut before = false;
+            // SAFETY: `before` is valid for writing during the call, and what was set is set again.
+            ffi::check(unsafe { ffi::child_tuning_allow_tf32(true, &mut before) }).unwrap();
+            // SAFETY: as above.
+            ffi::check(unsafe { ffi::child_tuning_allow_tf32(before, &mut false) }).unwrap();
+            before
+        };
+        let at_first = allowed();
+        let outer = Tf32::allow(true).unwrap();
+        assert!(allowed());
+        let inner = Tf32::allow(false).unwrap();
+        assert!(!allowed());
+        drop(inner);
+        assert!(allowed());
+        drop(outer);
+        assert_eq!(allowed(), at_first);
+    }
+
+    #[test]
+    fn memory_of_a_device_that_is_not_there_is_an_error_and_not_a_crash() {
+        let devices = Cuda::device_count() as usize;
+        for device in 0..devices {
+            let (free, total) = device_memory(device).unwrap();
+            assert!(free <= total && total > 0);
+        }
+        assert!(device_memory(devices).is_err());
+        release_cached_memory().unwrap();
+    }
 }

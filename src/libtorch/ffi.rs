@@ -66,3 +66,52 @@ pub(super) fn check(message: *mut c_char) -> Result<()> {
     unsafe { child_tuning_free_message(message) };
     Err(Error::Libtorch(text.lines().next().unwrap_or_default().to_owned()))
 }
+
+// ---- Measuring ----
+
+/// Called once a name; times in nanoseconds.
+pub(super) type ProfileRowFunction = unsafe extern "C" fn(
+    state: *mut c_void,
+    name: *const c_char,
+    on_device: bool,
+    calls: u64,
+    total: u64,
+    own: u64,
+);
+
+unsafe extern "C" {
+    pub(super) fn child_tuning_profile_start() -> *mut c_char;
+
+    pub(super) fn child_tuning_profile_stop(state: *mut c_void, row: ProfileRowFunction) -> *mut c_char;
+
+    pub(super) fn child_tuning_device_memory(
+        device: c_int,
+        free_bytes: *mut u64,
+        total_bytes: *mut u64,
+    ) -> *mut c_char;
+
+    pub(super) fn child_tuning_release_cached_memory() -> *mut c_char;
+}
+
+// ---- Computing on a GPU ----
+
+unsafe extern "C" {
+    pub(super) fn child_tuning_flash_attention(
+        query: *mut C_tensor,
+        key: *mut C_tensor,
+        value: *mut C_tensor,
+        lengths: *mut C_tensor,
+        longest: i64,
+        dropout: f64,
+        scale: f64,
+        context: *mut *mut C_tensor,
+    ) -> *mut c_char;
+
+    pub(super) fn child_tuning_allow_tf32(allowed: bool, before: *mut bool) -> *mut c_char;
+
+    pub(super) fn child_tuning_upload(
+        host: *mut C_tensor,
+        device: c_int,
+        copy: *mut *mut C_tensor,
+    ) -> *mut c_char;
+}

@@ -5,6 +5,7 @@ use std::fs::File;
 use memmap2::Mmap;
 use tch::{Device, Tensor, kind::Element};
 
+use super::ffi;
 use crate::error::{Error, Result};
 
 /// Borrows the elements of a contiguous CPU tensor, in row-major order.
@@ -38,6 +39,21 @@ pub fn map_file(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the bytes are only read; a checkpoint that another process truncates meanwhile would end this process
     // with SIGBUS, as it does in every program that maps weights, and is accepted for not copying gigabytes.
     unsafe { Mmap::map(file) }
+}
+
+/// Copies numbers to a device, `[count]`. The host does not wait for a GPU: the copy takes its place among the work
+/// that the GPU has still to do, as every operation does.
+///
+/// # Errors
+/// Fails if libtorch cannot allocate.
+pub fn upload<T: Element>(values: &[T], device: Device) -> Result<Tensor> {
+    let mut host = Tensor::from_slice(values);
+    let Device::Cuda(index) = device else { return Ok(host.f_to_device(device)?) };
+    let mut copy = std::ptr::null_mut();
+    // SAFETY: `host` is a live tensor, and `copy` is valid for writing during the call.
+    ffi::check(unsafe { ffi::child_tuning_upload(host.as_mut_ptr(), index as i32, &mut copy) })?;
+    // SAFETY: the shim wrote a new tensor, which this handle owns.
+    Ok(unsafe { Tensor::from_ptr(copy) })
 }
 
 fn view<T: Element>(tensor: &Tensor) -> Result<(*mut T, usize)> {

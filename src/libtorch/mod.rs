@@ -1,20 +1,24 @@
-//! libtorch beyond tch: gradient hooks, the fused AdamW kernel, typed memory.
+//! libtorch beyond tch: gradient hooks, the fused AdamW kernel, flash attention, typed memory, profiles.
 //!
 //! The C++ side is one translation unit (`shim.cpp`) with a plain C interface; this module gives each piece a safe
 //! type. It is the only place in the crate with `unsafe` code.
 
+mod attention;
 mod context;
 mod ffi;
 mod hooks;
 mod memory;
 mod optimizer;
 mod process;
+mod profile;
 
-pub use context::{cuda_peak_bytes, reset_cuda_peak, version};
+pub use attention::{PackedLengths, flash_attention, flash_attention_runs};
+pub use context::{Tf32, cuda_peak_bytes, device_memory, release_cached_memory, reset_cuda_peak, version};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
-pub use memory::{elements, elements_mut, map_file};
+pub use memory::{elements, elements_mut, map_file, upload};
 pub use optimizer::{FusedAdamW, FusedGroup};
 pub use process::{keep_freed_memory, with_a_considerate_environment};
+pub use profile::{Profile, ProfileRow, profile};
 
 use crate::error::Error;
 

@@ -3,25 +3,39 @@
 use std::ffi::c_int;
 use std::os::unix::process::CommandExt;
 
-/// Makes libtorch's idle threads sleep instead of spin and bounds what its kernels keep, unless the user has set a policy.
+/// What libtorch reads from the environment, and what this program sets it to where the user says nothing.
+const SETTINGS: [(&str, &str); 4] = [
+    // Idle threads sleep instead of spin. Where another process wants the cores, spinning at every barrier made a run
+    // that takes two minutes take more than ten.
+    ("OMP_WAIT_POLICY", "passive"),
+    // Every batch has its own number of tokens, and oneDNN keeps what it compiled for the last 1024 shapes: gigabytes.
+    ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"),
+    // For the same reason blocks of GPU memory of one size do not fit the next batch; segments that grow leave no
+    // holes behind.
+    (CUDA_ALLOCATOR, "expandable_segments:True"),
+    // The profiler reports on stderr that a machine has no GPU.
+    ("KINETO_LOG_LEVEL", "99"),
+];
+const CUDA_ALLOCATOR: &str = "PYTORCH_CUDA_ALLOC_CONF";
+/// The newer name of the same setting, which the older one would outrank.
+const ANY_ALLOCATOR: &str = "PYTORCH_ALLOC_CONF";
+
+/// Makes libtorch a considerate process: idle threads sleep, and what it keeps of CPU kernels and GPU memory is bounded.
+/// Whatever the user has set stays.
 ///
-/// Both are read from the environment when the libraries are loaded, before `main`; so the program starts itself again
-/// with them. Where another process wants the cores, spinning at every barrier made a run that takes two minutes take
-/// more than ten.
+/// The libraries read this when they are loaded, before `main`; so the program starts itself again with it.
 pub fn with_a_considerate_environment() {
-    const POLICY: &str = "OMP_WAIT_POLICY";
-    if std::env::var_os(POLICY).is_some() {
+    let is_set = |name: &str| std::env::var_os(name).is_some();
+    let missing = SETTINGS.iter().filter(|(name, _)| !is_set(name));
+    let missing: Vec<_> =
+        missing.filter(|(name, _)| *name != CUDA_ALLOCATOR || !is_set(ANY_ALLOCATOR)).collect();
+    if missing.is_empty() {
         return;
     }
-    // Every batch has its own number of tokens, and oneDNN keeps what it compiled for the last 1024 shapes: gigabytes.
-    const SHAPES_KEPT: (&str, &str) = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128");
     if let Ok(program) = std::env::current_exe() {
         let mut again = std::process::Command::new(program);
         // Only returns if it fails, and then the program works as well, if slower beside others.
-        again.args(std::env::args_os().skip(1)).env(POLICY, "passive");
-        if std::env::var_os(SHAPES_KEPT.0).is_none() {
-            again.env(SHAPES_KEPT.0, SHAPES_KEPT.1);
-        }
+        again.args(std::env::args_os().skip(1)).envs(missing.into_iter().copied());
         let _ = again.exec();
     }
 }

@@ -4,14 +4,22 @@
 // child_tuning_free_message. No C++ exception leaves this file, except through a gradient hook, where libtorch's
 // autograd engine expects one and hands it to whoever called backward.
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/pin_memory.h>
+#include <ATen/ops/to.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <kineto/ActivityType.h>
+#include <torch/csrc/autograd/profiler_kineto.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -144,6 +152,161 @@ char *child_tuning_cuda_peak_bytes(int device, int64_t *bytes) {
 char *child_tuning_cuda_reset_peak(int device) {
   return guarded(
       [&] { at::getDeviceAllocator(at::kCUDA)->resetPeakStats(static_cast<c10::DeviceIndex>(device)); });
+}
+
+}  // extern "C"
+
+// ---- Measuring: what ran, how often, how long; what memory there is ----
+
+namespace {
+
+namespace profiler = torch::autograd::profiler;
+using Activity = torch::profiler::impl::ActivityType;
+
+// What one name adds up to.
+struct ProfileSum {
+  uint64_t calls = 0;
+  uint64_t total = 0;
+  uint64_t own = 0;
+};
+
+// An operator call that has begun and whose inner calls are still to come.
+struct OpenCall {
+  const profiler::KinetoEvent *event;
+  uint64_t inner;
+};
+
+bool is_on_device(const profiler::KinetoEvent &event) {
+  const auto kind = static_cast<libkineto::ActivityType>(event.activityType());
+  return event.deviceType() != at::kCPU &&
+         (kind == libkineto::ActivityType::CONCURRENT_KERNEL || kind == libkineto::ActivityType::GPU_MEMCPY ||
+          kind == libkineto::ActivityType::GPU_MEMSET);
+}
+
+bool is_operator(const profiler::KinetoEvent &event) {
+  return event.deviceType() == at::kCPU &&
+         static_cast<libkineto::ActivityType>(event.activityType()) == libkineto::ActivityType::CPU_OP;
+}
+
+// Sums operator calls by name. An inner call's time is part of its caller's total, not of its caller's own time.
+std::map<std::string, ProfileSum> sum_operators(const std::vector<profiler::KinetoEvent> &events) {
+  std::map<uint64_t, std::vector<const profiler::KinetoEvent *>> by_thread;
+  for (const auto &event : events) {
+    if (is_operator(event)) by_thread[event.startThreadId()].push_back(&event);
+  }
+  std::map<std::string, ProfileSum> sums;
+  const auto close = [&sums](const OpenCall &call) {
+    ProfileSum &sum = sums[call.event->name()];
+    const uint64_t duration = call.event->durationNs();
+    sum.calls += 1;
+    sum.total += duration;
+    sum.own += duration - std::min(call.inner, duration);
+  };
+  for (auto &[thread, calls] : by_thread) {
+    // Callers before their inner calls.
+    std::stable_sort(calls.begin(), calls.end(), [](const auto *left, const auto *right) {
+      return left->startNs() != right->startNs() ? left->startNs() < right->startNs() : left->endNs() > right->endNs();
+    });
+    std::vector<OpenCall> open;
+    for (const auto *event : calls) {
+      while (!open.empty() && open.back().event->endNs() <= event->startNs()) {
+        close(open.back());
+        open.pop_back();
+      }
+      if (!open.empty()) open.back().inner += event->durationNs();
+      open.push_back({event, 0});
+    }
+    for (; !open.empty(); open.pop_back()) close(open.back());
+  }
+  return sums;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Starts to record operator calls of this thread and of the backward passes it starts, and kernels where there is a GPU.
+char *child_tuning_profile_start() {
+  return guarded([&] {
+    std::set<Activity> activities{Activity::CPU};
+    if (at::hasCUDA()) activities.insert(Activity::CUDA);
+    const torch::profiler::impl::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO);
+    profiler::prepareProfiler(config, activities);
+    profiler::enableProfiler(config, activities);
+  });
+}
+
+// Ends the recording of this thread. `row` is called once a name, for what ran on the host and on a GPU; times in ns.
+// Whoever calls has waited for the GPU.
+char *child_tuning_profile_stop(void *state,
+                                void (*row)(void *state, const char *name, bool on_device, uint64_t calls,
+                                            uint64_t total, uint64_t own)) {
+  return guarded([&] {
+    const auto result = profiler::disableProfiler();
+    for (const auto &[name, sum] : sum_operators(result->events())) {
+      row(state, name.c_str(), false, sum.calls, sum.total, sum.own);
+    }
+    std::map<std::string, ProfileSum> kernels;
+    for (const auto &event : result->events()) {
+      if (!is_on_device(event)) continue;
+      ProfileSum &sum = kernels[event.name()];
+      sum.calls += 1;
+      sum.total += event.durationNs();
+    }
+    for (const auto &[name, sum] : kernels) row(state, name.c_str(), true, sum.calls, sum.total, sum.total);
+  });
+}
+
+// Bytes that a CUDA device has free for anybody, and all its bytes.
+char *child_tuning_device_memory(int device, uint64_t *free_bytes, uint64_t *total_bytes) {
+  return guarded([&] {
+    TORCH_CHECK(at::hasCUDA(), "there is no CUDA device");
+    // The allocator is made by the first use of CUDA.
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    const auto memory = at::getDeviceAllocator(at::kCUDA)->getMemoryInfo(static_cast<c10::DeviceIndex>(device));
+    *free_bytes = memory.first;
+    *total_bytes = memory.second;
+  });
+}
+
+// Gives memory that libtorch keeps for later back to the CUDA devices; nothing where CUDA was never used.
+char *child_tuning_release_cached_memory() {
+  return guarded([&] {
+    if (!at::hasCUDA()) return;
+    auto *allocator = at::getDeviceAllocator(at::kCUDA);
+    if (allocator->initialized()) allocator->emptyCache();
+  });
+}
+
+
+// ---- Computing on a GPU: attention without padding, TF32, uploads that nobody waits for ----
+
+// softmax(q kᵀ · scale) v within each example; q, k, v and the result are [tokens, heads, head_size], `lengths` counts
+// the tokens before each example, int32 [examples + 1]. Has a gradient.
+char *child_tuning_flash_attention(at::Tensor *query, at::Tensor *key, at::Tensor *value, at::Tensor *lengths,
+                                   int64_t longest, double dropout, double scale, at::Tensor **context) {
+  return guarded([&] {
+    auto result = at::_flash_attention_forward(*query, *key, *value, *lengths, *lengths, longest, longest, dropout,
+                                               /*is_causal=*/false, /*return_debug_mask=*/false, scale);
+    *context = new at::Tensor(std::get<0>(std::move(result)));
+  });
+}
+
+// Says whether products of float32 matrices on CUDA may use TF32 from here on, and whether they might before.
+char *child_tuning_allow_tf32(bool allowed, bool *before) {
+  return guarded([&] {
+    *before = at::globalContext().allowTF32CuBLAS();
+    if (*before != allowed) at::globalContext().setAllowTF32CuBLAS(allowed);
+  });
+}
+
+// Copies a tensor of the CPU to a CUDA device, in the order of its work and without waiting for it. The copy reads
+// pinned memory, which libtorch does not hand out again before the device has read it.
+char *child_tuning_upload(at::Tensor *host, int device, at::Tensor **copy) {
+  return guarded([&] {
+    const at::Device target(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    *copy = new at::Tensor(host->pin_memory().to(target, host->scalar_type(), /*non_blocking=*/true));
+  });
 }
 
 }  // extern "C"

@@ -1,6 +1,7 @@
 //! The layers that encoder families are made of, and the pass that runs them.
 
 use std::cell::Cell;
+use std::ops::RangeInclusive;
 
 use tch::{Kind, Tensor};
 
@@ -8,6 +9,11 @@ use super::dropout::Dropout;
 use super::params::{ParameterId, ParameterKind, ParameterPlace, ParameterTable};
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
+use crate::libtorch::flash_attention;
+
+/// Head sizes that libtorch's flash attention takes with a gradient and dropout on every GPU that it runs on, if they
+/// are multiples of 8.
+const FLASH_HEAD_SIZES: RangeInclusive<i64> = 8..=192;
 
 /// What the rows of an activation stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +90,8 @@ impl<'a> Pass<'a> {
 
     /// Computes softmax(q kᵀ / √d) v within each example; all `[tokens, heads · d]`.
     ///
-    /// Attention is the one place that needs a rectangle: tokens are padded for it and unpadded after it.
+    /// On GPUs in bfloat16 tokens stay packed. Elsewhere attention is the one place that needs a rectangle: tokens are
+    /// padded for it and unpadded after it.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -98,14 +105,25 @@ impl<'a> Pass<'a> {
     ) -> Result<Tensor> {
         let (examples, longest) = (self.batch.examples() as i64, self.batch.longest() as i64);
         let head_size = query.size()[1] / heads;
+        let scale = 1.0 / (head_size as f64).sqrt();
+        if let Some(lengths) = self.batch.flash_lengths()
+            && query.kind() == Kind::BFloat16
+            && FLASH_HEAD_SIZES.contains(&head_size)
+            && head_size % 8 == 0
+        {
+            let split = |rows: &Tensor| rows.f_view([-1, heads, head_size]);
+            let (query, key, value) = (split(query)?, split(key)?, split(value)?);
+            let dropout = self.dropout.map_or(0.0, |_| dropout);
+            let context = flash_attention(&query, &key, &value, &lengths, dropout, scale)?;
+            return Ok(context.f_reshape([-1, heads * head_size])?);
+        }
         let padding = self.batch.padding.as_ref();
         let split = |rows: &Tensor| -> Result<Tensor> {
             let rectangle = padding.map_or_else(|| Ok(rows.shallow_clone()), |padding| padding.pad(rows))?;
             Ok(rectangle.f_view([examples, longest, heads, head_size])?.f_transpose(1, 2)?)
         };
         let (query, key, value) = (split(query)?, split(key)?, split(value)?);
-        let bias = padding.map(|padding| padding.bias.f_to_kind(query.kind())).transpose()?;
-        let scale = 1.0 / (head_size as f64).sqrt();
+        let bias = padding.map(|padding| padding.bias(query.kind())).transpose()?;
         let context = match &self.dropout {
             Some(pattern) if dropout > 0.0 && !query.device().is_cuda() => {
                 let scores = query.f_mul_scalar(scale)?.f_matmul(&key.f_transpose(2, 3)?)?;

@@ -7,7 +7,7 @@ use crate::data::{
     Encoded, EncodedDataset, LabelMap, Metric, PackedBatch, Targets, TaskCard, score_classes, score_values,
 };
 use crate::error::Result;
-use crate::libtorch::elements;
+use crate::libtorch::{elements, upload};
 use crate::model::{Classifier, Pass};
 
 /// Tokens that one forward pass takes at most when nothing is learnt (a single longer example still runs).
@@ -49,7 +49,8 @@ pub fn predict(
     precision: Precision,
     each: impl FnMut(usize) -> Result<()>,
 ) -> Result<Tensor> {
-    by_batches(classifier, data, precision, each, |pass| classifier.logits(pass))
+    let logits = by_batches(classifier, data, precision, each, |pass| classifier.logits(pass))?;
+    Ok(logits.f_to_device(tch::Device::Cpu)?)
 }
 
 /// Computes what a frozen encoder makes of examples, without dropout: `[examples, hidden]` in float32 on the model's
@@ -63,11 +64,11 @@ pub fn frozen_features(
     precision: Precision,
     each: impl FnMut(usize) -> Result<()>,
 ) -> Result<Tensor> {
-    let features = by_batches(classifier, data, precision, each, |pass| classifier.features(pass))?;
-    Ok(features.f_to_device(classifier.parameters.device())?)
+    by_batches(classifier, data, precision, each, |pass| classifier.features(pass))
 }
 
-/// Runs all examples forward and collects one row an example on the CPU, in the order of the examples.
+/// Runs all examples forward and collects one row an example on the model's device, in the order of the examples.
+/// Nothing waits for the device in between.
 fn by_batches(
     classifier: &Classifier,
     data: &[Encoded],
@@ -76,6 +77,7 @@ fn by_batches(
     rows: impl Fn(&Pass) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
+    let _products = precision.matrix_products()?;
     let weights = classifier.parameters.compute_weights(precision.kind())?;
     let device = classifier.parameters.device();
     // Examples of like length together, so that attention's rectangles have few holes; results do not depend on it.
@@ -89,12 +91,14 @@ fn by_batches(
         rest = later;
         let inputs: Vec<_> = now.iter().map(|&number| &data[number]).collect();
         let batch = PackedBatch::pack(&inputs, 0, device)?;
-        parts.push(rows(&Pass::new(&weights, &batch, None))?.f_to_device(tch::Device::Cpu)?);
+        parts.push(rows(&Pass::new(&weights, &batch, None))?);
         each(now.len())?;
     }
     let mut places = vec![0; data.len()];
     order.iter().enumerate().for_each(|(place, &number)| places[number] = place as i64);
-    Ok(Tensor::f_cat(&parts, 0)?.f_index_select(0, &Tensor::from_slice(&places))?)
+    let rows = Tensor::f_cat(&parts, 0)?;
+    drop(parts);
+    Ok(rows.f_index_select(0, &upload(&places, device)?)?)
 }
 
 /// Scores a model on a labelled data set.
@@ -137,6 +141,7 @@ pub fn evaluate(
 /// Applies the head alone, to features that a frozen encoder gave.
 fn head_logits(classifier: &Classifier, data: &EncodedDataset) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
+    let _products = Precision::Float32.matrix_products()?;
     let weights = classifier.parameters.compute_weights(Kind::Float)?;
     let everything: Vec<usize> = (0..data.len()).collect();
     let (batch, _) = data.batch(&everything, 0, classifier.parameters.device())?;

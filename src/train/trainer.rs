@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
 
 use super::evaluate::{Evaluation, Scored, evaluate};
-use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, Order};
+use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, Order, Precision};
 use super::rule::{Clip, Optimizer};
 use super::schedule::Schedule;
 use crate::child::{GradientHooks, GradientMask};
@@ -192,7 +192,7 @@ impl<'a> Trainer<'a> {
         let mask = prepared.mask.as_ref();
         let optimizer = Optimizer::new(parameters, &trainable, hyperparameters, mask, prepared.decay)?;
         let optimizer = Arc::new(Mutex::new(optimizer));
-        let weights = parameters.compute_weights(compute_kind(hyperparameters))?;
+        let weights = parameters.compute_weights(pass_precision(hyperparameters).kind())?;
         let trains = |parameter: &Parameter| trainable.holds(parameter);
         let hooks = if hyperparameters.release_gradients {
             parameters.free_gradients();
@@ -234,12 +234,14 @@ impl<'a> Trainer<'a> {
     pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
         let parameters = &self.classifier.parameters;
         let device = parameters.device();
+        let precision = pass_precision(self.hyperparameters);
+        let _products = precision.matrix_products()?;
         if let Some(mask) = &self.prepared.mask {
             mask.begin_step(self.step);
         }
         self.hooks.begin_step();
         lock(&self.optimizer).begin_step(self.schedule.at(self.step));
-        let weights = parameters.compute_weights(compute_kind(self.hyperparameters))?;
+        let weights = parameters.compute_weights(precision.kind())?;
         let mut mean_loss = Tensor::f_zeros([], (Kind::Float, device))?;
         for (part, micro_batch) in examples.chunks(self.hyperparameters.micro_batch).enumerate() {
             let first_slot = part * self.hyperparameters.micro_batch;
@@ -362,10 +364,10 @@ impl<'a> Trainer<'a> {
 }
 
 /// The number type of the passes; the head alone is float32 always.
-fn compute_kind(hyperparameters: &Hyperparameters) -> Kind {
+fn pass_precision(hyperparameters: &Hyperparameters) -> Precision {
     match hyperparameters.freeze {
-        Freeze::Nothing => hyperparameters.precision.kind(),
-        Freeze::Encoder => Kind::Float,
+        Freeze::Nothing => hyperparameters.precision,
+        Freeze::Encoder => Precision::Float32,
     }
 }
 

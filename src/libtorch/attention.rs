@@ -1,0 +1,84 @@
+//! libtorch's flash attention over examples of different lengths, without padding.
+
+use std::sync::Mutex;
+
+use tch::{Device, Kind, Tensor};
+
+use super::ffi;
+use crate::error::Result;
+
+/// The examples of a packed batch, as flash attention wants to know them.
+pub struct PackedLengths<'a> {
+    /// Number of tokens before each example, and of all tokens: `[examples + 1]`, int32, on the device.
+    pub cumulative: &'a Tensor,
+    /// Number of tokens of the longest example.
+    pub longest: usize,
+}
+
+/// Computes softmax(q kᵀ · scale) v within each example, with a gradient; all are `[tokens, heads, head_size]` in
+/// bfloat16 on CUDA (`at::_flash_attention_forward`). What dropout drops comes from libtorch's generator of the device.
+///
+/// # Errors
+/// Fails where [`flash_attention_runs`] says no, and for head sizes that are no multiple of 8.
+pub fn flash_attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    lengths: &PackedLengths,
+    dropout: f64,
+    scale: f64,
+) -> Result<Tensor> {
+    let mut handles = [query, key, value, lengths.cumulative].map(Tensor::shallow_clone);
+    let [query, key, value, cumulative] = handles.each_mut().map(Tensor::as_mut_ptr);
+    let mut context = std::ptr::null_mut();
+    // SAFETY: all four are live tensors, and `context` is valid for writing during the call.
+    ffi::check(unsafe {
+        ffi::child_tuning_flash_attention(
+            query,
+            key,
+            value,
+            cumulative,
+            lengths.longest as i64,
+            dropout,
+            scale,
+            &mut context,
+        )
+    })?;
+    // SAFETY: the shim wrote a new tensor, which this handle owns.
+    Ok(unsafe { Tensor::from_ptr(context) })
+}
+
+/// Returns whether flash attention runs on a device: on NVIDIA GPUs from compute capability 8.0 on. Found out by trying
+/// it once on each device, since libtorch's build and the GPU must both have it.
+pub fn flash_attention_runs(device: Device) -> bool {
+    static TRIED: Mutex<Vec<(usize, bool)>> = Mutex::new(Vec::new());
+    let Device::Cuda(index) = device else { return false };
+    let mut tried = TRIED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some((_, runs)) = tried.iter().find(|(known, _)| *known == index) {
+        return *runs;
+    }
+    let attempt = || -> Result<Tensor> {
+        let rows = Tensor::f_zeros([8, 1, 64], (Kind::BFloat16, device))?;
+        let cumulative = Tensor::from_slice(&[0i32, 8]).f_to_device(device)?;
+        let lengths = PackedLengths { cumulative: &cumulative, longest: 8 };
+        flash_attention(&rows, &rows, &rows, &lengths, 0.0, 1.0)
+    };
+    let runs = tch::no_grad(|| attempt().is_ok());
+    tried.push((index, runs));
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_there_is_no_gpu_it_does_not_run_and_says_so() {
+        assert!(!flash_attention_runs(Device::Cpu));
+        let rows = Tensor::zeros([8, 1, 64], (Kind::BFloat16, Device::Cpu));
+        let cumulative = Tensor::from_slice(&[0i32, 3, 8]);
+        let lengths = PackedLengths { cumulative: &cumulative, longest: 5 };
+        let error = flash_attention(&rows, &rows, &rows, &lengths, 0.0, 1.0).unwrap_err();
+        assert!(error.to_string().contains("_flash_attention_forward"), "{error}");
+    }
+}
