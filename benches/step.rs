@@ -15,7 +15,7 @@ use child_tuning::libtorch::Profile;
 use child_tuning::method::{DecayScope, Prepared};
 use child_tuning::model::{Classifier, Labels, ModelConfig};
 use child_tuning::random::philox;
-use child_tuning::train::{Hyperparameters, Order, Precision, Trainer};
+use child_tuning::train::{Hyperparameters, MicroBatch, Order, Precision, Trainer};
 use clap::Parser;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -160,7 +160,7 @@ fn settings(precision: &str) -> Hyperparameters {
     Hyperparameters {
         epochs: 1e6,
         batch_size: BATCH_SIZE,
-        micro_batch: BATCH_SIZE,
+        micro_batch: MicroBatch::Examples(BATCH_SIZE),
         learning_rate: 1e-5,
         precision: if precision == "bf16" { Precision::Bf16 } else { Precision::Float32 },
         order: Order::Sequential,

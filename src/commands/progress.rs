@@ -62,17 +62,25 @@ impl Display {
     }
 
     fn progress(&self, event: Event) {
-        let Some(bar) = &self.bar else { return };
         let (progress, message) = match event {
             Event::Encoded(progress) => (progress, "examples through the frozen encoder".to_owned()),
             Event::Prepared(progress) => (progress, "examples for the mask".to_owned()),
             Event::Step { progress, loss } => (progress, format!("steps, loss {loss:.4}")),
             Event::Evaluated(progress) => (progress, "examples scored".to_owned()),
+            Event::MicroBatch(examples) => {
+                let place = &self.place;
+                self.line(&format!(
+                    "note: {place}: out of memory; passes of at most {examples} examples from here on"
+                ));
+                return;
+            }
+            Event::Epoch { .. } if self.bar.is_none() => return,
             Event::Epoch { epoch, headline } => {
                 self.line(&format!("{}: epoch {epoch}: {headline:.4}", self.place));
                 return;
             }
         };
+        let Some(bar) = &self.bar else { return };
         bar.set_length(progress.total);
         bar.set_position(progress.done);
         bar.set_message(message);

@@ -313,6 +313,15 @@ impl EncodedDataset {
         self.inputs.iter().map(|input| input.ids.len()).sum()
     }
 
+    /// Returns the number of tokens that batches of the examples with the given numbers have; none where features stand in
+    /// their place.
+    pub fn tokens_of(&self, numbers: &[usize]) -> usize {
+        match self.features {
+            Some(_) => 0,
+            None => numbers.iter().map(|&number| self.inputs[number].ids.len()).sum(),
+        }
+    }
+
     /// Packs the examples with the given numbers, and their targets: int64 class ids or float32 scores, `[examples]`.
     ///
     /// # Errors

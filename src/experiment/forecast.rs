@@ -8,12 +8,13 @@ use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 
+use super::machine;
 use super::resident::Tokens;
 use super::run::Run;
 use crate::data::EncodedDataset;
 use crate::error::Result;
 use crate::model::{Classifier, Labels, ModelShape};
-use crate::train::Precision;
+use crate::train::{MemoryUse, Precision};
 
 /// Share of the rate of one large matrix product that training reaches in all.
 const EFFICIENCY: f64 = 0.75;
@@ -21,8 +22,6 @@ const EFFICIENCY: f64 = 0.75;
 const STEP_BYTES: f64 = 64.0;
 /// Seconds that a step takes besides: hundreds of small kernels.
 const STEP_SECONDS: f64 = 0.004;
-/// What the process holds before a model is loaded: libtorch and its buffers.
-const BASE_BYTES: f64 = 450e6;
 
 /// Cost of one run.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -39,6 +38,9 @@ pub struct Speed {
     operations: [f64; 3],
     /// Bytes a second that a copy reads and writes.
     bytes: f64,
+    device: Device,
+    /// What a process holds before a model is loaded: libtorch and its buffers, and data; on the device nothing.
+    held_before: u64,
 }
 
 impl Speed {
@@ -66,6 +68,8 @@ impl Speed {
         Ok(Self {
             operations: [rate(Precision::Float32)?, rate(Precision::Tf32)?, rate(Precision::Bf16)?],
             bytes: 8.0 * elements as f64 / copied,
+            device,
+            held_before: if device.is_cuda() { 0 } else { machine::resident_memory().unwrap_or(0) },
         })
     }
 
@@ -116,23 +120,41 @@ pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecas
         let data = tokens.of(&run.model, &evaluated.on.dataset, settings.max_length)?;
         seconds += forward_operations(&shape, &data) / rate;
     }
-    let (trained, activations) = match run.is_frozen() {
-        true => {
-            seconds += forward_operations(&shape, &train) / rate + steps * STEP_SECONDS / 10.0;
-            (shape.hidden as f64, 0.0)
-        }
+    match run.is_frozen() {
+        true => seconds += forward_operations(&shape, &train) / rate + steps * STEP_SECONDS / 10.0,
         false => {
             seconds += steps * (STEP_BYTES * weights / speed.bytes + STEP_SECONDS);
             seconds += 3.0 * epoch * settings.epochs / rate;
             // One pass in float32 whose products have a square beside them.
             let pass = 4.0 * epoch / speed.operations(Precision::Float32);
             seconds += if run.method.passes_over_data() { pass } else { 0.0 };
-            (weights, activation_bytes(&shape, &train, settings.micro_batch, settings.precision))
         }
+    }
+    Ok(Forecast { seconds, memory: memory(run, &train, speed)? })
+}
+
+/// Bytes that a run holds at most.
+fn memory(run: &Run, train: &EncodedDataset, speed: &Speed) -> Result<f64> {
+    let settings = &run.hyperparameters;
+    let (config, labels) = (&run.model.folder.config, Labels::from(&run.task.card.objective));
+    let shape = Classifier::shape(config, &labels)?;
+    let trained = match run.method.fixed_share() {
+        _ if run.is_frozen() => shape.hidden * labels.outputs() as usize,
+        Some((share, scope)) => {
+            let maskable = Classifier::count(config, &labels, |parameter| scope.covers(parameter))?;
+            shape.weights - ((1.0 - share) * maskable as f64) as usize
+        }
+        None => shape.weights,
     };
-    // Values, gradients, the weights to start from and the mapped file; two moments of what trains.
-    let memory = BASE_BYTES + 16.0 * weights + 8.0 * trained + activations.max(scoring_bytes(&shape));
-    Ok(Forecast { seconds, memory })
+    let memory = MemoryUse::new(&shape, settings, trained, speed.device);
+    let mut lengths: Vec<usize> = train.inputs.iter().map(|input| input.ids.len()).collect();
+    lengths.sort_unstable();
+    let size = settings.micro_batch.at_most(settings.batch_size);
+    // Among the batches of a run there is one of rather long examples: the upper third stands for it.
+    let upper = &lengths[lengths.len() * 2 / 3..];
+    let batch: Vec<usize> =
+        (0..size.min(lengths.len())).map(|place| upper[place * upper.len() / size]).collect();
+    Ok(speed.held_before as f64 + memory.fixed + memory.of_pass(&batch).max(scoring_bytes(&shape)))
 }
 
 /// Operations of one forward pass over a data set.
@@ -142,24 +164,6 @@ fn forward_operations(shape: &ModelShape, data: &EncodedDataset) -> f64 {
             + 4.0 * tokens * tokens * (shape.layers * shape.hidden) as f64
     };
     data.inputs.iter().map(|input| per_example(input.ids.len() as f64)).sum()
-}
-
-/// Bytes that the backward pass needs of a micro-batch: about 19 numbers a hidden unit and 3 an attention weight.
-fn activation_bytes(
-    shape: &ModelShape,
-    data: &EncodedDataset,
-    micro_batch: usize,
-    precision: Precision,
-) -> f64 {
-    let mut lengths: Vec<f64> = data.inputs.iter().map(|input| input.ids.len() as f64).collect();
-    lengths.sort_by(f64::total_cmp);
-    // A batch with its share of the longest examples.
-    let of_batch = |place: usize| lengths[(place * lengths.len() + lengths.len() / 2) / micro_batch.max(1)];
-    let tokens: f64 = (0..micro_batch.min(lengths.len())).map(of_batch).sum();
-    let longest = lengths.last().copied().unwrap_or(0.0);
-    let size = if precision == Precision::Bf16 { 2.0 } else { 4.0 };
-    let attention = 3.0 * micro_batch as f64 * longest * longest * shape.heads as f64;
-    size * shape.layers as f64 * (19.0 * tokens * shape.hidden as f64 + attention)
 }
 
 /// Bytes of one layer's activations while examples are scored.

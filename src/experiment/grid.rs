@@ -3,14 +3,14 @@
 use super::spec::TrainSpec;
 use crate::error::{Error, Result};
 use crate::method::{Method, Preset};
-use crate::train::{AdamWForm, Freeze, Hyperparameters, Warmup};
+use crate::train::{AdamWForm, Freeze, Hyperparameters, MicroBatch, Warmup};
 use crate::values::OneOrMany;
 
 /// One point of the grid, still without the parts that depend on the method.
 #[derive(Clone, Debug, Default)]
 pub struct GridPoint {
     hyperparameters: Hyperparameters,
-    micro_batch: Option<usize>,
+    micro_batch: Option<MicroBatch>,
     warmup: Option<Warmup>,
     adamw: Option<AdamWForm>,
     /// Size of the subset of the training data.
@@ -38,12 +38,25 @@ impl GridPoint {
         hyperparameters.warmup = self.warmup.unwrap_or(Warmup(warmup));
         hyperparameters.adamw =
             self.adamw.unwrap_or(if official { AdamWForm::HfLegacy } else { AdamWForm::Torch });
-        hyperparameters.micro_batch = self.micro_batch.unwrap_or(hyperparameters.batch_size);
+        let batch_size = hyperparameters.batch_size;
+        hyperparameters.micro_batch = self.micro_batch.unwrap_or(MicroBatch::Examples(batch_size));
         hyperparameters.freeze = freeze;
-        if hyperparameters.micro_batch > hyperparameters.batch_size {
+        if let MicroBatch::Examples(micro_batch) = hyperparameters.micro_batch
+            && micro_batch > batch_size
+        {
             return Err(Error::configuration(format!(
-                "train.micro_batch {} is larger than train.batch_size {}",
-                hyperparameters.micro_batch, hyperparameters.batch_size
+                "train.micro_batch {micro_batch} is larger than train.batch_size {batch_size}"
+            )));
+        }
+        if hyperparameters.release_gradients {
+            let whole = hyperparameters.micro_batch == MicroBatch::Examples(batch_size);
+            let obstacle = match (hyperparameters.max_gradient_norm, whole) {
+                (Some(_), _) => "clipping needs all gradients at once: set `train.max_gradient_norm: 0`",
+                (_, false) => "micro-batches add up in them: leave `train.micro_batch` out",
+                (None, true) => return Ok(hyperparameters),
+            };
+            return Err(Error::configuration(format!(
+                "train.release_gradients frees each gradient as soon as it is used, but {obstacle}"
             )));
         }
         Ok(hyperparameters)
@@ -58,10 +71,14 @@ fn grid(typed: &TrainSpec, mut start: GridPoint) -> Vec<GridPoint> {
     if let Some(stopping) = typed.early_stopping {
         start.hyperparameters.early_stopping = Some(stopping.patience.0);
     }
+    start.hyperparameters.gradient_checkpointing =
+        typed.gradient_checkpointing.unwrap_or(start.hyperparameters.gradient_checkpointing);
+    start.hyperparameters.release_gradients =
+        typed.release_gradients.unwrap_or(start.hyperparameters.release_gradients);
     let mut points = vec![start];
     axis(&mut points, &typed.epochs, |point, value| point.hyperparameters.epochs = value.0);
     axis(&mut points, &typed.batch_size, |point, value| point.hyperparameters.batch_size = value.0);
-    axis(&mut points, &typed.micro_batch, |point, value| point.micro_batch = Some(value.0));
+    axis(&mut points, &typed.micro_batch, |point, value| point.micro_batch = Some(*value));
     axis(&mut points, &typed.max_length, |point, value| point.hyperparameters.max_length = value.0);
     axis(&mut points, &typed.learning_rate, |point, value| point.hyperparameters.learning_rate = value.0);
     axis(&mut points, &typed.warmup, |point, value| point.warmup = Some(*value));

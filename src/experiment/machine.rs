@@ -55,11 +55,18 @@ pub fn reset_peak_memory(device: Device) {
 pub fn peak_memory(device: Device) -> Option<u64> {
     match device {
         Device::Cuda(index) => libtorch::cuda_peak_bytes(index).ok(),
-        _ => {
-            let text = fs::read_to_string("/proc/self/status").ok()?;
-            let line = text.lines().find(|line| line.starts_with("VmHWM:"))?;
-            let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-            Some(kibibytes * 1024)
-        }
+        _ => of_process("VmHWM:"),
     }
+}
+
+/// Returns the memory that this process holds now, in bytes.
+pub fn resident_memory() -> Option<u64> {
+    of_process("VmRSS:")
+}
+
+fn of_process(key: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kibibytes * 1024)
 }

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::spec::{ExperimentSpec, Seeds, TrainSpec};
 use super::transfer::ThenSpec;
-use crate::train::Precision;
+use crate::train::{MicroBatch, Precision};
 use crate::values::{Count, OneOrMany, Positive};
 
 /// A smaller version of an experiment, by name.
@@ -65,8 +65,12 @@ fn shrink(train: &mut TrainSpec, first: bool) {
         train.max_length = Some(Count(LENGTH).into());
     }
     train.batch_size = train.batch_size.take().map(|sizes| each(sizes, |size: Count| Count(size.0.min(16))));
-    train.micro_batch =
-        train.micro_batch.take().map(|sizes| each(sizes, |size: Count| Count(size.0.min(16))));
+    train.micro_batch = train.micro_batch.take().map(|sizes| {
+        each(sizes, |size| match size {
+            MicroBatch::Examples(examples) => MicroBatch::Examples(examples.min(16)),
+            MicroBatch::Auto => MicroBatch::Auto,
+        })
+    });
     if train.precision.is_some() {
         train.precision = Some(Precision::Float32.into());
     }

@@ -62,7 +62,7 @@ pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, starte
         learning_rate: settings.learning_rate,
         epochs: settings.epochs,
         batch_size: settings.batch_size as u64,
-        micro_batch: settings.micro_batch as u64,
+        micro_batch: settings.micro_batch.at_most(settings.batch_size) as u64,
         max_length: settings.max_length as u64,
         warmup: settings.warmup.0,
         weight_decay: settings.weight_decay,

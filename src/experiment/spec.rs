@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::method::{MethodSpec, Preset};
 use crate::model::HeadStart;
 use crate::spelling::suggestion;
-use crate::train::{AdamWForm, Checkpoint, Freeze, OptimizerRule, Order, Precision, Warmup};
+use crate::train::{AdamWForm, Checkpoint, Freeze, MicroBatch, OptimizerRule, Order, Precision, Warmup};
 use crate::values::{Count, NonNegative, OneOrMany, PartialShare, Positive};
 
 /// The seeds of the paper's runs (alibaba/AliceMind, issue 24).
@@ -74,7 +74,7 @@ pub struct TrainSpec {
     /// Examples of one optimizer step.
     pub batch_size: Option<OneOrMany<Count>>,
     /// Examples of one forward and backward pass.
-    pub micro_batch: Option<OneOrMany<Count>>,
+    pub micro_batch: Option<OneOrMany<MicroBatch>>,
     /// Longest example in tokens.
     pub max_length: Option<OneOrMany<Count>>,
     /// Highest learning rate.
@@ -105,6 +105,10 @@ pub struct TrainSpec {
     pub checkpoint: Option<OneOrMany<Checkpoint>>,
     /// When to stop early.
     pub early_stopping: Option<EarlyStopping>,
+    /// Whether backward computes each layer again, to save memory.
+    pub gradient_checkpointing: Option<bool>,
+    /// Whether each parameter is updated as soon as its gradient is there, to save memory.
+    pub release_gradients: Option<bool>,
 }
 
 /// When training stops early.

@@ -147,41 +147,49 @@ mod tests {
         Tensor::from_slice(values).set_requires_grad(true)
     }
 
-    /// A place for gradients, and a function that puts them there.
-    fn collector() -> (Arc<Mutex<Vec<Vec<f32>>>>, impl FnMut(Tensor) -> Result<()> + Send + 'static) {
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let place = seen.clone();
-        (seen, move |gradient| {
-            place.lock().unwrap().push(Vec::try_from(&gradient).unwrap());
-            Ok(())
-        })
+    /// The gradients that a hook has seen.
+    #[derive(Clone, Default)]
+    struct Seen(Arc<Mutex<Vec<Vec<f32>>>>);
+
+    impl Seen {
+        fn collector(&self) -> impl FnMut(Tensor) -> Result<()> + Send + 'static {
+            let seen = self.clone();
+            move |gradient| {
+                seen.0.lock().unwrap().push(Vec::try_from(&gradient).unwrap());
+                Ok(())
+            }
+        }
+
+        fn gradients(&self) -> Vec<Vec<f32>> {
+            self.0.lock().unwrap().clone()
+        }
     }
 
     #[test]
     fn a_hook_sees_gradients_until_it_is_dropped() {
         let weight = leaf(&[1.0, 2.0, 3.0]);
         let doubled = &weight * 2.0;
-        let (seen, function) = collector();
-        let hook = GradientHook::register(&doubled, function).unwrap();
+        let seen = Seen::default();
+        let hook = GradientHook::register(&doubled, seen.collector()).unwrap();
         doubled.square().sum(Kind::Float).f_backward().unwrap();
-        assert_eq!(*seen.lock().unwrap(), [[4.0, 8.0, 12.0]]);
+        assert_eq!(seen.gradients(), [[4.0, 8.0, 12.0]]);
         assert_eq!(Vec::<f32>::try_from(weight.grad()).unwrap(), [8.0, 16.0, 24.0]);
         drop(hook);
         (&weight * 2.0).sum(Kind::Float).backward();
-        assert_eq!(seen.lock().unwrap().len(), 1);
+        assert_eq!(seen.gradients().len(), 1);
     }
 
     #[test]
     fn gradients_are_taken_from_a_leaf_whole() {
         let weight = leaf(&[1.0, 2.0]);
-        let (seen, function) = collector();
-        let hook = AccumulationHook::register(&weight, function).unwrap();
+        let seen = Seen::default();
+        let hook = AccumulationHook::register(&weight, seen.collector()).unwrap();
         // Two uses of the leaf, one gradient.
         ((&weight * 3.0) + weight.square()).sum(Kind::Float).backward();
-        assert_eq!(*seen.lock().unwrap(), [[5.0, 7.0]]);
+        assert_eq!(seen.gradients(), [[5.0, 7.0]]);
         assert!(!weight.grad().defined());
         (&weight * 3.0).sum(Kind::Float).backward();
-        assert_eq!(*seen.lock().unwrap(), [[5.0, 7.0], [3.0, 3.0]]);
+        assert_eq!(seen.gradients(), [[5.0, 7.0], [3.0, 3.0]]);
 
         drop(hook);
         (&weight * 3.0).sum(Kind::Float).backward();

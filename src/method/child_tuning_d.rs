@@ -208,6 +208,13 @@ impl Method for ChildTuningD {
         true
     }
 
+    fn fixed_share(&self) -> Option<(f64, MaskScope)> {
+        match &self.source {
+            Source::Fisher { cut, .. } | Source::Random(cut) => Some((cut.p, cut.scope)),
+            Source::File { .. } => None,
+        }
+    }
+
     fn check(&self, parameters: &Parameters) -> Result<()> {
         match &self.source {
             Source::File { mask, .. } => mask.child_network(parameters).map(|_| ()),

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::child::GradientMask;
+use crate::child::{GradientMask, MaskScope};
 use crate::data::EncodedDataset;
 use crate::error::Result;
 use crate::model::{Classifier, Parameters};
@@ -77,6 +77,12 @@ pub trait Method: Send + Sync {
 
     /// Returns whether [`Method::prepare`] gives a mask that stays the same for the whole run.
     fn has_fixed_mask(&self) -> bool;
+
+    /// Returns the share of the weights in a scope that train where the mask is fixed, as far as it is known beforehand: the
+    /// others have no moments.
+    fn fixed_share(&self) -> Option<(f64, MaskScope)> {
+        None
+    }
 
     /// Checks that the method fits a model, before anything trains.
     ///

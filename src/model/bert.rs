@@ -112,10 +112,10 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
 }
 
 impl Network for Bert {
-    fn features(&self, pass: &Pass) -> Result<Tensor> {
+    fn features<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor> {
         let mut states = self.embed(pass)?;
         for layer in &self.layers {
-            states = self.layer(pass, layer, &states)?;
+            states = pass.segment(&states, |pass, states| self.layer(pass, layer, states))?;
         }
         let first = states.f_index_select(0, &pass.batch.first_tokens)?;
         Ok(self.pooler.forward(pass, &first)?.f_tanh()?)

@@ -14,11 +14,11 @@ use crate::error::{Error, Result};
 
 /// The arithmetic of a family; the parameters live in [`Parameters`].
 pub trait Network: Send {
-    /// Computes the features that the head sees, `[examples, hidden]`.
+    /// Computes the features that the head sees, `[examples, hidden]`; its layers as segments of the pass.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    fn features(&self, pass: &Pass) -> Result<Tensor>;
+    fn features<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor>;
 
     /// Applies the head to features: `[examples, outputs]`.
     ///
@@ -80,12 +80,18 @@ pub enum HeadStart {
 pub struct ModelShape {
     /// All weights.
     pub weights: usize,
+    /// Weights of the embedding tables.
+    pub embedding_weights: usize,
+    /// Weights in encoder layers.
+    pub layer_weights: usize,
     /// Weights of the matrices in encoder layers, each of which multiplies every token.
     pub matrix_weights: usize,
     /// Encoder layers.
     pub layers: usize,
     /// Width of the hidden states.
     pub hidden: usize,
+    /// Width of the feed-forward layers.
+    pub intermediate: usize,
     /// Attention heads of a layer.
     pub heads: usize,
 }
@@ -182,20 +188,45 @@ impl Classifier {
     pub fn shape(config: &ModelConfig, labels: &Labels) -> Result<ModelShape> {
         let mut table = ParameterTable::default();
         config.family()?(config, labels.outputs(), &mut table)?;
-        let in_layers = |parameter: &&Parameter| matches!(parameter.place, ParameterPlace::EncoderLayer(_));
         let layer = |parameter: &Parameter| match parameter.place {
             ParameterPlace::EncoderLayer(layer) => layer + 1,
             _ => 0,
         };
-        let matrices =
-            table.iter().filter(in_layers).filter(|parameter| parameter.kind == ParameterKind::Weight);
+        let count = |chosen: &dyn Fn(&Parameter) -> bool| {
+            table.iter().filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
+        };
         Ok(ModelShape {
-            weights: table.iter().map(Parameter::count).sum(),
-            matrix_weights: matrices.map(Parameter::count).sum(),
+            weights: count(&|_| true),
+            embedding_weights: count(&|parameter| parameter.kind == ParameterKind::Embedding),
+            layer_weights: count(&|parameter| layer(parameter) > 0),
+            matrix_weights: count(&|own| layer(own) > 0 && own.kind == ParameterKind::Weight),
             layers: table.iter().map(layer).max().unwrap_or(0),
             hidden: config.integer("hidden_size")? as usize,
+            intermediate: config.integer("intermediate_size")? as usize,
             heads: config.integer("num_attention_heads")? as usize,
         })
+    }
+
+    /// Counts the weights of the chosen parameters of a model for a task, from its config alone.
+    ///
+    /// # Errors
+    /// As for [`Classifier::shape`].
+    pub fn count(
+        config: &ModelConfig,
+        labels: &Labels,
+        chosen: impl Fn(&Parameter) -> bool,
+    ) -> Result<usize> {
+        let mut table = ParameterTable::default();
+        config.family()?(config, labels.outputs(), &mut table)?;
+        Ok(table.iter().filter(|parameter| chosen(parameter)).map(Parameter::count).sum())
+    }
+
+    /// Returns the sizes of the model.
+    ///
+    /// # Errors
+    /// As for [`Classifier::shape`].
+    pub fn own_shape(&self) -> Result<ModelShape> {
+        Self::shape(&self.config, &self.labels)
     }
 
     /// Puts all weights back to the checkpoint's, with new values for the parameters that the checkpoint lacks.
@@ -214,7 +245,7 @@ impl Classifier {
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn logits(&self, pass: &Pass) -> Result<Tensor> {
+    pub fn logits<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor> {
         let features = match &pass.batch.features {
             Some(features) => features.shallow_clone(),
             None => self.network.features(pass)?,
@@ -226,7 +257,7 @@ impl Classifier {
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn features(&self, pass: &Pass) -> Result<Tensor> {
+    pub fn features<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor> {
         Ok(self.network.features(pass)?.f_to_kind(Kind::Float)?)
     }
 

@@ -31,6 +31,15 @@ impl Dropout {
         Self { key }
     }
 
+    /// Starts a segment that may be run again: on CUDA, libtorch's generator is set to what the segment draws both times.
+    pub fn begin_segment(&self, site: u32, batch: &PackedBatch) {
+        if batch.input_ids.device().is_cuda() {
+            let first_slot = u64::from(batch.slots.first().copied().unwrap_or(0));
+            let key = self.key.of_part(first_slot).of_part(u64::from(site));
+            tch::manual_seed((key.as_u64() >> 1) as i64);
+        }
+    }
+
     /// Drops elements of packed rows `[tokens, width]`, scaling the others by 1 / (1 − probability).
     ///
     /// # Errors

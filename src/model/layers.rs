@@ -1,10 +1,11 @@
 //! The layers that encoder families are made of, and the pass that runs them.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ops::RangeInclusive;
 
 use tch::{Kind, Tensor};
 
+use super::checkpointing::Segment;
 use super::dropout::Dropout;
 use super::params::{ParameterId, ParameterKind, ParameterPlace, ParameterTable};
 use crate::data::PackedBatch;
@@ -55,12 +56,19 @@ pub struct Pass<'a> {
     dropout: Option<Dropout>,
     observer: Option<&'a dyn LayerObserver>,
     sites: Cell<u32>,
+    /// What has been run of a checkpointed pass, first to last.
+    segments: Option<RefCell<Vec<Segment<'a>>>>,
 }
 
 impl<'a> Pass<'a> {
     /// Starts a pass for evaluation, or with `dropout` for training.
     pub fn new(weights: &'a [Tensor], batch: &'a PackedBatch, dropout: Option<Dropout>) -> Self {
-        Self { weights, batch, dropout, observer: None, sites: Cell::new(0) }
+        Self { weights, batch, dropout, observer: None, sites: Cell::new(0), segments: None }
+    }
+
+    /// Keeps of each segment of the network its input only; [`Pass::backward`] computes the rest again.
+    pub fn checkpointed(self) -> Self {
+        Self { segments: Some(RefCell::default()), ..self }
     }
 
     /// Lets an observer see the layers. The weights must not require gradients: the graph then starts at the
@@ -147,6 +155,21 @@ impl<'a> Pass<'a> {
         };
         let rows = context.f_transpose(1, 2)?.f_reshape([examples * longest, heads * head_size])?;
         padding.map_or_else(|| Ok(rows.shallow_clone()), |padding| padding.unpad(&rows))
+    }
+
+    /// The segments of a checkpointed pass.
+    pub(super) fn segments(&self) -> Option<&RefCell<Vec<Segment<'a>>>> {
+        self.segments.as_ref()
+    }
+
+    /// Starts a segment: forward, or again from its first place of dropout, which is returned.
+    pub(super) fn begin_segment(&self, again: Option<u32>) -> u32 {
+        let site = again.unwrap_or(self.sites.get());
+        self.sites.set(site);
+        if let Some(dropout) = &self.dropout {
+            dropout.begin_segment(site, self.batch);
+        }
+        site
     }
 
     /// Numbers the places where dropout happens, in the order of the forward pass.

@@ -2,6 +2,7 @@
 
 mod bert;
 mod checkpoint;
+mod checkpointing;
 mod classifier;
 mod config;
 mod dropout;

@@ -49,7 +49,7 @@ pub fn predict(
     precision: Precision,
     each: impl FnMut(usize) -> Result<()>,
 ) -> Result<Tensor> {
-    let logits = by_batches(classifier, data, precision, each, |pass| classifier.logits(pass))?;
+    let logits = by_batches(classifier, data, precision, each, Classifier::logits)?;
     Ok(logits.f_to_device(tch::Device::Cpu)?)
 }
 
@@ -64,7 +64,7 @@ pub fn frozen_features(
     precision: Precision,
     each: impl FnMut(usize) -> Result<()>,
 ) -> Result<Tensor> {
-    by_batches(classifier, data, precision, each, |pass| classifier.features(pass))
+    by_batches(classifier, data, precision, each, Classifier::features)
 }
 
 /// Runs all examples forward and collects one row an example on the model's device, in the order of the examples.
@@ -74,7 +74,7 @@ fn by_batches(
     data: &[Encoded],
     precision: Precision,
     mut each: impl FnMut(usize) -> Result<()>,
-    rows: impl Fn(&Pass) -> Result<Tensor>,
+    rows: impl for<'a> Fn(&'a Classifier, &Pass<'a>) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
     let _products = precision.matrix_products()?;
@@ -91,7 +91,7 @@ fn by_batches(
         rest = later;
         let inputs: Vec<_> = now.iter().map(|&number| &data[number]).collect();
         let batch = PackedBatch::pack(&inputs, 0, device)?;
-        parts.push(rows(&Pass::new(&weights, &batch, None))?);
+        parts.push(rows(classifier, &Pass::new(&weights, &batch, None))?);
         each(now.len())?;
     }
     let mut places = vec![0; data.len()];

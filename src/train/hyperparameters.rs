@@ -1,5 +1,8 @@
 //! What a run's training is made of, with no options left.
 
+use std::fmt;
+
+use serde::de::{Unexpected, Visitor};
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 
@@ -120,6 +123,64 @@ impl Warmup {
     }
 }
 
+/// The number of examples of one forward and backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MicroBatch {
+    /// So many.
+    Examples(usize),
+    /// As many of the batch as fit into memory.
+    Auto,
+}
+
+impl MicroBatch {
+    /// Returns how many examples a pass has at most.
+    pub fn at_most(self, batch_size: usize) -> usize {
+        match self {
+            MicroBatch::Examples(examples) => examples.min(batch_size),
+            MicroBatch::Auto => batch_size,
+        }
+    }
+}
+
+impl Serialize for MicroBatch {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            MicroBatch::Examples(examples) => serializer.serialize_u64(*examples as u64),
+            MicroBatch::Auto => serializer.serialize_str("auto"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for MicroBatch {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(MicroBatchVisitor)
+    }
+}
+
+struct MicroBatchVisitor;
+
+impl Visitor<'_> for MicroBatchVisitor {
+    type Value = MicroBatch;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a whole number of at least 1, or `auto`")
+    }
+
+    fn visit_u64<E: serde::de::Error>(self, examples: u64) -> Result<MicroBatch, E> {
+        match usize::try_from(examples) {
+            Ok(examples @ 1..) => Ok(MicroBatch::Examples(examples)),
+            _ => Err(E::invalid_value(Unexpected::Unsigned(examples), &self)),
+        }
+    }
+
+    fn visit_str<E: serde::de::Error>(self, word: &str) -> Result<MicroBatch, E> {
+        match word {
+            "auto" => Ok(MicroBatch::Auto),
+            _ => Err(E::invalid_value(Unexpected::Str(word), &self)),
+        }
+    }
+}
+
 /// Everything that decides how a run trains, besides data, model, method and seed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Hyperparameters {
@@ -128,7 +189,7 @@ pub struct Hyperparameters {
     /// Examples of one optimizer step.
     pub batch_size: usize,
     /// Examples of one forward and backward pass; a step adds up as many as it needs.
-    pub micro_batch: usize,
+    pub micro_batch: MicroBatch,
     /// Longest example in tokens; longer ones are truncated.
     pub max_length: usize,
     /// Highest learning rate of the schedule.
@@ -163,6 +224,10 @@ pub struct Hyperparameters {
     /// the outcome depends on it.
     #[serde(skip)]
     pub release_gradients: bool,
+    /// Whether backward computes each layer again instead of keeping what it needs of it. No bit of the outcome depends on
+    /// it on the CPU.
+    #[serde(skip)]
+    pub gradient_checkpointing: bool,
 }
 
 impl Default for Hyperparameters {
@@ -171,7 +236,7 @@ impl Default for Hyperparameters {
         Self {
             epochs: 3.0,
             batch_size: 16,
-            micro_batch: 16,
+            micro_batch: MicroBatch::Examples(16),
             max_length: 128,
             learning_rate: 4e-5,
             warmup: Warmup(0.1),
@@ -187,6 +252,7 @@ impl Default for Hyperparameters {
             freeze: Freeze::Nothing,
             early_stopping: None,
             release_gradients: false,
+            gradient_checkpointing: false,
         }
     }
 }

@@ -4,6 +4,7 @@ mod adamw_device;
 mod adamw_host;
 mod evaluate;
 mod hyperparameters;
+mod memory;
 mod optimizer;
 mod rule;
 mod schedule;
@@ -13,8 +14,9 @@ mod trainer;
 
 pub use evaluate::{Evaluation, Scored, TOKENS_PER_BATCH, evaluate, frozen_features, predict};
 pub use hyperparameters::{
-    AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Warmup,
+    AdamWForm, Checkpoint, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Precision, Warmup,
 };
+pub use memory::{MemoryUse, available_memory};
 pub use optimizer::AdamW;
 pub use rule::{Clip, Optimizer};
 pub use schedule::Schedule;

@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
 
 use super::evaluate::{Evaluation, Scored, evaluate};
-use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, Order, Precision};
+use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, MicroBatch, Order, Precision};
+use super::memory::{MemoryUse, available_memory};
 use super::rule::{Clip, Optimizer};
 use super::schedule::Schedule;
 use crate::child::{GradientHooks, GradientMask};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
+use crate::libtorch::release_cached_memory;
 use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared};
 use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Trainable, loss};
 use crate::random::{self, Key, Purpose};
@@ -37,6 +39,8 @@ pub enum Event {
     },
     /// Examples were evaluated.
     Evaluated(Progress),
+    /// Memory ran out, and passes have at most so many examples from here on.
+    MicroBatch(usize),
     /// An epoch was scored on the dev set.
     Epoch {
         /// The epoch, from 1.
@@ -162,6 +166,8 @@ pub struct Trainer<'a> {
     /// Shared with the hooks of a run that updates each parameter in backward.
     optimizer: Arc<Mutex<Optimizer>>,
     schedule: Schedule,
+    /// Examples of one pass; halved when memory runs out.
+    micro_batch: usize,
     seed: u64,
     step: u64,
     tokens: u64,
@@ -211,10 +217,15 @@ impl<'a> Trainer<'a> {
         let total = hyperparameters.total_steps(data.len());
         let warmup = hyperparameters.warmup.steps(total);
         let learning_rate = hyperparameters.learning_rate * prepared.learning_rate_factor;
+        let micro_batch = match hyperparameters.micro_batch {
+            MicroBatch::Examples(examples) => examples,
+            MicroBatch::Auto => fitting_micro_batch(classifier, data, hyperparameters)?,
+        };
         Ok(Self {
             optimizer,
             trainable,
             schedule: Schedule { learning_rate, warmup, total },
+            micro_batch,
             classifier,
             data,
             hyperparameters,
@@ -232,27 +243,19 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
-        let parameters = &self.classifier.parameters;
-        let device = parameters.device();
-        let precision = pass_precision(self.hyperparameters);
-        let _products = precision.matrix_products()?;
+        let _products = pass_precision(self.hyperparameters).matrix_products()?;
         if let Some(mask) = &self.prepared.mask {
             mask.begin_step(self.step);
         }
-        self.hooks.begin_step();
         lock(&self.optimizer).begin_step(self.schedule.at(self.step));
-        let weights = parameters.compute_weights(precision.kind())?;
-        let mut mean_loss = Tensor::f_zeros([], (Kind::Float, device))?;
-        for (part, micro_batch) in examples.chunks(self.hyperparameters.micro_batch).enumerate() {
-            let first_slot = part * self.hyperparameters.micro_batch;
-            let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
-            let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, first_slot, device);
-            let logits = self.classifier.logits(&Pass::new(&weights, &batch, Some(dropout)))?;
-            let loss = loss(&logits, &targets, examples.len())?;
-            loss.f_backward()?;
-            mean_loss = mean_loss.f_add(&loss.f_detach()?)?;
-            self.tokens += batch.tokens() as u64;
-        }
+        let mean_loss = loop {
+            self.hooks.begin_step();
+            match self.accumulate(examples) {
+                Err(error) if error.is_out_of_memory() && self.halve_micro_batch() => {}
+                outcome => break outcome?,
+            }
+        };
+        let parameters = &self.classifier.parameters;
         let mut values = parameters.values_to_change();
         if !self.hyperparameters.release_gradients {
             self.hooks.end_step()?;
@@ -264,7 +267,41 @@ impl<'a> Trainer<'a> {
         }
         self.step += 1;
         self.examples += examples.len() as u64;
+        self.tokens += self.data.tokens_of(examples) as u64;
         Ok(mean_loss)
+    }
+
+    /// Runs examples forward and backward, micro-batch by micro-batch; the hooks collect what comes out. Returns their mean
+    /// loss, on the device.
+    fn accumulate(&self, examples: &[usize]) -> Result<Tensor> {
+        let parameters = &self.classifier.parameters;
+        let device = parameters.device();
+        let weights = parameters.compute_weights(pass_precision(self.hyperparameters).kind())?;
+        let mut mean_loss = Tensor::f_zeros([], (Kind::Float, device))?;
+        for (part, micro_batch) in examples.chunks(self.micro_batch).enumerate() {
+            let first_slot = part * self.micro_batch;
+            let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
+            let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, first_slot, device);
+            let mut pass = Pass::new(&weights, &batch, Some(dropout));
+            if self.hyperparameters.gradient_checkpointing {
+                pass = pass.checkpointed();
+            }
+            let loss = loss(&self.classifier.logits(&pass)?, &targets, examples.len())?;
+            pass.backward(&loss)?;
+            mean_loss = mean_loss.f_add(&loss.f_detach()?)?;
+        }
+        Ok(mean_loss)
+    }
+
+    /// Halves the micro-batch, if a step can be taken again with smaller ones.
+    fn halve_micro_batch(&mut self) -> bool {
+        let again = self.micro_batch > 1 && !self.hyperparameters.release_gradients;
+        if again {
+            self.micro_batch = self.micro_batch.div_ceil(2);
+            // What cannot be given back stays for the next try.
+            let _ = release_cached_memory();
+        }
+        again
     }
 
     /// Returns how to scale all gradients so that their global norm is at most the limit
@@ -337,7 +374,11 @@ impl<'a> Trainer<'a> {
                 break;
             }
             control.check()?;
+            let micro_batch = self.micro_batch;
             let loss = self.step(examples)?;
+            if self.micro_batch < micro_batch {
+                (control.report)(Event::MicroBatch(self.micro_batch));
+            }
             if !on_gpu || self.step.is_multiple_of(STEPS_BETWEEN_LOOKS) || self.step == self.schedule.total {
                 last_loss = f64::try_from(&loss)?;
                 if !last_loss.is_finite() {
@@ -369,6 +410,23 @@ fn pass_precision(hyperparameters: &Hyperparameters) -> Precision {
         Freeze::Nothing => hyperparameters.precision,
         Freeze::Encoder => Precision::Float32,
     }
+}
+
+/// Chooses the micro-batch by the memory that is left once moments and gradients are there.
+fn fitting_micro_batch(
+    classifier: &Classifier,
+    data: &EncodedDataset,
+    hyperparameters: &Hyperparameters,
+) -> Result<usize> {
+    let device = classifier.parameters.device();
+    let batch_size = hyperparameters.batch_size;
+    let Some(available) = available_memory(device)? else { return Ok(batch_size) };
+    let shape = classifier.own_shape()?;
+    let memory = MemoryUse::new(&shape, hyperparameters, 0, device);
+    let lengths: Vec<usize> = data.inputs.iter().map(|input| input.ids.len()).collect();
+    // Some of it for others, and for what the estimate does not know.
+    let share = 0.8 * available as f64 - 4.0 * shape.embedding_weights as f64;
+    Ok(memory.micro_batch(&lengths, batch_size, share))
 }
 
 fn lock(optimizer: &Mutex<Optimizer>) -> MutexGuard<'_, Optimizer> {

@@ -2,7 +2,7 @@
 
 use child_tuning::method::DecayScope;
 use child_tuning::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
-use child_tuning::train::{AdamW, AdamWForm, Clip, Hyperparameters, Order, Warmup};
+use child_tuning::train::{AdamW, AdamWForm, Clip, Hyperparameters, MicroBatch, Order, Warmup};
 use tch::Device;
 
 use crate::fixture::{assert_close, part, tensors};
@@ -11,7 +11,7 @@ pub fn hyperparameters() -> Hyperparameters {
     Hyperparameters {
         epochs: 1.0,
         batch_size: 4,
-        micro_batch: 4,
+        micro_batch: MicroBatch::Examples(4),
         max_length: 40,
         learning_rate: 1e-3,
         warmup: Warmup(0.0),

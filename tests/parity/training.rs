@@ -7,8 +7,8 @@ use child_tuning::data::EncodedDataset;
 use child_tuning::method::{Method, MethodSpec, Preset};
 use child_tuning::model::{Classifier, ParameterPlace, Pass};
 use child_tuning::train::{
-    Control, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Trained, frozen_features, predict,
-    train,
+    Control, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Precision, Trained, frozen_features,
+    predict, train,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -49,7 +49,7 @@ fn settings() -> Hyperparameters {
     Hyperparameters {
         epochs: 4.0,
         batch_size: 2,
-        micro_batch: 2,
+        micro_batch: MicroBatch::Examples(2),
         order: Order::Shuffled,
         ..hyperparameters()
     }
@@ -149,7 +149,12 @@ fn micro_batches_add_up_to_the_whole_batch() {
     // the rounding of gradients that should be zero (the key biases') up to whole steps.
     let gradients = |text: &str, micro_batch: usize| {
         let mut classifier = classifier("bert_pair");
-        let settings = Hyperparameters { epochs: 1.0, batch_size: 5, micro_batch, ..settings() };
+        let settings = Hyperparameters {
+            epochs: 1.0,
+            batch_size: 5,
+            micro_batch: MicroBatch::Examples(micro_batch),
+            ..settings()
+        };
         assert_eq!(run(&mut classifier, &data, method(text).as_ref(), &settings, 3).step, 1);
         classifier.parameters.gradients().unwrap().copy()
     };
@@ -181,6 +186,19 @@ fn updates_within_backward_give_the_same_bits() {
         let settings = Hyperparameters { max_gradient_norm: None, ..settings };
         let released = Hyperparameters { release_gradients: true, ..settings.clone() };
         assert_eq!(weights_after(text, &settings, 3), weights_after(text, &released, 3), "{text}");
+    }
+}
+
+#[test]
+fn layers_that_are_computed_again_give_the_same_bits() {
+    for (text, precision) in [
+        ("vanilla", Precision::Float32),
+        ("child_tuning_f", Precision::Float32),
+        ("child_tuning_d", Precision::Bf16),
+    ] {
+        let settings = Hyperparameters { precision, ..settings() };
+        let checkpointed = Hyperparameters { gradient_checkpointing: true, ..settings.clone() };
+        assert_eq!(weights_after(text, &settings, 3), weights_after(text, &checkpointed, 3), "{text}");
     }
 }
 
