@@ -4,11 +4,13 @@ use std::sync::atomic::AtomicBool;
 
 use child_tuning::child::ChildNetwork;
 use child_tuning::data::EncodedDataset;
+use child_tuning::error::Error;
+use child_tuning::libtorch::GradientHook;
 use child_tuning::method::{Method, MethodSpec, Preset};
 use child_tuning::model::{Classifier, ParameterPlace, Pass};
 use child_tuning::train::{
-    Control, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Precision, Trained, frozen_features,
-    predict, train,
+    Control, Event, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Precision, Trained,
+    frozen_features, predict, train,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -186,6 +188,46 @@ fn updates_within_backward_give_the_same_bits() {
         let settings = Hyperparameters { max_gradient_norm: None, ..settings };
         let released = Hyperparameters { release_gradients: true, ..settings.clone() };
         assert_eq!(weights_after(text, &settings, 3), weights_after(text, &released, 3), "{text}");
+    }
+}
+
+/// Memory runs out in the backward pass of a step's first tries: it goes on with smaller micro-batches, and nothing of the
+/// tries is left.
+#[test]
+fn a_step_that_runs_out_of_memory_is_taken_again_in_smaller_parts() {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    let gradients = |text: &str, failures: usize, micro_batch: usize| {
+        let mut classifier = classifier("bert_pair");
+        let weight = classifier.parameters.find("bert.encoder.layer.0.output.dense.weight").unwrap();
+        let mut left = failures;
+        let _fault = GradientHook::register(classifier.parameters.leaf(weight), move |_| {
+            if left == 0 {
+                return Ok(());
+            }
+            left -= 1;
+            Err(Error::Libtorch("DefaultCPUAllocator: can't allocate memory: you tried to allocate".into()))
+        })
+        .unwrap();
+        let micro_batch = MicroBatch::Examples(micro_batch);
+        let settings = Hyperparameters { epochs: 1.0, batch_size: 5, micro_batch, ..settings() };
+        let mut sizes = Vec::new();
+        let mut report = |event| {
+            if let Event::MicroBatch(size) = event {
+                sizes.push(size);
+            }
+        };
+        let mut control = Control { interrupted: &AtomicBool::new(false), report: &mut report };
+        let method = method(text);
+        classifier.reset(3).unwrap();
+        let outcome = train(&mut classifier, &data, None, method.as_ref(), &settings, 3, &mut control);
+        (outcome.map(|_| classifier.parameters.gradients().unwrap().copy()), sizes)
+    };
+    for text in ["vanilla", "child_tuning_f"] {
+        let (found, sizes) = gradients(text, 2, 5);
+        assert_eq!(sizes, [2]);
+        assert_eq!(found.unwrap(), gradients(text, 0, 2).0.unwrap(), "{text}");
+        // One example at a time is the last resort.
+        assert!(gradients(text, 9, 5).0.unwrap_err().is_out_of_memory());
     }
 }
 
