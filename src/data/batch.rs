@@ -86,6 +86,40 @@ impl PackedBatch {
         })
     }
 
+    /// Makes the batch in which each example stands so many times, one copy after the other. All copies have the number of
+    /// their example, so that dropout on the CPU draws the same for them.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn repeated(&self, copies: usize) -> Result<Self> {
+        let (mut rows, mut first_tokens, mut start) = (Vec::new(), Vec::new(), 0);
+        for &length in &self.lengths {
+            for _ in 0..copies {
+                first_tokens.push(rows.len() as i64);
+                rows.extend(start..start + length as i64);
+            }
+            start += length as i64;
+        }
+        let device = self.input_ids.device();
+        let rows = Tensor::from_slice(&rows).f_to_device(device)?;
+        let repeated = |values: &Tensor| values.f_index_select(0, &rows);
+        let lengths: Vec<usize> =
+            self.lengths.iter().flat_map(|&length| std::iter::repeat_n(length, copies)).collect();
+        let features = self.features.as_ref();
+        Ok(Self {
+            input_ids: repeated(&self.input_ids)?,
+            token_types: repeated(&self.token_types)?,
+            positions: repeated(&self.positions)?,
+            first_tokens: Tensor::from_slice(&first_tokens).f_to_device(device)?,
+            slots: self.slots.iter().flat_map(|&slot| std::iter::repeat_n(slot, copies)).collect(),
+            padding: Padding::new(&lengths, device)?,
+            lengths,
+            features: features
+                .map(|features| features.f_repeat_interleave_self_int(copies as i64, Some(0), None))
+                .transpose()?,
+        })
+    }
+
     /// Returns the number of examples.
     pub fn examples(&self) -> usize {
         self.slots.len()

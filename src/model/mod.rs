@@ -7,6 +7,7 @@ mod config;
 mod dropout;
 mod layers;
 mod params;
+mod precision;
 
 pub(crate) use checkpoint::publish;
 pub use checkpoint::{LoadReport, ModelFolder};
@@ -18,3 +19,4 @@ pub use params::{
     Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
     TrainableGroup,
 };
+pub use precision::Precision;

@@ -1,28 +1,8 @@
 //! What a run's training is made of, with no options left.
 
 use serde::{Deserialize, Serialize};
-use tch::Kind;
 
-/// The number type of the forward and backward pass; weights and optimizer are float32 always.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Precision {
-    /// float32 throughout.
-    #[serde(rename = "float32")]
-    Float32,
-    /// bfloat16 activations and matrix products.
-    #[serde(rename = "bf16")]
-    Bf16,
-}
-
-impl Precision {
-    /// Returns the type that the body of the model computes in.
-    pub fn kind(self) -> Kind {
-        match self {
-            Precision::Float32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
-        }
-    }
-}
+use crate::model::Precision;
 
 /// How gradients become steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,11 +11,12 @@ mod trainer;
 
 pub use evaluate::{Evaluation, Scored, TOKENS_PER_BATCH, evaluate, frozen_features, predict};
 pub use hyperparameters::{
-    AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Precision, Warmup,
+    AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Warmup,
 };
 pub use optimizer::AdamW;
 pub use rule::Optimizer;
 pub use schedule::Schedule;
 pub use sgd::Sgd;
 pub use step_variance::{StepVariance, step_variance};
+pub use crate::model::Precision;
 pub use trainer::{Control, Event, Progress, Trained, Trainer, prepare, train};

@@ -138,16 +138,17 @@ pub fn prepare(
     seed: u64,
     control: &mut Control,
 ) -> Result<Prepared> {
-    let mut done = 0;
+    let (mut done, total) = (0, method.examples_passed(data.len()));
     method.prepare(&mut Preparation {
         classifier,
         data,
         seed,
         batch_size: hyperparameters.batch_size,
+        precision: hyperparameters.precision,
         shuffled: hyperparameters.order == Order::Shuffled,
         progress: &mut |examples| {
             done += examples;
-            (control.report)(Event::Prepared(Progress::new(done, data.len())));
+            (control.report)(Event::Prepared(Progress::new(done, total)));
             control.check()
         },
     })
