@@ -14,7 +14,7 @@ use child_tuning::model::{Classifier, Labels, ModelConfig, Pass, Precision, loss
 use child_tuning::random::{Key, philox};
 use clap::Parser;
 use serde_json::json;
-use tch::{Device, Tensor};
+use tch::Device;
 
 const BATCH_SIZE: usize = 16;
 const VOCABULARY: u32 = 30522;
@@ -103,12 +103,9 @@ fn spread(values: &mut [f64]) -> String {
     values.sort_by(f64::total_cmp);
     match values {
         [] => "-".into(),
-        values => format!(
-            "{:.3} ({:.3} to {:.3})",
-            values[values.len() / 2],
-            values[0],
-            values[values.len() - 1]
-        ),
+        values => {
+            format!("{:.3} ({:.3} to {:.3})", values[values.len() / 2], values[0], values[values.len() - 1])
+        }
     }
 }
 

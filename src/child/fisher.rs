@@ -131,9 +131,8 @@ pub fn fisher_information(
     }
     classifier.parameters.zero_gradients()?;
     let mean = |sums: &mut Tensor| sums.f_div_scalar_(terms.max(1) as f64);
-    let spread = spread.map(|(mut fourths, totals)| {
-        Ok::<_, Error>(Spread { mean_squares: mean(&mut fourths)?, totals })
-    });
+    let spread = spread
+        .map(|(mut fourths, totals)| Ok::<_, Error>(Spread { mean_squares: mean(&mut fourths)?, totals }));
     Ok(FisherInformation { values: mean(&mut squares)?, spread: spread.transpose()? })
 }
 

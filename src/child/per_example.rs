@@ -7,6 +7,8 @@
 
 mod device;
 mod rows;
+#[cfg(test)]
+mod tests;
 mod tiles;
 
 use std::cell::RefCell;

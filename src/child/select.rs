@@ -93,7 +93,7 @@ impl Selection {
     pub fn extreme(scores: &dyn Scores, tensors: Range<usize>, count: usize, end: End) -> Result<Self> {
         let (limit, beyond) = kth(scores, tensors, count.max(1), end)?;
         Ok(match count {
-            0 => Selection { end, limit: u32::MAX, ties: 0 },
+            0 => Selection { end, limit: LARGEST_KEY, ties: 0 },
             count => Selection { end, limit, ties: count - beyond },
         })
     }
@@ -257,5 +257,115 @@ fn add_ties(scores: &[f32], words: &mut [u64], selection: Selection, quota: usiz
     let places = scores.iter().enumerate().filter(|(_, score)| key(end, **score) == limit);
     for (place, _) in places.take(quota) {
         words[place / WORD] |= 1 << (place % WORD);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tch::Tensor;
+
+    use super::super::select_device::DeviceScores;
+    use super::*;
+
+    /// The marks of all scores, tensor by tensor.
+    fn marks(scores: &dyn Scores, selection: &Selection) -> Vec<bool> {
+        let mut selection = *selection;
+        let mut marks = Vec::new();
+        for (tensor, count) in scores.counts().into_iter().enumerate() {
+            let mut words = vec![u64::MAX; count.div_ceil(WORD)];
+            scores.mark(tensor, &mut selection, &mut words).unwrap();
+            marks.extend((0..count).map(|bit| words[bit / WORD] >> (bit % WORD) & 1 == 1));
+        }
+        marks
+    }
+
+    /// A stable sort, and the first so many of it.
+    fn sorted(scores: &[f32], count: usize, end: End) -> Vec<bool> {
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|&left, &right| match end {
+            End::Largest => scores[right].total_cmp(&scores[left]),
+            End::Smallest => scores[left].total_cmp(&scores[right]),
+        });
+        let mut selected = vec![false; scores.len()];
+        order[..count].iter().for_each(|&index| selected[index] = true);
+        selected
+    }
+
+    fn on_device(slices: &[&[f32]]) -> DeviceScores {
+        // Chunks that tensors do not fill, and such as they fill several of.
+        DeviceScores::with_chunks_of(slices.iter().map(|slice| Tensor::from_slice(slice)).collect(), 64)
+    }
+
+    proptest! {
+        /// Also what a GPU uses, tried on the CPU's tensors.
+        #[test]
+        fn selects_what_a_stable_sort_selects(
+            scores in prop::collection::vec(prop_oneof![Just(0.0f32), Just(1e-30), Just(2.5), 0.0f32..3.0], 1..300),
+            cut in 0.0f64..1.0,
+            share in 0.0f64..=1.0,
+        ) {
+            let count = (share * scores.len() as f64).round() as usize;
+            let (first, second) = scores.split_at((cut * scores.len() as f64) as usize);
+            let (host, device) = (HostScores(vec![first, second]), on_device(&[first, second]));
+            for end in [End::Largest, End::Smallest] {
+                let selection = Selection::extreme(&host, 0..2, count, end).unwrap();
+                prop_assert_eq!(Selection::extreme(&device, 0..2, count, end).unwrap(), selection);
+                let expected = sorted(&scores, count, end);
+                prop_assert_eq!(marks(&host, &selection), expected.clone());
+                prop_assert_eq!(marks(&device, &selection), expected);
+            }
+        }
+    }
+
+    /// Ties that begin and end within chunks, over several of them.
+    #[test]
+    fn ties_over_many_chunks_go_to_the_earlier_whatever_the_threads() {
+        let count = 5 * CHUNK + 77;
+        let scores: Vec<f32> = (0..count).map(|index| [0.5, 1.0, 0.0, 0.5, -0.0][index % 5]).collect();
+        let (first, second) = scores.split_at(2 * CHUNK + 64);
+        let host = HostScores(vec![first, second]);
+        let plain: Vec<f32> = scores.iter().map(|score| score + 0.0).collect();
+        for (end, kept) in
+            [(End::Largest, count / 2), (End::Largest, count / 5 + 3), (End::Smallest, count / 4)]
+        {
+            let expected = sorted(&plain, kept, end);
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let selected =
+                    pool.install(|| marks(&host, &Selection::extreme(&host, 0..2, kept, end).unwrap()));
+                assert!(selected == expected, "{end:?} {kept} {threads}");
+            }
+        }
+        let all_ties = marks(&host, &Selection::at_least(0.5));
+        assert!(all_ties.iter().zip(&scores).all(|(mark, score)| *mark == (*score >= 0.5)));
+    }
+
+    #[test]
+    fn what_is_no_score_is_refused() {
+        for wrong in [f32::NAN, -f32::NAN, -1.0, f32::NEG_INFINITY] {
+            let scores = [1.0, wrong, f32::INFINITY];
+            for end in [End::Largest, End::Smallest] {
+                assert!(Selection::extreme(&HostScores(vec![&scores]), 0..1, 1, end).is_err(), "{wrong}");
+                assert!(Selection::extreme(&on_device(&[&scores]), 0..1, 1, end).is_err(), "{wrong}");
+            }
+        }
+        assert!(Selection::extreme(&HostScores(vec![&[1.0, f32::INFINITY]]), 0..1, 1, End::Largest).is_ok());
+    }
+
+    /// Literal values from `numpy.percentile`.
+    #[test]
+    fn percentiles_interpolate_as_numpy_does() {
+        let scores = [0.0f32, 4.0, 1.0, 3.0, 10.0];
+        let (host, device) =
+            (HostScores(vec![&scores[..2], &scores[2..]]), on_device(&[&scores[..2], &scores[2..]]));
+        for (fraction, expected) in [(0.0, 0.0), (0.7, 3.8), (0.5, 3.0), (0.9, 7.6), (1.0, 10.0)] {
+            for scores in [&host as &dyn Scores, &device] {
+                let found = percentile(scores, fraction).unwrap();
+                assert!((found - expected).abs() < 1e-6, "{fraction}: {found} is not {expected}");
+            }
+        }
+        // Between equal ones there is nothing.
+        assert_eq!(percentile(&HostScores(vec![&[1.0, 2.0, 2.0, 3.0]]), 0.5).unwrap(), 2.0);
     }
 }

@@ -4,9 +4,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::select::{
-    End, Half, LARGEST_KEY, LARGEST_SCORE, Scores, Selection, not_numbers,
-};
+use super::select::{End, Half, LARGEST_KEY, LARGEST_SCORE, Scores, Selection, not_numbers};
 use crate::error::Result;
 use crate::libtorch::elements;
 
@@ -25,6 +23,12 @@ impl DeviceScores {
     /// Takes the scores of each tensor.
     pub fn new(scores: Vec<Tensor>) -> Self {
         Self { scores, chunk: CHUNK }
+    }
+
+    /// Takes the scores of each tensor, and works on so many at a time.
+    #[cfg(test)]
+    pub fn with_chunks_of(scores: Vec<Tensor>, chunk: i64) -> Self {
+        Self { scores, chunk }
     }
 
     fn chunks(&self, tensors: Range<usize>) -> impl Iterator<Item = Result<Tensor>> {
@@ -108,7 +112,9 @@ impl Scores for DeviceScores {
                 let count = tied.f_sum(Kind::Int64)?.f_int64_value(&[])? as usize;
                 let tied = match count <= selection.ties {
                     true => tied,
-                    false => tied.f_logical_and(&tied.f_cumsum(0, Kind::Int64)?.f_le(selection.ties as i64)?)?,
+                    false => {
+                        tied.f_logical_and(&tied.f_cumsum(0, Kind::Int64)?.f_le(selection.ties as i64)?)?
+                    }
                 };
                 marks = marks.f_logical_or(&tied)?;
                 if selection.ties != usize::MAX {

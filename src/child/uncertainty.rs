@@ -42,7 +42,7 @@ impl Spread {
     }
 
     /// Returns the standard error of the information of all weights together, relative to it; 0 if there is none.
-    fn relative_standard_error(&self, available: usize) -> f64 {
+    pub fn relative_standard_error(&self, available: usize) -> f64 {
         let n = self.totals.len();
         let mean = self.totals.iter().sum::<f64>() / n as f64;
         let variance = self.totals.iter().map(|total| (total - mean).powi(2)).sum::<f64>() / n as f64;
@@ -72,9 +72,7 @@ pub fn uncertainty(
         Threshold::PerTensor => {
             tensors.chunks(1).map(|own| undecided(child, own, cut.choose, values, errors)).sum()
         }
-        Threshold::Global | Threshold::Percentile => {
-            undecided(child, &tensors, cut.choose, values, errors)
-        }
+        Threshold::Global | Threshold::Percentile => undecided(child, &tensors, cut.choose, values, errors),
     };
     Ok(Some(Uncertainty {
         examples: spread.totals.len(),

@@ -305,3 +305,25 @@ impl EncodedDataset {
         Ok((PackedBatch::pack(&inputs, first_slot, device)?, targets))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_stand_behind_their_example_and_have_its_number() {
+        let example = |ids: &[u32]| Encoded { ids: ids.to_vec(), token_types: vec![0; ids.len()] };
+        let (first, second) = (example(&[5, 6]), example(&[7, 8, 9]));
+        let batch = PackedBatch::pack(&[&first, &second], 4, Device::Cpu).unwrap().repeated(2).unwrap();
+        let plain = PackedBatch::pack(&[&first, &first, &second, &second], 0, Device::Cpu).unwrap();
+        let tensors = |batch: &PackedBatch| {
+            [&batch.input_ids, &batch.token_types, &batch.positions, &batch.first_tokens]
+                .map(|values| Vec::<i64>::try_from(values).unwrap())
+        };
+        assert_eq!((tensors(&batch), &batch.lengths), (tensors(&plain), &plain.lengths));
+        assert_eq!(batch.slots, [4, 4, 5, 5]);
+        let places =
+            |batch: &PackedBatch| Vec::<i64>::try_from(&batch.padding.as_ref().unwrap().places).unwrap();
+        assert_eq!(places(&batch), places(&plain));
+    }
+}

@@ -239,6 +239,13 @@ mod tests {
                 format!("p=0.2 choose=random scope=backbone threshold=per_tensor {end}"),
             ),
             ("{outside: prune}", format!("p=0.3 {paper} threshold=global outside=prune {end}")),
+            (
+                "{fisher: {estimator: expected, precision: bf16, examples: 500}}",
+                format!(
+                    "p=0.3 fisher=expected fisher.dropout=false fisher.precision=bf16 fisher.examples=500 \
+                     scope=backbone threshold=global {end}"
+                ),
+            ),
         ] {
             assert_eq!(texts(options, Preset::Paper).unwrap(), [expected], "{options}");
         }
@@ -258,6 +265,7 @@ mod tests {
             ("{mask: {choose: lowest, threshold: percentile}}", ["`mask.choose: lowest`", "`percentile`"]),
             ("{mask: {choose: random, threshold: percentile}}", ["`mask.choose: random`", "`percentile`"]),
             ("{mask: {choose: random}, fisher: {dropout: true}}", ["`mask.choose: random`", "`fisher`"]),
+            ("{fisher: {estimator: expected, clip: 1.0}}", ["`fisher.clip`", "`fisher.estimator: batch`"]),
             ("{mask: {file: absent}, p: 0.2}", ["`mask.file`", "remove `p`"]),
             ("{mask: {file: absent, scope: all, choose: lowest}}", ["`mask.scope`", "`mask.choose`"]),
             ("{mask: {file: absent}}", ["mask.file: ", "cannot read absent"]),

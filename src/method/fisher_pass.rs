@@ -3,9 +3,7 @@
 use serde::Deserialize;
 
 use super::{Preparation, Preset};
-use crate::child::{
-    Estimator, FisherBatch, FisherInformation, FisherOptions, MaskScope, fisher_information,
-};
+use crate::child::{Estimator, FisherBatch, FisherInformation, FisherOptions, MaskScope, fisher_information};
 use crate::error::{Error, Result};
 use crate::model::{Dropout, Precision};
 use crate::random::{self, Key, Purpose};
@@ -83,11 +81,7 @@ impl FisherPass {
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation or the user asks to stop.
-    pub fn information(
-        &self,
-        preparation: &mut Preparation,
-        scope: MaskScope,
-    ) -> Result<FisherInformation> {
+    pub fn information(&self, preparation: &mut Preparation, scope: MaskScope) -> Result<FisherInformation> {
         let Preparation { classifier, data, seed, batch_size, precision, shuffled, progress } = preparation;
         let device = classifier.parameters.device();
         let of_batches = self.estimator == Estimator::Batch;

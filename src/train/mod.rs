@@ -9,14 +9,12 @@ mod sgd;
 mod step_variance;
 mod trainer;
 
+pub use crate::model::Precision;
 pub use evaluate::{Evaluation, Scored, TOKENS_PER_BATCH, evaluate, frozen_features, predict};
-pub use hyperparameters::{
-    AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Warmup,
-};
+pub use hyperparameters::{AdamWForm, Checkpoint, Freeze, Hyperparameters, OptimizerRule, Order, Warmup};
 pub use optimizer::AdamW;
 pub use rule::Optimizer;
 pub use schedule::Schedule;
 pub use sgd::Sgd;
 pub use step_variance::{StepVariance, step_variance};
-pub use crate::model::Precision;
 pub use trainer::{Control, Event, Progress, Trained, Trainer, prepare, train};

@@ -39,7 +39,12 @@ pub(super) fn add_squared_vector(
 
 /// Adds the squared gradients of a table's entries to sums of the shape `[entries, width]`, from dY `[rows, width]` and the
 /// entry of each row: an entry used twice in one example has one gradient, the sum of both rows, before it is squared.
-pub(super) fn add_squared_entries(sums: MomentSlices, gradient: &[f32], entries: &[i64], examples: &Examples) {
+pub(super) fn add_squared_entries(
+    sums: MomentSlices,
+    gradient: &[f32],
+    entries: &[i64],
+    examples: &Examples,
+) {
     let width = gradient.len() / entries.len().max(1);
     let mut order: Vec<usize> = Vec::with_capacity(entries.len());
     let mut lines: Vec<Line> = Vec::new();

@@ -25,7 +25,19 @@ pub(super) fn add_squared_products(
     inputs: usize,
     examples: &Examples,
 ) {
-    match Registers::of_this_machine() {
+    add_in(Registers::of_this_machine(), sums, gradient, input, inputs, examples);
+}
+
+/// Adds the squares with tiles that are held in registers of a kind, which the machine must have.
+fn add_in(
+    registers: Registers,
+    sums: MomentSlices,
+    gradient: &[f32],
+    input: &[f32],
+    inputs: usize,
+    examples: &Examples,
+) {
+    match registers {
         Registers::Wide => {
             add_by_tiles::<{ WIDE[0] }, { WIDE[1] }>(wide, sums, gradient, input, inputs, examples);
         }
@@ -226,13 +238,7 @@ fn add_by_tiles<const M: usize, const N: usize>(
                         squares: [[0f32; N]; M],
                         fourths: fourths.is_some().then_some([[0f32; N]; M]),
                     };
-                    kernel(
-                        &mut tile,
-                        &mut totals[panel * counted..][..counted],
-                        gradient,
-                        input,
-                        examples,
-                    );
+                    kernel(&mut tile, &mut totals[panel * counted..][..counted], gradient, input, examples);
                     let place = |values: &mut [f32], tile: &[[f32; N]; M]| {
                         let lines = values.chunks_mut(inputs).skip(panel * M);
                         for (line, sums) in lines.zip(tile) {
@@ -263,5 +269,52 @@ fn pack<const W: usize>(panel: &mut [[f32; W]], matrix: &[f32], width: usize, co
             Some(columns) if count == W => *packed = *columns,
             _ => packed[..count].copy_from_slice(&matrix[start..start + count]),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{Case, assert_close};
+    use super::*;
+
+    /// Every kind of register that the machine has, by matrices that tiles do not fill, and by more than one block of them.
+    #[test]
+    fn tiles_add_up_what_a_loop_does() {
+        let of_this_machine = Registers::of_this_machine();
+        let kinds = match of_this_machine {
+            Registers::Wide => vec![Registers::Wide, Registers::Narrow, Registers::Unknown],
+            Registers::Narrow => vec![Registers::Narrow, Registers::Unknown],
+            Registers::Unknown => vec![Registers::Unknown],
+        };
+        for [outputs, inputs] in [[1, 5], [12, 32], [13, 37], [250, 70]] {
+            for copies in [1, 2] {
+                for further in [false, true] {
+                    let case = Case::new(outputs, inputs, copies, further);
+                    let expected = case.products();
+                    for &registers in &kinds {
+                        let mut found = case.nothing(outputs * inputs);
+                        let sums = found.slices().unwrap();
+                        add_in(registers, sums, &case.gradient, &case.input, inputs, &case.examples);
+                        assert_close(&format!("{registers:?} {outputs} {inputs}"), &found, &expected);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_bit_depends_on_the_number_of_threads() {
+        let case = Case::new(250, 70, 2, true);
+        let with = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut found = case.nothing(250 * 70);
+            let sums = found.slices().unwrap();
+            pool.install(|| add_squared_products(sums, &case.gradient, &case.input, 70, &case.examples));
+            found
+        };
+        let [one, other] = [1, 5].map(with);
+        let [first, second] = [one.further.unwrap(), other.further.unwrap()];
+        assert!(one.squares.equal(&other.squares) && first.fourths.equal(&second.fourths));
+        assert!(first.totals.equal(&second.totals));
     }
 }
