@@ -7,7 +7,9 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use child_tuning::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
+use child_tuning::child::{
+    Estimator, FisherBatch, FisherOptions, GradientHooks, MaskScope, fisher_information,
+};
 use child_tuning::data::{Encoded, EncodedDataset, Targets};
 use child_tuning::error::Result;
 use child_tuning::model::{Classifier, Labels, ModelConfig, Pass, Precision, loss};
@@ -109,7 +111,7 @@ fn spread(values: &mut [f64]) -> String {
     }
 }
 
-/// Returns the seconds of forward and backward passes over the data, gradients set to zero for each batch.
+/// Returns the seconds of forward and backward passes over the data, the gradients of each batch collected as in training.
 fn plain_epoch(
     classifier: &mut Classifier,
     data: &EncodedDataset,
@@ -117,15 +119,17 @@ fn plain_epoch(
 ) -> anyhow::Result<f64> {
     let started = Instant::now();
     let device = classifier.parameters.device();
+    let weights = classifier.parameters.compute_weights(precision.kind())?;
+    let hooks = GradientHooks::collect(&classifier.parameters, &weights, |_| true, None)?;
     for numbers in in_order(data).chunks(BATCH_SIZE) {
-        classifier.parameters.zero_gradients()?;
+        hooks.begin_step();
         let (batch, targets) = data.batch(numbers, 0, device)?;
-        let weights = classifier.parameters.compute_weights(precision.kind())?;
         let loss = loss(&classifier.logits(&Pass::new(&weights, &batch, None))?, &targets, numbers.len())?;
         loss.f_backward()?;
+        hooks.end_step()?;
     }
     // Reading a number waits for the device.
-    let _ = classifier.parameters.gradients().f_double_value(&[0])?;
+    let _ = classifier.parameters.gradients()?.f_double_value(&[0])?;
     Ok(started.elapsed().as_secs_f64())
 }
 

@@ -34,6 +34,8 @@ pub struct PackedBatch {
     pub padding: Option<Padding>,
     /// Number of tokens before each example, and of all, `[examples + 1]`, int32; only where flash attention runs.
     cumulative_lengths: Option<Tensor>,
+    /// What [`PackedBatch::head_places`] has made.
+    head_places: RefCell<Option<(i64, Tensor)>>,
     /// What a frozen encoder makes of the examples, `[examples, hidden]` in float32; the tokens are left out then.
     pub features: Option<Tensor>,
 }
@@ -79,6 +81,7 @@ impl PackedBatch {
             slots: (first_slot as u32..).take(examples.len()).collect(),
             padding: padded.then(|| Padding::new(&lengths, places)),
             cumulative_lengths,
+            head_places: RefCell::default(),
             lengths,
             features: None,
         })
@@ -96,6 +99,7 @@ impl PackedBatch {
             slots: (first_slot as u32..).take(examples).collect(),
             padding: None,
             cumulative_lengths: None,
+            head_places: RefCell::default(),
             lengths: Vec::new(),
             features: Some(features),
         })
@@ -131,6 +135,7 @@ impl PackedBatch {
             slots: self.slots.iter().flat_map(|&slot| std::iter::repeat_n(slot, copies)).collect(),
             padding: padded.then(|| Padding::new(&lengths, places)),
             cumulative_lengths: cumulative(&lengths, device)?,
+            head_places: RefCell::default(),
             lengths,
             features: features
                 .map(|features| features.f_repeat_interleave_self_int(copies as i64, Some(0), None))
@@ -151,6 +156,27 @@ impl PackedBatch {
     /// Returns the number of tokens of the longest example.
     pub fn longest(&self) -> usize {
         longest(&self.lengths)
+    }
+
+    /// Returns the place of each head of each token in the flattened rectangles `[examples, heads, longest]` that attention
+    /// computes with: `[tokens · heads]`, int64.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn head_places(&self, heads: i64) -> Result<Tensor> {
+        let mut made = self.head_places.borrow_mut();
+        if let Some((_, places)) = made.as_ref().filter(|(of, _)| *of == heads) {
+            return Ok(places.shallow_clone());
+        }
+        let longest = self.longest() as i64;
+        let tokens = (0..).zip(&self.lengths).flat_map(|(example, &length)| {
+            (0..length as i64).map(move |position| example * heads * longest + position)
+        });
+        let places: Vec<i64> =
+            tokens.flat_map(|first| (0..heads).map(move |head| first + head * longest)).collect();
+        let places = upload(&places, self.input_ids.device())?;
+        *made = Some((heads, places.shallow_clone()));
+        Ok(places)
     }
 
     /// Returns the lengths of the examples as flash attention takes them; `None` where it does not run.
@@ -220,24 +246,6 @@ impl Padding {
         let bias = bias.f_index_fill_(0, &self.places, 0.0)?.f_view([self.examples, 1, 1, self.longest])?;
         *made = Some(bias.shallow_clone());
         Ok(bias)
-    }
-
-    /// Lays packed rows `[tokens, width]` out as `[examples · longest, width]`, zeros where nothing is.
-    ///
-    /// # Errors
-    /// Fails if libtorch cannot allocate.
-    pub fn pad(&self, rows: &Tensor) -> Result<Tensor> {
-        let shape = [self.examples * self.longest, rows.size()[1]];
-        let empty = Tensor::f_zeros(shape, (rows.kind(), rows.device()))?;
-        Ok(empty.f_index_copy(0, &self.places, rows)?)
-    }
-
-    /// Takes the real rows out of `[examples · longest, width]` again.
-    ///
-    /// # Errors
-    /// Fails if libtorch cannot allocate.
-    pub fn unpad(&self, rows: &Tensor) -> Result<Tensor> {
-        Ok(rows.f_index_select(0, &self.places)?)
     }
 }
 
@@ -413,18 +421,15 @@ mod tests {
         assert_eq!(values(&batch.first_tokens), [0, 2, 3]);
         assert_eq!((batch.examples(), batch.tokens(), batch.longest()), (3, 6, 3));
         assert!(batch.flash_lengths().is_none(), "there is no flash attention on the CPU");
+        // Two heads, three positions: the second token of the first example has places 1 and 4.
+        let places = values(&batch.head_places(2).unwrap());
+        assert_eq!(places, [0, 3, 1, 4, 6, 9, 12, 15, 13, 16, 14, 17]);
     }
 
     #[test]
-    fn padding_goes_there_and_back_and_hides_what_is_not_there() {
+    fn padding_hides_what_is_not_there() {
         let padding = batch(&[2, 1, 3]).padding.unwrap();
         assert_eq!(values(&padding.places), [0, 1, 3, 6, 7, 8]);
-        let rows = Tensor::arange_start(1, 13, (Kind::Float, Device::Cpu)).view([6, 2]);
-        let padded = padding.pad(&rows).unwrap();
-        assert_eq!(padded.size(), [9, 2]);
-        assert_eq!(Vec::<f32>::try_from(padded.narrow(0, 4, 2).reshape([-1])).unwrap(), [0.0; 4]);
-        assert_eq!(padding.unpad(&padded).unwrap(), rows);
-
         let (gone, here) = (f32::NEG_INFINITY, 0.0);
         for kind in [Kind::Float, Kind::BFloat16, Kind::BFloat16] {
             let bias = padding.bias(kind).unwrap();

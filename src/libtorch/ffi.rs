@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 pub(super) type HookFunction =
     unsafe extern "C" fn(state: *mut c_void, gradient: *mut C_tensor) -> *mut c_char;
 
+pub(super) type MapFunction =
+    unsafe extern "C" fn(state: *mut c_void, input: *mut C_tensor, output: *mut *mut C_tensor) -> *mut c_char;
+
 pub(super) type ReleaseFunction = unsafe extern "C" fn(state: *mut c_void);
 
 unsafe extern "C" {
@@ -34,6 +37,14 @@ unsafe extern "C" {
     ) -> *mut c_char;
 
     pub(super) fn child_tuning_leave_gradients(leaf: *mut C_tensor) -> *mut c_char;
+
+    pub(super) fn child_tuning_self_adjoint(
+        input: *mut C_tensor,
+        function: MapFunction,
+        state: *mut c_void,
+        release: ReleaseFunction,
+        output: *mut *mut C_tensor,
+    ) -> *mut c_char;
 
     pub(super) fn child_tuning_fused_adamw(
         parameters: *const *mut C_tensor,

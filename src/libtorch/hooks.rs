@@ -92,24 +92,29 @@ fn boxed(function: impl FnMut(Tensor) -> Result<()> + Send + 'static) -> *mut c_
     state.cast()
 }
 
-/// Runs a hook for libtorch. Nothing unwinds out of it: errors and panics become a message.
+/// Runs a hook for libtorch.
 unsafe extern "C" fn call(state: *mut c_void, gradient: *mut C_tensor) -> *mut c_char {
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
+    let outcome = caught("a gradient hook", || {
         // SAFETY: `gradient` is a new reference that this call owns.
         let gradient = unsafe { Tensor::from_ptr(gradient) };
         // SAFETY: `state` is the box leaked by `boxed`, alive until `release`; libtorch runs the hooks of one
         // tensor one after the other, so there is no second reference.
         let function = unsafe { &mut *state.cast::<Function>() };
         function(gradient)
-    }));
-    let message = match outcome {
-        Ok(Ok(())) => return std::ptr::null_mut(),
+    });
+    outcome.map_or_else(|message| message, |()| std::ptr::null_mut())
+}
+
+/// Runs a function for libtorch. Nothing unwinds out of it: errors and panics become a message that the shim frees.
+pub(super) fn caught<T>(place: &str, function: impl FnOnce() -> Result<T>) -> Result<T, *mut c_char> {
+    let message = match catch_unwind(AssertUnwindSafe(function)) {
+        Ok(Ok(value)) => return Ok(value),
         Ok(Err(error)) => error.to_string(),
-        Err(panic) => format!("panic in a gradient hook: {}", panic_message(panic.as_ref())),
+        Err(panic) => format!("panic in {place}: {}", panic_message(panic.as_ref())),
     };
     let text = CString::new(message.replace('\0', " ")).unwrap_or_default();
     // SAFETY: `strdup` copies the string with the allocator that the shim frees it with.
-    unsafe { strdup(text.as_ptr()) }
+    Err(unsafe { strdup(text.as_ptr()) })
 }
 
 unsafe extern "C" {

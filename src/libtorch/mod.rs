@@ -11,6 +11,7 @@ mod memory;
 mod optimizer;
 mod process;
 mod profile;
+mod self_adjoint;
 
 pub use attention::{PackedLengths, flash_attention, flash_attention_runs};
 pub use context::{Tf32, cuda_peak_bytes, device_memory, release_cached_memory, reset_cuda_peak, version};
@@ -19,6 +20,7 @@ pub use memory::{elements, elements_mut, map_file, upload};
 pub use optimizer::{FusedAdamW, FusedGroup};
 pub use process::{keep_freed_memory, with_a_considerate_environment};
 pub use profile::{Profile, ProfileRow, profile};
+pub use self_adjoint::self_adjoint;
 
 use crate::error::Error;
 

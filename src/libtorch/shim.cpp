@@ -14,6 +14,7 @@
 #include <kineto/ActivityType.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
 #include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/version.h>
 
@@ -80,6 +81,44 @@ struct TakeGradient : torch::autograd::PostAccumulateGradHook {
   std::shared_ptr<HookState> state;
 };
 
+// Computes `output` from `input`, or the gradient of the input from that of the output. Returns a message on failure.
+using MapFunction = char *(*)(void *state, at::Tensor *input, at::Tensor **output);
+
+// A linear map that is its own adjoint.
+struct SelfAdjointMap {
+  SelfAdjointMap(MapFunction function, void *state, ReleaseFunction release)
+      : function(function), state(state), release(release) {}
+  SelfAdjointMap(const SelfAdjointMap &) = delete;
+  SelfAdjointMap &operator=(const SelfAdjointMap &) = delete;
+  ~SelfAdjointMap() { release(state); }
+
+  at::Tensor operator()(const at::Tensor &input) const {
+    at::NoGradGuard no_grad;
+    at::Tensor *output = nullptr;
+    char *message = function(state, new at::Tensor(input), &output);
+    std::unique_ptr<at::Tensor> owned(output);
+    if (message == nullptr) return *owned;
+    std::string text(message);
+    free(message);
+    throw std::runtime_error(text);
+  }
+
+  MapFunction function;
+  void *state;
+  ReleaseFunction release;
+};
+
+struct SelfAdjointBackward : torch::autograd::Node {
+  explicit SelfAdjointBackward(std::shared_ptr<SelfAdjointMap> map) : map(std::move(map)) {}
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list &&gradients) override {
+    if (!gradients[0].defined()) return {at::Tensor()};
+    return {(*map)(gradients[0])};
+  }
+
+  std::shared_ptr<SelfAdjointMap> map;
+};
+
 std::vector<at::Tensor> tensors(at::Tensor *const *pointers, size_t count) {
   std::vector<at::Tensor> list;
   list.reserve(count);
@@ -124,6 +163,22 @@ char *child_tuning_take_gradients(at::Tensor *leaf, HookFunction function, void 
 
 char *child_tuning_leave_gradients(at::Tensor *leaf) {
   return guarded([&] { torch::autograd::impl::set_post_acc_grad_hooks(*leaf, nullptr); });
+}
+
+// Applies a linear map that is its own adjoint, with a gradient. `state` belongs to this file from here on, also on
+// failure; `*output` belongs to the caller.
+char *child_tuning_self_adjoint(at::Tensor *input, MapFunction function, void *state, ReleaseFunction release,
+                                at::Tensor **output) {
+  auto map = std::make_shared<SelfAdjointMap>(function, state, release);
+  return guarded([&] {
+    at::Tensor result = (*map)(*input);
+    if (at::GradMode::is_enabled() && input->requires_grad()) {
+      std::shared_ptr<SelfAdjointBackward> node(new SelfAdjointBackward(map), torch::autograd::deleteNode);
+      node->set_next_edges(torch::autograd::collect_next_edges(*input));
+      torch::autograd::set_history(result, node);
+    }
+    *output = new at::Tensor(std::move(result));
+  });
 }
 
 // at::_fused_adamw_ over `count` tensors of one weight-decay group. The kernel divides the gradients by `divisor`, a

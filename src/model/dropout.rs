@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::data::PackedBatch;
 use crate::error::Result;
-use crate::libtorch::elements_mut;
+use crate::libtorch::{elements, elements_mut, self_adjoint};
 use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
 
 /// The dropout pattern of one optimizer step.
@@ -48,7 +48,7 @@ impl Dropout {
         let counters: Vec<_> = (batch.lengths.iter().zip(&batch.slots))
             .flat_map(|(&length, &slot)| (0..length as u32).map(move |position| [position, slot, site]))
             .collect();
-        self.apply(rows, probability, &counters)
+        self.apply(rows, probability, counters)
     }
 
     /// Drops elements of one row an example, `[examples, width]`.
@@ -63,7 +63,7 @@ impl Dropout {
         batch: &PackedBatch,
     ) -> Result<Tensor> {
         let counters: Vec<_> = batch.slots.iter().map(|&slot| [0, slot, site]).collect();
-        self.apply(rows, probability, &counters)
+        self.apply(rows, probability, counters)
     }
 
     /// Drops elements of attention probabilities `[examples, heads, longest, longest]`.
@@ -86,40 +86,96 @@ impl Dropout {
                     .flat_map(move |head| (0..longest).map(move |query| [query | head << 16, slot, site]))
             })
             .collect();
-        self.apply(weights, probability, &counters)
+        self.apply(weights, probability, counters)
     }
 
-    fn apply(&self, input: &Tensor, probability: f64, counters: &[[u32; 3]]) -> Result<Tensor> {
+    fn apply(&self, input: &Tensor, probability: f64, counters: Vec<[u32; 3]>) -> Result<Tensor> {
         if probability == 0.0 {
             return Ok(input.shallow_clone());
         }
         if input.device() != Device::Cpu {
             return Ok(input.f_dropout(probability, true)?);
         }
-        let mut mask = Tensor::f_empty(input.size(), (Kind::Float, Device::Cpu))?;
-        let keep = Bernoulli::new(1.0 - probability);
-        let scale = (1.0 / (1.0 - probability)) as f32;
-        let width = input.size().last().copied().unwrap_or(1) as usize;
-        let rows_per_task = (16_384 / width.max(1)).max(1);
-        elements_mut::<f32>(&mut mask)?
-            .par_chunks_mut(width * rows_per_task)
-            .zip(counters.par_chunks(rows_per_task))
-            .for_each(|(rows, counters)| {
-                for (row, &counter) in rows.chunks_mut(width).zip(counters) {
-                    fill_row(row, self.key, counter, keep.limit, scale);
-                }
-            });
-        Ok(input.f_mul(&mask.f_to_kind(input.kind())?)?)
+        let rows = Rows {
+            key: self.key,
+            counters,
+            limit: Bernoulli::new(1.0 - probability).limit,
+            scale: (1.0 / (1.0 - probability)) as f32,
+        };
+        // Backward multiplies by the same numbers, computed again: no pattern is kept.
+        self_adjoint(input, move |values| rows.drop_elements(values))
     }
 }
 
-/// Fills one row with `scale` where the random number is at most `limit`, zero elsewhere.
+/// The pattern of the rows of one tensor.
+struct Rows {
+    key: Key,
+    counters: Vec<[u32; 3]>,
+    limit: u32,
+    scale: f32,
+}
+
+impl Rows {
+    /// Returns values with the pattern, in float32 or bfloat16 as they are.
+    fn drop_elements(&self, values: &Tensor) -> Result<Tensor> {
+        let values = values.f_contiguous()?;
+        let mut dropped = values.f_empty_like()?;
+        let width = values.size().last().copied().unwrap_or(1) as usize;
+        match values.kind() {
+            Kind::BFloat16 => {
+                let (values, mut dropped) =
+                    (values.f_view_dtype(Kind::Int16)?, dropped.f_view_dtype(Kind::Int16)?);
+                self.fill(elements::<i16>(&values)?, elements_mut::<i16>(&mut dropped)?, width, half_row);
+            }
+            _ => self.fill(elements::<f32>(&values)?, elements_mut::<f32>(&mut dropped)?, width, float_row),
+        }
+        Ok(dropped)
+    }
+
+    fn fill<T: Sync + Send>(
+        &self,
+        values: &[T],
+        dropped: &mut [T],
+        width: usize,
+        row: fn(&[T], &mut [T], Key, [u32; 3], u32, f32),
+    ) {
+        let rows_per_task = (16_384 / width.max(1)).max(1);
+        let part = width * rows_per_task;
+        dropped
+            .par_chunks_mut(part)
+            .zip(values.par_chunks(part))
+            .zip(self.counters.par_chunks(rows_per_task))
+            .for_each(|((dropped, values), counters)| {
+                let rows = dropped.chunks_mut(width).zip(values.chunks(width)).zip(counters);
+                rows.for_each(|((dropped, values), &counter)| {
+                    row(values, dropped, self.key, counter, self.limit, self.scale);
+                });
+            });
+    }
+}
+
+/// Multiplies one row by `scale` where the random number is at most `limit`, by zero elsewhere.
 #[multiversion(targets = "simd")]
-fn fill_row(row: &mut [f32], key: Key, counter: [u32; 3], limit: u32, scale: f32) {
-    for (index, values) in row.chunks_mut(GROUP).enumerate() {
+fn float_row(values: &[f32], dropped: &mut [f32], key: Key, counter: [u32; 3], limit: u32, scale: f32) {
+    for (index, (values, dropped)) in values.chunks(GROUP).zip(dropped.chunks_mut(GROUP)).enumerate() {
         let numbers = random::group(key, index as u32, counter);
-        for (value, number) in values.iter_mut().zip(numbers) {
-            *value = if number <= limit { scale } else { 0.0 };
+        for ((dropped, value), number) in dropped.iter_mut().zip(values).zip(numbers) {
+            *dropped = value * if number <= limit { scale } else { 0.0 };
+        }
+    }
+}
+
+/// The same for bfloat16 numbers, the upper halves of float32 numbers; products are rounded to the nearest, ties to even.
+#[multiversion(targets = "simd")]
+fn half_row(values: &[i16], dropped: &mut [i16], key: Key, counter: [u32; 3], limit: u32, scale: f32) {
+    for (index, (values, dropped)) in values.chunks(GROUP).zip(dropped.chunks_mut(GROUP)).enumerate() {
+        let numbers = random::group(key, index as u32, counter);
+        for ((dropped, value), number) in dropped.iter_mut().zip(values).zip(numbers) {
+            let value = f32::from_bits(u32::from(*value as u16) << 16);
+            let bits = (value * if number <= limit { scale } else { 0.0 }).to_bits();
+            let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
+            // Rounding must not turn a NaN with low bits only into an infinity.
+            *dropped = if value.is_nan() { 0x7FC0 } else { rounded as i16 };
         }
     }
 }
@@ -151,6 +207,19 @@ mod tests {
         let whole = dropout.attention(&square(2, 5), 0.3, 2, &batch(&[4, 5], 0)).unwrap();
         let first = dropout.attention(&square(1, 4), 0.3, 2, &batch(&[4], 0)).unwrap();
         assert_eq!(whole.narrow(0, 0, 1).narrow(2, 0, 4).narrow(3, 0, 4), first);
+    }
+
+    #[test]
+    fn bfloat16_has_the_same_pattern_and_rounds_to_the_nearest() {
+        let dropout = Dropout::new(42, Purpose::Dropout, 7, 0, Device::Cpu);
+        let rows = Tensor::randn([9, 100], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+        let batch = batch(&[4, 5], 0);
+        let half = dropout.tokens(&rows, 0.3, 2, &batch).unwrap();
+        let float = dropout.tokens(&rows.to_kind(Kind::Float), 0.3, 2, &batch).unwrap();
+        assert_eq!(half.kind(), Kind::BFloat16);
+        assert_eq!(half, float.to_kind(Kind::BFloat16));
+        let nan = Tensor::full([1, 1], f64::from(f32::from_bits(0x7F80_0001)), (Kind::BFloat16, Device::Cpu));
+        assert!(f64::try_from(dropout.examples(&nan, 0.3, 2, &batch).unwrap()).unwrap().is_nan());
     }
 
     #[test]

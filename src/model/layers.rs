@@ -98,8 +98,8 @@ impl<'a> Pass<'a> {
 
     /// Computes softmax(q kᵀ / √d) v within each example; all `[tokens, heads · d]`.
     ///
-    /// On GPUs in bfloat16 tokens stay packed. Elsewhere attention is the one place that needs a rectangle: tokens are
-    /// padded for it and unpadded after it.
+    /// On GPUs in bfloat16 tokens stay packed. Elsewhere attention is the one place that needs a rectangle, one for each
+    /// head: tokens are laid out for it and collected after it.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -125,13 +125,15 @@ impl<'a> Pass<'a> {
             let context = flash_attention(&query, &key, &value, &lengths, dropout, scale)?;
             return Ok(context.f_reshape([-1, heads * head_size])?);
         }
-        let padding = self.batch.padding.as_ref();
+        let places = self.batch.head_places(heads)?;
         let split = |rows: &Tensor| -> Result<Tensor> {
-            let rectangle = padding.map_or_else(|| Ok(rows.shallow_clone()), |padding| padding.pad(rows))?;
-            Ok(rectangle.f_view([examples, longest, heads, head_size])?.f_transpose(1, 2)?)
+            let shape = [examples * heads * longest, head_size];
+            let empty = Tensor::f_zeros(shape, (rows.kind(), rows.device()))?;
+            let laid_out = empty.f_index_copy(0, &places, &rows.f_reshape([-1, head_size])?)?;
+            Ok(laid_out.f_view([examples, heads, longest, head_size])?)
         };
         let (query, key, value) = (split(query)?, split(key)?, split(value)?);
-        let bias = padding.map(|padding| padding.bias(query.kind())).transpose()?;
+        let bias = self.batch.padding.as_ref().map(|padding| padding.bias(query.kind())).transpose()?;
         let context = match &self.dropout {
             Some(pattern) if dropout > 0.0 && !query.device().is_cuda() => {
                 let scores = query.f_mul_scalar(scale)?.f_matmul(&key.f_transpose(2, 3)?)?;
@@ -153,8 +155,8 @@ impl<'a> Pass<'a> {
                 )?
             }
         };
-        let rows = context.f_transpose(1, 2)?.f_reshape([examples * longest, heads * head_size])?;
-        padding.map_or_else(|| Ok(rows.shallow_clone()), |padding| padding.unpad(&rows))
+        let rows = context.f_reshape([-1, head_size])?.f_index_select(0, &places)?;
+        Ok(rows.f_view([-1, heads * head_size])?)
     }
 
     /// The segments of a checkpointed pass.
