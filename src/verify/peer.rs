@@ -9,6 +9,7 @@ use serde_json::Value;
 use tch::Device;
 
 use super::Options;
+use super::report::measured;
 
 const SCRIPT: &str = "benches/peer.py";
 const LENGTHS: &str = "benches/rte_lengths.txt";
@@ -24,6 +25,7 @@ pub struct PeerRow {
     /// `float32` or `bf16` (autocast).
     pub precision: &'static str,
     /// Real tokens a second, the median of the rounds; or why there is none.
+    #[serde(serialize_with = "measured")]
     pub outcome: Result<f64, String>,
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use serde::Serialize;
+use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::peer::PeerRow;
 use super::{Check, FisherTimes, Outcome, SpeedRow};
@@ -10,8 +10,21 @@ use super::{Check, FisherTimes, Outcome, SpeedRow};
 /// Sequences a second that training BERT-large on 128 tokens in bf16, batch 32, should reach on one H100.
 const BAR: f64 = 1700.0;
 
+/// Writes what was measured as `{"measured": …}`, and why it was not as `{"not_measured": reason}`.
+pub(super) fn measured<T: Serialize, S: Serializer>(
+    outcome: &Result<T, String>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let mut map = serializer.serialize_map(Some(1))?;
+    match outcome {
+        Ok(value) => map.serialize_entry("measured", value)?,
+        Err(reason) => map.serialize_entry("not_measured", reason)?,
+    }
+    map.end()
+}
+
 /// Everything that a run of the suite found.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, serde::Serialize)]
 pub struct Report {
     /// When the run began, in UTC.
     pub started_at: String,
@@ -30,6 +43,7 @@ pub struct Report {
     /// All measured trainings.
     pub speeds: Vec<SpeedRow>,
     /// The Fisher pass, or why it was not measured.
+    #[serde(serialize_with = "measured")]
     pub fisher: Result<FisherTimes, String>,
     /// The Python peer.
     pub peer: Vec<PeerRow>,

@@ -5,6 +5,7 @@ use std::time::Instant;
 use serde::Serialize;
 use tch::{Device, Tensor};
 
+use super::report::measured;
 use super::{Options, Shape, measured_method, random_data};
 use crate::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
 use crate::data::EncodedDataset;
@@ -36,6 +37,7 @@ pub struct SpeedRow {
     /// Spelling of the precision in YAML.
     pub precision: String,
     /// What was measured, or why not.
+    #[serde(serialize_with = "measured")]
     pub outcome: std::result::Result<Speed, String>,
 }
 
