@@ -39,6 +39,8 @@ pub enum Purpose {
     LabelNoise = 8,
     /// The choice of a random fixed child network.
     RandomChild = 9,
+    /// The choice of the examples that the Fisher pass takes.
+    FisherExamples = 10,
 }
 
 impl Key {

@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use super::network::{ChildNetwork, MaskScope};
-use super::select::{End, Selection, extreme, percentile};
+use super::select::{End, HostScores, Scores, Selection, percentile};
+use super::select_device::DeviceScores;
 use crate::error::{Error, Result};
 use crate::libtorch::elements;
 use crate::model::Parameters;
@@ -62,34 +63,49 @@ impl ChildNetwork {
     /// # Errors
     /// Fails if a score is not a number, the scope is empty, or a percentile is asked for the lowest scores.
     pub fn from_scores(parameters: &Parameters, scores: &Tensor, cut: &Cut) -> Result<Self> {
-        let scores = scores.f_to_device(Device::Cpu)?;
-        let scores: &[f32] = elements(&scores)?;
         let mut child = Self::full(parameters, cut.scope)?;
-        let slices: Vec<&[f32]> = (child.tensors().iter())
-            .map(|tensor| &scores[tensor.start..tensor.start + tensor.count])
-            .collect();
-        if slices.par_iter().any(|slice| slice.iter().any(|score| score.is_nan() || *score < 0.0)) {
-            return Err(Error::Diverged("the Fisher information has entries that are not numbers".into()));
+        if scores.device() == Device::Cpu {
+            let scores: &[f32] = elements(scores)?;
+            let tensors = child.tensors().iter();
+            let slices = tensors.map(|tensor| &scores[tensor.start..tensor.start + tensor.count]);
+            child.cut(&HostScores(slices.collect()), cut)?;
+        } else {
+            let tensors = child.tensors().iter();
+            let parts = tensors
+                .map(|tensor| Ok(scores.f_narrow(0, tensor.start as i64, tensor.count as i64)?))
+                .collect::<Result<_>>()?;
+            child.cut(&DeviceScores::new(parts), cut)?;
         }
+        Ok(child)
+    }
+
+    /// Sets the bits by the scores of each tensor.
+    fn cut(&mut self, scores: &dyn Scores, cut: &Cut) -> Result<()> {
         let end = if cut.choose == Choice::Lowest { End::Smallest } else { End::Largest };
         let share = |total: usize| (cut.p * total as f64).round() as usize;
-        let total = slices.iter().map(|slice| slice.len()).sum();
+        let counts = scores.counts();
         // One rule for all tensors together, or one anew for each.
         let mut common = match cut.threshold {
-            Threshold::Global => Some(extreme(&slices, share(total), end)),
+            Threshold::Global => {
+                let total = counts.iter().sum();
+                Some(Selection::extreme(scores, 0..counts.len(), share(total), end)?)
+            }
             Threshold::PerTensor => None,
             Threshold::Percentile if end == End::Smallest => {
                 return Err(Error::configuration("the percentile is a rule for the highest scores only"));
             }
-            Threshold::Percentile => Some(Selection::at_least(percentile(&slices, 1.0 - cut.p))),
+            Threshold::Percentile => Some(Selection::at_least(percentile(scores, 1.0 - cut.p)?)),
         };
-        for (index, slice) in slices.iter().enumerate() {
-            let mut own = common.is_none().then(|| extreme(&[slice], share(slice.len()), end));
-            if let Some(selection) = common.as_mut().or(own.as_mut()) {
-                child.set_bits(index, slice.iter().map(|&score| selection.takes(score)));
-            }
+        for (index, &count) in counts.iter().enumerate() {
+            self.set_words(index, |words| match &mut common {
+                Some(selection) => scores.mark(index, selection, words),
+                None => {
+                    let mut own = Selection::extreme(scores, index..index + 1, share(count), end)?;
+                    scores.mark(index, &mut own, words)
+                }
+            })?;
         }
-        Ok(child)
+        Ok(())
     }
 
     /// Cuts a child network out by a draw from the seed.

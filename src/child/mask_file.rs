@@ -98,11 +98,15 @@ impl MaskFile {
         };
         let mut child = ChildNetwork::full(parameters, scope)?;
         for index in 0..child.tensors().len() {
-            let (name, count) = (child.tensors()[index].name.clone(), child.tensors()[index].count);
-            let found = self.tensors.binary_search_by(|(other, ..)| other.cmp(&name));
+            let name = child.tensors()[index].name.as_str();
+            let found = self.tensors.binary_search_by(|(other, ..)| other.as_str().cmp(name));
             if let Ok(place) = found {
-                let bits = &self.tensors[place].2;
-                child.set_bits(index, (0..count).map(|bit| bits[bit / 8] >> (bit % 8) & 1 == 1));
+                child.set_words(index, |words| {
+                    for (word, bytes) in words.iter_mut().zip(self.tensors[place].2.chunks(8)) {
+                        *word = bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
+                    }
+                    Ok(())
+                })?;
             }
         }
         if child.sha256() != self.sha256()? {

@@ -10,12 +10,15 @@ mod network;
 mod overlap;
 mod per_example;
 mod select;
+mod select_device;
+mod uncertainty;
 
 pub use bernoulli::BernoulliMask;
 pub use cut::{Choice, Cut, Threshold};
-pub use fisher::{Estimator, FisherBatch, FisherOptions, fisher_information};
+pub use fisher::{Estimator, FisherBatch, FisherInformation, FisherOptions, Spread, fisher_information};
 pub use hooks::{GradientHooks, GradientMask};
 pub use mask_file::{MaskFile, read_mask, write_mask};
 pub use masking::{StepMask, mask_in_place};
 pub use network::{ChildNetwork, MaskScope, TensorMask};
 pub use overlap::{Overlap, Part, Parts, mask_names, overlaps};
+pub use uncertainty::{Uncertainty, uncertainty};

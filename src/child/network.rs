@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Mutex;
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
@@ -106,17 +107,28 @@ impl ChildNetwork {
         })
     }
 
-    /// Sets the bits of one tensor.
-    pub(super) fn set_bits(&mut self, index: usize, bits: impl IntoIterator<Item = bool>) {
+    /// Lets `set` write the bits of one tensor, element 0 in the lowest bit of the first word.
+    ///
+    /// # Errors
+    /// Those of `set`.
+    pub(super) fn set_words(
+        &mut self,
+        index: usize,
+        set: impl FnOnce(&mut [u64]) -> Result<()>,
+    ) -> Result<()> {
         let TensorMask { start, count, .. } = self.tensors[index];
-        let mut kept = 0;
-        for (element, bit) in (start..start + count).zip(bits) {
-            let word = &mut self.words[element / WORD];
-            let flag = 1 << (element % WORD);
-            *word = if bit { *word | flag } else { *word & !flag };
-            kept += usize::from(bit);
+        let words = &mut self.words[start / WORD..(start + count).div_ceil(WORD)];
+        set(words)?;
+        if let (Some(last), used @ 1..) = (words.last_mut(), count % WORD) {
+            *last &= (1 << used) - 1;
         }
-        self.tensors[index].kept = kept;
+        self.tensors[index].kept = words.par_iter().map(|word| word.count_ones() as usize).sum();
+        Ok(())
+    }
+
+    /// Returns the bits of a tensor.
+    pub(super) fn words_of(&self, tensor: &TensorMask) -> &[u64] {
+        &self.words[tensor.start / WORD..(tensor.start + tensor.count).div_ceil(WORD)]
     }
 
     /// Returns the tensors that the mask reaches.

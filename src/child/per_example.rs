@@ -1,182 +1,279 @@
 //! Squared gradients of single examples in one backward pass over a batch.
 //!
 //! A linear layer's weight gradient for example b is dY_bᵀ X_b, over the rows of that example: the same products that
-//! backward would compute for the whole batch, kept apart by example, squared and summed at once, so that no more than a
-//! block of one layer's rows exists for the examples of a batch at a time.
+//! backward would compute for the whole batch, kept apart by example, squared and summed at once. On the CPU they never
+//! leave the registers (`tiles`); on a GPU a block of one layer's rows exists for the examples of a batch at a time
+//! (`device`).
+
+mod device;
+mod rows;
+#[cfg(test)]
+mod tests;
+mod tiles;
 
 use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::network::MaskScope;
 use crate::data::PackedBatch;
-use crate::error::Result;
-use crate::libtorch::GradientHook;
+use crate::error::{Error, Result};
+use crate::libtorch::{GradientHook, elements, elements_mut};
 use crate::model::{Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows};
 
-/// Adds Σ_b (∂ loss_b / ∂w)² of one batch to a buffer while backward runs.
+/// Sums over examples of f_b = (∂ loss_b / ∂w)², element by element.
+#[derive(Debug)]
+pub struct Moments {
+    /// Σ_b f_b, float32.
+    pub squares: Tensor,
+    /// What the standard error of an estimate from few examples needs besides.
+    pub further: Option<FurtherMoments>,
+}
+
+/// How much examples differ.
+#[derive(Debug)]
+pub struct FurtherMoments {
+    /// Σ_b f_b², float32.
+    pub fourths: Tensor,
+    /// Σ_w f_b of each example of the batch, `[examples]`, float64.
+    pub totals: Tensor,
+}
+
+impl Moments {
+    fn try_map(&self, function: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let further = self.further.as_ref().map(|further| {
+            let totals = further.totals.shallow_clone();
+            Ok::<_, Error>(FurtherMoments { fourths: function(&further.fourths)?, totals })
+        });
+        Ok(Self { squares: function(&self.squares)?, further: further.transpose()? })
+    }
+
+    /// Returns those of some lines of a matrix.
+    fn lines(&self, start: i64, count: i64) -> Result<Self> {
+        self.try_map(|sums| Ok(sums.f_narrow(0, start, count)?))
+    }
+
+    /// Borrows the sums of a parameter on the CPU.
+    fn slices(&mut self) -> Result<MomentSlices<'_>> {
+        let further = match &mut self.further {
+            Some(further) => Some((elements_mut(&mut further.fourths)?, elements_mut(&mut further.totals)?)),
+            None => None,
+        };
+        Ok(MomentSlices { squares: elements_mut(&mut self.squares)?, further })
+    }
+}
+
+/// [`Moments`] on the CPU: squares, and fourth powers with the totals of the examples.
+struct MomentSlices<'a> {
+    squares: &'a mut [f32],
+    further: Option<(&'a mut [f32], &'a mut [f64])>,
+}
+
+/// Which rows of an activation belong to which example of a batch.
+#[derive(Clone, Debug)]
+struct Examples {
+    /// Where the rows of each copy of each example end.
+    ends: Vec<usize>,
+    copies: usize,
+}
+
+impl Examples {
+    /// Makes examples that stand in a batch so many times, one copy after the other.
+    fn new(rows_of_copies: impl Iterator<Item = usize>, copies: usize) -> Self {
+        let mut end = 0;
+        let ends = rows_of_copies.map(|rows| {
+            end += rows;
+            end
+        });
+        Self { ends: ends.collect(), copies }
+    }
+
+    fn copies(&self) -> usize {
+        self.copies
+    }
+
+    /// Returns the number of examples.
+    fn count(&self) -> usize {
+        self.ends.len() / self.copies
+    }
+
+    /// Returns the number of rows of all examples.
+    fn rows(&self) -> usize {
+        self.ends.last().copied().unwrap_or(0)
+    }
+
+    fn part(&self, number: usize) -> Range<usize> {
+        let start = number.checked_sub(1).map_or(0, |before| self.ends[before]);
+        start..self.ends[number]
+    }
+
+    /// Iterates over the rows of all copies of all examples.
+    fn parts(&self) -> impl Iterator<Item = Range<usize>> {
+        (0..self.ends.len()).map(|number| self.part(number))
+    }
+
+    /// Iterates over the rows of the copies of one example.
+    fn parts_of(&self, example: usize) -> impl Iterator<Item = Range<usize>> {
+        (example * self.copies..(example + 1) * self.copies).map(|number| self.part(number))
+    }
+
+    /// Returns the copy that each row belongs to, counted over all examples.
+    fn part_of_row(&self) -> Vec<i64> {
+        let parts = self.parts().enumerate();
+        parts.flat_map(|(part, rows)| std::iter::repeat_n(part as i64, rows.len())).collect()
+    }
+}
+
+/// Adds the squared gradients of one batch's examples to sums while backward runs.
 pub struct SquaredGradients<'a> {
     parameters: &'a Parameters,
-    /// The flat buffer that is added to.
-    sums: &'a Tensor,
+    /// Sums in the layout of the flat buffers, which are added to.
+    sums: &'a Moments,
     scope: MaskScope,
-    batch: &'a PackedBatch,
+    by_token: Arc<Examples>,
+    by_example: Arc<Examples>,
     hooks: RefCell<Vec<GradientHook>>,
 }
 
 impl<'a> SquaredGradients<'a> {
-    /// Observes one pass over `batch`; parameters outside `scope` are skipped.
+    /// Observes one pass over `batch`; parameters outside `scope` are skipped. Each example stands in the batch `copies`
+    /// times, and what counts is the sum over its copies of their squared gradients.
     pub fn new(
         parameters: &'a Parameters,
-        sums: &'a Tensor,
+        sums: &'a Moments,
         scope: MaskScope,
-        batch: &'a PackedBatch,
+        batch: &PackedBatch,
+        copies: usize,
     ) -> Self {
-        Self { parameters, sums, scope, batch, hooks: RefCell::default() }
+        Self {
+            parameters,
+            sums,
+            scope,
+            by_token: Arc::new(Examples::new(batch.lengths.iter().copied(), copies)),
+            by_example: Arc::new(Examples::new((0..batch.examples()).map(|_| 1), copies)),
+            hooks: RefCell::default(),
+        }
     }
 
-    /// Returns the part of the buffer that belongs to a parameter, in its shape; `None` outside the scope.
-    fn sum_of(&self, id: ParameterId) -> Result<Option<Tensor>> {
+    /// Returns the part of the sums that belongs to a parameter, in its shape; `None` outside the scope.
+    fn sums_of(&self, id: ParameterId) -> Result<Option<Moments>> {
         let parameter = self.parameters.get(id);
         if !self.scope.covers(parameter) {
             return Ok(None);
         }
         let range = &parameter.range;
-        let flat = self.sums.f_narrow(0, range.start as i64, range.len() as i64)?;
-        Ok(Some(flat.f_view(parameter.shape.as_slice())?))
+        let part = |flat: &Tensor| {
+            let flat = flat.f_narrow(0, range.start as i64, range.len() as i64)?;
+            Ok(flat.f_view(parameter.shape.as_slice())?)
+        };
+        self.sums.try_map(part).map(Some)
     }
 
-    /// Returns the example of each token, `[tokens]`.
-    fn example_of_token(&self) -> Result<Tensor> {
-        let numbers: Vec<i64> = (self.batch.lengths.iter().enumerate())
-            .flat_map(|(example, &length)| std::iter::repeat_n(example as i64, length))
-            .collect();
-        Ok(Tensor::from_slice(&numbers).f_to_device(self.sums.device())?)
-    }
-
+    /// Calls `function` once with the gradient of `output`, in float32.
     fn hook(
         &self,
         output: &Tensor,
-        function: impl FnMut(Tensor) -> Result<()> + Send + 'static,
+        function: impl FnOnce(Tensor) -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        self.hooks.borrow_mut().push(GradientHook::register(output, function)?);
+        // What it holds is freed as soon as it has run, as autograd frees what it saved.
+        let mut function = Some(function);
+        let hook = GradientHook::register(output, move |gradient| match function.take() {
+            Some(function) => function(gradient.f_to_kind(Kind::Float)?.f_contiguous()?),
+            None => Ok(()),
+        })?;
+        self.hooks.borrow_mut().push(hook);
         Ok(())
     }
 }
 
 impl LayerObserver for SquaredGradients<'_> {
     fn linear(&self, layer: &Linear, input: &Tensor, output: &Tensor) -> Result<()> {
-        let (weight, bias) = (self.sum_of(layer.weight)?, self.sum_of(layer.bias)?);
+        let (weight, bias) = (self.sums_of(layer.weight)?, self.sums_of(layer.bias)?);
         if weight.is_none() && bias.is_none() {
             return Ok(());
         }
+        let examples = match layer.rows {
+            Rows::Tokens => self.by_token.clone(),
+            Rows::Examples => self.by_example.clone(),
+        };
         let input = input.f_detach()?;
-        if layer.rows == Rows::Examples {
-            // One row an example: (dy xᵀ)² = dy² (x²)ᵀ, and the sum over examples is one product.
-            return self.hook(output, move |gradient| {
-                let squares = gradient.f_square()?;
-                if let Some(sum) = &weight {
-                    add(sum, &squares.f_transpose(0, 1)?.f_matmul(&input.f_square()?)?)?;
-                }
-                bias.as_ref().map_or(Ok(()), |sum| add(sum, &total(&squares)?))
-            });
-        }
-        let rectangle = Rectangle::new(self.batch)?;
-        let input = rectangle.lay_out(&input)?;
         self.hook(output, move |gradient| {
-            let gradient = rectangle.lay_out(&gradient)?;
-            if let Some(sum) = &weight {
-                add_squared_products(sum, &gradient.f_transpose(1, 2)?, &input)?;
+            if let Some(sums) = weight {
+                let input = input.f_to_kind(Kind::Float)?.f_contiguous()?;
+                add_squared_products(sums, &gradient, &input, &examples)?;
             }
-            let Some(sum) = &bias else { return Ok(()) };
-            add(sum, &total(&gradient.f_sum_dim_intlist(1i64, false, Kind::Float)?.f_square()?)?)
+            bias.map_or(Ok(()), |sums| add_squared_vector(sums, &gradient, None, &examples))
         })
     }
 
     fn layer_norm(&self, layer: &LayerNorm, input: &Tensor, output: &Tensor) -> Result<()> {
-        let (weight, bias) = (self.sum_of(layer.weight)?, self.sum_of(layer.bias)?);
+        let (weight, bias) = (self.sums_of(layer.weight)?, self.sums_of(layer.bias)?);
         if weight.is_none() && bias.is_none() {
             return Ok(());
         }
-        let width = input.size()[1];
-        let normalised =
-            input.f_detach()?.f_layer_norm([width], None::<Tensor>, None::<Tensor>, layer.epsilon, true)?;
-        let examples = self.example_of_token()?;
-        let count = self.batch.examples() as i64;
+        let (examples, epsilon, input) = (self.by_token.clone(), layer.epsilon, input.f_detach()?);
         self.hook(output, move |gradient| {
-            let sums = |rows: &Tensor| -> Result<Tensor> {
-                let empty = Tensor::f_zeros([count, width], (rows.kind(), rows.device()))?;
-                Ok(empty.f_index_add(0, &examples, rows)?)
-            };
-            if let Some(sum) = &weight {
-                add(sum, &total(&sums(&gradient.f_mul(&normalised)?)?.f_square()?)?)?;
+            if let Some(sums) = weight {
+                let (input, width) = (input.f_to_kind(Kind::Float)?, [input.size()[1]]);
+                let normalised = input.f_layer_norm(width, None::<Tensor>, None::<Tensor>, epsilon, true)?;
+                add_squared_vector(sums, &gradient, Some(&normalised), &examples)?;
             }
-            bias.as_ref().map_or(Ok(()), |sum| add(sum, &total(&sums(&gradient)?.f_square()?)?))
+            bias.map_or(Ok(()), |sums| add_squared_vector(sums, &gradient, None, &examples))
         })
     }
 
     fn embedding(&self, layer: &Embedding, indices: &Tensor, output: &Tensor) -> Result<()> {
-        let Some(sum) = self.sum_of(layer.table)? else { return Ok(()) };
-        // An entry used twice in one example has one gradient, the sum of both rows, before it is squared.
-        let entries = sum.size()[0];
-        let uses = self.example_of_token()?.f_mul_scalar(entries)?.f_add(indices)?;
-        let (distinct, row_of_use, _) = uses.f_unique_dim(0, true, true, false)?;
-        let entry = distinct.f_remainder(entries)?;
-        let (count, width) = (distinct.size()[0], output.size()[1]);
-        self.hook(output, move |gradient| {
-            let empty = Tensor::f_zeros([count, width], (gradient.kind(), gradient.device()))?;
-            let squares = empty.f_index_add(0, &row_of_use, &gradient)?.f_square()?;
-            let _ = sum.shallow_clone().f_index_add_(0, &entry, &squares)?;
-            Ok(())
-        })
+        let Some(sums) = self.sums_of(layer.table)? else { return Ok(()) };
+        let (examples, indices) = (self.by_token.clone(), indices.shallow_clone());
+        self.hook(output, move |gradient| add_squared_entries(sums, &gradient, &indices, &examples))
     }
 }
 
-fn total(rows: &Tensor) -> Result<Tensor> {
-    Ok(rows.f_sum_dim_intlist(0i64, false, Kind::Float)?)
-}
-
-fn add(sum: &Tensor, values: &Tensor) -> Result<()> {
-    let _ = sum.shallow_clone().f_add_(values)?;
+/// Adds Σ_b (dY_bᵀ X_b)² to sums of the shape `[out, in]`, from dY `[rows, out]` and X `[rows, in]`.
+fn add_squared_products(
+    mut sums: Moments,
+    gradient: &Tensor,
+    input: &Tensor,
+    examples: &Examples,
+) -> Result<()> {
+    if gradient.device() != Device::Cpu {
+        return device::add_squared_products(&sums, gradient, input, examples);
+    }
+    let inputs = input.size()[1] as usize;
+    tiles::add_squared_products(sums.slices()?, elements(gradient)?, elements(input)?, inputs, examples);
     Ok(())
 }
 
-/// How to lay packed tokens out as `[examples, longest, width]`, zeros where nothing is.
-struct Rectangle {
-    examples: i64,
-    longest: i64,
-    /// Place of each token, `[tokens]`; `None` where all examples are of one length.
-    places: Option<Tensor>,
+/// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`; with `factor`, of dY ⊙ factor. Both
+/// are `[rows, width]`.
+fn add_squared_vector(
+    mut sums: Moments,
+    gradient: &Tensor,
+    factor: Option<&Tensor>,
+    examples: &Examples,
+) -> Result<()> {
+    if gradient.device() != Device::Cpu {
+        let product = factor.map(|factor| gradient.f_mul(factor)).transpose()?;
+        return device::add_squared_vector(&sums, product.as_ref().unwrap_or(gradient), examples);
+    }
+    let factor = factor.map(elements).transpose()?;
+    rows::add_squared_vector(sums.slices()?, elements(gradient)?, factor, examples);
+    Ok(())
 }
 
-impl Rectangle {
-    fn new(batch: &PackedBatch) -> Result<Self> {
-        let places = batch.padding.as_ref().map(|padding| padding.places.shallow_clone());
-        Ok(Self { examples: batch.examples() as i64, longest: batch.longest() as i64, places })
+/// Adds the squared gradients of a table's entries to sums of the shape `[entries, width]`, from dY `[rows, width]` and the
+/// entry of each row, `[rows]`.
+fn add_squared_entries(
+    mut sums: Moments,
+    gradient: &Tensor,
+    entries: &Tensor,
+    examples: &Examples,
+) -> Result<()> {
+    if gradient.device() != Device::Cpu {
+        return device::add_squared_entries(&sums, gradient, entries, examples);
     }
-
-    fn lay_out(&self, rows: &Tensor) -> Result<Tensor> {
-        let shape = [self.examples, self.longest, rows.size()[1]];
-        let Some(places) = &self.places else { return Ok(rows.f_reshape(shape)?) };
-        let empty = Tensor::f_zeros([shape[0] * shape[1], shape[2]], (rows.kind(), rows.device()))?;
-        Ok(empty.f_index_copy(0, places, rows)?.f_view(shape)?)
-    }
-}
-
-/// Adds Σ_b (gradient_b input_b)² to `sum`, `[out, in]`, from `[examples, out, tokens]` and `[examples, tokens, in]`.
-///
-/// Works on blocks of output rows whose products for all examples stay in the cache: single examples' gradients never
-/// travel to memory, and no more than one block of them exists.
-fn add_squared_products(sum: &Tensor, gradient: &Tensor, input: &Tensor) -> Result<()> {
-    let [examples, outputs, _] = [0, 1, 2].map(|dimension| gradient.size()[dimension]);
-    let inputs = input.size()[2];
-    let elements: i64 = if sum.device().is_cuda() { 1 << 26 } else { 1 << 18 };
-    let rows = (elements / (examples * inputs)).clamp(1, outputs);
-    for start in (0..outputs).step_by(rows as usize) {
-        let count = rows.min(outputs - start);
-        let mut products = gradient.f_narrow(1, start, count)?.f_bmm(input)?;
-        let squares = products.f_square_()?.f_sum_dim_intlist(0i64, false, Kind::Float)?;
-        add(&sum.f_narrow(0, start, count)?, &squares)?;
-    }
+    rows::add_squared_entries(sums.slices()?, elements(gradient)?, elements(entries)?, examples);
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
-use child_tuning::child::{MaskFile, Overlap, Part, Parts, overlaps, read_mask};
+use child_tuning::child::{MaskFile, Overlap, Part, Parts, Uncertainty, overlaps, read_mask};
 use child_tuning::error::Error;
 use child_tuning::experiment::Runner;
 use clap::{Args, Subcommand, ValueEnum};
@@ -116,8 +116,11 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
                 let masks = Runner::new(&plan, device, &never, &mut |event| display.show(event))
                     .compute_masks(&output)?;
                 display.finish();
-                for mask in &masks {
+                for (mask, uncertainty) in &masks {
                     show(mask.display())?;
+                    if let Some(uncertainty) = uncertainty {
+                        show(format_args!("  {}", uncertainty_line(uncertainty)))?;
+                    }
                 }
                 if masks.is_empty() {
                     eprintln!("{}: no method of this experiment has a fixed mask", plan.name);
@@ -183,6 +186,17 @@ fn write_rows<T: Serialize>(target: &Path, rows: &[T]) -> Result<()> {
     let mut writer = csv::Writer::from_writer(Vec::new());
     rows.iter().try_for_each(|row| writer.serialize(row))?;
     Ok(write_whole(target, &writer.into_inner().context("cannot finish the CSV")?)?)
+}
+
+fn uncertainty_line(uncertainty: &Uncertainty) -> String {
+    format!(
+        "from {} of {} examples: total information ± {:.2} %, {:.2} % of the weights within a standard error of the \
+         threshold",
+        uncertainty.examples,
+        uncertainty.available,
+        100.0 * uncertainty.relative_standard_error,
+        100.0 * uncertainty.undecided
+    )
 }
 
 fn percent(part: usize, whole: usize) -> String {

@@ -66,13 +66,7 @@ impl PackedBatch {
             token_types.extend(example.token_types.iter().map(|&kind| i64::from(kind)));
             positions.extend(0..example.ids.len() as i64);
         }
-        let cumulative_lengths = if flash_attention_runs(device) {
-            let firsts = first_tokens.iter().map(|&first| first as i32);
-            let cumulative: Vec<i32> = firsts.chain([tokens as i32]).collect();
-            Some(upload(&cumulative, device)?)
-        } else {
-            None
-        };
+        let cumulative_lengths = cumulative(&lengths, device)?;
         let places = Padding::places(&lengths);
         let padded = !places.is_empty();
         let [input_ids, token_types, positions, first_tokens, places] =
@@ -107,6 +101,43 @@ impl PackedBatch {
         })
     }
 
+    /// Makes the batch in which each example stands so many times, one copy after the other. All copies have the number of
+    /// their example, so that dropout on the CPU draws the same for them.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn repeated(&self, copies: usize) -> Result<Self> {
+        let (mut rows, mut first_tokens, mut start) = (Vec::new(), Vec::new(), 0);
+        for &length in &self.lengths {
+            for _ in 0..copies {
+                first_tokens.push(rows.len() as i64);
+                rows.extend(start..start + length as i64);
+            }
+            start += length as i64;
+        }
+        let device = self.input_ids.device();
+        let lengths: Vec<usize> =
+            self.lengths.iter().flat_map(|&length| std::iter::repeat_n(length, copies)).collect();
+        let places = Padding::places(&lengths);
+        let padded = !places.is_empty();
+        let [rows, first_tokens, places] = upload_together([rows, first_tokens, places], device)?;
+        let repeated = |values: &Tensor| values.f_index_select(0, &rows);
+        let features = self.features.as_ref();
+        Ok(Self {
+            input_ids: repeated(&self.input_ids)?,
+            token_types: repeated(&self.token_types)?,
+            positions: repeated(&self.positions)?,
+            first_tokens,
+            slots: self.slots.iter().flat_map(|&slot| std::iter::repeat_n(slot, copies)).collect(),
+            padding: padded.then(|| Padding::new(&lengths, places)),
+            cumulative_lengths: cumulative(&lengths, device)?,
+            lengths,
+            features: features
+                .map(|features| features.f_repeat_interleave_self_int(copies as i64, Some(0), None))
+                .transpose()?,
+        })
+    }
+
     /// Returns the number of examples.
     pub fn examples(&self) -> usize {
         self.slots.len()
@@ -136,6 +167,18 @@ impl PackedBatch {
 
 fn longest(lengths: &[usize]) -> usize {
     lengths.iter().copied().max().unwrap_or(0)
+}
+
+/// Returns the number of tokens before each example, and of all, where flash attention runs.
+fn cumulative(lengths: &[usize], device: Device) -> Result<Option<Tensor>> {
+    if !flash_attention_runs(device) {
+        return Ok(None);
+    }
+    let sums = lengths.iter().scan(0, |sum, &length| {
+        *sum += length as i32;
+        Some(*sum)
+    });
+    Ok(Some(upload(&std::iter::once(0).chain(sums).collect::<Vec<i32>>(), device)?))
 }
 
 /// Copies lists of numbers to a device in one piece.
@@ -395,5 +438,22 @@ mod tests {
             assert_eq!(bias, [here, here, gone, here, gone, gone, here, here, here]);
         }
         assert!(batch(&[4, 4]).padding.is_none());
+    }
+
+    #[test]
+    fn copies_stand_behind_their_example_and_have_its_number() {
+        let example = |ids: &[u32]| Encoded { ids: ids.to_vec(), token_types: vec![0; ids.len()] };
+        let (first, second) = (example(&[5, 6]), example(&[7, 8, 9]));
+        let batch = PackedBatch::pack(&[&first, &second], 4, Device::Cpu).unwrap().repeated(2).unwrap();
+        let plain = PackedBatch::pack(&[&first, &first, &second, &second], 0, Device::Cpu).unwrap();
+        let tensors = |batch: &PackedBatch| {
+            [&batch.input_ids, &batch.token_types, &batch.positions, &batch.first_tokens]
+                .map(|values| Vec::<i64>::try_from(values).unwrap())
+        };
+        assert_eq!((tensors(&batch), &batch.lengths), (tensors(&plain), &plain.lengths));
+        assert_eq!(batch.slots, [4, 4, 5, 5]);
+        let places =
+            |batch: &PackedBatch| Vec::<i64>::try_from(&batch.padding.as_ref().unwrap().places).unwrap();
+        assert_eq!(places(&batch), places(&plain));
     }
 }

@@ -125,9 +125,10 @@ pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecas
         false => {
             seconds += steps * (STEP_BYTES * weights / speed.bytes + STEP_SECONDS);
             seconds += 3.0 * epoch * settings.epochs / rate;
-            // One pass in float32 whose products have a square beside them.
-            let pass = 4.0 * epoch / speed.operations(Precision::Float32);
-            seconds += if run.method.passes_over_data() { pass } else { 0.0 };
+            // A pass whose weight gradients are float32 always.
+            let passed = run.method.examples_passed(run.training_examples()) as f64;
+            let pass = epoch * (2.0 / rate + 1.0 / speed.operations(Precision::Float32));
+            seconds += pass * passed / run.training_examples().max(1) as f64;
         }
     }
     Ok(Forecast { seconds, memory: memory(run, &train, speed)? })

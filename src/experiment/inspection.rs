@@ -6,19 +6,19 @@ use super::plan::Plan;
 use super::run::Run;
 use super::runner::{RunEvent, Runner};
 use super::training_set::training_set;
-use crate::child::{GradientMask, write_mask};
+use crate::child::{GradientMask, Uncertainty, write_mask};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::model::Classifier;
 use crate::train::{Control, OptimizerRule, StepVariance, prepare, step_variance};
 
 impl Runner<'_> {
-    /// Computes the masks of all runs whose method has a fixed one, and writes each as `folder/<run>.safetensors`. Trains
-    /// nothing.
+    /// Computes the masks of all runs whose method has a fixed one, and writes each as `folder/<run>.safetensors`. Returns
+    /// where, and how uncertain a mask is if a part of the training data chose it. Trains nothing.
     ///
     /// # Errors
     /// Fails if a model cannot be loaded, a mask cannot be computed, or the folder cannot be written.
-    pub fn compute_masks(mut self, folder: &Path) -> Result<Vec<PathBuf>> {
+    pub fn compute_masks(mut self, folder: &Path) -> Result<Vec<(PathBuf, Option<Uncertainty>)>> {
         let mut written = Vec::new();
         let plan = self.plan;
         self.with_each(
@@ -26,7 +26,8 @@ impl Runner<'_> {
             |run, classifier, data, control| {
                 let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
                 let prepared = prepare(classifier, data, method, settings, run.seed, control)?;
-                written.extend(write_mask_of(plan, run, prepared.mask.as_deref(), folder)?);
+                let path = write_mask_of(plan, run, prepared.mask.as_deref(), folder)?;
+                written.extend(path.map(|path| (path, prepared.fisher)));
                 Ok(())
             },
         )?;

@@ -6,16 +6,15 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
+use super::fisher_pass::{FisherPass, FisherSpec};
 use super::registry::MethodOptions;
 use super::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared, Preset};
 use crate::child::{
-    ChildNetwork, Choice, Cut, Estimator, FisherBatch, FisherOptions, GradientMask, MaskFile, MaskScope,
-    Threshold, fisher_information, read_mask,
+    ChildNetwork, Choice, Cut, GradientMask, MaskFile, MaskScope, Threshold, read_mask, uncertainty,
 };
 use crate::error::{Error, Result};
-use crate::model::{Dropout, Parameters};
-use crate::random::{self, Key, Purpose};
-use crate::values::{OneOrMany, Positive, Share, yaml_name};
+use crate::model::Parameters;
+use crate::values::{OneOrMany, Share, yaml_name};
 
 /// The options as typed in YAML.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -27,14 +26,6 @@ pub struct Options {
     outside: Option<Outside>,
     decay_scope: Option<DecayScope>,
     clip: Option<ClipOrder>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FisherSpec {
-    estimator: Option<Estimator>,
-    dropout: Option<bool>,
-    clip: Option<Positive>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -58,7 +49,7 @@ struct ChildTuningD {
 #[derive(Clone)]
 enum Source {
     /// The highest or lowest Fisher information.
-    Fisher { cut: Cut, options: FisherOptions },
+    Fisher { cut: Cut, pass: FisherPass },
     /// A draw from the run's seed.
     Random(Cut),
     /// A mask file, with the hash of the mask.
@@ -130,7 +121,7 @@ impl Options {
             _ => Threshold::Global,
         };
         let scope = if paper { MaskScope::Backbone } else { MaskScope::EncoderLayers };
-        let options = self.fisher_options(paper)?;
+        let pass = self.fisher.clone().unwrap_or_default().resolve(preset)?;
         let source = |p: &Share| {
             let cut = Cut {
                 p: p.0,
@@ -140,27 +131,10 @@ impl Options {
             };
             match choice {
                 Choice::Random => Source::Random(cut),
-                _ => Source::Fisher { cut, options },
+                _ => Source::Fisher { cut, pass },
             }
         };
         Ok(self.p.as_ref().map_or(&[Share(0.3)][..], |p| &p.0).iter().map(source).collect())
-    }
-
-    fn fisher_options(&self, paper: bool) -> Result<FisherOptions> {
-        let fisher = self.fisher.clone().unwrap_or_default();
-        let estimator =
-            fisher.estimator.unwrap_or(if paper { Estimator::PerExample } else { Estimator::Batch });
-        let clip = fisher.clip.map(|clip| clip.0);
-        if clip.is_some() && estimator == Estimator::PerExample {
-            return Err(Error::configuration(
-                "child_tuning_d: `fisher.clip` clips the gradient of a batch and needs `fisher.estimator: batch`",
-            ));
-        }
-        Ok(FisherOptions {
-            estimator,
-            dropout: fisher.dropout.unwrap_or(!paper),
-            clip: clip.or((!paper && estimator == Estimator::Batch).then_some(1.0)),
-        })
     }
 }
 
@@ -170,13 +144,11 @@ impl Source {
         let scope =
             |cut: &Cut| format!("scope={} threshold={}", yaml_name(&cut.scope), yaml_name(&cut.threshold));
         match self {
-            Source::Fisher { cut, options } => format!(
-                "p={} {}fisher={} fisher.dropout={}{} {}",
+            Source::Fisher { cut, pass } => format!(
+                "p={} {}{} {}",
                 cut.p,
                 if cut.choose == Choice::Lowest { "choose=lowest " } else { "" },
-                yaml_name(&options.estimator),
-                options.dropout,
-                options.clip.map_or(String::new(), |clip| format!(" fisher.clip={clip}")),
+                pass.text(),
                 scope(cut)
             ),
             Source::Random(cut) => format!("p={} choose=random {}", cut.p, scope(cut)),
@@ -200,8 +172,11 @@ impl Method for ChildTuningD {
         true
     }
 
-    fn passes_over_data(&self) -> bool {
-        matches!(self.source, Source::Fisher { .. })
+    fn examples_passed(&self, available: usize) -> usize {
+        match &self.source {
+            Source::Fisher { pass, .. } => pass.examples(available),
+            Source::Random(_) | Source::File { .. } => 0,
+        }
     }
 
     fn has_fixed_mask(&self) -> bool {
@@ -223,10 +198,14 @@ impl Method for ChildTuningD {
     }
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
+        let mut fisher = None;
         let child = match &self.source {
-            Source::Fisher { cut, options } => {
-                let information = information(preparation, options, cut.scope)?;
-                ChildNetwork::from_scores(&preparation.classifier.parameters, &information, cut)?
+            Source::Fisher { cut, pass } => {
+                let information = pass.information(preparation, cut.scope)?;
+                let parameters = &preparation.classifier.parameters;
+                let child = ChildNetwork::from_scores(parameters, &information.values, cut)?;
+                fisher = uncertainty(&information, &child, cut, preparation.data.len())?;
+                child
             }
             Source::Random(cut) => {
                 ChildNetwork::random(&preparation.classifier.parameters, cut, preparation.seed)?
@@ -238,35 +217,10 @@ impl Method for ChildTuningD {
             clip: self.clip,
             decay: self.decay,
             outside: self.outside,
+            fisher,
             ..Prepared::default()
         })
     }
-}
-
-/// Passes over the training data for the Fisher information of every weight in the scope.
-fn information(
-    preparation: &mut Preparation,
-    options: &FisherOptions,
-    scope: MaskScope,
-) -> Result<tch::Tensor> {
-    let Preparation { classifier, data, seed, batch_size, shuffled, progress } = preparation;
-    let device = classifier.parameters.device();
-    let mut order = match shuffled {
-        true => random::permutation(data.len(), Key::derive(*seed, Purpose::FisherOrder, 0)),
-        false => (0..data.len()).collect(),
-    };
-    // The batch estimate depends on which examples share a batch, and the released code shuffles them. The estimate by
-    // example does not, and goes faster when examples of like length stand together.
-    if options.estimator == Estimator::PerExample {
-        order.sort_by_key(|&number| data.inputs[number].ids.len());
-    }
-    let batches = order.chunks(*batch_size).enumerate().map(|(number, examples)| {
-        let (batch, targets) = data.batch(examples, 0, device)?;
-        let dropout =
-            options.dropout.then(|| Dropout::new(*seed, Purpose::FisherDropout, number as u64, 0, device));
-        Ok(FisherBatch { batch, targets, dropout })
-    });
-    fisher_information(classifier, batches, options, scope, progress)
 }
 
 #[cfg(test)]
@@ -292,6 +246,13 @@ mod tests {
                 format!("p=0.2 choose=random scope=backbone threshold=per_tensor {end}"),
             ),
             ("{outside: prune}", format!("p=0.3 {paper} threshold=global outside=prune {end}")),
+            (
+                "{fisher: {estimator: expected, precision: bf16, examples: 500}}",
+                format!(
+                    "p=0.3 fisher=expected fisher.dropout=false fisher.precision=bf16 fisher.examples=500 \
+                     scope=backbone threshold=global {end}"
+                ),
+            ),
         ] {
             assert_eq!(texts(options, Preset::Paper).unwrap(), [expected], "{options}");
         }
@@ -311,6 +272,7 @@ mod tests {
             ("{mask: {choose: lowest, threshold: percentile}}", ["`mask.choose: lowest`", "`percentile`"]),
             ("{mask: {choose: random, threshold: percentile}}", ["`mask.choose: random`", "`percentile`"]),
             ("{mask: {choose: random}, fisher: {dropout: true}}", ["`mask.choose: random`", "`fisher`"]),
+            ("{fisher: {estimator: expected, clip: 1.0}}", ["`fisher.clip`", "`fisher.estimator: batch`"]),
             ("{mask: {file: absent}, p: 0.2}", ["`mask.file`", "remove `p`"]),
             ("{mask: {file: absent, scope: all, choose: lowest}}", ["`mask.scope`", "`mask.choose`"]),
             ("{mask: {file: absent}}", ["mask.file: ", "cannot read absent"]),

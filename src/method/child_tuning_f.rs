@@ -71,8 +71,8 @@ impl Method for ChildTuningF {
         true
     }
 
-    fn passes_over_data(&self) -> bool {
-        false
+    fn examples_passed(&self, _available: usize) -> usize {
+        0
     }
 
     fn has_fixed_mask(&self) -> bool {

@@ -5,6 +5,7 @@
 
 mod child_tuning_d;
 mod child_tuning_f;
+mod fisher_pass;
 mod registry;
 mod vanilla;
 
@@ -14,10 +15,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::child::{GradientMask, MaskScope};
+use crate::child::{GradientMask, MaskScope, Uncertainty};
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Parameters};
+use crate::model::{Classifier, Parameters, Precision};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,8 +73,8 @@ pub trait Method: Send + Sync {
     /// Returns whether it is one of the paper's; the released code trains those without warm-up.
     fn is_child_tuning(&self) -> bool;
 
-    /// Returns whether [`Method::prepare`] passes over the training data.
-    fn passes_over_data(&self) -> bool;
+    /// Returns how many of the training examples [`Method::prepare`] passes over.
+    fn examples_passed(&self, available: usize) -> usize;
 
     /// Returns whether [`Method::prepare`] gives a mask that stays the same for the whole run.
     fn has_fixed_mask(&self) -> bool;
@@ -109,6 +110,8 @@ pub struct Preparation<'a> {
     pub seed: u64,
     /// The number of examples of an optimizer step.
     pub batch_size: usize,
+    /// The number type of the run's passes.
+    pub precision: Precision,
     /// Whether examples are taken in another order than the file's.
     pub shuffled: bool,
     /// Told after each batch how many examples it had; an error ends the preparation.
@@ -127,6 +130,8 @@ pub struct Prepared {
     pub outside: Outside,
     /// Factor on the learning rate of the run.
     pub learning_rate_factor: f64,
+    /// How uncertain the mask is, where it was chosen by a part of the training data.
+    pub fisher: Option<Uncertainty>,
 }
 
 impl Default for Prepared {
@@ -138,6 +143,7 @@ impl Default for Prepared {
             decay: DecayScope::All,
             outside: Outside::Freeze,
             learning_rate_factor: 1.0,
+            fisher: None,
         }
     }
 }

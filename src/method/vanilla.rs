@@ -46,8 +46,8 @@ impl Method for Vanilla {
         false
     }
 
-    fn passes_over_data(&self) -> bool {
-        false
+    fn examples_passed(&self, _available: usize) -> usize {
+        0
     }
 
     fn has_fixed_mask(&self) -> bool {

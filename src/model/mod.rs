@@ -8,6 +8,7 @@ mod config;
 mod dropout;
 mod layers;
 mod params;
+mod precision;
 
 pub(crate) use checkpoint::publish;
 pub use checkpoint::{LoadReport, ModelFolder};
@@ -19,3 +20,4 @@ pub use params::{
     Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
     TrainableGroup,
 };
+pub use precision::Precision;

@@ -2,13 +2,12 @@
 
 use tch::{IndexOp, Kind, Tensor};
 
-use super::hyperparameters::Precision;
 use crate::data::{
     Encoded, EncodedDataset, LabelMap, Metric, PackedBatch, Targets, TaskCard, score_classes, score_values,
 };
 use crate::error::Result;
 use crate::libtorch::{elements, upload};
-use crate::model::{Classifier, Pass};
+use crate::model::{Classifier, Pass, Precision};
 
 /// Tokens that one forward pass takes at most when nothing is learnt (a single longer example still runs).
 pub const TOKENS_PER_BATCH: usize = 8192;

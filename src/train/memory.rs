@@ -4,10 +4,10 @@ use std::fs;
 
 use tch::Device;
 
-use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, OptimizerRule, Precision};
+use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, OptimizerRule};
 use crate::error::Result;
 use crate::libtorch::device_memory;
-use crate::model::ModelShape;
+use crate::model::{ModelShape, Precision};
 
 /// Bytes of a float32 number.
 const FLOAT: f64 = 4.0;

@@ -12,9 +12,10 @@ mod sgd;
 mod step_variance;
 mod trainer;
 
+pub use crate::model::Precision;
 pub use evaluate::{Evaluation, Scored, TOKENS_PER_BATCH, evaluate, frozen_features, predict};
 pub use hyperparameters::{
-    AdamWForm, Checkpoint, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Precision, Warmup,
+    AdamWForm, Checkpoint, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Warmup,
 };
 pub use memory::{MemoryUse, available_memory};
 pub use optimizer::AdamW;

@@ -173,7 +173,7 @@ impl Moments {
             let (batch, targets) = data.batch(numbers, 0, device)?;
             Ok(FisherBatch { batch, targets, dropout: None })
         });
-        let options = FisherOptions { estimator: Estimator::PerExample, dropout: false, clip: None };
+        let options = FisherOptions::of(Estimator::PerExample);
         let mut done = 0;
         let information = fisher_information(classifier, batches, &options, scope, |examples| {
             done += examples;
@@ -189,7 +189,7 @@ impl Moments {
         let parameters = &classifier.parameters;
         Ok(Self {
             mean: gathered(parameters, parameters.gradients()?, scope)?,
-            mean_square: gathered(parameters, &information, scope)?,
+            mean_square: gathered(parameters, &information.values, scope)?,
         })
     }
 

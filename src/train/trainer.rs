@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
 
 use super::evaluate::{Evaluation, Scored, evaluate};
-use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, MicroBatch, Order, Precision};
+use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, MicroBatch, Order};
 use super::memory::{MemoryUse, available_memory};
 use super::rule::{Clip, Optimizer};
 use super::schedule::Schedule;
@@ -17,7 +17,7 @@ use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::libtorch::release_cached_memory;
 use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared};
-use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Trainable, loss};
+use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Precision, Trainable, loss};
 use crate::random::{self, Key, Purpose};
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
@@ -141,16 +141,17 @@ pub fn prepare(
     seed: u64,
     control: &mut Control,
 ) -> Result<Prepared> {
-    let mut done = 0;
+    let (mut done, total) = (0, method.examples_passed(data.len()));
     method.prepare(&mut Preparation {
         classifier,
         data,
         seed,
         batch_size: hyperparameters.batch_size,
+        precision: hyperparameters.precision,
         shuffled: hyperparameters.order == Order::Shuffled,
         progress: &mut |examples| {
             done += examples;
-            (control.report)(Event::Prepared(Progress::new(done, data.len())));
+            (control.report)(Event::Prepared(Progress::new(done, total)));
             control.check()
         },
     })

@@ -153,6 +153,20 @@ fn a_mask_that_does_not_fit_is_refused_before_anything_trains() {
 }
 
 #[test]
+fn a_mask_from_few_examples_tells_how_uncertain_it_is() {
+    let workplace = Workplace::new();
+    workplace.experiment(
+        "method:\n  - child_tuning_d\n  - child_tuning_d: {fisher: {estimator: expected, examples: 20, precision: bf16}}",
+    );
+    let compute = ["child", "compute", "experiment.yaml", "--threads", "1", "--output", "m"];
+    let text = workplace.call(&compute).with_code(0).stdout;
+    let [_, second, line] = text.lines().collect::<Vec<_>>()[..] else { panic!("{text}") };
+    assert!(line.trim().starts_with("from 20 of ") && line.contains("of the weights within"), "{line}");
+    let about = inspect(&workplace, second);
+    assert!(about.contains("fisher=expected fisher.dropout=false fisher.precision=bf16 fisher.examples=20 "));
+}
+
+#[test]
 fn random_and_lowest_masks_can_be_computed() {
     let workplace = Workplace::new();
     workplace.experiment(

@@ -1,0 +1,184 @@
+//! The cost of exact Fisher information: a pass over an epoch, against the plain forward and backward passes over the same
+//! batches, in one process, turn by turn.
+//!
+//! `cargo bench --bench fisher -- --precision bf16`. Every turn measures one plain epoch (no optimizer step) and one epoch
+//! of each estimator; ratios are to the plain epoch of the same turn.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use child_tuning::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
+use child_tuning::data::{Encoded, EncodedDataset, Targets};
+use child_tuning::error::Result;
+use child_tuning::model::{Classifier, Labels, ModelConfig, Pass, Precision, loss};
+use child_tuning::random::{Key, philox};
+use clap::Parser;
+use serde_json::json;
+use tch::Device;
+
+const BATCH_SIZE: usize = 16;
+const VOCABULARY: u32 = 30522;
+
+/// Fisher passes over a model with random weights and tokens.
+#[derive(Parser)]
+struct Arguments {
+    /// float32 or bf16; both without it
+    #[arg(long)]
+    precision: Option<String>,
+    /// One token count a line
+    #[arg(long, default_value = "benches/rte_lengths.txt")]
+    lengths: PathBuf,
+    /// Turns, the first of which is thrown away
+    #[arg(long, default_value_t = 6)]
+    turns: usize,
+    /// CPU threads
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// cpu or cuda
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Transformer layers
+    #[arg(long, default_value_t = 12)]
+    layers: i64,
+    /// Hidden size; heads are 64 wide, the feed-forward layer is four times as wide
+    #[arg(long, default_value_t = 768)]
+    hidden: i64,
+    /// Passed by cargo bench
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What a turn measures besides the plain epoch.
+const PASSES: [(&str, Estimator, bool); 4] = [
+    ("per_example", Estimator::PerExample, false),
+    ("per_example with its standard error", Estimator::PerExample, true),
+    ("expected", Estimator::Expected, false),
+    ("batch", Estimator::Batch, false),
+];
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    // As the program does.
+    child_tuning::libtorch::with_a_considerate_environment();
+    child_tuning::libtorch::keep_freed_memory();
+    tch::set_num_threads(arguments.threads as i32);
+    rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
+    let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
+    let data = random_data(&arguments.lengths)?;
+    let mut classifier =
+        Classifier::untrained(config(&arguments), Labels::Classes(vec!["0".into(), "1".into()]), device)?;
+    classifier.reset(42)?;
+    let precisions = match arguments.precision.as_deref() {
+        None => vec![Precision::Float32, Precision::Bf16],
+        Some("float32") => vec![Precision::Float32],
+        Some("bf16") => vec![Precision::Bf16],
+        Some(other) => anyhow::bail!("unknown precision {other}"),
+    };
+    for precision in precisions {
+        let mut plain = Vec::new();
+        let mut ratios = vec![Vec::new(); PASSES.len()];
+        for turn in 0..arguments.turns {
+            let seconds = plain_epoch(&mut classifier, &data, precision)?;
+            for (ratios, (_, estimator, spread)) in ratios.iter_mut().zip(PASSES) {
+                let options = FisherOptions { precision, spread, ..FisherOptions::of(estimator) };
+                let pass = fisher_epoch(&mut classifier, &data, &options)?;
+                if turn > 0 {
+                    ratios.push(pass / seconds);
+                }
+            }
+            if turn > 0 {
+                plain.push(seconds);
+            }
+        }
+        println!("{precision:?}: plain epoch of {} examples, s: {}", data.len(), spread(&mut plain));
+        for (ratios, (name, ..)) in ratios.iter_mut().zip(PASSES) {
+            println!("{precision:?}: {name}, plain epochs: {}", spread(ratios));
+        }
+    }
+    Ok(())
+}
+
+/// Shows the median of values, the lowest and the highest.
+fn spread(values: &mut [f64]) -> String {
+    values.sort_by(f64::total_cmp);
+    match values {
+        [] => "-".into(),
+        values => {
+            format!("{:.3} ({:.3} to {:.3})", values[values.len() / 2], values[0], values[values.len() - 1])
+        }
+    }
+}
+
+/// Returns the seconds of forward and backward passes over the data, gradients set to zero for each batch.
+fn plain_epoch(
+    classifier: &mut Classifier,
+    data: &EncodedDataset,
+    precision: Precision,
+) -> anyhow::Result<f64> {
+    let started = Instant::now();
+    let device = classifier.parameters.device();
+    for numbers in in_order(data).chunks(BATCH_SIZE) {
+        classifier.parameters.zero_gradients()?;
+        let (batch, targets) = data.batch(numbers, 0, device)?;
+        let weights = classifier.parameters.compute_weights(precision.kind())?;
+        let loss = loss(&classifier.logits(&Pass::new(&weights, &batch, None))?, &targets, numbers.len())?;
+        loss.f_backward()?;
+    }
+    // Reading a number waits for the device.
+    let _ = classifier.parameters.gradients().f_double_value(&[0])?;
+    Ok(started.elapsed().as_secs_f64())
+}
+
+fn fisher_epoch(
+    classifier: &mut Classifier,
+    data: &EncodedDataset,
+    options: &FisherOptions,
+) -> anyhow::Result<f64> {
+    let started = Instant::now();
+    let device = classifier.parameters.device();
+    let order = in_order(data);
+    let batches = order.chunks(BATCH_SIZE).map(|numbers| {
+        let (batch, targets) = data.batch(numbers, 0, device)?;
+        Ok(FisherBatch { batch, targets, dropout: None })
+    });
+    let information = fisher_information(classifier, batches, options, MaskScope::Backbone, |_| Ok(()))?;
+    let _ = information.values.f_double_value(&[0])?;
+    Ok(started.elapsed().as_secs_f64())
+}
+
+/// The order of the program's own pass: by length.
+fn in_order(data: &EncodedDataset) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..data.len()).collect();
+    order.sort_by_key(|&number| data.inputs[number].ids.len());
+    order
+}
+
+fn random_data(lengths: &PathBuf) -> anyhow::Result<EncodedDataset> {
+    let text = std::fs::read_to_string(lengths)?;
+    let lengths = text.split_whitespace().map(str::parse).collect::<Result<Vec<usize>, _>>()?;
+    let token = |example: usize, position: usize| {
+        philox([position as u32, example as u32, 0, 0], Key([1, 2]))[0] % VOCABULARY
+    };
+    let inputs: Vec<Encoded> = (lengths.iter().enumerate())
+        .map(|(example, &length)| Encoded {
+            ids: (0..length).map(|position| token(example, position)).collect(),
+            token_types: vec![0; length],
+        })
+        .collect();
+    let classes = (0..inputs.len()).map(|example| i64::from(token(example, 999) % 2)).collect();
+    Ok(EncodedDataset { inputs, targets: Targets::Classes(classes), features: None })
+}
+
+fn config(arguments: &Arguments) -> ModelConfig {
+    let config = json!({
+        "model_type": "bert",
+        "vocab_size": VOCABULARY,
+        "hidden_size": arguments.hidden,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.hidden / 64,
+        "intermediate_size": arguments.hidden * 4,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+    });
+    ModelConfig::from_values(config.as_object().cloned().unwrap_or_default())
+}

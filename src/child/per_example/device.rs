@@ -1,0 +1,124 @@
+//! Squared gradients of single examples by libtorch's operations: what a GPU uses.
+
+use tch::{Kind, Tensor};
+
+use super::{Examples, Moments};
+use crate::error::Result;
+
+/// Entries of all examples' gradients of one matrix that exist at a time: 256 MiB in float32.
+const PRODUCTS: i64 = 1 << 26;
+
+/// Adds Σ_b (dY_bᵀ X_b)² to sums of the shape `[out, in]`, from dY `[rows, out]` and X `[rows, in]`.
+///
+/// Works on blocks of output rows: no more than one block of the examples' gradients exists.
+pub(super) fn add_squared_products(
+    sums: &Moments,
+    gradient: &Tensor,
+    input: &Tensor,
+    examples: &Examples,
+) -> Result<()> {
+    let rectangle = Rectangle::new(examples, gradient)?;
+    let gradient = rectangle.lay_out(gradient)?.f_transpose(1, 2)?;
+    let input = rectangle.lay_out(input)?;
+    let (outputs, inputs) = (gradient.size()[1], input.size()[2]);
+    let rows = (PRODUCTS / (rectangle.parts * inputs)).clamp(1, outputs);
+    for start in (0..outputs).step_by(rows as usize) {
+        let count = rows.min(outputs - start);
+        let mut products = gradient.f_narrow(1, start, count)?.f_bmm(&input)?;
+        add(&sums.lines(start, count)?, &products.f_square_()?, examples)?;
+    }
+    Ok(())
+}
+
+/// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`, from dY `[rows, width]`.
+pub(super) fn add_squared_vector(sums: &Moments, gradient: &Tensor, examples: &Examples) -> Result<()> {
+    let parts = Tensor::from_slice(&examples.part_of_row()).f_to_device(gradient.device())?;
+    let shape = [examples.parts().count() as i64, gradient.size()[1]];
+    let empty = Tensor::f_zeros(shape, (gradient.kind(), gradient.device()))?;
+    add(sums, &empty.f_index_add(0, &parts, gradient)?.f_square()?, examples)
+}
+
+/// Adds the squared gradients of a table's entries to sums of the shape `[entries, width]`, from dY `[rows, width]` and the
+/// entry of each row.
+pub(super) fn add_squared_entries(
+    sums: &Moments,
+    gradient: &Tensor,
+    entries: &Tensor,
+    examples: &Examples,
+) -> Result<()> {
+    // An entry used twice in one example has one gradient, the sum of both rows, before it is squared.
+    let device = gradient.device();
+    let (count, width) = (sums.squares.size()[0], gradient.size()[1]);
+    let parts = Tensor::from_slice(&examples.part_of_row()).f_to_device(device)?;
+    let uses = parts.f_mul_scalar(count)?.f_add(entries)?;
+    let (distinct, row_of_use, _) = uses.f_unique_dim(0, true, true, false)?;
+    let empty = Tensor::f_zeros([distinct.size()[0], width], (gradient.kind(), device))?;
+    let squares = empty.f_index_add(0, &row_of_use, gradient)?.f_square()?;
+    let entry = distinct.f_remainder(count)?;
+    let Some(further) = &sums.further else {
+        let _ = sums.squares.shallow_clone().f_index_add_(0, &entry, &squares)?;
+        return Ok(());
+    };
+    // The copies of an example come together before the square is squared.
+    let example = distinct.f_div_scalar_mode(count * examples.copies() as i64, "floor")?;
+    let places = example.f_mul_scalar(count)?.f_add(&entry)?;
+    let (places, line, _) = places.f_unique_dim(0, true, true, false)?;
+    let empty = Tensor::f_zeros([places.size()[0], width], (gradient.kind(), device))?;
+    let squares = empty.f_index_add(0, &line, &squares)?;
+    let entry = places.f_remainder(count)?;
+    let _ = sums.squares.shallow_clone().f_index_add_(0, &entry, &squares)?;
+    let _ = further.fourths.shallow_clone().f_index_add_(0, &entry, &squares.f_square()?)?;
+    let sums_of_lines = squares.f_sum_dim_intlist(1i64, false, Kind::Double)?;
+    let example = places.f_div_scalar_mode(count, "floor")?;
+    let _ = further.totals.shallow_clone().f_index_add_(0, &example, &sums_of_lines)?;
+    Ok(())
+}
+
+/// Adds squares of the parts, `[parts, ...]`, to sums of the shape `[...]`.
+fn add(sums: &Moments, squares: &Tensor, examples: &Examples) -> Result<()> {
+    let mut shape = squares.size();
+    shape[0] /= examples.copies() as i64;
+    shape.insert(1, examples.copies() as i64);
+    let squares = match examples.copies() {
+        1 => squares.shallow_clone(),
+        _ => squares.f_view(shape.as_slice())?.f_sum_dim_intlist(1i64, false, Kind::Float)?,
+    };
+    let total = |values: &Tensor| values.f_sum_dim_intlist(0i64, false, Kind::Float);
+    let _ = sums.squares.shallow_clone().f_add_(&total(&squares)?)?;
+    if let Some(further) = &sums.further {
+        let of_example = squares.f_flatten(1, -1)?.f_sum_dim_intlist(1i64, false, Kind::Double)?;
+        let _ = further.totals.shallow_clone().f_add_(&of_example)?;
+        let _ = further.fourths.shallow_clone().f_add_(&total(&squares.f_square()?)?)?;
+    }
+    Ok(())
+}
+
+/// How to lay packed rows out as `[parts, longest, width]`, zeros where nothing is.
+struct Rectangle {
+    parts: i64,
+    longest: i64,
+    /// Place of each row, `[rows]`; `None` where all parts are of one length.
+    places: Option<Tensor>,
+}
+
+impl Rectangle {
+    fn new(examples: &Examples, beside: &Tensor) -> Result<Self> {
+        let longest = examples.parts().map(|rows| rows.len()).max().unwrap_or(0);
+        let places: Vec<i64> = (examples.parts().enumerate())
+            .flat_map(|(part, rows)| (part * longest..part * longest + rows.len()).map(|place| place as i64))
+            .collect();
+        let parts = examples.parts().count();
+        let places = match places.len() == parts * longest {
+            true => None,
+            false => Some(Tensor::from_slice(&places).f_to_device(beside.device())?),
+        };
+        Ok(Self { parts: parts as i64, longest: longest as i64, places })
+    }
+
+    fn lay_out(&self, rows: &Tensor) -> Result<Tensor> {
+        let shape = [self.parts, self.longest, rows.size()[1]];
+        let Some(places) = &self.places else { return Ok(rows.f_reshape(shape)?) };
+        let empty = Tensor::f_zeros([shape[0] * shape[1], shape[2]], (rows.kind(), rows.device()))?;
+        Ok(empty.f_index_copy(0, places, rows)?.f_view(shape)?)
+    }
+}

@@ -1,0 +1,320 @@
+//! Squared gradients of single examples of a matrix, on the CPU.
+//!
+//! For one tile of the matrix, small enough for its entries to stay in registers, the kernel walks over the packed rows of
+//! all examples, adds up dYᵀX as any matrix product does, and at the end of each example squares what it has: the
+//! arithmetic of the plain weight gradient, and no gradient of an example in memory. Every tile is computed in the same
+//! order whatever the number of threads, so the results are equal bit for bit.
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use super::{Examples, MomentSlices};
+
+/// Rows and columns of a tile where vector registers are 32 of 512 bits: 24 of them hold it.
+const WIDE: [usize; 2] = [12, 32];
+/// Rows and columns of a tile where they are 16 of 256 bits: 12 of them hold it.
+const NARROW: [usize; 2] = [6, 16];
+/// Rows of the matrix for which one packed panel of the input is used while it is in the cache.
+const BLOCK_ROWS: usize = 96;
+
+/// Adds Σ_b (dY_bᵀ X_b)² to sums of the shape `[out, in]`, from dY `[rows, out]` and X `[rows, in]`.
+pub(super) fn add_squared_products(
+    sums: MomentSlices,
+    gradient: &[f32],
+    input: &[f32],
+    inputs: usize,
+    examples: &Examples,
+) {
+    add_in(Registers::of_this_machine(), sums, gradient, input, inputs, examples);
+}
+
+/// Adds the squares with tiles that are held in registers of a kind, which the machine must have.
+fn add_in(
+    registers: Registers,
+    sums: MomentSlices,
+    gradient: &[f32],
+    input: &[f32],
+    inputs: usize,
+    examples: &Examples,
+) {
+    match registers {
+        Registers::Wide => {
+            add_by_tiles::<{ WIDE[0] }, { WIDE[1] }>(wide, sums, gradient, input, inputs, examples);
+        }
+        Registers::Narrow => {
+            add_by_tiles::<{ NARROW[0] }, { NARROW[1] }>(narrow, sums, gradient, input, inputs, examples);
+        }
+        Registers::Unknown => {
+            add_by_tiles::<{ NARROW[0] }, { NARROW[1] }>(portable, sums, gradient, input, inputs, examples);
+        }
+    }
+}
+
+/// What a tile may be held in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Registers {
+    Wide,
+    Narrow,
+    /// Without fused multiply-add.
+    Unknown,
+}
+
+impl Registers {
+    #[cfg(target_arch = "x86_64")]
+    fn of_this_machine() -> Self {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            Registers::Wide
+        } else if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+            Registers::Narrow
+        } else {
+            Registers::Unknown
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn of_this_machine() -> Self {
+        if cfg!(target_arch = "aarch64") { Registers::Narrow } else { Registers::Unknown }
+    }
+}
+
+/// Sums over examples for one tile.
+struct Tile<const M: usize, const N: usize> {
+    squares: [[f32; N]; M],
+    /// Squares of the examples' squares, where they are asked for.
+    fourths: Option<[[f32; N]; M]>,
+}
+
+/// Computes a tile from panels of dY and X; adds each example's sum of squares to its total where fourth powers are asked
+/// for.
+type Kernel<const M: usize, const N: usize> =
+    fn(&mut Tile<M, N>, &mut [f64], &[[f32; M]], &[[f32; N]], &Examples);
+
+#[multiversion(targets("x86_64+avx512f"))]
+fn wide(
+    tile: &mut Tile<{ WIDE[0] }, { WIDE[1] }>,
+    totals: &mut [f64],
+    gradient: &[[f32; WIDE[0]]],
+    input: &[[f32; WIDE[1]]],
+    examples: &Examples,
+) {
+    add_panels::<{ WIDE[0] }, { WIDE[1] }, true>(tile, totals, gradient, input, examples);
+}
+
+#[multiversion(targets("x86_64+avx2+fma"))]
+fn narrow(
+    tile: &mut Tile<{ NARROW[0] }, { NARROW[1] }>,
+    totals: &mut [f64],
+    gradient: &[[f32; NARROW[0]]],
+    input: &[[f32; NARROW[1]]],
+    examples: &Examples,
+) {
+    add_panels::<{ NARROW[0] }, { NARROW[1] }, true>(tile, totals, gradient, input, examples);
+}
+
+fn portable(
+    tile: &mut Tile<{ NARROW[0] }, { NARROW[1] }>,
+    totals: &mut [f64],
+    gradient: &[[f32; NARROW[0]]],
+    input: &[[f32; NARROW[1]]],
+    examples: &Examples,
+) {
+    add_panels::<{ NARROW[0] }, { NARROW[1] }, false>(tile, totals, gradient, input, examples);
+}
+
+/// Written so that it vectorises, and keeps the products in registers, wherever it is inlined into a function with wide
+/// registers.
+#[inline(always)]
+fn add_panels<const M: usize, const N: usize, const FUSED: bool>(
+    tile: &mut Tile<M, N>,
+    totals: &mut [f64],
+    gradient: &[[f32; M]],
+    input: &[[f32; N]],
+    examples: &Examples,
+) {
+    match &mut tile.fourths {
+        None => {
+            // The sum of squares does not ask which of the parts belong to one example.
+            for rows in examples.parts() {
+                let product = product::<M, N, FUSED>(&gradient[rows.clone()], &input[rows]);
+                add_squares::<M, N, FUSED>(&mut tile.squares, &product);
+            }
+        }
+        Some(fourths) => {
+            for (example, total) in totals.iter_mut().enumerate() {
+                let mut squares = [[0f32; N]; M];
+                for rows in examples.parts_of(example) {
+                    let product = product::<M, N, FUSED>(&gradient[rows.clone()], &input[rows]);
+                    add_squares::<M, N, FUSED>(&mut squares, &product);
+                }
+                add_squares::<M, N, FUSED>(fourths, &squares);
+                let mut columns = [0f32; N];
+                for (sums, squares) in tile.squares.iter_mut().zip(&squares) {
+                    for column in 0..N {
+                        sums[column] += squares[column];
+                        columns[column] += squares[column];
+                    }
+                }
+                *total += columns.iter().map(|&sum| f64::from(sum)).sum::<f64>();
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn product<const M: usize, const N: usize, const FUSED: bool>(
+    gradient: &[[f32; M]],
+    input: &[[f32; N]],
+) -> [[f32; N]; M] {
+    let mut sums = [[0f32; N]; M];
+    for (gradient, input) in gradient.iter().zip(input) {
+        for row in 0..M {
+            for column in 0..N {
+                sums[row][column] = fused::<FUSED>(gradient[row], input[column], sums[row][column]);
+            }
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+fn add_squares<const M: usize, const N: usize, const FUSED: bool>(
+    sums: &mut [[f32; N]; M],
+    values: &[[f32; N]; M],
+) {
+    for row in 0..M {
+        for column in 0..N {
+            sums[row][column] = fused::<FUSED>(values[row][column], values[row][column], sums[row][column]);
+        }
+    }
+}
+
+/// a b + c; the fused instruction only where the machine has it, since elsewhere it is a slow function.
+#[inline(always)]
+fn fused<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
+}
+
+fn add_by_tiles<const M: usize, const N: usize>(
+    kernel: Kernel<M, N>,
+    sums: MomentSlices,
+    gradient: &[f32],
+    input: &[f32],
+    inputs: usize,
+    examples: &Examples,
+) {
+    let rows = examples.rows();
+    let outputs = sums.squares.len() / inputs;
+    let mut panels = vec![[0f32; N]; rows * inputs.div_ceil(N)];
+    panels
+        .par_chunks_mut(rows)
+        .enumerate()
+        .for_each(|(panel, packed)| pack(packed, &input[panel * N..], inputs, N.min(inputs - panel * N)));
+
+    // As many blocks as threads can share evenly.
+    let block_rows = outputs.div_ceil(4 * rayon::current_num_threads()).min(BLOCK_ROWS).next_multiple_of(M);
+    let blocks = sums.squares.par_chunks_mut(block_rows * inputs);
+    let (fourths, totals) = sums.further.unzip();
+    let fourths: Vec<Option<&mut [f32]>> = match fourths {
+        Some(fourths) => fourths.chunks_mut(block_rows * inputs).map(Some).collect(),
+        None => std::iter::repeat_with(|| None).take(blocks.len()).collect(),
+    };
+    // Totals are kept apart by panel, so that they are added up in one order whatever the blocks.
+    let counted = if totals.is_some() { examples.count() } else { 0 };
+    let parts: Vec<Vec<f64>> = blocks
+        .zip(fourths)
+        .enumerate()
+        .map(|(block, (squares, mut fourths))| {
+            let first = block * block_rows;
+            let height = squares.len() / inputs;
+            let count = height.div_ceil(M);
+            let mut packed = vec![[0f32; M]; rows * count];
+            for (panel, packed) in packed.chunks_mut(rows).enumerate() {
+                pack(packed, &gradient[first + panel * M..], outputs, M.min(height - panel * M));
+            }
+            let mut totals = vec![0f64; count * counted];
+            for (column, input) in panels.chunks(rows).enumerate() {
+                for (panel, gradient) in packed.chunks(rows).enumerate() {
+                    let mut tile = Tile {
+                        squares: [[0f32; N]; M],
+                        fourths: fourths.is_some().then_some([[0f32; N]; M]),
+                    };
+                    kernel(&mut tile, &mut totals[panel * counted..][..counted], gradient, input, examples);
+                    let place = |values: &mut [f32], tile: &[[f32; N]; M]| {
+                        let lines = values.chunks_mut(inputs).skip(panel * M);
+                        for (line, sums) in lines.zip(tile) {
+                            line[column * N..].iter_mut().zip(sums).for_each(|(value, sum)| *value += sum);
+                        }
+                    };
+                    place(squares, &tile.squares);
+                    if let (Some(fourths), Some(sums)) = (&mut fourths, &tile.fourths) {
+                        place(fourths, sums);
+                    }
+                }
+            }
+            totals
+        })
+        .collect();
+    if let Some(totals) = totals {
+        for panel in parts.iter().flat_map(|part| part.chunks(counted)) {
+            totals.iter_mut().zip(panel).for_each(|(total, part)| *total += part);
+        }
+    }
+}
+
+/// Copies `count` columns of a matrix into a panel, row by row; `matrix` begins at the first of them.
+fn pack<const W: usize>(panel: &mut [[f32; W]], matrix: &[f32], width: usize, count: usize) {
+    for (row, packed) in panel.iter_mut().enumerate() {
+        let start = row * width;
+        match matrix[start..].first_chunk::<W>() {
+            Some(columns) if count == W => *packed = *columns,
+            _ => packed[..count].copy_from_slice(&matrix[start..start + count]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{Case, assert_close};
+    use super::*;
+
+    /// Every kind of register that the machine has, by matrices that tiles do not fill, and by more than one block of them.
+    #[test]
+    fn tiles_add_up_what_a_loop_does() {
+        let of_this_machine = Registers::of_this_machine();
+        let kinds = match of_this_machine {
+            Registers::Wide => vec![Registers::Wide, Registers::Narrow, Registers::Unknown],
+            Registers::Narrow => vec![Registers::Narrow, Registers::Unknown],
+            Registers::Unknown => vec![Registers::Unknown],
+        };
+        for [outputs, inputs] in [[1, 5], [12, 32], [13, 37], [250, 70]] {
+            for copies in [1, 2] {
+                for further in [false, true] {
+                    let case = Case::new(outputs, inputs, copies, further);
+                    let expected = case.products();
+                    for &registers in &kinds {
+                        let mut found = case.nothing(outputs * inputs);
+                        let sums = found.slices().unwrap();
+                        add_in(registers, sums, &case.gradient, &case.input, inputs, &case.examples);
+                        assert_close(&format!("{registers:?} {outputs} {inputs}"), &found, &expected);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_bit_depends_on_the_number_of_threads() {
+        let case = Case::new(250, 70, 2, true);
+        let with = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut found = case.nothing(250 * 70);
+            let sums = found.slices().unwrap();
+            pool.install(|| add_squared_products(sums, &case.gradient, &case.input, 70, &case.examples));
+            found
+        };
+        let [one, other] = [1, 5].map(with);
+        let [first, second] = [one.further.unwrap(), other.further.unwrap()];
+        assert!(one.squares.equal(&other.squares) && first.fourths.equal(&second.fourths));
+        assert!(first.totals.equal(&second.totals));
+    }
+}
