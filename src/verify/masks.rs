@@ -194,7 +194,7 @@ fn fisher(model: &mut Classifier, data: &EncodedDataset, estimator: Estimator) -
         let (batch, targets) = data.batch(numbers, 0, device)?;
         Ok(FisherBatch { batch, targets, dropout: None })
     });
-    let options = FisherOptions { estimator, dropout: false, clip: None };
+    let options = FisherOptions::of(estimator);
     let information = fisher_information(model, batches, &options, MaskScope::All, |_| Ok(()))?;
-    on_cpu(&information)
+    on_cpu(&information.values)
 }

@@ -244,9 +244,9 @@ fn fisher_times(workload: &Workload, options: Options) -> Result<FisherTimes> {
             let (batch, targets) = data.batch(numbers, 0, options.device)?;
             Ok(FisherBatch { batch, targets, dropout: None })
         });
-        let fisher = FisherOptions { estimator, dropout: false, clip: None };
+        let fisher = FisherOptions::of(estimator);
         let information = fisher_information(&mut model, batches, &fisher, MaskScope::Backbone, |_| Ok(()))?;
-        wait(&information.f_select(0, 0)?)?;
+        wait(&information.values.f_select(0, 0)?)?;
         Ok(started.elapsed().as_secs_f64())
     };
     exact(&numbers[..*batch_size], *batch_size, Estimator::PerExample)?;
