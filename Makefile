@@ -1,7 +1,7 @@
 # Everything a user or a developer types. `make` alone lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build experiment gpu-experiment fetch test bench fixtures data doctor clean
+.PHONY: help setup build experiment gpu-experiment gpu-check bundle fetch test bench fixtures data doctor clean
 
 EXPERIMENT ?= experiments/glue.yaml
 PYTHON ?= python3
@@ -25,6 +25,12 @@ experiment: build  ## run experiments/quickstart.yaml on the CPU, in minutes
 
 gpu-experiment: build  ## run EXPERIMENT (experiments/glue.yaml) on CUDA; MODEL=folder DATA=folder
 	@$(PROGRAM) run '$(EXPERIMENT)' --device cuda $(RUN_OPTIONS)
+
+gpu-check: build  ## compare the GPU with the CPU, measure its speed, write docs/results/gpu_check.{json,md}; OPTIONS=
+	@$(PROGRAM) gpu-check $(OPTIONS)
+
+bundle: setup   ## pack the program for machines with PyTorch 2.11 and no compiler: target/bundle/*.tar.gz
+	@scripts/bundle.sh
 
 fetch: build    ## get data sets from where they are published: TASKS="cola rte"; without TASKS, list what is here
 	@$(PROGRAM) data $(if $(TASKS),fetch $(TASKS),list)

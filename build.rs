@@ -14,6 +14,7 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=src/libtorch/shim.cpp");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo:rerun-if-env-changed=CHILD_TUNING_BUNDLE");
     record_commit();
 
     let library_folder = match env::var("DEP_TCH_LIBTORCH_LIB") {
@@ -38,7 +39,10 @@ fn main() {
 
     let folder = library_folder.display();
     println!("cargo:rustc-link-search=native={folder}");
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
+    // What `make bundle` ships finds the libtorch of the machine that it runs on by its launcher.
+    if env::var_os("CHILD_TUNING_BUNDLE").is_none() {
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
+    }
     if library_folder.join("libtorch_cuda.so").exists() {
         // Nothing names a symbol of libtorch_cuda, yet loading it is what registers the CUDA kernels.
         for argument in ["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"] {

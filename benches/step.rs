@@ -5,24 +5,18 @@
 
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use child_tuning::child::{BernoulliMask, ChildNetwork, Cut, GradientMask, MaskScope, Threshold};
-use child_tuning::data::{Encoded, EncodedDataset, Targets};
-use child_tuning::error::Result;
 use child_tuning::libtorch::Profile;
-use child_tuning::method::{DecayScope, Prepared};
-use child_tuning::model::{Classifier, Labels, ModelConfig};
-use child_tuning::random::philox;
+use child_tuning::model::{Classifier, Labels};
 use child_tuning::train::{Hyperparameters, MicroBatch, Order, Precision, Trainer};
+use child_tuning::verify::{Shape, measured_method, random_data};
 use clap::Parser;
 use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 const BATCH_SIZE: usize = 16;
 const VOCABULARY: u32 = 30522;
-const SHARE: f64 = 0.3;
 const SEED: u64 = 42;
 
 /// Training steps of a model with random weights and tokens.
@@ -31,9 +25,9 @@ struct Arguments {
     /// vanilla, child_tuning_f or child_tuning_d
     #[arg(long, default_value = "vanilla")]
     method: String,
-    /// float32 or bf16
-    #[arg(long, default_value = "float32")]
-    precision: String,
+    /// float32, tf32 or bf16
+    #[arg(long, default_value = "float32", value_parser = precision)]
+    precision: Precision,
     /// One token count a line
     #[arg(long, default_value = "benches/rte_lengths.txt")]
     lengths: PathBuf,
@@ -65,12 +59,16 @@ fn main() -> anyhow::Result<()> {
     tch::set_num_threads(arguments.threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
     let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
-    let data = random_data(&arguments.lengths)?;
-    let mut classifier =
-        Classifier::untrained(config(&arguments), Labels::Classes(vec!["0".into(), "1".into()]), device)?;
+    let text = std::fs::read_to_string(&arguments.lengths)?;
+    let lengths = text.split_whitespace().map(str::parse).collect::<Result<Vec<usize>, _>>()?;
+    let (layers, hidden) = (arguments.layers, arguments.hidden);
+    let shape = Shape { name: "bert", layers, hidden, heads: hidden / 64, vocabulary: VOCABULARY };
+    let labels = Labels::Classes(vec!["0".into(), "1".into()]);
+    let data = random_data(&lengths, VOCABULARY, &labels);
+    let mut classifier = Classifier::untrained(shape.config(0.1, 0.02), labels, device)?;
     classifier.reset(SEED)?;
-    let prepared = prepared(&arguments.method, &classifier)?;
-    let settings = settings(&arguments.precision);
+    let prepared = measured_method(&arguments.method, &classifier)?;
+    let settings = settings(arguments.precision);
     let order: Vec<usize> = (0..data.len()).collect();
     let batches: Vec<&[usize]> = order.chunks_exact(BATCH_SIZE).collect();
     let mut trainer = Trainer::new(&mut classifier, &data, &settings, prepared, SEED)?;
@@ -126,67 +124,18 @@ fn finished(loss: Tensor) -> anyhow::Result<f64> {
     Ok(f64::try_from(&loss)?)
 }
 
-fn random_data(lengths: &PathBuf) -> anyhow::Result<EncodedDataset> {
-    let text = std::fs::read_to_string(lengths)?;
-    let lengths = text.split_whitespace().map(str::parse).collect::<Result<Vec<usize>, _>>()?;
-    let token = |example: usize, position: usize| {
-        philox([position as u32, example as u32, 0, 0], child_tuning::random::Key([1, 2]))[0] % VOCABULARY
-    };
-    let inputs: Vec<Encoded> = (lengths.iter().enumerate())
-        .map(|(example, &length)| Encoded {
-            ids: (0..length).map(|position| token(example, position)).collect(),
-            token_types: vec![0; length],
-        })
-        .collect();
-    let classes = (0..inputs.len()).map(|example| (token(example, 999) % 2) as i64).collect();
-    Ok(EncodedDataset { inputs, targets: Targets::Classes(classes), features: None })
+fn precision(text: &str) -> Result<Precision, serde_json::Error> {
+    serde_json::from_value(text.into())
 }
 
-fn config(arguments: &Arguments) -> ModelConfig {
-    let config = json!({
-        "model_type": "bert",
-        "vocab_size": VOCABULARY,
-        "hidden_size": arguments.hidden,
-        "num_hidden_layers": arguments.layers,
-        "num_attention_heads": arguments.hidden / 64,
-        "intermediate_size": arguments.hidden * 4,
-        "max_position_embeddings": 512,
-        "type_vocab_size": 2,
-    });
-    ModelConfig::from_values(config.as_object().cloned().unwrap_or_default())
-}
-
-fn settings(precision: &str) -> Hyperparameters {
+fn settings(precision: Precision) -> Hyperparameters {
     Hyperparameters {
         epochs: 1e6,
         batch_size: BATCH_SIZE,
         micro_batch: MicroBatch::Examples(BATCH_SIZE),
         learning_rate: 1e-5,
-        precision: if precision == "bf16" { Precision::Bf16 } else { Precision::Float32 },
+        precision,
         order: Order::Sequential,
         ..Hyperparameters::default()
     }
-}
-
-/// The masks of the methods, D's from random scores: only the step is measured, not the Fisher pass.
-fn prepared(method: &str, classifier: &Classifier) -> anyhow::Result<Prepared> {
-    let parameters = &classifier.parameters;
-    let (mask, decay) = match method {
-        "vanilla" => (None, DecayScope::All),
-        "child_tuning_f" => (
-            Some(GradientMask::Bernoulli(BernoulliMask::new(MaskScope::All, SHARE, true, SEED))),
-            DecayScope::All,
-        ),
-        "child_tuning_d" => {
-            let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
-            let child = ChildNetwork::from_scores(
-                parameters,
-                &scores,
-                &Cut::highest(SHARE, MaskScope::EncoderLayers, Threshold::Global),
-            )?;
-            (Some(GradientMask::Fixed(child)), DecayScope::Child)
-        }
-        other => anyhow::bail!("unknown method {other}"),
-    };
-    Ok(Prepared { mask: mask.map(Arc::new), decay, ..Prepared::default() })
 }

@@ -5,6 +5,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`verify`] | a device against the CPU, and its speed |
 //! | [`experiment`] | YAML as typed → plan of runs → runner → result CSV |
 //! | [`analysis`] | comparisons, from result CSVs only |
 //! | [`train`] | the training loop, optimizer, schedule, evaluation of one run |
@@ -30,3 +31,4 @@ pub mod random;
 pub mod spelling;
 pub mod train;
 pub mod values;
+pub mod verify;

@@ -7,6 +7,7 @@ mod doctor;
 mod evaluate;
 mod experiment;
 mod export;
+mod gpu_check;
 mod predict;
 mod progress;
 
@@ -65,6 +66,8 @@ enum Command {
     Export(export::ExportArguments),
     /// Show what is installed here (libtorch, CUDA, data, models) and what to do about what is not.
     Doctor(doctor::DoctorArguments),
+    /// Compare a GPU with the CPU, measure its speed, and write both down.
+    GpuCheck(gpu_check::GpuCheckArguments),
 }
 
 /// Writes a line to standard output; an error instead of a panic where nobody reads it any more.
@@ -91,6 +94,7 @@ pub fn call(arguments: Arguments) -> Result<ExitCode> {
         Command::Data(arguments) => data::data(arguments),
         Command::Export(arguments) => export::export(arguments),
         Command::Doctor(arguments) => doctor::doctor(arguments),
+        Command::GpuCheck(arguments) => gpu_check::gpu_check(arguments),
     }
 }
 
@@ -113,25 +117,29 @@ impl ComputeArguments {
             // Only fails if the pool exists already, and then with the default number of threads.
             let _ = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global();
         }
-        let index = match self.device.as_str() {
-            "cpu" => return Ok(Device::Cpu),
-            "cuda" => Some(0),
-            other => other.strip_prefix("cuda:").and_then(|index| index.parse().ok()),
-        };
-        let index: usize = index.ok_or_else(|| {
-            Error::configuration(format!("unknown device `{}`; use cpu, cuda, or cuda:1", self.device))
-        })?;
-        let devices = Cuda::device_count().max(0) as usize;
-        if index < devices {
-            return Ok(Device::Cuda(index));
-        }
-        Err(Error::Environment(match devices {
-            0 => "no CUDA device is usable here; leave --device out to run on the CPU (`make experiment` does), and see \
-                  `child-tuning doctor` for what is missing"
-                .into(),
-            _ => format!("there is no cuda:{index}; this machine has {devices} CUDA devices, counted from 0"),
-        }))
+        device_named(&self.device)
     }
+}
+
+/// Settles which device a name means.
+fn device_named(name: &str) -> Result<Device, Error> {
+    let index = match name {
+        "cpu" => return Ok(Device::Cpu),
+        "cuda" => Some(0),
+        other => other.strip_prefix("cuda:").and_then(|index| index.parse().ok()),
+    };
+    let index: usize = index
+        .ok_or_else(|| Error::configuration(format!("unknown device `{name}`; use cpu, cuda, or cuda:1")))?;
+    let devices = Cuda::device_count().max(0) as usize;
+    if index < devices {
+        return Ok(Device::Cuda(index));
+    }
+    Err(Error::Environment(match devices {
+        0 => "no CUDA device is usable here; leave --device out to run on the CPU (`make experiment` does), and see \
+              `child-tuning doctor` for what is missing"
+            .into(),
+        _ => format!("there is no cuda:{index}; this machine has {devices} CUDA devices, counted from 0"),
+    }))
 }
 
 /// Folders with data sets.

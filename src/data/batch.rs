@@ -184,6 +184,11 @@ impl PackedBatch {
         let cumulative = self.cumulative_lengths.as_ref()?;
         Some(PackedLengths { cumulative, longest: self.longest() })
     }
+
+    /// Returns the same batch for padded attention, on every device.
+    pub fn without_flash(self) -> Self {
+        Self { cumulative_lengths: None, ..self }
+    }
 }
 
 fn longest(lengths: &[usize]) -> usize {

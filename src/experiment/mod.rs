@@ -21,7 +21,7 @@ mod transfer;
 
 pub use entries::{Evaluated, ModelEntry, SplitEntry, TaskEntry, data_roots, named_card};
 pub use forecast::{Forecast, Speed, forecast};
-pub use machine::graphics_cards;
+pub use machine::{device_name, graphics_cards, peak_memory, reset_peak_memory};
 pub use overrides::Override;
 pub use plan::{Plan, PlanOptions};
 pub use resident::Tokens;

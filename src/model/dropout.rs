@@ -96,23 +96,30 @@ impl Dropout {
         if input.device() != Device::Cpu {
             return Ok(input.f_dropout(probability, true)?);
         }
-        let rows = Rows {
+        let pattern = Pattern {
             key: self.key,
-            counters,
             limit: Bernoulli::new(1.0 - probability).limit,
             scale: (1.0 / (1.0 - probability)) as f32,
         };
+        let rows = Rows { pattern, counters };
         // Backward multiplies by the same numbers, computed again: no pattern is kept.
         self_adjoint(input, move |values| rows.drop_elements(values))
     }
 }
 
+/// Which elements of a row are kept, given its counter: those whose random number is at most `limit`.
+#[derive(Clone, Copy)]
+struct Pattern {
+    key: Key,
+    limit: u32,
+    /// The factor on what is kept.
+    scale: f32,
+}
+
 /// The pattern of the rows of one tensor.
 struct Rows {
-    key: Key,
+    pattern: Pattern,
     counters: Vec<[u32; 3]>,
-    limit: u32,
-    scale: f32,
 }
 
 impl Rows {
@@ -137,7 +144,7 @@ impl Rows {
         values: &[T],
         dropped: &mut [T],
         width: usize,
-        row: fn(&[T], &mut [T], Key, [u32; 3], u32, f32),
+        row: fn(&[T], &mut [T], Pattern, [u32; 3]),
     ) {
         let rows_per_task = (16_384 / width.max(1)).max(1);
         let part = width * rows_per_task;
@@ -148,31 +155,31 @@ impl Rows {
             .for_each(|((dropped, values), counters)| {
                 let rows = dropped.chunks_mut(width).zip(values.chunks(width)).zip(counters);
                 rows.for_each(|((dropped, values), &counter)| {
-                    row(values, dropped, self.key, counter, self.limit, self.scale);
+                    row(values, dropped, self.pattern, counter);
                 });
             });
     }
 }
 
-/// Multiplies one row by `scale` where the random number is at most `limit`, by zero elsewhere.
+/// Multiplies one row by the pattern.
 #[multiversion(targets = "simd")]
-fn float_row(values: &[f32], dropped: &mut [f32], key: Key, counter: [u32; 3], limit: u32, scale: f32) {
+fn float_row(values: &[f32], dropped: &mut [f32], pattern: Pattern, counter: [u32; 3]) {
     for (index, (values, dropped)) in values.chunks(GROUP).zip(dropped.chunks_mut(GROUP)).enumerate() {
-        let numbers = random::group(key, index as u32, counter);
+        let numbers = random::group(pattern.key, index as u32, counter);
         for ((dropped, value), number) in dropped.iter_mut().zip(values).zip(numbers) {
-            *dropped = value * if number <= limit { scale } else { 0.0 };
+            *dropped = value * if number <= pattern.limit { pattern.scale } else { 0.0 };
         }
     }
 }
 
 /// The same for bfloat16 numbers, the upper halves of float32 numbers; products are rounded to the nearest, ties to even.
 #[multiversion(targets = "simd")]
-fn half_row(values: &[i16], dropped: &mut [i16], key: Key, counter: [u32; 3], limit: u32, scale: f32) {
+fn half_row(values: &[i16], dropped: &mut [i16], pattern: Pattern, counter: [u32; 3]) {
     for (index, (values, dropped)) in values.chunks(GROUP).zip(dropped.chunks_mut(GROUP)).enumerate() {
-        let numbers = random::group(key, index as u32, counter);
+        let numbers = random::group(pattern.key, index as u32, counter);
         for ((dropped, value), number) in dropped.iter_mut().zip(values).zip(numbers) {
             let value = f32::from_bits(u32::from(*value as u16) << 16);
-            let bits = (value * if number <= limit { scale } else { 0.0 }).to_bits();
+            let bits = (value * if number <= pattern.limit { pattern.scale } else { 0.0 }).to_bits();
             let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
             // Rounding must not turn a NaN with low bits only into an infinity.
             *dropped = if value.is_nan() { 0x7FC0 } else { rounded as i16 };

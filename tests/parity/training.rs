@@ -86,6 +86,12 @@ fn with_p_of_one_every_child_network_is_vanilla_bit_for_bit() {
 }
 
 #[test]
+fn tf32_on_the_cpu_is_float32_bit_for_bit() {
+    let tf32 = Hyperparameters { precision: Precision::Tf32, ..settings() };
+    assert_eq!(weights_after("child_tuning_d", &tf32, 7), weights_after("child_tuning_d", &settings(), 7));
+}
+
+#[test]
 fn a_learning_rate_factor_is_the_same_as_another_learning_rate() {
     let half = Hyperparameters { learning_rate: settings().learning_rate / 2.0, ..settings() };
     let found = weights_after("vanilla: {learning_rate_factor: 0.5}", &settings(), 7);

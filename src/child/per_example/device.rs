@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::{Examples, Moments};
 use crate::error::Result;
+use crate::libtorch::upload;
 
 /// Entries of all examples' gradients of one matrix that exist at a time: 256 MiB in float32.
 const PRODUCTS: i64 = 1 << 26;
@@ -32,7 +33,7 @@ pub(super) fn add_squared_products(
 
 /// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`, from dY `[rows, width]`.
 pub(super) fn add_squared_vector(sums: &Moments, gradient: &Tensor, examples: &Examples) -> Result<()> {
-    let parts = Tensor::from_slice(&examples.part_of_row()).f_to_device(gradient.device())?;
+    let parts = upload(&examples.part_of_row(), gradient.device())?;
     let shape = [examples.parts().count() as i64, gradient.size()[1]];
     let empty = Tensor::f_zeros(shape, (gradient.kind(), gradient.device()))?;
     add(sums, &empty.f_index_add(0, &parts, gradient)?.f_square()?, examples)
@@ -49,7 +50,7 @@ pub(super) fn add_squared_entries(
     // An entry used twice in one example has one gradient, the sum of both rows, before it is squared.
     let device = gradient.device();
     let (count, width) = (sums.squares.size()[0], gradient.size()[1]);
-    let parts = Tensor::from_slice(&examples.part_of_row()).f_to_device(device)?;
+    let parts = upload(&examples.part_of_row(), device)?;
     let uses = parts.f_mul_scalar(count)?.f_add(entries)?;
     let (distinct, row_of_use, _) = uses.f_unique_dim(0, true, true, false)?;
     let empty = Tensor::f_zeros([distinct.size()[0], width], (gradient.kind(), device))?;
@@ -110,7 +111,7 @@ impl Rectangle {
         let parts = examples.parts().count();
         let places = match places.len() == parts * longest {
             true => None,
-            false => Some(Tensor::from_slice(&places).f_to_device(beside.device())?),
+            false => Some(upload(&places, beside.device())?),
         };
         Ok(Self { parts: parts as i64, longest: longest as i64, places })
     }

@@ -1,0 +1,277 @@
+//! Logits, losses, gradients, optimizer steps and predictions of a device against those of the CPU.
+
+use std::sync::Arc;
+
+use tch::{Device, Tensor};
+
+use super::{Checks, Shape, difference, random_data};
+use crate::child::{GradientHooks, GradientMask};
+use crate::data::{EncodedDataset, LabelMap, TaskCard};
+use crate::error::{Error, Result};
+use crate::method::Prepared;
+use crate::model::{Classifier, Labels, Pass, loss};
+use crate::train::{
+    Hyperparameters, MicroBatch, Order, Precision, Scored, Trainer, Warmup, evaluate, predict,
+};
+
+/// The seed of all weights.
+pub(super) const SEED: u64 = 42;
+const BATCH: usize = 8;
+/// How much larger than the default of BERT the weights are drawn.
+const SPREAD: f64 = 0.06;
+
+/// The same model twice, and data for it.
+pub(super) struct Pair {
+    pub reference: Classifier,
+    pub subject: Classifier,
+    pub data: EncodedDataset,
+}
+
+impl Pair {
+    pub fn new(shape: &Shape, labels: Labels, device: Device) -> Result<Self> {
+        let model = |device| -> Result<Classifier> {
+            let mut model = Classifier::untrained(shape.config(0.0, SPREAD), labels.clone(), device)?;
+            model.reset(SEED)?;
+            Ok(model)
+        };
+        // The first eight are all of one length: the way without padding.
+        let lengths: Vec<usize> =
+            (0..10 * BATCH).map(|i| if i < BATCH { 24 } else { 3 + i * 7 % 41 }).collect();
+        let data = random_data(&lengths, shape.vocabulary, &labels);
+        Ok(Self { reference: model(Device::Cpu)?, subject: model(device)?, data })
+    }
+}
+
+/// Three classes, as most of GLUE's inference tasks have.
+pub(super) fn classes() -> Labels {
+    Labels::Classes(["entailment", "neutral", "contradiction"].map(String::from).to_vec())
+}
+
+/// What one pass over a batch gives.
+struct Passed {
+    logits: Tensor,
+    loss: f64,
+    gradient: Tensor,
+}
+
+/// Runs examples forward and backward without dropout.
+fn pass(
+    model: &Classifier,
+    data: &EncodedDataset,
+    numbers: &[usize],
+    precision: Precision,
+    flash: bool,
+    mask: Option<&Arc<GradientMask>>,
+) -> Result<Passed> {
+    let _products = precision.matrix_products()?;
+    let (mut batch, targets) = data.batch(numbers, 0, model.parameters.device())?;
+    if !flash {
+        batch = batch.without_flash();
+    }
+    let weights = model.parameters.compute_weights(precision.kind())?;
+    let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, mask)?;
+    let logits = model.logits(&Pass::new(&weights, &batch, None))?;
+    let mean = loss(&logits, &targets, numbers.len())?;
+    mean.f_backward()?;
+    hooks.end_step()?;
+    Ok(Passed {
+        logits: logits.f_detach()?,
+        loss: f64::try_from(mean.f_detach()?)?,
+        gradient: on_cpu(model.parameters.gradients()?)?,
+    })
+}
+
+/// Returns the gradient of some examples in float32, masked if there is a mask, on the CPU.
+pub(super) fn gradient(
+    model: &Classifier,
+    data: &EncodedDataset,
+    numbers: &[usize],
+    mask: Option<&Arc<GradientMask>>,
+) -> Result<Tensor> {
+    Ok(pass(model, data, numbers, Precision::Float32, true, mask)?.gradient)
+}
+
+/// The settings of all trainings here: without clipping, and with an epsilon that keeps gradients which are zero but for
+/// rounding, such as those of key biases, from becoming whole steps.
+pub(super) fn settings(batch_size: usize) -> Hyperparameters {
+    Hyperparameters {
+        epochs: 100.0,
+        batch_size,
+        micro_batch: MicroBatch::Examples(batch_size),
+        learning_rate: 1e-3,
+        warmup: Warmup(0.0),
+        max_gradient_norm: None,
+        epsilon: 1e-4,
+        order: Order::Sequential,
+        ..Hyperparameters::default()
+    }
+}
+
+/// Trains a number of steps; returns how the weights changed, on the CPU.
+pub(super) fn change(
+    model: &mut Classifier,
+    data: &EncodedDataset,
+    steps: usize,
+    settings: &Hyperparameters,
+    prepared: Prepared,
+) -> Result<Tensor> {
+    model.reset(SEED)?;
+    let before = on_cpu(model.parameters.values())?;
+    let mut trainer = Trainer::new(model, data, settings, prepared, SEED)?;
+    let numbers: Vec<usize> = (0..data.len()).collect();
+    for batch in numbers.chunks(settings.batch_size).cycle().take(steps) {
+        let _loss = trainer.step(batch)?;
+    }
+    drop(trainer);
+    let after = on_cpu(model.parameters.values())?;
+    model.reset(SEED)?;
+    Ok(after.f_sub(&before)?)
+}
+
+/// Copies a tensor to the CPU, also if it is there already.
+pub(super) fn on_cpu(tensor: &Tensor) -> Result<Tensor> {
+    let mut copy = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu))?;
+    tch::no_grad(|| copy.f_copy_(tensor))?;
+    Ok(copy)
+}
+
+/// Returns the largest difference of one parameter's gradient, relative to it. Where a gradient is less than a
+/// ten-thousandth of the whole, relative to that: gradients that are zero but for rounding have no digits to compare.
+fn largest_difference(model: &Classifier, subject: &Tensor, reference: &Tensor) -> Result<f64> {
+    let norm = |tensor: &Tensor| -> Result<f64> { Ok(f64::try_from(tensor.f_norm()?)?) };
+    let least = 1e-4 * norm(reference)?;
+    let mut largest = 0f64;
+    for (_, parameter) in model.parameters.iter() {
+        let part =
+            |flat: &Tensor| flat.f_narrow(0, parameter.range.start as i64, parameter.range.len() as i64);
+        let (subject, reference) = (part(subject)?, part(reference)?);
+        let relative = norm(&subject.f_sub(&reference)?)? / norm(&reference)?.max(least);
+        // A comparison that is no number must not get lost.
+        largest = if relative.is_nan() { f64::NAN } else { largest.max(relative) };
+    }
+    Ok(largest)
+}
+
+/// Makes the checks for one shape.
+pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Result<()> {
+    for (labels, what) in [(classes(), "classes"), (Labels::Score, "score")] {
+        let mut pair = Pair::new(shape, labels, device)?;
+        let name = |about: &str| format!("{} {what}: {about}", shape.name);
+        let batches: [(&str, Vec<usize>); 2] =
+            [("equal lengths", (0..BATCH).collect()), ("mixed lengths", (BATCH..3 * BATCH).collect())];
+        for (lengths, numbers) in batches {
+            check_passes(checks, &mut pair, &numbers, |about| name(&format!("{about}, {lengths}")))?;
+        }
+        for (steps, allowed) in [(1, 1e-3), (10, 1e-2)] {
+            let expected =
+                change(&mut pair.reference, &pair.data, steps, &settings(BATCH), Prepared::default())?;
+            let plural = if steps == 1 { "" } else { "s" };
+            checks.at_most(
+                "steps",
+                name(&format!("change of all weights in {steps} AdamW step{plural}")),
+                allowed,
+                || {
+                    let found =
+                        change(&mut pair.subject, &pair.data, steps, &settings(BATCH), Prepared::default())?;
+                    difference(&found, &expected)
+                },
+            );
+        }
+        check_predictions(checks, &pair, &name)?;
+    }
+    Ok(())
+}
+
+/// Passes in every precision against float32 on the CPU, and flash attention against padded attention.
+fn check_passes(
+    checks: &mut Checks,
+    pair: &mut Pair,
+    numbers: &[usize],
+    name: impl Fn(&str) -> String,
+) -> Result<()> {
+    let Pair { reference, subject, data } = pair;
+    let expected = pass(reference, data, numbers, Precision::Float32, true, None)?;
+    // Of the logits, the loss, and the gradient. Where TF32 is exactly float32, it must be.
+    let tf32 = if subject.parameters.device().is_cuda() { [5e-3, 5e-3, 2e-2] } else { [0.0; 3] };
+    let precisions = [
+        ("float32", Precision::Float32, [1e-4, 1e-4, 1e-4]),
+        ("tf32", Precision::Tf32, tf32),
+        ("bf16", Precision::Bf16, [5e-2, 2e-2, 1e-1]),
+    ];
+    for (word, precision, allowed) in precisions {
+        let found = pass(subject, data, numbers, precision, true, None);
+        let found = || found.as_ref().map_err(|error| Error::Libtorch(error.to_string()));
+        checks.at_most("passes", name(&format!("logits in {word}")), allowed[0], || {
+            difference(&found()?.logits, &expected.logits)
+        });
+        checks.at_most("passes", name(&format!("loss in {word}")), allowed[1], || {
+            Ok((found()?.loss - expected.loss).abs() / expected.loss.abs())
+        });
+        checks.at_most("passes", name(&format!("gradient in {word}")), allowed[2], || {
+            difference(&found()?.gradient, &expected.gradient)
+        });
+        if precision == Precision::Float32 {
+            checks.at_most("passes", name("the gradient of each parameter in float32"), 1e-3, || {
+                largest_difference(reference, &found()?.gradient, &expected.gradient)
+            });
+        }
+    }
+    let flash = name("flash attention against padded attention in bf16, gradient");
+    if !crate::libtorch::flash_attention_runs(subject.parameters.device()) {
+        checks.skip("attention", flash, "flash attention does not run on this device");
+        return Ok(());
+    }
+    checks.at_most("attention", flash, 5e-2, || {
+        let packed = pass(subject, data, numbers, Precision::Bf16, true, None)?;
+        let padded = pass(subject, data, numbers, Precision::Bf16, false, None)?;
+        difference(&packed.gradient, &padded.gradient)
+    });
+    Ok(())
+}
+
+/// Predictions and scores; an example alone against the same example in company.
+fn check_predictions(checks: &mut Checks, pair: &Pair, name: &impl Fn(&str) -> String) -> Result<()> {
+    let Pair { reference, subject, data } = pair;
+    let logits = |model: &Classifier| predict(model, &data.inputs, Precision::Float32, |_| Ok(()));
+    let expected = logits(reference)?;
+    checks.at_most("predictions", name("logits"), 1e-4, || difference(&logits(subject)?, &expected));
+    checks.at_most("predictions", name("one by one against all together"), 1e-4, || {
+        let alone = |input| predict(subject, std::slice::from_ref(input), Precision::Float32, |_| Ok(()));
+        let rows = data.inputs.iter().map(alone).collect::<Result<Vec<Tensor>>>()?;
+        difference(&Tensor::f_cat(&rows, 0)?, &expected)
+    });
+    let task = if *reference.labels() == Labels::Score { "stsb" } else { "mnli" };
+    let Some(card) = TaskCard::builtin(task) else { return Ok(()) };
+    let labels = LabelMap::identity(reference.labels().outputs() as usize);
+    let scores = |model: &Classifier| {
+        evaluate(model, Scored { data, card: &card, labels: &labels }, Precision::Float32, |_| Ok(()))
+    };
+    let expected = scores(reference)?;
+    checks.at_most("predictions", name("loss of the evaluation"), 1e-4, || {
+        Ok((scores(subject)?.loss - expected.loss).abs() / expected.loss.abs())
+    });
+    checks.at_most("predictions", name("headline metric"), 0.02, || {
+        Ok((scores(subject)?.headline - expected.headline).abs())
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Check, Outcome};
+    use super::*;
+
+    #[test]
+    fn a_wrong_weight_on_the_device_fails_the_checks() {
+        let mut pair = Pair::new(&Shape::TINY, classes(), Device::Cpu).unwrap();
+        let id = pair.subject.parameters.find("bert.encoder.layer.1.output.dense.weight").unwrap();
+        let wrong = pair.subject.parameters.leaf(id).f_mul_scalar(1.02).unwrap().detach();
+        pair.subject.parameters.set(id, &wrong).unwrap();
+        let mut failed = 0;
+        let mut count = |check: &Check| failed += usize::from(check.outcome == Outcome::Failed);
+        let mut checks = Checks::new(&mut count);
+        check_passes(&mut checks, &mut pair, &[0, 1, 9, 10], str::to_owned).unwrap();
+        check_predictions(&mut checks, &pair, &str::to_owned).unwrap();
+        assert!(failed >= 8, "{failed}");
+    }
+}

@@ -1,0 +1,200 @@
+//! Masks, Fisher information and thresholds of a device against those of the CPU.
+
+use std::sync::Arc;
+
+use tch::{Device, Kind, Tensor};
+
+use super::agreement::{Pair, SEED, change, classes, gradient, on_cpu, settings};
+use super::{Checks, Shape, difference};
+use crate::child::{
+    BernoulliMask, ChildNetwork, Cut, Estimator, FisherBatch, FisherOptions, GradientMask, MaskScope,
+    Threshold, fisher_information,
+};
+use crate::data::EncodedDataset;
+use crate::error::Result;
+use crate::method::{DecayScope, Prepared};
+use crate::model::{Classifier, Parameters};
+use crate::random::{Key, fill_normal};
+use crate::train::{Hyperparameters, MicroBatch, Trainer};
+
+const SHARE: f64 = 0.3;
+const EXAMPLES: usize = 16;
+/// Random shares may be this many standard deviations off.
+const DEVIATIONS: f64 = 5.0;
+
+/// Makes the checks for one shape.
+pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Result<()> {
+    let mut pair = Pair::new(shape, classes(), device)?;
+    let name = |about: &str| format!("{}: {about}", shape.name);
+    check_thresholds(checks, &pair, &name)?;
+    check_fixed(checks, &mut pair, &name)?;
+    check_bernoulli(checks, &mut pair, &name);
+    check_fisher(checks, &mut pair, &name)
+}
+
+/// Random scores in the layout of the parameters, on the CPU; none below zero, some of them equal.
+fn scores(parameters: &Parameters) -> Tensor {
+    let mut scores = vec![0f32; parameters.buffer_len()];
+    fill_normal(&mut scores, 1.0, Key([3, 4]), 0);
+    scores.iter_mut().for_each(|score| *score = (score.abs() * 1e4).round());
+    Tensor::from_slice(&scores)
+}
+
+fn cut(threshold: Threshold) -> Cut {
+    Cut::highest(SHARE, MaskScope::EncoderLayers, threshold)
+}
+
+fn check_thresholds(checks: &mut Checks, pair: &Pair, name: &impl Fn(&str) -> String) -> Result<()> {
+    let scores = scores(&pair.reference.parameters);
+    let bits = |child: &ChildNetwork| -> Vec<bool> {
+        child.tensors().iter().flat_map(|tensor| child.bits(tensor)).collect()
+    };
+    for (threshold, word) in [(Threshold::Global, "global"), (Threshold::Percentile, "percentile")] {
+        let expected = ChildNetwork::from_scores(&pair.reference.parameters, &scores, &cut(threshold))?;
+        checks.same("thresholds", name(&format!("{word} threshold, the same child network")), || {
+            let parameters = &pair.subject.parameters;
+            let scores = scores.f_to_device(parameters.device())?;
+            let child = ChildNetwork::from_scores(parameters, &scores, &cut(threshold))?;
+            let exact = (SHARE * child.maskable() as f64).round() as usize;
+            Ok(bits(&child) == bits(&expected) && (threshold != Threshold::Global || child.kept() == exact))
+        });
+    }
+    Ok(())
+}
+
+/// A fixed mask: the same bits as on the CPU, hooks that let exactly its members through, and weights outside the child
+/// network that keep every bit in training.
+fn check_fixed(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> String) -> Result<()> {
+    let Pair { reference, subject, data } = pair;
+    let scores = scores(&reference.parameters);
+    let mask = |model: &Classifier| -> Result<Arc<GradientMask>> {
+        let child = ChildNetwork::from_scores(&model.parameters, &scores, &cut(Threshold::Global))?;
+        Ok(Arc::new(GradientMask::Fixed(child)))
+    };
+    let masked = |model: &Classifier, values: &Tensor| -> Result<Tensor> {
+        model.parameters.gradients()?.shallow_clone().f_copy_(values)?;
+        mask(model)?.apply_to_all(&model.parameters)?;
+        let masked = on_cpu(model.parameters.gradients()?)?;
+        // Between the parameters, too, where gradients are zero and stay so.
+        let _ = model.parameters.gradients()?.shallow_clone().f_zero_()?;
+        Ok(masked)
+    };
+    let members = masked(reference, &scores.f_ones_like()?)?;
+    let noise = scores.f_sub_scalar(3e3)?;
+    let expected = masked(reference, &noise)?;
+    checks.same("masks", name("fixed mask, the same bits"), || Ok(masked(subject, &noise)? == expected));
+
+    let numbers: Vec<usize> = (4..4 + EXAMPLES).collect();
+    let whole = gradient(reference, data, &numbers, None)?;
+    checks.at_most("masks", name("fixed mask in the backward pass"), 1e-3, || {
+        let found = gradient(subject, data, &numbers, Some(&mask(subject)?))?;
+        let outside = f64::try_from(found.f_mul(&members.f_neg()?.f_add_scalar(1.0)?)?.f_norm()?)?;
+        // One element outside the mask fails the check, however small.
+        if outside == 0.0 { difference(&found, &whole.f_mul(&members)?) } else { Ok(f64::INFINITY) }
+    });
+    checks.same("masks", name("weights outside the child network keep every bit"), || {
+        let mask = Some(mask(subject)?);
+        let prepared = Prepared { mask, decay: DecayScope::Child, ..Prepared::default() };
+        let changed = change(subject, data, 3, &settings(EXAMPLES), prepared)?.f_ne(0.0)?;
+        let outside = changed.f_logical_and(&members.f_eq(0.0)?)?;
+        let inside = changed.f_logical_and(&members.f_ne(0.0)?)?;
+        Ok(!bool::try_from(outside.f_any()?)? && bool::try_from(inside.f_any()?)?)
+    });
+    Ok(())
+}
+
+/// F's masks, seen from outside: what a training step leaves of the gradient.
+fn check_bernoulli(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> String) {
+    let Pair { subject, data, .. } = pair;
+    let whole = settings(EXAMPLES);
+    let halves = Hyperparameters { micro_batch: MicroBatch::Examples(EXAMPLES / 2), ..whole.clone() };
+    // Which gradients of the first matrices are kept, in the first steps.
+    let mut share = |settings: &Hyperparameters| -> Result<f64> {
+        let kept = step_gradients(subject, data, settings, true, 1)?.remove(0).f_ne(0.0)?;
+        let (count, kept) = (kept.numel() as f64, f64::try_from(kept.f_sum(Kind::Double)?)?);
+        Ok((kept / count - SHARE).abs() / (SHARE * (1.0 - SHARE) / count).sqrt())
+    };
+    checks.at_most("masks", name("F, share that is kept, in standard deviations"), DEVIATIONS, || {
+        share(&whole)
+    });
+    // With a mask for each half, 1 − (1 − p)² of the elements would be kept.
+    checks.at_most("masks", name("F, one mask for two micro-batches"), DEVIATIONS, || share(&halves));
+    checks.at_most("masks", name("F, what is kept is scaled by 1/p"), 1e-3, || {
+        let plain = step_gradients(subject, data, &whole, false, 1)?.remove(0);
+        let masked = step_gradients(subject, data, &whole, true, 1)?.remove(0);
+        difference(&masked.f_mul_scalar(SHARE)?, &plain.f_mul(&masked.f_ne(0.0)?)?)
+    });
+    checks.at_most(
+        "masks",
+        name("F, another mask at every step, in standard deviations"),
+        DEVIATIONS,
+        || {
+            let steps = step_gradients(subject, data, &whole, true, 2)?;
+            let same = steps[0].f_ne(0.0)?.f_eq_tensor(&steps[1].f_ne(0.0)?)?;
+            // Independent masks agree where both keep or both drop.
+            let (count, expected) = (same.numel() as f64, SHARE * SHARE + (1.0 - SHARE) * (1.0 - SHARE));
+            let found = f64::try_from(same.f_sum(Kind::Double)?)? / count;
+            Ok((found - expected).abs() / (expected * (1.0 - expected) / count).sqrt())
+        },
+    );
+}
+
+/// Trains steps and returns what each left of the gradient of one feed-forward matrix, on the CPU.
+fn step_gradients(
+    model: &mut Classifier,
+    data: &EncodedDataset,
+    settings: &Hyperparameters,
+    masked: bool,
+    steps: usize,
+) -> Result<Vec<Tensor>> {
+    model.reset(SEED)?;
+    let matrix = model.parameters.find("bert.encoder.layer.0.output.dense.weight");
+    let range = matrix.map_or(0..0, |id| model.parameters.get(id).range.clone());
+    // A view of the buffer, which the trainer's steps fill.
+    let gradient = model.parameters.gradients()?.f_narrow(0, range.start as i64, range.len() as i64)?;
+    let mask = GradientMask::Bernoulli(BernoulliMask::new(MaskScope::EncoderLayers, SHARE, true, SEED));
+    let mask = masked.then(|| Arc::new(mask));
+    let mut trainer = Trainer::new(model, data, settings, Prepared { mask, ..Prepared::default() }, SEED)?;
+    let numbers: Vec<usize> = (0..EXAMPLES).collect();
+    let mut left = Vec::new();
+    for _ in 0..steps {
+        let _loss = trainer.step(&numbers)?;
+        left.push(on_cpu(&gradient)?);
+    }
+    drop(trainer);
+    model.reset(SEED)?;
+    Ok(left)
+}
+
+fn check_fisher(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> String) -> Result<()> {
+    let Pair { reference, subject, data } = pair;
+    for (estimator, word) in [(Estimator::PerExample, "per example"), (Estimator::Batch, "of batches")] {
+        let expected = fisher(reference, data, estimator)?;
+        checks.at_most("Fisher", name(&format!("Fisher information {word}")), 1e-3, || {
+            difference(&fisher(subject, data, estimator)?, &expected)
+        });
+        if estimator == Estimator::PerExample {
+            checks.at_most("Fisher", name("one pass a batch against one pass an example"), 1e-3, || {
+                let mut sum = expected.f_zeros_like()?;
+                for number in 0..EXAMPLES {
+                    sum = sum.f_add(&gradient(subject, data, &[number], None)?.f_square()?)?;
+                }
+                difference(&sum.f_div_scalar(EXAMPLES as f64)?, &expected)
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Computes the Fisher information of all weights over the first examples, eight a batch, on the CPU.
+fn fisher(model: &mut Classifier, data: &EncodedDataset, estimator: Estimator) -> Result<Tensor> {
+    let device = model.parameters.device();
+    let numbers: Vec<usize> = (0..EXAMPLES).collect();
+    let batches = numbers.chunks(8).map(|numbers| {
+        let (batch, targets) = data.batch(numbers, 0, device)?;
+        Ok(FisherBatch { batch, targets, dropout: None })
+    });
+    let options = FisherOptions::of(estimator);
+    let information = fisher_information(model, batches, &options, MaskScope::All, |_| Ok(()))?;
+    on_cpu(&information.values)
+}

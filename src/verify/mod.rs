@@ -1,0 +1,174 @@
+//! A device against the CPU, and its speed: what `gpu-check` shows and writes down.
+//!
+//! The CPU in float32 is the reference, since its numbers are the ones that the tests hold against PyTorch, transformers
+//! and the released optimizer. On the CPU itself the same suite runs CPU against CPU.
+
+mod agreement;
+mod masks;
+mod peer;
+mod random_model;
+mod report;
+mod speed;
+
+use std::time::SystemTime;
+
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
+
+pub use random_model::{Shape, measured_method, random_data};
+pub use report::Report;
+pub use speed::{FisherTimes, Speed, SpeedRow};
+
+use crate::error::Result;
+use crate::experiment::device_name;
+use crate::libtorch;
+
+/// What to verify.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The device under test.
+    pub device: Device,
+    /// Small sizes only, and no Python peer: seconds instead of minutes.
+    pub quick: bool,
+}
+
+/// How a check came out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// What was measured is at most what is allowed.
+    Passed,
+    /// It is more, or it is no number.
+    Failed,
+    /// The device does not have what the check is about.
+    Skipped,
+}
+
+/// One comparison.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What it belongs to, such as `masks`.
+    pub topic: &'static str,
+    /// What is compared.
+    pub name: String,
+    /// The difference that was found; none if an error came first or the check was skipped.
+    pub measured: Option<f64>,
+    /// The largest difference that passes.
+    pub allowed: f64,
+    /// How it came out.
+    pub outcome: Outcome,
+    /// Why it was skipped, or the error that came first.
+    pub reason: Option<String>,
+}
+
+/// Collects checks and shows each as it is made.
+pub struct Checks<'a> {
+    list: Vec<Check>,
+    show: &'a mut dyn FnMut(&Check),
+}
+
+impl<'a> Checks<'a> {
+    /// Starts a collection.
+    pub fn new(show: &'a mut dyn FnMut(&Check)) -> Self {
+        Self { list: Vec::new(), show }
+    }
+
+    /// Makes a check of a difference that must be at most `allowed`. An error fails this check and no other.
+    fn at_most(
+        &mut self,
+        topic: &'static str,
+        name: impl Into<String>,
+        allowed: f64,
+        measured: impl FnOnce() -> Result<f64>,
+    ) {
+        let (measured, reason) = match measured() {
+            Ok(measured) => (Some(measured), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let passed = measured.is_some_and(|measured| measured <= allowed);
+        let outcome = if passed { Outcome::Passed } else { Outcome::Failed };
+        self.add(Check { topic, name: name.into(), measured, allowed, outcome, reason });
+    }
+
+    /// Makes a check that passes if nothing differs.
+    fn same(&mut self, topic: &'static str, name: impl Into<String>, same: impl FnOnce() -> Result<bool>) {
+        self.at_most(topic, name, 0.0, || Ok(if same()? { 0.0 } else { 1.0 }));
+    }
+
+    fn skip(&mut self, topic: &'static str, name: impl Into<String>, reason: &str) {
+        let (outcome, reason) = (Outcome::Skipped, Some(reason.to_owned()));
+        self.add(Check { topic, name: name.into(), measured: None, allowed: 0.0, outcome, reason });
+    }
+
+    fn add(&mut self, check: Check) {
+        (self.show)(&check);
+        self.list.push(check);
+    }
+}
+
+/// Runs the whole suite: correctness first, then speed. `show` sees every check, `note` what is measured next.
+///
+/// # Errors
+/// Fails if the reference cannot be computed; what fails on the device is a failed check.
+pub fn verify(options: Options, show: &mut dyn FnMut(&Check), note: &mut dyn FnMut(&str)) -> Result<Report> {
+    let started_at = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+    let mut checks = Checks::new(show);
+    let shapes = if options.quick { &[Shape::TINY][..] } else { &[Shape::TINY, Shape::SMALL] };
+    for shape in shapes {
+        note(&format!("{}: passes, steps, predictions", shape.name));
+        agreement::check(&mut checks, shape, options.device)?;
+        note(&format!("{}: masks, Fisher information, thresholds", shape.name));
+        masks::check(&mut checks, shape, options.device)?;
+    }
+    let checks = checks.list;
+    let (speeds, fisher) = speed::measure(options, note)?;
+    note("the Python peer");
+    Ok(Report {
+        started_at,
+        device: device_name(options.device),
+        torch: libtorch::version(),
+        version: env!("CARGO_PKG_VERSION"),
+        commit: env!("CHILD_TUNING_COMMIT"),
+        quick: options.quick,
+        checks,
+        speeds,
+        fisher,
+        peer: peer::measure(options),
+    })
+}
+
+/// Returns ‖subject − reference‖ / ‖reference‖ in float64 on the CPU.
+fn difference(subject: &Tensor, reference: &Tensor) -> Result<f64> {
+    let [subject, reference] = [subject, reference]
+        .map(|tensor| tensor.f_to_device(Device::Cpu).and_then(|tensor| tensor.f_to_kind(Kind::Double)));
+    let reference = reference?;
+    let norm = |tensor: Tensor| -> Result<f64> { Ok(f64::try_from(tensor.f_norm()?)?) };
+    Ok(norm(subject?.f_sub(&reference)?)? / norm(reference)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_is_relative_and_a_check_can_fail() {
+        let reference = Tensor::from_slice(&[3.0f32, 4.0]);
+        let subject = Tensor::from_slice(&[3.0f32, 4.5]);
+        assert!((difference(&subject, &reference).unwrap() - 0.1).abs() < 1e-7);
+        let mut seen = 0;
+        let mut count = |_: &Check| seen += 1;
+        let mut checks = Checks::new(&mut count);
+        checks.at_most("topic", "close", 0.11, || difference(&subject, &reference));
+        checks.at_most("topic", "far", 0.09, || difference(&subject, &reference));
+        checks.at_most("topic", "no number", 1.0, || Ok(f64::NAN));
+        checks
+            .at_most("topic", "no shape", 1.0, || difference(&Tensor::from_slice(&[1.0f32; 3]), &reference));
+        checks.same("topic", "other", || Ok(false));
+        checks.skip("topic", "missing", "not there");
+        let outcomes: Vec<_> = checks.list.iter().map(|check| check.outcome.clone()).collect();
+        use Outcome::{Failed, Passed, Skipped};
+        assert_eq!(outcomes, [Passed, Failed, Failed, Failed, Failed, Skipped]);
+        assert!(checks.list[3].reason.is_some());
+        assert_eq!(seen, 6);
+    }
+}

@@ -1,0 +1,103 @@
+//! The Python peer of the speed benchmark (`benches/peer.py`), on the same device.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde::Serialize;
+use serde_json::Value;
+use tch::Device;
+
+use super::Options;
+use super::report::measured;
+
+const SCRIPT: &str = "benches/peer.py";
+const LENGTHS: &str = "benches/rte_lengths.txt";
+const WARM_UP: usize = 5;
+const STEPS: usize = 20;
+const ROUNDS: usize = 5;
+
+/// Training of BERT-base on lengths of RTE, batch 16, by transformers.
+#[derive(Clone, Debug, Serialize)]
+pub struct PeerRow {
+    /// `vanilla` (torch's fused AdamW) or `child_tuning_f` (the released optimizer).
+    pub method: &'static str,
+    /// `float32` or `bf16` (autocast).
+    pub precision: &'static str,
+    /// Real tokens a second, the median of the rounds; or why there is none.
+    #[serde(serialize_with = "measured")]
+    pub outcome: Result<f64, String>,
+}
+
+/// Measures the peer.
+pub(super) fn measure(options: Options) -> Vec<PeerRow> {
+    let row = |method, precision| {
+        let outcome = if options.quick {
+            Err("not part of a quick run".to_owned())
+        } else {
+            tokens_per_second(method, precision, options.device)
+        };
+        PeerRow { method, precision, outcome }
+    };
+    vec![row("vanilla", "bf16"), row("child_tuning_f", "bf16"), row("vanilla", "float32")]
+}
+
+fn tokens_per_second(method: &str, precision: &str, device: Device) -> Result<f64, String> {
+    if !Path::new(SCRIPT).exists() {
+        return Err(format!("{SCRIPT} is not in this folder"));
+    }
+    let device = match device {
+        Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".to_owned(),
+    };
+    let mut command = Command::new("python3");
+    command.arg(SCRIPT).args(["--method", method, "--precision", precision]);
+    command.args(["--lengths", LENGTHS, "--device", &device]);
+    // What this program was started with is not the peer's: it is to find its own libraries.
+    command.env_remove("LD_LIBRARY_PATH").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut peer = command.spawn().map_err(|error| format!("python3 does not start: {error}"))?;
+    let (input, output) = (peer.stdin.take(), peer.stdout.take());
+    let speeds = match (input, output) {
+        (Some(input), Some(output)) => converse(input, BufReader::new(output)),
+        _ => None,
+    };
+    let ended = peer.wait_with_output().map_err(|error| error.to_string())?;
+    let mut speeds = speeds.ok_or_else(|| {
+        // A Python error ends with what is wrong.
+        let text = String::from_utf8_lossy(&ended.stderr);
+        text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").trim().to_owned()
+    })?;
+    speeds.sort_by(f64::total_cmp);
+    Ok(speeds[speeds.len() / 2])
+}
+
+/// Speaks the protocol of the script: `go N` in, a line of JSON out.
+fn converse(mut input: impl Write, output: impl BufRead) -> Option<Vec<f64>> {
+    let mut answers = output.lines();
+    let mut answer = || serde_json::from_str::<Value>(&answers.next()?.ok()?).ok();
+    answer()?.get("ready")?;
+    let mut go = |steps: usize| {
+        writeln!(input, "go {steps}").and_then(|()| input.flush()).ok()?;
+        let answer = answer()?;
+        Some(answer.get("tokens")?.as_f64()? / answer.get("seconds")?.as_f64()?)
+    };
+    go(WARM_UP)?;
+    (0..ROUNDS).map(|_| go(STEPS)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_protocol_is_that_of_the_script() {
+        let mut asked = Vec::new();
+        let answers =
+            (0..=ROUNDS).map(|round| format!("{{\"seconds\": 2.0, \"tokens\": {}}}\n", round * 100));
+        let output = "{\"ready\": true}\n".to_owned() + &answers.collect::<String>();
+        let speeds = converse(&mut asked, output.as_bytes()).unwrap();
+        assert_eq!(speeds, [50.0, 100.0, 150.0, 200.0, 250.0]);
+        assert!(String::from_utf8(asked).unwrap().starts_with("go 5\ngo 20\n"));
+        assert!(converse(Vec::new(), "Traceback\n".as_bytes()).is_none());
+    }
+}

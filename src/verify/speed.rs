@@ -1,0 +1,263 @@
+//! Speed: sequences and tokens a second, launches a step, memory; the Fisher pass against an epoch.
+
+use std::time::Instant;
+
+use serde::Serialize;
+use tch::{Device, Tensor};
+
+use super::report::measured;
+use super::{Options, Shape, measured_method, random_data};
+use crate::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
+use crate::data::EncodedDataset;
+use crate::error::Result;
+use crate::experiment::{peak_memory, reset_peak_memory};
+use crate::libtorch::{Profile, ProfileRow, profile, release_cached_memory};
+use crate::method::Prepared;
+use crate::model::{Classifier, Labels};
+use crate::train::{Hyperparameters, MicroBatch, Order, Precision, Trainer};
+use crate::values::yaml_name;
+
+const SEED: u64 = 42;
+const DROPOUT: f64 = 0.1;
+/// Token counts of real RTE pairs.
+pub(super) const RTE_LENGTHS: &str = include_str!("../../benches/rte_lengths.txt");
+/// Kernels and operators of each row that are written down.
+const SHOWN: usize = 20;
+const METHODS: [&str; 3] = ["vanilla", "child_tuning_f", "child_tuning_d"];
+
+/// Training of one shape with one method and precision.
+#[derive(Clone, Debug, Serialize)]
+pub struct SpeedRow {
+    /// Shape and lengths.
+    pub workload: String,
+    /// Examples of a step.
+    pub batch_size: usize,
+    /// `vanilla`, `child_tuning_f` or `child_tuning_d`.
+    pub method: &'static str,
+    /// Spelling of the precision in YAML.
+    pub precision: String,
+    /// What was measured, or why not.
+    #[serde(serialize_with = "measured")]
+    pub outcome: std::result::Result<Speed, String>,
+}
+
+/// What was measured of a training.
+#[derive(Clone, Debug, Serialize)]
+pub struct Speed {
+    /// Examples a second, the median of the rounds.
+    pub sequences_per_second: f64,
+    /// Real tokens a second.
+    pub tokens_per_second: f64,
+    /// Kernels, copies and fills on the GPU in a step; 0 on the CPU.
+    pub launches_per_step: u64,
+    /// Operator calls on the host in a step.
+    pub operators_per_step: u64,
+    /// Most memory in use, in bytes: of the device on CUDA, of the process on the CPU.
+    pub peak_memory: Option<u64>,
+    /// The kernels with the longest time in a step; on the CPU the operators with the longest own time.
+    pub longest: Vec<Longest>,
+}
+
+/// A kernel or an operator in one step.
+#[derive(Clone, Debug, Serialize)]
+pub struct Longest {
+    /// Its name.
+    pub name: String,
+    /// How often it ran.
+    pub calls: u64,
+    /// Its own time in milliseconds.
+    pub milliseconds: f64,
+}
+
+/// Seconds that the Fisher information of examples takes, against other passes over the same examples.
+#[derive(Clone, Debug, Serialize)]
+pub struct FisherTimes {
+    /// Shape and lengths.
+    pub workload: String,
+    /// Number of examples.
+    pub examples: usize,
+    /// Every example's squared gradient, in one pass a batch, in float32.
+    pub exact: f64,
+    /// A plain epoch of training in float32.
+    pub epoch: f64,
+    /// One pass for each example, in float32; measured on a part of them and multiplied.
+    pub one_by_one: f64,
+}
+
+struct Workload {
+    name: String,
+    shape: Shape,
+    data: EncodedDataset,
+    batch_size: usize,
+}
+
+impl Workload {
+    fn new(shape: Shape, lengths: &[usize], of: &str, batch_size: usize) -> Self {
+        let data = random_data(lengths, shape.vocabulary, &labels());
+        Self { name: format!("{}, {of}", shape.name), shape, data, batch_size }
+    }
+}
+
+fn labels() -> Labels {
+    Labels::Classes(vec!["0".into(), "1".into()])
+}
+
+/// Measures everything.
+pub(super) fn measure(
+    options: Options,
+    note: &mut dyn FnMut(&str),
+) -> Result<(Vec<SpeedRow>, std::result::Result<FisherTimes, String>)> {
+    use Precision::{Bf16, Float32, Tf32};
+    let rte: Vec<usize> = RTE_LENGTHS.split_whitespace().filter_map(|length| length.parse().ok()).collect();
+    let workloads = if options.quick {
+        let tiny = Workload::new(Shape::TINY, &rte[..64], "lengths of RTE", 16);
+        vec![(tiny, vec![(Float32, &METHODS[..])])]
+    } else {
+        let large = Workload::new(Shape::BERT_LARGE, &[128; 128], "128 tokens", 32);
+        let base = Workload::new(Shape::BERT_BASE, &rte, "lengths of RTE", 16);
+        let vanilla = &METHODS[..1];
+        let of_base = vec![(Bf16, &METHODS[..]), (Tf32, vanilla), (Float32, vanilla)];
+        vec![(large, vec![(Bf16, &METHODS[..]), (Tf32, vanilla)]), (base, of_base)]
+    };
+    let mut rows = Vec::new();
+    for (workload, precisions) in &workloads {
+        for (precision, methods) in precisions {
+            for &method in *methods {
+                let precision_name = yaml_name(precision);
+                note(&format!("{}: {method} in {precision_name}", workload.name));
+                release_cached_memory()?;
+                let outcome = training(workload, method, *precision, options);
+                rows.push(SpeedRow {
+                    workload: workload.name.clone(),
+                    batch_size: workload.batch_size,
+                    method,
+                    precision: precision_name,
+                    outcome: outcome.map_err(|error| error.to_string()),
+                });
+            }
+        }
+    }
+    release_cached_memory()?;
+    // The last one: BERT-base, or the tiny one.
+    let fisher = workloads.last().map(|(workload, _)| {
+        note(&format!("{}: Fisher information", workload.name));
+        fisher_times(workload, options).map_err(|error| error.to_string())
+    });
+    Ok((rows, fisher.unwrap_or_else(|| Err("nothing to measure".into()))))
+}
+
+fn settings(workload: &Workload, precision: Precision) -> Hyperparameters {
+    Hyperparameters {
+        epochs: 1e6,
+        batch_size: workload.batch_size,
+        micro_batch: MicroBatch::Examples(workload.batch_size),
+        learning_rate: 1e-5,
+        precision,
+        order: Order::Sequential,
+        ..Hyperparameters::default()
+    }
+}
+
+fn model(workload: &Workload, device: Device) -> Result<Classifier> {
+    let mut model = Classifier::untrained(workload.shape.config(DROPOUT, 0.02), labels(), device)?;
+    model.reset(SEED)?;
+    Ok(model)
+}
+
+/// Waits for the device by reading a number.
+fn wait(loss: &Tensor) -> Result<()> {
+    f64::try_from(loss)?;
+    Ok(())
+}
+
+/// Takes steps over the next batches, waits for the last, and returns the seconds and the tokens.
+fn take_steps<'a>(
+    trainer: &mut Trainer,
+    batches: &mut impl Iterator<Item = &'a [usize]>,
+    data: &EncodedDataset,
+    steps: usize,
+) -> Result<(f64, usize)> {
+    let started = Instant::now();
+    let (mut tokens, mut loss) = (0, None);
+    for batch in batches.take(steps) {
+        tokens += batch.iter().map(|&number| data.inputs[number].ids.len()).sum::<usize>();
+        loss = Some(trainer.step(batch)?);
+    }
+    loss.as_ref().map_or(Ok(()), wait)?;
+    Ok((started.elapsed().as_secs_f64(), tokens))
+}
+
+fn training(workload: &Workload, method: &str, precision: Precision, options: Options) -> Result<Speed> {
+    let Workload { data, batch_size, .. } = workload;
+    let (warm_up, steps, rounds) = if options.quick { (1, 2, 3) } else { (5, 20, 5) };
+    reset_peak_memory(options.device);
+    let mut model = model(workload, options.device)?;
+    let prepared = measured_method(method, &model)?;
+    let settings = settings(workload, precision);
+    let numbers: Vec<usize> = (0..data.len()).collect();
+    let mut batches = numbers.chunks_exact(*batch_size).cycle();
+    let mut trainer = Trainer::new(&mut model, data, &settings, prepared, SEED)?;
+    take_steps(&mut trainer, &mut batches, data, warm_up)?;
+    let (mut sequences, mut tokens) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        let (seconds, count) = take_steps(&mut trainer, &mut batches, data, steps)?;
+        sequences.push((steps * batch_size) as f64 / seconds);
+        tokens.push(count as f64 / seconds);
+    }
+    let peak_memory = peak_memory(options.device);
+    let (_, profile) = profile(|| take_steps(&mut trainer, &mut batches, data, 1))?;
+    Ok(Speed {
+        sequences_per_second: median(sequences),
+        tokens_per_second: median(tokens),
+        launches_per_step: profile.launches(),
+        operators_per_step: profile.operator_calls(),
+        peak_memory,
+        longest: longest(&profile),
+    })
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn longest(profile: &Profile) -> Vec<Longest> {
+    let rows = if profile.kernels.is_empty() { &profile.operators } else { &profile.kernels };
+    let row = |row: &ProfileRow| Longest {
+        name: row.name.clone(),
+        calls: row.calls,
+        milliseconds: row.own.as_secs_f64() * 1e3,
+    };
+    rows.iter().take(SHOWN).map(row).collect()
+}
+
+/// Times the Fisher pass, an epoch of training and a loop over single examples, each after a warm-up.
+fn fisher_times(workload: &Workload, options: Options) -> Result<FisherTimes> {
+    let Workload { data, batch_size, .. } = workload;
+    let (examples, alone) = if options.quick { (32, 8) } else { (512, 64) };
+    let examples = examples.min(data.len());
+    let numbers: Vec<usize> = (0..examples).collect();
+    let mut model = model(workload, options.device)?;
+    let mut exact = |numbers: &[usize], batch_size: usize, estimator: Estimator| -> Result<f64> {
+        let started = Instant::now();
+        let batches = numbers.chunks(batch_size).map(|numbers| {
+            let (batch, targets) = data.batch(numbers, 0, options.device)?;
+            Ok(FisherBatch { batch, targets, dropout: None })
+        });
+        let fisher = FisherOptions::of(estimator);
+        let information = fisher_information(&mut model, batches, &fisher, MaskScope::Backbone, |_| Ok(()))?;
+        wait(&information.values.f_select(0, 0)?)?;
+        Ok(started.elapsed().as_secs_f64())
+    };
+    exact(&numbers[..*batch_size], *batch_size, Estimator::PerExample)?;
+    let pass = exact(&numbers, *batch_size, Estimator::PerExample)?;
+    // The batch estimate with batches of one is the loop over single examples.
+    exact(&numbers[..1], 1, Estimator::Batch)?;
+    let one_by_one = exact(&numbers[..alone], 1, Estimator::Batch)? * examples as f64 / alone as f64;
+    let settings = settings(workload, Precision::Float32);
+    let mut trainer = Trainer::new(&mut model, data, &settings, Prepared::default(), SEED)?;
+    let mut batches = numbers.chunks(*batch_size).cycle();
+    take_steps(&mut trainer, &mut batches, data, 1)?;
+    let (epoch, _) = take_steps(&mut trainer, &mut batches, data, examples.div_ceil(*batch_size))?;
+    Ok(FisherTimes { workload: workload.name.clone(), examples, exact: pass, epoch, one_by_one })
+}
