@@ -30,6 +30,12 @@ struct Arguments {
     /// One token count a line
     #[arg(long, default_value = "benches/rte_lengths.txt")]
     lengths: PathBuf,
+    /// The one estimator to measure, per_example, expected or batch; all without it
+    #[arg(long)]
+    only: Option<String>,
+    /// The first so many of them
+    #[arg(long, default_value_t = 160)]
+    examples: usize,
     /// Turns, the first of which is thrown away
     #[arg(long, default_value_t = 6)]
     turns: usize,
@@ -66,7 +72,7 @@ fn main() -> anyhow::Result<()> {
     tch::set_num_threads(arguments.threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
     let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
-    let data = random_data(&arguments.lengths)?;
+    let data = random_data(&arguments.lengths, arguments.examples)?;
     let mut classifier =
         Classifier::untrained(config(&arguments), Labels::Classes(vec!["0".into(), "1".into()]), device)?;
     classifier.reset(42)?;
@@ -78,10 +84,13 @@ fn main() -> anyhow::Result<()> {
     };
     for precision in precisions {
         let mut plain = Vec::new();
-        let mut ratios = vec![Vec::new(); PASSES.len()];
+        let passes: Vec<_> = (PASSES.iter())
+            .filter(|(name, ..)| arguments.only.as_ref().is_none_or(|only| only == name))
+            .collect();
+        let mut ratios = vec![Vec::new(); passes.len()];
         for turn in 0..arguments.turns {
             let seconds = plain_epoch(&mut classifier, &data, precision)?;
-            for (ratios, (_, estimator, spread)) in ratios.iter_mut().zip(PASSES) {
+            for (ratios, &&(_, estimator, spread)) in ratios.iter_mut().zip(&passes) {
                 let options = FisherOptions { precision, spread, ..FisherOptions::of(estimator) };
                 let pass = fisher_epoch(&mut classifier, &data, &options)?;
                 if turn > 0 {
@@ -93,7 +102,7 @@ fn main() -> anyhow::Result<()> {
             }
         }
         println!("{precision:?}: plain epoch of {} examples, s: {}", data.len(), spread(&mut plain));
-        for (ratios, (name, ..)) in ratios.iter_mut().zip(PASSES) {
+        for (ratios, (name, ..)) in ratios.iter_mut().zip(&passes) {
             println!("{precision:?}: {name}, plain epochs: {}", spread(ratios));
         }
     }
@@ -157,9 +166,10 @@ fn in_order(data: &EncodedDataset) -> Vec<usize> {
     order
 }
 
-fn random_data(lengths: &PathBuf) -> anyhow::Result<EncodedDataset> {
+fn random_data(lengths: &PathBuf, examples: usize) -> anyhow::Result<EncodedDataset> {
     let text = std::fs::read_to_string(lengths)?;
-    let lengths = text.split_whitespace().map(str::parse).collect::<Result<Vec<usize>, _>>()?;
+    let lengths =
+        text.split_whitespace().take(examples).map(str::parse).collect::<Result<Vec<usize>, _>>()?;
     let token = |example: usize, position: usize| {
         philox([position as u32, example as u32, 0, 0], Key([1, 2]))[0] % VOCABULARY
     };

@@ -119,6 +119,23 @@ impl Examples {
         (example * self.copies..(example + 1) * self.copies).map(|number| self.part(number))
     }
 
+    /// Cuts the examples into groups of neighbours, each from the first to before the last, with no more than so many rows
+    /// unless one example alone has more.
+    fn groups_of(&self, rows: usize) -> Vec<(usize, usize)> {
+        let start_of =
+            |example: usize| (example * self.copies).checked_sub(1).map_or(0, |before| self.ends[before]);
+        let mut groups: Vec<(usize, usize)> = Vec::new();
+        for example in 0..self.count() {
+            match groups.last_mut() {
+                Some((first, last)) if start_of(example + 1) - start_of(*first) <= rows => {
+                    *last = example + 1
+                }
+                _ => groups.push((example, example + 1)),
+            }
+        }
+        groups
+    }
+
     /// Returns the copy that each row belongs to, counted over all examples.
     fn part_of_row(&self) -> Vec<i64> {
         let parts = self.parts().enumerate();
@@ -171,7 +188,7 @@ impl<'a> SquaredGradients<'a> {
         self.sums.try_map(part).map(Some)
     }
 
-    /// Calls `function` once with the gradient of `output`, in float32.
+    /// Calls `function` once with the gradient of `output`.
     fn hook(
         &self,
         output: &Tensor,
@@ -180,7 +197,7 @@ impl<'a> SquaredGradients<'a> {
         // What it holds is freed as soon as it has run, as autograd frees what it saved.
         let mut function = Some(function);
         let hook = GradientHook::register(output, move |gradient| match function.take() {
-            Some(function) => function(gradient.f_to_kind(Kind::Float)?.f_contiguous()?),
+            Some(function) => function(gradient.f_contiguous()?),
             None => Ok(()),
         })?;
         self.hooks.borrow_mut().push(hook);
@@ -201,7 +218,6 @@ impl LayerObserver for SquaredGradients<'_> {
         let input = input.f_detach()?;
         self.hook(output, move |gradient| {
             if let Some(sums) = weight {
-                let input = input.f_to_kind(Kind::Float)?.f_contiguous()?;
                 add_squared_products(sums, &gradient, &input, &examples)?;
             }
             bias.map_or(Ok(()), |sums| add_squared_vector(sums, &gradient, None, &examples))
@@ -231,7 +247,27 @@ impl LayerObserver for SquaredGradients<'_> {
     }
 }
 
-/// Adds Σ_b (dY_bᵀ X_b)² to sums of the shape `[out, in]`, from dY `[rows, out]` and X `[rows, in]`.
+/// A number of an activation on the CPU.
+trait Number: Copy + Send + Sync {
+    fn value(self) -> f32;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn value(self) -> f32 {
+        self
+    }
+}
+
+/// The bits of a bfloat16, which are the upper ones of a float32.
+impl Number for i16 {
+    #[inline(always)]
+    fn value(self) -> f32 {
+        f32::from_bits((self as u32) << 16)
+    }
+}
+
+/// Adds Σ_b (dY_bᵀ X_b)² to sums of the shape `[out, in]`, from dY `[rows, out]` and X `[rows, in]`, of one type.
 fn add_squared_products(
     mut sums: Moments,
     gradient: &Tensor,
@@ -239,15 +275,27 @@ fn add_squared_products(
     examples: &Examples,
 ) -> Result<()> {
     if gradient.device() != Device::Cpu {
-        return device::add_squared_products(&sums, gradient, input, examples);
+        let (gradient, input) = (gradient.f_to_kind(Kind::Float)?, input.f_to_kind(Kind::Float)?);
+        return device::add_squared_products(&sums, &gradient, &input, examples);
     }
     let inputs = input.size()[1] as usize;
-    tiles::add_squared_products(sums.slices()?, elements(gradient)?, elements(input)?, inputs, examples);
+    let input = input.f_contiguous()?;
+    match half_bits(gradient)? {
+        Some(gradient) => {
+            let input = input.f_view_dtype(Kind::Int16)?;
+            let (gradient, input) = (elements::<i16>(&gradient)?, elements(&input)?);
+            tiles::add_squared_products(sums.slices()?, gradient, input, inputs, examples);
+        }
+        None => {
+            let (gradient, input) = (elements::<f32>(gradient)?, elements(&input)?);
+            tiles::add_squared_products(sums.slices()?, gradient, input, inputs, examples);
+        }
+    }
     Ok(())
 }
 
-/// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`; with `factor`, of dY ⊙ factor. Both
-/// are `[rows, width]`.
+/// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`; with `factor`, in float32, of
+/// dY ⊙ factor. Both are `[rows, width]`.
 fn add_squared_vector(
     mut sums: Moments,
     gradient: &Tensor,
@@ -255,11 +303,15 @@ fn add_squared_vector(
     examples: &Examples,
 ) -> Result<()> {
     if gradient.device() != Device::Cpu {
+        let gradient = gradient.f_to_kind(Kind::Float)?;
         let product = factor.map(|factor| gradient.f_mul(factor)).transpose()?;
-        return device::add_squared_vector(&sums, product.as_ref().unwrap_or(gradient), examples);
+        return device::add_squared_vector(&sums, product.as_ref().unwrap_or(&gradient), examples);
     }
     let factor = factor.map(elements).transpose()?;
-    rows::add_squared_vector(sums.slices()?, elements(gradient)?, factor, examples);
+    match half_bits(gradient)? {
+        Some(bits) => rows::add_squared_vector(sums.slices()?, elements::<i16>(&bits)?, factor, examples),
+        None => rows::add_squared_vector(sums.slices()?, elements::<f32>(gradient)?, factor, examples),
+    }
     Ok(())
 }
 
@@ -271,9 +323,18 @@ fn add_squared_entries(
     entries: &Tensor,
     examples: &Examples,
 ) -> Result<()> {
+    // Tables are in float32 always.
     if gradient.device() != Device::Cpu {
         return device::add_squared_entries(&sums, gradient, entries, examples);
     }
-    rows::add_squared_entries(sums.slices()?, elements(gradient)?, elements(entries)?, examples);
+    rows::add_squared_entries(sums.slices()?, elements::<f32>(gradient)?, elements(entries)?, examples);
     Ok(())
+}
+
+/// Returns the bits of a bfloat16 tensor; `None` for another type.
+fn half_bits(values: &Tensor) -> Result<Option<Tensor>> {
+    Ok(match values.kind() {
+        Kind::BFloat16 => Some(values.f_view_dtype(Kind::Int16)?),
+        _ => None,
+    })
 }

@@ -1,8 +1,9 @@
 //! Squared gradients of single examples of vectors and tables, on the CPU: sums of rows, squared.
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Examples, MomentSlices};
+use super::{Examples, MomentSlices, Number};
 
 /// Rows of an example whose sum is the gradient of one line of the parameter.
 struct Line {
@@ -15,9 +16,9 @@ struct Line {
 
 /// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`; with `factor`, of dY ⊙ factor.
 /// Both are `[rows, width]`.
-pub(super) fn add_squared_vector(
+pub(super) fn add_squared_vector<T: Number>(
     sums: MomentSlices,
-    gradient: &[f32],
+    gradient: &[T],
     factor: Option<&[f32]>,
     examples: &Examples,
 ) {
@@ -28,11 +29,8 @@ pub(super) fn add_squared_vector(
     add_lines(sums, width, &lines, |row, sums| {
         let row = row * width..(row + 1) * width;
         match factor {
-            None => sums.iter_mut().zip(&gradient[row]).for_each(|(sum, value)| *sum += value),
-            Some(factor) => {
-                let products = gradient[row.clone()].iter().zip(&factor[row]);
-                sums.iter_mut().zip(products).for_each(|(sum, (value, factor))| *sum += value * factor);
-            }
+            None => add_row(sums, &gradient[row]),
+            Some(factor) => add_product(sums, &gradient[row.clone()], &factor[row]),
         }
     });
 }
@@ -64,9 +62,19 @@ pub(super) fn add_squared_entries(
         }
     }
     add_lines(sums, width, &lines, |place, sums| {
-        let row = &gradient[order[place] * width..][..width];
-        sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+        add_row(sums, &gradient[order[place] * width..][..width]);
     });
+}
+
+#[multiversion(targets = "simd")]
+fn add_row<T: Number>(sums: &mut [f32], row: &[T]) {
+    sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value.value());
+}
+
+#[multiversion(targets = "simd")]
+fn add_product<T: Number>(sums: &mut [f32], row: &[T], factor: &[f32]) {
+    let products = row.iter().zip(factor);
+    sums.iter_mut().zip(products).for_each(|(sum, (value, factor))| *sum += value.value() * factor);
 }
 
 /// Squares the sums of the rows of each line, in parallel, and adds them one after the other: several examples may use the

@@ -8,7 +8,7 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Examples, MomentSlices};
+use super::{Examples, MomentSlices, Number};
 
 /// Rows and columns of a tile where vector registers are 32 of 512 bits: 24 of them hold it.
 const WIDE: [usize; 2] = [12, 32];
@@ -16,12 +16,14 @@ const WIDE: [usize; 2] = [12, 32];
 const NARROW: [usize; 2] = [6, 16];
 /// Rows of the matrix for which one packed panel of the input is used while it is in the cache.
 const BLOCK_ROWS: usize = 96;
+/// Tokens of a panel of the input that stay in the first level of the cache for all of these rows.
+const CACHED_TOKENS: usize = 128;
 
 /// Adds Σ_b (dY_bᵀ X_b)² to sums of the shape `[out, in]`, from dY `[rows, out]` and X `[rows, in]`.
-pub(super) fn add_squared_products(
+pub(super) fn add_squared_products<T: Number>(
     sums: MomentSlices,
-    gradient: &[f32],
-    input: &[f32],
+    gradient: &[T],
+    input: &[T],
     inputs: usize,
     examples: &Examples,
 ) {
@@ -29,23 +31,25 @@ pub(super) fn add_squared_products(
 }
 
 /// Adds the squares with tiles that are held in registers of a kind, which the machine must have.
-fn add_in(
+fn add_in<T: Number>(
     registers: Registers,
     sums: MomentSlices,
-    gradient: &[f32],
-    input: &[f32],
+    gradient: &[T],
+    input: &[T],
     inputs: usize,
     examples: &Examples,
 ) {
     match registers {
         Registers::Wide => {
-            add_by_tiles::<{ WIDE[0] }, { WIDE[1] }>(wide, sums, gradient, input, inputs, examples);
+            add_by_tiles::<{ WIDE[0] }, { WIDE[1] }, T>(wide, sums, gradient, input, inputs, examples);
         }
         Registers::Narrow => {
-            add_by_tiles::<{ NARROW[0] }, { NARROW[1] }>(narrow, sums, gradient, input, inputs, examples);
+            add_by_tiles::<{ NARROW[0] }, { NARROW[1] }, T>(narrow, sums, gradient, input, inputs, examples);
         }
         Registers::Unknown => {
-            add_by_tiles::<{ NARROW[0] }, { NARROW[1] }>(portable, sums, gradient, input, inputs, examples);
+            add_by_tiles::<{ NARROW[0] }, { NARROW[1] }, T>(
+                portable, sums, gradient, input, inputs, examples,
+            );
         }
     }
 }
@@ -87,7 +91,10 @@ struct Tile<const M: usize, const N: usize> {
 /// Computes a tile from panels of dY and X; adds each example's sum of squares to its total where fourth powers are asked
 /// for.
 type Kernel<const M: usize, const N: usize> =
-    fn(&mut Tile<M, N>, &mut [f64], &[[f32; M]], &[[f32; N]], &Examples);
+    fn(&mut Tile<M, N>, &mut [f64], &[[f32; M]], &[[f32; N]], SomeExamples);
+
+/// Neighbours among the examples, from the first to before the last.
+type SomeExamples<'a> = (&'a Examples, usize, usize);
 
 #[multiversion(targets("x86_64+avx512f"))]
 fn wide(
@@ -95,9 +102,9 @@ fn wide(
     totals: &mut [f64],
     gradient: &[[f32; WIDE[0]]],
     input: &[[f32; WIDE[1]]],
-    examples: &Examples,
+    some: SomeExamples,
 ) {
-    add_panels::<{ WIDE[0] }, { WIDE[1] }, true>(tile, totals, gradient, input, examples);
+    add_panels::<{ WIDE[0] }, { WIDE[1] }, true>(tile, totals, gradient, input, some);
 }
 
 #[multiversion(targets("x86_64+avx2+fma"))]
@@ -106,9 +113,9 @@ fn narrow(
     totals: &mut [f64],
     gradient: &[[f32; NARROW[0]]],
     input: &[[f32; NARROW[1]]],
-    examples: &Examples,
+    some: SomeExamples,
 ) {
-    add_panels::<{ NARROW[0] }, { NARROW[1] }, true>(tile, totals, gradient, input, examples);
+    add_panels::<{ NARROW[0] }, { NARROW[1] }, true>(tile, totals, gradient, input, some);
 }
 
 fn portable(
@@ -116,9 +123,9 @@ fn portable(
     totals: &mut [f64],
     gradient: &[[f32; NARROW[0]]],
     input: &[[f32; NARROW[1]]],
-    examples: &Examples,
+    some: SomeExamples,
 ) {
-    add_panels::<{ NARROW[0] }, { NARROW[1] }, false>(tile, totals, gradient, input, examples);
+    add_panels::<{ NARROW[0] }, { NARROW[1] }, false>(tile, totals, gradient, input, some);
 }
 
 /// Written so that it vectorises, and keeps the products in registers, wherever it is inlined into a function with wide
@@ -129,18 +136,18 @@ fn add_panels<const M: usize, const N: usize, const FUSED: bool>(
     totals: &mut [f64],
     gradient: &[[f32; M]],
     input: &[[f32; N]],
-    examples: &Examples,
+    (examples, first, last): SomeExamples,
 ) {
     match &mut tile.fourths {
         None => {
             // The sum of squares does not ask which of the parts belong to one example.
-            for rows in examples.parts() {
+            for rows in (first..last).flat_map(|example| examples.parts_of(example)) {
                 let product = product::<M, N, FUSED>(&gradient[rows.clone()], &input[rows]);
                 add_squares::<M, N, FUSED>(&mut tile.squares, &product);
             }
         }
         Some(fourths) => {
-            for (example, total) in totals.iter_mut().enumerate() {
+            for (example, total) in (first..last).zip(&mut totals[first..]) {
                 let mut squares = [[0f32; N]; M];
                 for rows in examples.parts_of(example) {
                     let product = product::<M, N, FUSED>(&gradient[rows.clone()], &input[rows]);
@@ -194,22 +201,24 @@ fn fused<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
-fn add_by_tiles<const M: usize, const N: usize>(
+fn add_by_tiles<const M: usize, const N: usize, T: Number>(
     kernel: Kernel<M, N>,
     sums: MomentSlices,
-    gradient: &[f32],
-    input: &[f32],
+    gradient: &[T],
+    input: &[T],
     inputs: usize,
     examples: &Examples,
 ) {
     let rows = examples.rows();
     let outputs = sums.squares.len() / inputs;
     let mut panels = vec![[0f32; N]; rows * inputs.div_ceil(N)];
-    panels
-        .par_chunks_mut(rows)
-        .enumerate()
-        .for_each(|(panel, packed)| pack(packed, &input[panel * N..], inputs, N.min(inputs - panel * N)));
+    let together = inputs.div_ceil(N).div_ceil(2 * rayon::current_num_threads());
+    panels.par_chunks_mut(rows * together).enumerate().for_each(|(number, panels)| {
+        let first = number * together * N;
+        pack(panels, rows, &input[first..], inputs, (together * N).min(inputs - first));
+    });
 
+    let groups = examples.groups_of(CACHED_TOKENS);
     // As many blocks as threads can share evenly.
     let block_rows = outputs.div_ceil(4 * rayon::current_num_threads()).min(BLOCK_ROWS).next_multiple_of(M);
     let blocks = sums.squares.par_chunks_mut(block_rows * inputs);
@@ -228,17 +237,19 @@ fn add_by_tiles<const M: usize, const N: usize>(
             let height = squares.len() / inputs;
             let count = height.div_ceil(M);
             let mut packed = vec![[0f32; M]; rows * count];
-            for (panel, packed) in packed.chunks_mut(rows).enumerate() {
-                pack(packed, &gradient[first + panel * M..], outputs, M.min(height - panel * M));
-            }
+            pack(&mut packed, rows, &gradient[first..], outputs, height);
             let mut totals = vec![0f64; count * counted];
             for (column, input) in panels.chunks(rows).enumerate() {
-                for (panel, gradient) in packed.chunks(rows).enumerate() {
-                    let mut tile = Tile {
-                        squares: [[0f32; N]; M],
-                        fourths: fourths.is_some().then_some([[0f32; N]; M]),
-                    };
-                    kernel(&mut tile, &mut totals[panel * counted..][..counted], gradient, input, examples);
+                let nothing =
+                    || Tile { squares: [[0f32; N]; M], fourths: fourths.is_some().then_some([[0f32; N]; M]) };
+                let mut tiles: Vec<Tile<M, N>> = std::iter::repeat_with(nothing).take(count).collect();
+                for &(first, last) in &groups {
+                    let some = (examples, first, last);
+                    for (panel, (gradient, tile)) in packed.chunks(rows).zip(&mut tiles).enumerate() {
+                        kernel(tile, &mut totals[panel * counted..][..counted], gradient, input, some);
+                    }
+                }
+                for (panel, tile) in tiles.iter().enumerate() {
                     let place = |values: &mut [f32], tile: &[[f32; N]; M]| {
                         let lines = values.chunks_mut(inputs).skip(panel * M);
                         for (line, sums) in lines.zip(tile) {
@@ -261,13 +272,26 @@ fn add_by_tiles<const M: usize, const N: usize>(
     }
 }
 
-/// Copies `count` columns of a matrix into a panel, row by row; `matrix` begins at the first of them.
-fn pack<const W: usize>(panel: &mut [[f32; W]], matrix: &[f32], width: usize, count: usize) {
-    for (row, packed) in panel.iter_mut().enumerate() {
-        let start = row * width;
-        match matrix[start..].first_chunk::<W>() {
-            Some(columns) if count == W => *packed = *columns,
-            _ => packed[..count].copy_from_slice(&matrix[start..start + count]),
+/// Copies columns of a matrix of a width into panels, each `[rows, W]`; `matrix` begins at the first of them. Panels are
+/// filled side by side, as the rows lie in memory.
+#[multiversion(targets = "simd")]
+fn pack<const W: usize, T: Number>(
+    panels: &mut [[f32; W]],
+    rows: usize,
+    matrix: &[T],
+    width: usize,
+    columns: usize,
+) {
+    for row in 0..rows {
+        let values = &matrix[row * width..][..columns];
+        for (panel, values) in values.chunks(W).enumerate() {
+            let packed = &mut panels[panel * rows + row];
+            match values.first_chunk::<W>() {
+                Some(values) => {
+                    packed.iter_mut().zip(values).for_each(|(packed, value)| *packed = value.value())
+                }
+                None => packed.iter_mut().zip(values).for_each(|(packed, value)| *packed = value.value()),
+            }
         }
     }
 }
