@@ -4,16 +4,19 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use child_tuning::analysis::compare;
 use child_tuning::error::Error;
 use child_tuning::experiment::results::{self, ResultsFile};
 use child_tuning::experiment::{
-    ExperimentSpec, Forecast, Override, Plan, PlanOptions, Run, Runner, Speed, Summary, Tokens, forecast,
+    ExperimentSpec, Forecast, Override, Plan, PlanOptions, Run, RunEvent, Runner, Speed, Summary, Tokens,
+    execute, forecast,
 };
 use clap::Args;
 
+use super::jobs::{JobsArguments, WorkerPlace, worker_pool};
 use super::progress::Display;
 use super::{ComputeArguments, DataArguments, show};
 
@@ -39,6 +42,11 @@ pub struct RunArguments {
     experiment: ExperimentArguments,
     #[command(flatten)]
     compute: ComputeArguments,
+    #[command(flatten)]
+    jobs: JobsArguments,
+    /// Be one of the processes of another `run`, that trains what it is told to
+    #[arg(long, hide = true, value_name = "DEVICE,THREADS")]
+    worker: Option<WorkerPlace>,
 }
 
 #[derive(Args)]
@@ -47,6 +55,8 @@ pub struct PlanArguments {
     experiment: ExperimentArguments,
     #[command(flatten)]
     compute: ComputeArguments,
+    #[command(flatten)]
+    jobs: JobsArguments,
 }
 
 fn column_and_value(text: &str) -> Result<(String, String), String> {
@@ -74,16 +84,29 @@ impl ExperimentArguments {
 
 /// Trains what is missing, then shows the comparison.
 pub fn run(arguments: RunArguments) -> Result<ExitCode> {
-    let device = arguments.compute.device()?;
-    let plans = arguments.experiment.plans()?;
+    let RunArguments { experiment, compute, jobs, worker } = arguments;
     let interrupted = stop_on_signals()?;
+    if let Some(place) = worker {
+        return place.serve(|| experiment.plans(), &interrupted);
+    }
+    let places = jobs.places(&compute)?;
+    let device = compute.device()?;
+    let plans = experiment.plans()?;
+    let mut pool = (places.len() > 1).then(|| worker_pool(&places));
     let mut failed = false;
-    for plan in &plans {
+    for (number, plan) in plans.iter().enumerate() {
+        let started = Instant::now();
         let mut display = Display::new();
-        let summary = Runner::new(plan, device, &interrupted, &mut |event| display.show(event)).run()?;
+        let mut report = |event: RunEvent| display.show(event);
+        let summary = match &mut pool {
+            Some(pool) => {
+                execute(plan, &mut pool.for_plan(plan, number, &interrupted, &mut report), &interrupted)?
+            }
+            None => execute(plan, &mut Runner::new(plan, device, &interrupted, &mut report), &interrupted)?,
+        };
         display.finish();
         show_comparison(&plan.results)?;
-        show(sentence(plan, &summary))?;
+        show(sentence(plan, &summary, started.elapsed()))?;
         failed |= summary.failed > 0;
         if summary.interrupted {
             return Ok(ExitCode::from(130));
@@ -169,7 +192,7 @@ fn duration(seconds: f64) -> String {
         3600..86_400 => seconds.next_multiple_of(60),
         _ => seconds.next_multiple_of(3600),
     };
-    humantime::format_duration(std::time::Duration::from_secs(rounded)).to_string()
+    humantime::format_duration(Duration::from_secs(rounded)).to_string()
 }
 
 /// Makes Ctrl-C and a polite kill end the current run between two batches; a second Ctrl-C ends at once.
@@ -193,7 +216,7 @@ fn show_comparison(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn sentence(plan: &Plan, summary: &Summary) -> String {
+fn sentence(plan: &Plan, summary: &Summary, time: Duration) -> String {
     let mut parts = vec![format!("{} runs done", summary.ok)];
     for (count, what) in [
         (summary.failed, "diverged or failed (their rows say why)"),
@@ -205,5 +228,9 @@ fn sentence(plan: &Plan, summary: &Summary) -> String {
         }
     }
     let again = if summary.interrupted { "; interrupted: the same command goes on from here" } else { "" };
-    format!("{}: {}{again}\nresults: {}", plan.name, parts.join(", "), plan.results.display())
+    let took = match time.as_secs() {
+        0..60 => format!("{:.1} s", time.as_secs_f64()),
+        seconds => humantime::format_duration(Duration::from_secs(seconds)).to_string(),
+    };
+    format!("{}: {}; {took} in all{again}\nresults: {}", plan.name, parts.join(", "), plan.results.display())
 }

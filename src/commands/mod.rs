@@ -7,6 +7,7 @@ mod doctor;
 mod evaluate;
 mod experiment;
 mod export;
+mod jobs;
 mod predict;
 mod progress;
 
@@ -109,10 +110,13 @@ impl ComputeArguments {
     /// Settles the device and sets up the thread pools.
     fn device(&self) -> Result<Device, Error> {
         if let Some(threads) = self.threads {
-            tch::set_num_threads(i32::from(threads));
-            // Only fails if the pool exists already, and then with the default number of threads.
-            let _ = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global();
+            use_threads(threads);
         }
+        self.named_device()
+    }
+
+    /// Returns the device, if it is usable.
+    fn named_device(&self) -> Result<Device, Error> {
         let index = match self.device.as_str() {
             "cpu" => return Ok(Device::Cpu),
             "cuda" => Some(0),
@@ -132,6 +136,13 @@ impl ComputeArguments {
             _ => format!("there is no cuda:{index}; this machine has {devices} CUDA devices, counted from 0"),
         }))
     }
+}
+
+/// Sets up the thread pools of this process.
+fn use_threads(threads: u16) {
+    tch::set_num_threads(i32::from(threads));
+    // Only fails if the pool exists already, and then with the default number of threads.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global();
 }
 
 /// Folders with data sets.

@@ -14,7 +14,7 @@ pub use context::{cuda_peak_bytes, reset_cuda_peak, version};
 pub use hooks::{GradientHook, HookedGradient, panic_message, set_gradient};
 pub use memory::{elements, elements_mut, map_file};
 pub use optimizer::{FusedAdamW, FusedGroup};
-pub use process::{keep_freed_memory, with_a_considerate_environment};
+pub use process::{keep_freed_memory, keep_the_order_of_sums, with_a_considerate_environment};
 
 use crate::error::Error;
 

@@ -12,6 +12,7 @@ mod experiments;
 mod export;
 mod grid;
 mod interruption;
+mod jobs;
 mod predict;
 mod server;
 mod support;
