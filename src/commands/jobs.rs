@@ -89,15 +89,21 @@ pub fn worker_pool(places: &[WorkerPlace]) -> WorkerPool {
 }
 
 impl WorkerPlace {
+    /// Sets up the thread pools of this process to compute here, and returns the device.
+    pub fn set_up(self) -> Device {
+        use_threads(self.threads);
+        self.device
+    }
+
     /// Works for the process that started this one.
     pub fn serve(
         self,
         plans: impl FnOnce() -> Result<Vec<Plan>, Error>,
         interrupted: &Arc<AtomicBool>,
     ) -> Result<ExitCode> {
-        use_threads(self.threads);
+        let device = self.set_up();
         let (input, output) = (BufReader::new(std::io::stdin()), std::io::stdout());
-        Ok(match serve(plans(), self.device, interrupted, input, output) {
+        Ok(match serve(plans(), device, interrupted, input, output) {
             Ok(()) => ExitCode::SUCCESS,
             // The other process has been told, and tells the user.
             Err(error) => ExitCode::from(error.exit_code()),
