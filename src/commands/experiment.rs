@@ -90,9 +90,9 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
     if let Some(place) = worker {
         return place.serve(|| experiment.plans(), &interrupted);
     }
-    let places = jobs.places(&compute)?;
     let device = compute.device()?;
     let plans = experiment.plans()?;
+    let places = jobs.places(&compute, &plans)?;
     let mut pool = (places.len() > 1).then(|| worker_pool(&places));
     let mut failed = false;
     for (number, plan) in plans.iter().enumerate() {
@@ -118,9 +118,13 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
 
 /// Shows what would run.
 pub fn plan(arguments: PlanArguments) -> Result<ExitCode> {
-    let places = arguments.jobs.places(&arguments.compute)?;
-    let device = places[0].set_up();
+    let device = arguments.compute.device()?;
     let plans = arguments.experiment.plans()?;
+    let places = arguments.jobs.places(&arguments.compute, &plans)?;
+    if let [place, _, ..] = places[..] {
+        // What is measured is what one of the jobs will have.
+        place.set_up();
+    }
     let speed = Speed::measure(device)?;
     for plan in &plans {
         show_plan(plan, device, &speed, places.len())?;

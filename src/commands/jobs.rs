@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use child_tuning::error::Error;
-use child_tuning::experiment::{Plan, WorkerPool, serve};
+use child_tuning::experiment::{Plan, Speed, Tokens, WorkerPool, available_memory, forecast, serve};
 use clap::Args;
 use tch::{Cuda, Device};
 
@@ -17,7 +17,8 @@ use super::{ComputeArguments, use_threads};
 /// How many runs are trained at once.
 #[derive(Args)]
 pub struct JobsArguments {
-    /// Processes that train at once, sharing GPUs or CPU threads: a number, or auto for one a GPU, or one a CPU core
+    /// Runs at once, in processes that share the GPUs or the cores: a number, or auto for one a GPU, or on the CPU one a
+    /// core, as far as memory goes
     #[arg(long, default_value = "1", value_name = "N|auto")]
     jobs: Jobs,
 }
@@ -52,9 +53,12 @@ pub struct WorkerPlace {
 impl JobsArguments {
     /// Settles where each worker computes: in turn on all GPUs, or on the one that is named; with the threads that are
     /// given, or with their share of the cores.
-    pub fn places(&self, compute: &ComputeArguments) -> Result<Vec<WorkerPlace>, Error> {
+    ///
+    /// # Errors
+    /// Fails if the device is not usable, or if what the runs of the plans need cannot be told.
+    pub fn places(&self, compute: &ComputeArguments, plans: &[Plan]) -> Result<Vec<WorkerPlace>, Error> {
         let first = compute.named_device()?;
-        let cores = u16::try_from(tch::get_num_threads()).unwrap_or(1).max(1);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let devices: Vec<Device> = match (first, compute.device.as_str()) {
             (Device::Cuda(_), "cuda") => {
                 (0..Cuda::device_count().max(1) as usize).map(Device::Cuda).collect()
@@ -64,13 +68,27 @@ impl JobsArguments {
         let count = match self.jobs {
             Jobs::Count(count) => count,
             Jobs::Auto if first.is_cuda() => devices.len(),
-            Jobs::Auto => usize::from(compute.threads.map_or(cores, |threads| cores / threads)).max(1),
+            Jobs::Auto => match cores / compute.threads.map_or(1, usize::from) {
+                0 | 1 => 1,
+                most => most.min(fitting(plans, first)?).max(1),
+            },
         };
-        let share = u16::try_from(usize::from(cores) / count).unwrap_or(1).max(1);
+        let share = u16::try_from(cores / count).unwrap_or(u16::MAX).max(1);
         let threads = compute.threads.unwrap_or(share);
         let devices = devices.into_iter().cycle().take(count);
         Ok(devices.map(|device| WorkerPlace { device, threads }).collect())
     }
+}
+
+/// Returns how many processes have room in memory, each with the most that a run of the plans needs.
+fn fitting(plans: &[Plan], device: Device) -> Result<usize, Error> {
+    let Some(available) = available_memory() else { return Ok(usize::MAX) };
+    let (speed, mut tokens) = (Speed::measure(device)?, Tokens::default());
+    let mut most: f64 = 1.0;
+    for run in plans.iter().flat_map(Plan::all_runs) {
+        most = most.max(forecast(run, &mut tokens, &speed)?.memory);
+    }
+    Ok((available as f64 / most) as usize)
 }
 
 /// Makes the pool of workers at some places, of which there is one at least. Each is this program with the same arguments.
@@ -89,10 +107,9 @@ pub fn worker_pool(places: &[WorkerPlace]) -> WorkerPool {
 }
 
 impl WorkerPlace {
-    /// Sets up the thread pools of this process to compute here, and returns the device.
-    pub fn set_up(self) -> Device {
+    /// Sets up the thread pools of this process to compute here.
+    pub fn set_up(self) {
         use_threads(self.threads);
-        self.device
     }
 
     /// Works for the process that started this one.
@@ -101,9 +118,9 @@ impl WorkerPlace {
         plans: impl FnOnce() -> Result<Vec<Plan>, Error>,
         interrupted: &Arc<AtomicBool>,
     ) -> Result<ExitCode> {
-        let device = self.set_up();
+        self.set_up();
         let (input, output) = (BufReader::new(std::io::stdin()), std::io::stdout());
-        Ok(match serve(plans(), device, interrupted, input, output) {
+        Ok(match serve(plans(), self.device, interrupted, input, output) {
             Ok(()) => ExitCode::SUCCESS,
             // The other process has been told, and tells the user.
             Err(error) => ExitCode::from(error.exit_code()),

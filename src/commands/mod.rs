@@ -68,6 +68,14 @@ enum Command {
     Doctor(doctor::DoctorArguments),
 }
 
+impl Arguments {
+    /// Returns whether the command computes with libtorch, so that it is worth a second start of the program with another
+    /// environment.
+    pub fn computes(&self) -> bool {
+        !matches!(self.command, Command::Compare(_) | Command::Data(_) | Command::Doctor(_))
+    }
+}
+
 /// Writes a line to standard output; an error instead of a panic where nobody reads it any more.
 pub fn show(text: impl Display) -> Result<()> {
     Ok(writeln!(std::io::stdout().lock(), "{text}")?)

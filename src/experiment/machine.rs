@@ -1,6 +1,7 @@
 //! The machine that a run runs on: its name and its memory.
 
 use std::fs;
+use std::sync::OnceLock;
 
 use tch::Device;
 
@@ -8,8 +9,10 @@ use crate::libtorch;
 
 /// Returns the device with the name of its processor, such as `cpu (AMD EPYC, 2 threads)`.
 pub fn device_name(device: Device) -> String {
+    /// NVIDIA's tool takes up to seconds, and every row names the device.
+    static CARDS: OnceLock<Vec<String>> = OnceLock::new();
     match device {
-        Device::Cuda(index) => match graphics_cards().get(index) {
+        Device::Cuda(index) => match CARDS.get_or_init(graphics_cards).get(index) {
             Some(name) => format!("cuda:{index} ({name})"),
             None => format!("cuda:{index}"),
         },
@@ -34,6 +37,20 @@ pub fn graphics_cards() -> Vec<String> {
         }
         _ => Vec::new(),
     }
+}
+
+/// Returns how many bytes of memory a new process can have, as far as the system tells: those that are free or can be freed,
+/// within the limit of the container.
+pub fn available_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    // Files without a number, as without a limit, say nothing.
+    let number =
+        |name: &str| fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
+    let within =
+        number("memory.max").zip(number("memory.current")).map(|(limit, used)| limit.saturating_sub(used));
+    Some(within.map_or(kibibytes * 1024, |within| within.min(kibibytes * 1024)))
 }
 
 /// Starts a new measurement for [`peak_memory`], where the system allows it.

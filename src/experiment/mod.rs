@@ -28,7 +28,7 @@ pub use entries::{Evaluated, ModelEntry, SplitEntry, TaskEntry, data_roots, name
 pub use execution::{Executor, Summary, execute};
 pub use forecast::{Forecast, Speed, forecast};
 pub use jobs::WorkerPool;
-pub use machine::graphics_cards;
+pub use machine::{available_memory, graphics_cards};
 pub use overrides::Override;
 pub use pace::Pace;
 pub use plan::{Plan, PlanOptions};

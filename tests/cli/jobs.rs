@@ -297,3 +297,52 @@ fn what_is_wrong_is_said_once_and_before_anything_runs() {
         assert!(answer.stderr.contains("neither a number from 1 on nor `auto`"), "{}", answer.stderr);
     }
 }
+
+#[test]
+fn a_plan_goes_by_the_speed_of_finished_runs_and_divides_it_by_the_jobs() {
+    let workplace = Workplace::new();
+    workplace.experiment("seeds: [1, 2, 3, 4]\ntrain: {epochs: 2, batch_size: 16, max_length: 32}\nmethod: [vanilla, child_tuning_f]");
+    workplace.run(&["--only", "seed=1,method=vanilla"]).with_code(0);
+    let plan = |threads: &str, further: &[&str]| {
+        let call = [&["plan", "experiment.yaml", "--threads", threads], further].concat();
+        workplace.call(&call).with_code(0).stdout.lines().last().unwrap().to_owned()
+    };
+    // As slow as nothing is here: 987 s of training, 40 s of preparation, 200 s of scoring.
+    let (mut row, header) = (workplace.row("results.csv"), workplace.read("results.csv"));
+    let number = |row: &Row, column: &str| row[column].parse::<f64>().unwrap();
+    let tokens = number(&row, "tokens_per_second") * number(&row, "train_seconds");
+    for (column, seconds) in
+        [("train_seconds", 987.0), ("prepare_seconds", 40.0), ("evaluate_seconds", 200.0)]
+    {
+        row.insert(column.into(), format!("{seconds}"));
+    }
+    row.insert("tokens_per_second".into(), format!("{}", tokens / 987.0));
+    let columns: Vec<&str> = header.lines().next().unwrap().split(',').collect();
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    writer.write_record(&columns).unwrap();
+    writer.write_record(columns.iter().map(|column| &row[*column])).unwrap();
+    workplace.write("results.csv", writer.into_inner().unwrap());
+
+    let vanilla = ["--only", "method=vanilla"];
+    let all = plan("1", &vanilla);
+    assert!(
+        all.contains("3 to do, 120 optimizer steps; about 1h 2m by the speed of finished runs, up to "),
+        "{all}"
+    );
+    let shared = plan("1", &[&vanilla[..], &["--jobs", "2"]].concat());
+    assert!(
+        shared.contains("about 30m 50s by the speed of finished runs with 2 jobs, up to 2 × "),
+        "{shared}"
+    );
+    // Three runs cannot be shared by more than three, and none of them ends sooner for it.
+    let shared = plan("1", &[&vanilla[..], &["--jobs", "8"]].concat());
+    assert!(
+        shared.contains("about 20m 30s by the speed of finished runs with 3 jobs, up to 3 × "),
+        "{shared}"
+    );
+    let mixed = plan("1", &[]);
+    assert!(mixed.contains("about 1h 2m (3 runs by the speed of finished ones), up to "), "{mixed}");
+    // Another number of threads says nothing about this one.
+    let measured = plan("2", &vanilla);
+    assert!(measured.contains(" on this machine, up to "), "{measured}");
+}
