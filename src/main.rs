@@ -8,8 +8,11 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let arguments = commands::Arguments::parse();
-    child_tuning::libtorch::with_a_considerate_environment();
-    child_tuning::libtorch::keep_freed_memory();
+    if arguments.computes() {
+        child_tuning::libtorch::with_a_considerate_environment();
+        child_tuning::libtorch::keep_freed_memory();
+        child_tuning::libtorch::keep_the_order_of_sums();
+    }
     match commands::call(arguments) {
         Ok(code) => code,
         // Whoever read our output has seen enough, as in `plan … | head`.

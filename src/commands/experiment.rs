@@ -4,16 +4,20 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use child_tuning::analysis::compare;
 use child_tuning::error::Error;
 use child_tuning::experiment::results::{self, ResultsFile};
 use child_tuning::experiment::{
-    ExperimentSpec, Forecast, Override, Plan, PlanOptions, Run, Runner, Speed, Summary, Tokens, forecast,
+    ExperimentSpec, Forecast, Override, Pace, Plan, PlanOptions, Run, RunEvent, Runner, Speed, Summary,
+    Tokens, execute, forecast,
 };
 use clap::Args;
+use tch::Device;
 
+use super::jobs::{JobsArguments, WorkerPlace, worker_pool};
 use super::progress::Display;
 use super::{ComputeArguments, DataArguments, show};
 
@@ -39,6 +43,11 @@ pub struct RunArguments {
     experiment: ExperimentArguments,
     #[command(flatten)]
     compute: ComputeArguments,
+    #[command(flatten)]
+    jobs: JobsArguments,
+    /// Be one of the processes of another `run`, that trains what it is told to
+    #[arg(long, hide = true, value_name = "DEVICE,THREADS")]
+    worker: Option<WorkerPlace>,
 }
 
 #[derive(Args)]
@@ -47,6 +56,8 @@ pub struct PlanArguments {
     experiment: ExperimentArguments,
     #[command(flatten)]
     compute: ComputeArguments,
+    #[command(flatten)]
+    jobs: JobsArguments,
 }
 
 fn column_and_value(text: &str) -> Result<(String, String), String> {
@@ -74,16 +85,29 @@ impl ExperimentArguments {
 
 /// Trains what is missing, then shows the comparison.
 pub fn run(arguments: RunArguments) -> Result<ExitCode> {
-    let device = arguments.compute.device()?;
-    let plans = arguments.experiment.plans()?;
+    let RunArguments { experiment, compute, jobs, worker } = arguments;
     let interrupted = stop_on_signals()?;
+    if let Some(place) = worker {
+        return place.serve(|| experiment.plans(), &interrupted);
+    }
+    let device = compute.device()?;
+    let plans = experiment.plans()?;
+    let places = jobs.places(&compute, &plans)?;
+    let mut pool = (places.len() > 1).then(|| worker_pool(&places));
     let mut failed = false;
-    for plan in &plans {
+    for (number, plan) in plans.iter().enumerate() {
+        let started = Instant::now();
         let mut display = Display::new();
-        let summary = Runner::new(plan, device, &interrupted, &mut |event| display.show(event)).run()?;
+        let mut report = |event: RunEvent| display.show(event);
+        let summary = match &mut pool {
+            Some(pool) => {
+                execute(plan, &mut pool.for_plan(plan, number, &interrupted, &mut report), &interrupted)?
+            }
+            None => execute(plan, &mut Runner::new(plan, device, &interrupted, &mut report), &interrupted)?,
+        };
         display.finish();
         show_comparison(&plan.results)?;
-        show(sentence(plan, &summary))?;
+        show(sentence(plan, &summary, started.elapsed()))?;
         failed |= summary.failed > 0;
         if summary.interrupted {
             return Ok(ExitCode::from(130));
@@ -96,20 +120,24 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
 pub fn plan(arguments: PlanArguments) -> Result<ExitCode> {
     let device = arguments.compute.device()?;
     let plans = arguments.experiment.plans()?;
+    let places = arguments.jobs.places(&arguments.compute, &plans)?;
+    if let [place, _, ..] = places[..] {
+        // What is measured is what one of the jobs will have.
+        place.set_up();
+    }
     let speed = Speed::measure(device)?;
     for plan in &plans {
-        show_plan(plan, &speed)?;
+        show_plan(plan, device, &speed, places.len())?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Shows the runs of a plan that are not done, with their number of steps and what they will cost.
-fn show_plan(plan: &Plan, speed: &Speed) -> Result<()> {
-    let recorded = match plan.results.exists() {
-        true => ResultsFile::open(&plan.results)?.recorded()?,
+fn show_plan(plan: &Plan, device: Device, speed: &Speed, jobs: usize) -> Result<()> {
+    let (recorded, rows) = match plan.results.exists() {
+        true => (ResultsFile::open(&plan.results)?.recorded()?, results::read(&plan.results)?),
         false => Default::default(),
     };
-    let rows = if plan.results.exists() { results::read(&plan.results)? } else { Vec::new() };
     let (chosen, open): (Vec<_>, Vec<_>) = plan
         .selection
         .choices
@@ -120,44 +148,91 @@ fn show_plan(plan: &Plan, speed: &Speed) -> Result<()> {
         chosen.iter().filter_map(|(_, chosen)| chosen.as_ref()).flat_map(|chosen| &chosen.candidate.reports);
     let runs: Vec<_> = plan.selection.trials.iter().chain(&plan.runs).chain(chosen).collect();
     let to_do: Vec<_> = runs.iter().filter(|run| !recorded.has(&run.id, run.rows())).collect();
-    let mut tokens = Tokens::default();
-    let mut steps = 0;
-    let mut total = Forecast::default();
-    let mut add = |run: &Run| -> Result<u64> {
-        let cost = forecast(run, &mut tokens, speed)?;
-        total = Forecast { seconds: total.seconds + cost.seconds, memory: total.memory.max(cost.memory) };
-        Ok(run.total_steps())
+    let mut cost = Cost {
+        pace: Pace::of(&rows, device),
+        speed,
+        tokens: Tokens::default(),
+        runs: 0,
+        steps: 0,
+        seconds: (0.0, 0.0),
+        memory: 0.0,
+        by_pace: 0,
     };
     for run in &to_do {
         let model = &run.model.name;
         show(format_args!("{}  {model}  {} steps  {}", run.id, run.total_steps(), run.label()))?;
-        steps += add(run)?;
+        cost.add(run)?;
     }
-    let mut to_choose = 0;
     for (choice, _) in open {
         let Some(candidate) = choice.candidates.first() else { continue };
         let (seeds, candidates) = (candidate.reports.len(), choice.candidates.len());
         show(format_args!("then {seeds} runs of {}, with the best of {candidates} settings", choice.what))?;
         // Any of the candidates may be chosen: the first one stands for them.
         for run in &candidate.reports {
-            steps += add(run)?;
+            cost.add(run)?;
         }
-        to_choose += seeds;
     }
     for note in &plan.notes {
         show(format_args!("note: {note}"))?;
     }
     let finished = runs.len() - to_do.len();
-    let all = runs.len() + to_choose;
     show(format_args!(
-        "{}: {all} runs, {finished} finished, {} to do, {steps} optimizer steps; about {} on this machine, up to {:.1} GB; \
-         results in {}",
+        "{}: {} runs, {finished} finished, {} to do, {} optimizer steps; {}; results in {}",
         plan.name,
-        all - finished,
-        duration(total.seconds),
-        total.memory / 1e9,
+        finished + cost.runs,
+        cost.runs,
+        cost.steps,
+        cost.in_words(jobs),
         plan.results.display()
     ))
+}
+
+/// What some runs will cost, added up.
+struct Cost<'a> {
+    pace: Pace,
+    speed: &'a Speed,
+    tokens: Tokens,
+    runs: usize,
+    steps: u64,
+    /// Seconds of all runs one after the other, and of the longest.
+    seconds: (f64, f64),
+    /// Bytes of the run that needs most.
+    memory: f64,
+    /// Runs whose time is known from finished ones.
+    by_pace: usize,
+}
+
+impl Cost<'_> {
+    fn add(&mut self, run: &Run) -> Result<()> {
+        let Forecast { mut seconds, memory } = forecast(run, &mut self.tokens, self.speed)?;
+        if let Some(known) = self.pace.seconds(run, &mut self.tokens)? {
+            seconds = known;
+            self.by_pace += 1;
+        }
+        self.runs += 1;
+        self.steps += run.total_steps();
+        self.seconds = (self.seconds.0 + seconds, self.seconds.1.max(seconds));
+        self.memory = self.memory.max(memory);
+        Ok(())
+    }
+
+    /// Says time and memory, and what the time is known from. Jobs share the work, but not within a run; each needs the memory
+    /// of one.
+    fn in_words(&self, jobs: usize) -> String {
+        let jobs = jobs.min(self.runs).max(1);
+        let (all, longest) = self.seconds;
+        let time = duration((all / jobs as f64).max(longest));
+        let known = match self.by_pace {
+            0 => "on this machine".into(),
+            known if known == self.runs => "by the speed of finished runs".into(),
+            known => format!("({known} runs by the speed of finished ones)"),
+        };
+        let memory = self.memory / 1e9;
+        match jobs {
+            1 => format!("about {time} {known}, up to {memory:.1} GB"),
+            jobs => format!("about {time} {known} with {jobs} jobs, up to {jobs} × {memory:.1} GB"),
+        }
+    }
 }
 
 /// Writes a time that is a guess: in two units at most.
@@ -169,7 +244,7 @@ fn duration(seconds: f64) -> String {
         3600..86_400 => seconds.next_multiple_of(60),
         _ => seconds.next_multiple_of(3600),
     };
-    humantime::format_duration(std::time::Duration::from_secs(rounded)).to_string()
+    humantime::format_duration(Duration::from_secs(rounded)).to_string()
 }
 
 /// Makes Ctrl-C and a polite kill end the current run between two batches; a second Ctrl-C ends at once.
@@ -193,7 +268,7 @@ fn show_comparison(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn sentence(plan: &Plan, summary: &Summary) -> String {
+fn sentence(plan: &Plan, summary: &Summary, time: Duration) -> String {
     let mut parts = vec![format!("{} runs done", summary.ok)];
     for (count, what) in [
         (summary.failed, "diverged or failed (their rows say why)"),
@@ -205,5 +280,9 @@ fn sentence(plan: &Plan, summary: &Summary) -> String {
         }
     }
     let again = if summary.interrupted { "; interrupted: the same command goes on from here" } else { "" };
-    format!("{}: {}{again}\nresults: {}", plan.name, parts.join(", "), plan.results.display())
+    let took = match time.as_secs() {
+        0..60 => format!("{:.1} s", time.as_secs_f64()),
+        seconds => humantime::format_duration(Duration::from_secs(seconds)).to_string(),
+    };
+    format!("{}: {}; {took} in all{again}\nresults: {}", plan.name, parts.join(", "), plan.results.display())
 }

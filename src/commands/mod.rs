@@ -8,6 +8,7 @@ mod evaluate;
 mod experiment;
 mod export;
 mod gpu_check;
+mod jobs;
 mod predict;
 mod progress;
 
@@ -70,6 +71,14 @@ enum Command {
     GpuCheck(gpu_check::GpuCheckArguments),
 }
 
+impl Arguments {
+    /// Returns whether the command computes with libtorch, so that it is worth a second start of the program with another
+    /// environment.
+    pub fn computes(&self) -> bool {
+        !matches!(self.command, Command::Compare(_) | Command::Data(_) | Command::Doctor(_))
+    }
+}
+
 /// Writes a line to standard output; an error instead of a panic where nobody reads it any more.
 pub fn show(text: impl Display) -> Result<()> {
     Ok(writeln!(std::io::stdout().lock(), "{text}")?)
@@ -113,12 +122,17 @@ impl ComputeArguments {
     /// Settles the device and sets up the thread pools.
     fn device(&self) -> Result<Device, Error> {
         if let Some(threads) = self.threads {
-            tch::set_num_threads(i32::from(threads));
-            // Only fails if the pool exists already, and then with the default number of threads.
-            let _ = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global();
+            use_threads(threads);
         }
         device_named(&self.device)
     }
+}
+
+/// Sets up the thread pools of this process.
+fn use_threads(threads: u16) {
+    tch::set_num_threads(i32::from(threads));
+    // Only fails if the pool exists already, and then with the default number of threads.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global();
 }
 
 /// Settles which device a name means.

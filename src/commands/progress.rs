@@ -4,94 +4,176 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use child_tuning::data::FetchEvent;
-use child_tuning::experiment::RunEvent;
 use child_tuning::experiment::results::{Row, Status};
-use child_tuning::train::{Event, Progress};
-use indicatif::{BinaryBytes, HumanDuration, ProgressBar, ProgressStyle};
+use child_tuning::experiment::{RunEvent, Turn};
+use child_tuning::train::Event;
+use indicatif::{BinaryBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
 /// How often a transfer reports where there is no bar.
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
-/// Shows what a runner reports, on standard error.
+/// Shows what happens to the runs of an experiment, on standard error: on a terminal a bar for each worker and below them
+/// one for the whole, elsewhere a line as a run starts or ends.
 pub struct Display {
+    bars: Option<Bars>,
+    /// What each worker is at, by its number.
+    places: Vec<Place>,
+}
+
+#[derive(Default)]
+struct Place {
+    /// The run in a few words.
+    run: String,
+    /// Its optimizer steps: all, and those that are done.
+    steps: (u64, u64),
     bar: Option<ProgressBar>,
-    place: String,
+}
+
+struct Bars {
+    all: MultiProgress,
+    whole: ProgressBar,
+    /// Runs that have ended, and those there are; optimizer steps of those that have ended.
+    runs: (usize, usize),
+    steps: u64,
 }
 
 impl Display {
     /// Makes a display that fits what standard error is.
     pub fn new() -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let style =
-                ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} [{elapsed} < {eta}]");
-            let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.enable_steady_tick(Duration::from_millis(200));
-            bar
+        let bars = std::io::stderr().is_terminal().then(|| {
+            let all = MultiProgress::new();
+            let whole = all.add(bar("{msg} {bar:24} [{elapsed} < {eta}]"));
+            Bars { all, whole, runs: (0, 0), steps: 0 }
         });
-        Self { bar, place: String::new() }
+        Self { bars, places: Vec::new() }
     }
 
     /// Shows one event.
     pub fn show(&mut self, event: RunEvent) {
         match event {
             RunEvent::Note(text) => self.line(&format!("note: {text}")),
-            RunEvent::Skipped(Progress { done, total }) => {
-                self.line(&format!("{done} of {total} runs are in the results already"));
-            }
-            RunEvent::Started(number, total, run) => {
-                self.place = format!("[{number}/{total}] {}", run.label());
-                match &self.bar {
-                    Some(bar) => {
-                        bar.set_prefix(self.place.clone());
-                        bar.set_message("");
-                        bar.reset();
-                    }
-                    None => eprintln!("{}: {} steps", self.place, run.total_steps()),
+            RunEvent::Queued { there, total, steps } => {
+                if there > 0 {
+                    self.line(&format!("{there} of {total} runs are in the results already"));
+                }
+                if let Some(bars) = &mut self.bars {
+                    (bars.runs, bars.steps) = ((there, total), 0);
+                    bars.whole.reset();
+                    bars.whole.set_length(steps);
+                    bars.whole.set_message(format!("{there}/{total} runs"));
                 }
             }
-            RunEvent::Progress(event) => self.progress(event),
-            RunEvent::Finished(rows) => self.line(&format!("{}: {}", self.place, outcome(rows))),
+            RunEvent::Started { worker, turn } => {
+                let Turn { number, total, run } = turn;
+                let name = format!("[{number}/{total}] {}", run.label());
+                if self.bars.is_none() {
+                    eprintln!("{name}: {} steps", run.total_steps());
+                }
+                let bars = &self.bars;
+                let place = place(&mut self.places, worker);
+                (place.run, place.steps) = (name, (run.total_steps(), 0));
+                if let Some(bars) = bars {
+                    let own = || {
+                        bars.all.insert_before(
+                            &bars.whole,
+                            bar("{prefix} {bar:24} {pos}/{len} {msg} [{elapsed}]"),
+                        )
+                    };
+                    let bar = place.bar.get_or_insert_with(own);
+                    bar.set_prefix(place.run.clone());
+                    bar.set_message("");
+                    bar.reset();
+                }
+            }
+            RunEvent::Progress { worker, event } => self.progress(worker, event),
+            RunEvent::Finished { worker, rows } => {
+                let place = place(&mut self.places, worker);
+                let line = format!("{}: {}", place.run, outcome(rows));
+                let (steps, _) = std::mem::take(&mut place.steps);
+                if let Some(bar) = place.bar.take() {
+                    bar.finish_and_clear();
+                }
+                if let Some(bars) = &mut self.bars {
+                    bars.runs.0 += 1;
+                    bars.steps += steps;
+                    bars.whole.set_message(format!("{}/{} runs", bars.runs.0, bars.runs.1));
+                }
+                self.show_whole();
+                self.line(&line);
+            }
         }
     }
 
-    /// Removes the bar.
+    /// Removes the bars.
     pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+        if let Some(bars) = &self.bars {
+            self.places.iter().filter_map(|place| place.bar.as_ref()).for_each(ProgressBar::finish_and_clear);
+            bars.whole.finish_and_clear();
         }
     }
 
-    fn progress(&self, event: Event) {
+    fn progress(&mut self, worker: usize, event: Event) {
+        let place = place(&mut self.places, worker);
         let (progress, message) = match event {
             Event::Encoded(progress) => (progress, "examples through the frozen encoder".to_owned()),
             Event::Prepared(progress) => (progress, "examples for the mask".to_owned()),
-            Event::Step { progress, loss } => (progress, format!("steps, loss {loss:.4}")),
+            Event::Step { progress, loss } => {
+                place.steps.1 = progress.done;
+                (progress, format!("steps, loss {loss:.4}"))
+            }
             Event::Evaluated(progress) => (progress, "examples scored".to_owned()),
             Event::MicroBatch(examples) => {
-                let place = &self.place;
-                self.line(&format!(
-                    "note: {place}: out of memory; passes of at most {examples} examples from here on"
-                ));
+                let run = &place.run;
+                let line =
+                    format!("note: {run}: out of memory; passes of at most {examples} examples from here on");
+                self.line(&line);
                 return;
             }
-            Event::Epoch { .. } if self.bar.is_none() => return,
             Event::Epoch { epoch, headline } => {
-                self.line(&format!("{}: epoch {epoch}: {headline:.4}", self.place));
+                if self.bars.is_some() {
+                    let line = format!("{}: epoch {epoch}: {headline:.4}", place.run);
+                    self.line(&line);
+                }
                 return;
             }
         };
-        let Some(bar) = &self.bar else { return };
-        bar.set_length(progress.total);
-        bar.set_position(progress.done);
-        bar.set_message(message);
+        if let Some(bar) = &place.bar {
+            bar.set_length(progress.total);
+            bar.set_position(progress.done);
+            bar.set_message(message);
+            self.show_whole();
+        }
+    }
+
+    /// Moves the bar of the whole to the steps that have been taken.
+    fn show_whole(&self) {
+        if let Some(bars) = &self.bars {
+            let under_way: u64 = self.places.iter().map(|place| place.steps.1).sum();
+            bars.whole.set_position(bars.steps + under_way);
+        }
     }
 
     fn line(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(text),
+        match &self.bars {
+            // Fails where the terminal is gone, and then nobody reads the line.
+            Some(bars) => drop(bars.all.println(text)),
             None => eprintln!("{text}"),
         }
     }
+}
+
+fn place(places: &mut Vec<Place>, worker: usize) -> &mut Place {
+    if places.len() <= worker {
+        places.resize_with(worker + 1, Place::default);
+    }
+    &mut places[worker]
+}
+
+fn bar(template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template);
+    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
 }
 
 /// Puts a finished run in a few words.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::plan::Plan;
+use super::queue::Turn;
 use super::run::Run;
 use super::runner::{RunEvent, Runner};
 use super::training_set::training_set;
@@ -69,12 +70,13 @@ impl Runner<'_> {
         // What starts from another run has no weights to look at before that one is trained.
         let runs: Vec<_> = self.plan.all_runs().filter(|run| run.source_run().is_none()).cloned().collect();
         for (number, run) in runs.iter().enumerate().filter(|(_, run)| chosen(run)) {
-            (self.report)(RunEvent::Started(number + 1, runs.len(), run));
+            let turn = Turn { number: number + 1, total: runs.len(), run: run.clone() };
+            (self.report)(RunEvent::Started { worker: 0, turn: &turn });
             self.load(run)?;
             let Some(resident) = &mut self.resident else { continue };
             let all = self.tokens.of(&run.model, &run.task.train.dataset, run.hyperparameters.max_length)?;
             let (report, interrupted) = (&mut *self.report, self.interrupted);
-            let mut forward = |event| report(RunEvent::Progress(event));
+            let mut forward = |event| report(RunEvent::Progress { worker: 0, event });
             let mut control = Control { interrupted, report: &mut forward };
             let data = training_set(&all, run)?;
             resident.classifier.reset(run.seed)?;

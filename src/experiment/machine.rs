@@ -1,6 +1,7 @@
 //! The machine that a run runs on: its name and its memory.
 
 use std::fs;
+use std::sync::OnceLock;
 
 use tch::Device;
 
@@ -8,8 +9,10 @@ use crate::libtorch;
 
 /// Returns the device with the name of its processor, such as `cpu (AMD EPYC, 2 threads)`.
 pub fn device_name(device: Device) -> String {
+    /// NVIDIA's tool takes up to seconds, and every row names the device.
+    static CARDS: OnceLock<Vec<String>> = OnceLock::new();
     match device {
-        Device::Cuda(index) => match graphics_cards().get(index) {
+        Device::Cuda(index) => match CARDS.get_or_init(graphics_cards).get(index) {
             Some(name) => format!("cuda:{index} ({name})"),
             None => format!("cuda:{index}"),
         },

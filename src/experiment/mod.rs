@@ -1,13 +1,17 @@
 //! Experiments: YAML as typed, the plan of runs it stands for, the runner, and the result CSV.
 
 mod entries;
+mod execution;
 mod forecast;
 mod grid;
 mod inspection;
+mod jobs;
 mod machine;
 mod overrides;
+mod pace;
 mod plan;
 mod profile;
+mod queue;
 mod resident;
 pub mod results;
 mod rows;
@@ -18,15 +22,21 @@ mod spec;
 mod start;
 mod training_set;
 mod transfer;
+mod worker;
 
 pub use entries::{Evaluated, ModelEntry, SplitEntry, TaskEntry, data_roots, named_card};
+pub use execution::{Executor, Summary, execute};
 pub use forecast::{Forecast, Speed, forecast};
+pub use jobs::WorkerPool;
 pub use machine::{device_name, graphics_cards, peak_memory, reset_peak_memory};
 pub use overrides::Override;
+pub use pace::Pace;
 pub use plan::{Plan, PlanOptions};
+pub use queue::{Queue, Turn};
 pub use resident::Tokens;
 pub use run::{Run, RunPurpose};
-pub use runner::{RunEvent, Runner, Summary};
+pub use runner::{Attempt, RunEvent, Runner};
 pub use selection::{Candidate, Choice, Selection};
 pub use spec::{ExperimentSpec, PAPER_SEEDS};
 pub use start::Start;
+pub use worker::serve;

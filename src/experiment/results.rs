@@ -25,6 +25,7 @@ use contents::{Contents, Found};
 pub use contents::{Ended, Recorded};
 pub use row::{Row, SCHEMA_VERSION, Status};
 pub use text::read;
+pub(super) use text::{from_text, to_text};
 
 use crate::error::{Error, Result};
 

@@ -1,19 +1,22 @@
-//! The runner: trains what the results file does not have yet, one run after the other, and writes each result down.
+//! The runner: trains one run after the other in this process, and writes each result down.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Instant, SystemTime};
 
 use tch::Device;
 
 use super::entries::Evaluated;
+use super::execution::Executor;
 use super::inspection::write_mask_of;
 use super::machine;
 use super::plan::Plan;
+use super::queue::Turn;
 use super::resident::{ResidentModel, Tokens, has_model};
-use super::results::{Ended, Recorded, ResultsFile, Row, Status, beside, read};
+use super::results::{Ended, ResultsFile, Row, Status, beside};
 use super::rows::{Outcome, described, measured};
 use super::run::{Run, RunPurpose};
 use super::start::Start;
@@ -28,32 +31,53 @@ use crate::train::{Checkpoint, Control, Event, Progress, Scored, evaluate, train
 pub enum RunEvent<'a> {
     /// Something the user should know, in a sentence.
     Note(String),
-    /// Runs that the results file already has: so many of so many.
-    Skipped(Progress),
-    /// A run starts: its number from 1, the number of runs of the plan, the run.
-    Started(usize, usize, &'a Run),
-    /// Something happened within the run.
-    Progress(Event),
-    /// The run ended and its rows are on disk, one for each data set it was scored on.
-    Finished(&'a [Row]),
+    /// Runs are about to be trained.
+    Queued {
+        /// The runs that the results have already.
+        there: usize,
+        /// All runs.
+        total: usize,
+        /// Optimizer steps of those that are to be trained.
+        steps: u64,
+    },
+    /// A run starts.
+    Started {
+        /// The worker that trains it, counted from 0; without worker processes 0.
+        worker: usize,
+        /// The run and its place.
+        turn: &'a Turn,
+    },
+    /// Something happened within the run that a worker trains.
+    Progress {
+        /// The worker.
+        worker: usize,
+        /// What happened.
+        event: Event,
+    },
+    /// The run that a worker trained ended, and its rows are on disk, one for each data set it was scored on.
+    Finished {
+        /// The worker.
+        worker: usize,
+        /// The rows.
+        rows: &'a [Row],
+    },
 }
 
-/// What became of the runs of an experiment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Summary {
-    /// Runs that ended well in this process.
-    pub ok: usize,
-    /// Runs that diverged or failed in this process.
-    pub failed: usize,
-    /// Runs that were there already.
-    pub skipped: usize,
-    /// Runs that another process is at work on, or that wait for one of those.
-    pub elsewhere: usize,
-    /// Whether the user stopped the experiment.
-    pub interrupted: bool,
+/// What became of a run that was to be trained.
+pub enum Attempt {
+    /// It ended, well or not, and its rows are on the disk.
+    Ended(Vec<Row>),
+    /// The results had it already.
+    There,
+    /// Another process is at work on it, or on what it starts from.
+    Elsewhere,
+    /// The user asked to stop.
+    Interrupted,
+    /// The process that trained it was killed; it is to be tried again.
+    Lost,
 }
 
-/// Runs the plan of an experiment.
+/// Trains the runs of a plan.
 pub struct Runner<'a> {
     pub(super) plan: &'a Plan,
     device: Device,
@@ -62,8 +86,8 @@ pub struct Runner<'a> {
     /// The model of the last run, kept for the next one.
     pub(super) resident: Option<ResidentModel>,
     pub(super) tokens: Tokens,
-    /// What is to be said about the data before the first run.
-    notes: &'a [String],
+    /// The run that was given and not yet trained.
+    turn: Option<Turn>,
 }
 
 /// Whether the weights that a run starts from are at hand.
@@ -84,155 +108,58 @@ impl<'a> Runner<'a> {
         interrupted: &'a AtomicBool,
         report: &'a mut dyn FnMut(RunEvent),
     ) -> Self {
-        Self {
-            plan,
-            device,
-            interrupted,
-            report,
-            resident: None,
-            tokens: Tokens::default(),
-            notes: &plan.notes,
-        }
+        Self { plan, device, interrupted, report, resident: None, tokens: Tokens::default(), turn: None }
     }
 
-    /// Trains every run that the results file lacks: the trials of a selection first, then the runs that are reported.
+    /// Trains a run that nobody else has trained or is at work on, and appends its rows to the results.
     ///
-    /// A run that diverges or fails becomes a row, and the next one starts.
+    /// A run that diverges or fails becomes rows that say so.
     ///
     /// # Errors
     /// Fails if the results file cannot be used, or a model cannot be loaded.
-    pub fn run(mut self) -> Result<Summary> {
-        let results = ResultsFile::open(&self.plan.results)?;
-        if let Some(repair) = results.repaired() {
-            (self.report)(RunEvent::Note(repair.to_owned()));
+    pub fn attempt(&mut self, turn: &Turn, results: &ResultsFile) -> Result<Attempt> {
+        let run = turn.run.as_ref();
+        let Some(_claim) = results.claim(&run.id)? else { return Ok(Attempt::Elsewhere) };
+        // Another process may have finished it since the file was read.
+        if results.recorded()?.has(&run.id, run.rows()) {
+            return Ok(Attempt::There);
         }
-        self.make_folders()?;
-        self.check_models()?;
-        let mut summary = Summary::default();
-        let plan = self.plan;
-        self.train_missing(&plan.selection.trials, &results, &mut summary)?;
-        if !summary.interrupted {
-            let runs = [plan.runs.clone(), self.chosen(&results)?].concat();
-            self.train_missing(&runs, &results, &mut summary)?;
+        let source = self.source_of(run, results);
+        if let Ok(Source::Elsewhere) = source {
+            return Ok(Attempt::Elsewhere);
         }
-        self.clear_sources(&results)?;
-        Ok(summary)
+        (self.report)(RunEvent::Started { worker: 0, turn });
+        let rows = match source {
+            Ok(Source::Lost(status, why)) => Ok(rows_without_scores(
+                self.plan,
+                run,
+                self.device,
+                (status, &format!("not trained: {why}")),
+                SystemTime::now(),
+            )),
+            Ok(_) => self.rows(run),
+            Err(error) => Err(error),
+        };
+        let rows = match rows {
+            Err(Error::Interrupted) => return Ok(Attempt::Interrupted),
+            rows => rows?,
+        };
+        results.append(&rows)?;
+        Ok(Attempt::Ended(rows))
     }
 
-    /// Trains those of some runs that are not there yet.
-    fn train_missing(
-        &mut self,
-        runs: &[Arc<Run>],
-        results: &ResultsFile,
-        summary: &mut Summary,
-    ) -> Result<()> {
-        let recorded = results.recorded()?;
-        let is_there = |recorded: &Recorded, run: &Run| recorded.has(&run.id, run.rows());
-        let there = runs.iter().filter(|run| is_there(&recorded, run)).count();
-        summary.skipped += there;
-        if there > 0 {
-            (self.report)(RunEvent::Skipped(Progress::new(there, runs.len())));
-        }
-        for (number, run) in runs.iter().enumerate().filter(|(_, run)| !is_there(&recorded, run)) {
-            if self.interrupted.load(Ordering::Relaxed) {
-                summary.interrupted = true;
-                break;
-            }
-            let Some(_claim) = results.claim(&run.id)? else {
-                summary.elsewhere += 1;
-                continue;
-            };
-            // Another process may have finished it since the file was read.
-            if is_there(&results.recorded()?, run) {
-                summary.skipped += 1;
-                continue;
-            }
-            let source = self.source_of(run, results);
-            if let Ok(Source::Elsewhere) = source {
-                summary.elsewhere += 1;
-                continue;
-            }
-            for note in std::mem::take(&mut self.notes) {
-                (self.report)(RunEvent::Note(note.clone()));
-            }
-            (self.report)(RunEvent::Started(number + 1, runs.len(), run));
-            let rows = match source {
-                Ok(Source::Lost(status, why)) => Ok(self.rows_without_scores(
-                    run,
-                    status,
-                    &format!("not trained: {why}"),
-                    SystemTime::now(),
-                )),
-                Ok(_) => self.rows(run),
-                Err(error) => Err(error),
-            };
-            let rows = match rows {
-                Err(Error::Interrupted) => {
-                    summary.interrupted = true;
-                    break;
-                }
-                rows => rows?,
-            };
-            results.append(&rows)?;
-            if rows.iter().all(|row| row.status == Status::Ok) {
-                summary.ok += 1
-            } else {
-                summary.failed += 1
-            }
-            (self.report)(RunEvent::Finished(&rows));
-        }
-        Ok(())
-    }
-
-    /// Returns the runs that the trials chose; a choice whose trials are not all done is left open.
-    fn chosen(&mut self, results: &ResultsFile) -> Result<Vec<Arc<Run>>> {
-        let rows = read(results.path())?;
-        let mut runs = Vec::new();
-        for choice in &self.plan.selection.choices {
-            let note = match choice.choose(&rows) {
-                None => format!("{}: not chosen yet, as trials are missing or failed", choice.what),
-                Some(chosen) => {
-                    runs.extend(chosen.candidate.reports.iter().cloned());
-                    let mean = chosen.mean.map_or("no score".into(), |mean| format!("{:.2}", 100.0 * mean));
-                    let settings = &chosen.candidate.settings;
-                    format!(
-                        "{}: chose {settings} (mean {mean}, best of {})",
-                        choice.what,
-                        choice.candidates.len()
-                    )
-                }
-            };
-            (self.report)(RunEvent::Note(note));
-        }
-        Ok(runs)
-    }
-
-    /// Makes the folders of models and masks before anything trains, so that a bad place does not cost trained runs.
-    fn make_folders(&self) -> Result<()> {
-        for (key, folder) in [("save", &self.plan.save), ("masks", &self.plan.masks)] {
-            let Some(folder) = folder else { continue };
-            std::fs::create_dir_all(folder).map_err(|error| {
-                Error::Environment(format!(
-                    "cannot create the folder {}: {error}; name another place with `{key}:`",
-                    folder.display()
-                ))
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Loads every model once before anything trains, and looks at every length that it is to take, so that what does not
-    /// fit does not end a grid halfway. Methods look at it too: a mask file may be one of another model.
-    fn check_models(&mut self) -> Result<()> {
-        let mut checked: Vec<(&str, usize, bool, String)> = Vec::new();
-        let plan = self.plan;
-        for run in plan.all_runs().filter(|run| run.source_run().is_none()) {
+    /// Loads every model of some runs once before anything trains, and looks at every length that it is to take, so that
+    /// what does not fit does not end a grid halfway. Methods look at it too: a mask file may be one of another model.
+    ///
+    /// # Errors
+    /// Fails, naming what does not fit.
+    pub fn check_models<'r>(&mut self, runs: impl IntoIterator<Item = &'r Arc<Run>>) -> Result<()> {
+        let mut checked: HashSet<(&str, usize, bool, String)> = HashSet::new();
+        for run in runs.into_iter().filter(|run| run.source_run().is_none()) {
             let (max_length, is_pair) = (run.hyperparameters.max_length, run.task.card.is_pair());
-            let case = (run.start_id(), max_length, is_pair, run.method.options());
-            if checked.contains(&case) {
+            if !checked.insert((run.start_id(), max_length, is_pair, run.method.options())) {
                 continue;
             }
-            checked.push(case);
             self.load(run)?;
             if let Some(resident) = &self.resident {
                 resident.classifier.check_inputs(&run.model.encoder, max_length)?;
@@ -279,16 +206,6 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Makes the rows of a run that has no scores.
-    fn rows_without_scores(&self, run: &Run, status: Status, reason: &str, started: SystemTime) -> Vec<Row> {
-        let row = |evaluated: &Evaluated| Row {
-            status,
-            reason: Some(reason.to_owned()),
-            ..described(self.plan, run, &evaluated.on, self.device, started)
-        };
-        run.evaluations.iter().map(row).collect()
-    }
-
     /// Does one run. Whatever goes wrong inside it becomes part of its rows.
     fn rows(&mut self, run: &Run) -> Result<Vec<Row>> {
         let started = SystemTime::now();
@@ -305,7 +222,14 @@ impl<'a> Runner<'a> {
             Err(error) => {
                 let diverged = matches!(error, Error::Diverged(_));
                 let status = if diverged { Status::Diverged } else { Status::Failed };
-                return Ok(self.rows_without_scores(run, status, &error.to_string(), started));
+                let outcome = (status, error.to_string());
+                return Ok(rows_without_scores(
+                    self.plan,
+                    run,
+                    self.device,
+                    (outcome.0, &outcome.1),
+                    started,
+                ));
             }
             Ok(outcome) => outcome,
         };
@@ -368,7 +292,7 @@ impl<'a> Runner<'a> {
             .map(|evaluated| encode(&evaluated.on.dataset))
             .collect::<Result<Vec<_>>>()?;
         let report = &mut *self.report;
-        let mut forward = |event| report(RunEvent::Progress(event));
+        let mut forward = |event| report(RunEvent::Progress { worker: 0, event });
         let mut control = Control { interrupted: self.interrupted, report: &mut forward };
         resident.classifier.reset(run.seed)?;
         let started = Instant::now();
@@ -422,31 +346,58 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    /// Returns where the model of a run is kept: in `save:`, or beside the results where others start from it.
+    /// Returns where the model of a run is kept.
     fn kept(&self, run: &Run) -> PathBuf {
-        let folder = self.plan.save.clone().unwrap_or_else(|| beside(&self.plan.results, ".sources"));
-        folder.join(&run.id)
+        kept_folder(self.plan, run)
+    }
+}
+
+impl Executor for Runner<'_> {
+    fn report(&mut self, event: RunEvent) {
+        (self.report)(event);
     }
 
-    /// Removes the models that were kept only for other runs to start from, once those are done.
-    fn clear_sources(&self, results: &ResultsFile) -> Result<()> {
-        if self.plan.save.is_some() {
-            return Ok(());
-        }
-        let recorded = results.recorded()?;
-        for run in &self.plan.runs {
-            let mut next = self
-                .plan
-                .runs
-                .iter()
-                .filter(|other| other.source_run().is_some_and(|source| source.id == run.id));
-            if next.all(|other| recorded.has(&other.id, other.rows())) {
-                // What cannot be removed does no harm; the folder above goes with the last one.
-                let kept = self.kept(run);
-                let _ = std::fs::remove_dir_all(&kept);
-                let _ = kept.parent().map(std::fs::remove_dir);
-            }
-        }
+    fn prepare(&mut self, missing: &[&Arc<Run>]) -> Result<()> {
+        self.check_models(missing.iter().copied())
+    }
+
+    fn has_room(&self) -> bool {
+        self.turn.is_none()
+    }
+
+    fn start(&mut self, turn: Turn) -> Result<()> {
+        self.turn = Some(turn);
         Ok(())
     }
+
+    fn wait(&mut self, results: &ResultsFile) -> Result<Option<(Turn, Attempt)>> {
+        let Some(turn) = self.turn.take() else { return Ok(None) };
+        let attempt = self.attempt(&turn, results)?;
+        if let Attempt::Ended(rows) = &attempt {
+            (self.report)(RunEvent::Finished { worker: 0, rows });
+        }
+        Ok(Some((turn, attempt)))
+    }
+}
+
+/// Returns where the model of a run is kept: in `save:`, or beside the results where others start from it.
+pub(super) fn kept_folder(plan: &Plan, run: &Run) -> PathBuf {
+    let folder = plan.save.clone().unwrap_or_else(|| beside(&plan.results, ".sources"));
+    folder.join(&run.id)
+}
+
+/// Makes the rows of a run that has no scores, with how it ended and why.
+pub(super) fn rows_without_scores(
+    plan: &Plan,
+    run: &Run,
+    device: Device,
+    (status, reason): (Status, &str),
+    started: SystemTime,
+) -> Vec<Row> {
+    let row = |evaluated: &Evaluated| Row {
+        status,
+        reason: Some(reason.to_owned()),
+        ..described(plan, run, &evaluated.on, device, started)
+    };
+    run.evaluations.iter().map(row).collect()
 }

@@ -18,7 +18,7 @@ pub use context::{Tf32, cuda_peak_bytes, device_memory, release_cached_memory, r
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use memory::{elements, elements_mut, map_file, upload};
 pub use optimizer::{FusedAdamW, FusedGroup};
-pub use process::{keep_freed_memory, with_a_considerate_environment};
+pub use process::{keep_freed_memory, keep_the_order_of_sums, with_a_considerate_environment};
 pub use profile::{Profile, ProfileRow, profile};
 pub use self_adjoint::self_adjoint;
 

@@ -1,6 +1,6 @@
 //! What a program that computes with libtorch settles for its whole process, before anything else.
 
-use std::ffi::c_int;
+use std::ffi::{c_char, c_int, c_void};
 use std::os::unix::process::CommandExt;
 
 /// What libtorch reads from the environment, and what this program sets it to where the user says nothing.
@@ -37,6 +37,39 @@ pub fn with_a_considerate_environment() {
         // Only returns if it fails, and then the program works as well, if slower beside others.
         again.args(std::env::args_os().skip(1)).envs(missing.into_iter().copied());
         let _ = again.exec();
+    }
+}
+
+/// Makes MKL's matrix products give the same bits on any number of threads, so that a run's numbers do not depend on how many
+/// runs share the cores. A no-op where the user has set `MKL_CBWR`, and with another library of matrix products.
+///
+/// Its strict mode fixes in which order the terms of a sum are added up. Has to come before the first product.
+pub fn keep_the_order_of_sums() {
+    /// The first branch that has a strict mode (AVX2); older and foreign processors are left alone, since there the mode would
+    /// be another and slower branch.
+    const FIRST_STRICT_BRANCH: c_int = 10;
+    const AUTO: c_int = 2;
+    const STRICT: c_int = 0x10000;
+    if std::env::var_os("MKL_CBWR").is_some() {
+        return;
+    }
+    unsafe extern "C" {
+        fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
+    }
+    // SAFETY: a null handle asks all loaded libraries; the names are C strings; a name that is not there gives null.
+    let [branch, set] = [c"mkl_serv_cbwr_get_auto_branch", c"mkl_serv_cbwr_set"]
+        .map(|name| unsafe { dlsym(std::ptr::null_mut(), name.as_ptr()) });
+    if branch.is_null() || set.is_null() {
+        return;
+    }
+    // SAFETY: the functions are those of `mkl_service.h`: `int mkl_cbwr_get_auto_branch(void)` and `int mkl_cbwr_set(int)`.
+    unsafe {
+        let branch: extern "C" fn() -> c_int = std::mem::transmute(branch);
+        let set: extern "C" fn(c_int) -> c_int = std::mem::transmute(set);
+        if branch() >= FIRST_STRICT_BRANCH {
+            // Refused after the first product only, and then sums are as they were.
+            set(AUTO | STRICT);
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::evaluate::{Evaluation, Scored, evaluate};
@@ -19,12 +20,13 @@ use crate::libtorch::release_cached_memory;
 use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared};
 use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Precision, Trainable, loss};
 use crate::random::{self, Key, Purpose};
+use crate::values::nan_as_null;
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
 const STEPS_BETWEEN_LOOKS: u64 = 20;
 
 /// Something that happened in a run, for whoever shows or logs it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Event {
     /// A frozen encoder passed over examples.
     Encoded(Progress),
@@ -35,6 +37,7 @@ pub enum Event {
         /// Steps done, of all steps.
         progress: Progress,
         /// The loss at the last look.
+        #[serde(with = "nan_as_null")]
         loss: f64,
     },
     /// Examples were evaluated.
@@ -46,12 +49,13 @@ pub enum Event {
         /// The epoch, from 1.
         epoch: usize,
         /// Its headline metric.
+        #[serde(with = "nan_as_null")]
         headline: f64,
     },
 }
 
 /// So many of so many.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     /// How many are done.
     pub done: u64,

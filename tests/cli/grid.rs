@@ -18,7 +18,8 @@ fn a_grid_writes_one_row_a_run_and_a_second_start_runs_nothing() {
     let workplace = Workplace::new();
     workplace.experiment(GRID);
     let first = workplace.run(&[]).with_code(0);
-    assert!(first.stdout.contains("experiment: 6 runs done\nresults: results.csv"), "{}", first.stdout);
+    assert!(first.stdout.contains("experiment: 6 runs done; "), "{}", first.stdout);
+    assert!(first.stdout.ends_with(" s in all\nresults: results.csv\n"), "{}", first.stdout);
     let written = workplace.read("results.csv");
     assert!(written.starts_with("schema_version,experiment,run,model,model_sha256,task,"));
     let rows = workplace.rows("results.csv");

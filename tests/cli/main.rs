@@ -13,6 +13,7 @@ mod export;
 mod gpu_check;
 mod grid;
 mod interruption;
+mod jobs;
 mod launcher;
 mod predict;
 mod server;

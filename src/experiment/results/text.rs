@@ -102,6 +102,25 @@ pub(super) fn encode(rows: &[&Row]) -> csv::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Writes rows as a results file holds them, without its header; for [`from_text`].
+///
+/// # Errors
+/// Fails if memory does.
+pub fn to_text(rows: &[Row]) -> Result<String> {
+    let bytes =
+        encode(&rows.iter().collect::<Vec<_>>()).map_err(|error| Error::io("write", "rows")(error.into()))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Reads what [`to_text`] wrote.
+///
+/// # Errors
+/// Fails if a row does not parse.
+pub fn from_text(text: &str) -> Result<Vec<Row>> {
+    let header = header().map_err(|error| Error::io("write", "rows")(error.into()))?;
+    parse(Path::new("rows"), &[&header, text.as_bytes()].concat())
+}
+
 /// A number that may be missing; NaN counts as missing, as it does in pandas.
 pub(super) mod number {
     use super::{Deserialize, Deserializer, Serialize, Serializer};

@@ -1,0 +1,191 @@
+//! An experiment from its plan to a complete results file, whoever trains the runs: this process or several workers.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::plan::Plan;
+use super::queue::{Queue, Turn};
+use super::results::{ResultsFile, Status, read};
+use super::run::Run;
+use super::runner::{Attempt, RunEvent, kept_folder};
+use crate::error::{Error, Result};
+
+/// Who trains runs: as many at once as it has room for.
+pub trait Executor {
+    /// Tells what happens to whoever watches.
+    fn report(&mut self, event: RunEvent);
+
+    /// Makes ready to train those runs of a plan that are missing, and checks the models they start from.
+    ///
+    /// # Errors
+    /// Fails if a model cannot be used.
+    fn prepare(&mut self, missing: &[&Arc<Run>]) -> Result<()>;
+
+    /// Returns whether another run can be started.
+    fn has_room(&self) -> bool;
+
+    /// Starts a run.
+    ///
+    /// # Errors
+    /// Fails if nobody is left to train it.
+    fn start(&mut self, turn: Turn) -> Result<()>;
+
+    /// Waits until a run that was started has ended; nothing if none was started.
+    ///
+    /// # Errors
+    /// Fails if the results file cannot be used, or a model cannot be loaded.
+    fn wait(&mut self, results: &ResultsFile) -> Result<Option<(Turn, Attempt)>>;
+}
+
+/// What became of the runs of an experiment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Runs that ended well in this process or its workers.
+    pub ok: usize,
+    /// Runs that diverged or failed there.
+    pub failed: usize,
+    /// Runs that were there already.
+    pub skipped: usize,
+    /// Runs that another process is at work on, or that wait for one of those.
+    pub elsewhere: usize,
+    /// Whether the user stopped the experiment.
+    pub interrupted: bool,
+}
+
+/// Trains every run that the results file of a plan lacks: the trials of a selection first, then the runs that are
+/// reported. `interrupted` stops it between two batches.
+///
+/// A run that diverges or fails becomes a row, and the next one starts.
+///
+/// # Errors
+/// Fails if the results file cannot be used, or a model cannot be loaded.
+pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBool) -> Result<Summary> {
+    let results = ResultsFile::open(&plan.results)?;
+    if let Some(repair) = results.repaired() {
+        executor.report(RunEvent::Note(repair.to_owned()));
+    }
+    make_folders(plan)?;
+    let recorded = results.recorded()?;
+    let missing: Vec<_> = plan.all_runs().filter(|run| !recorded.has(&run.id, run.rows())).collect();
+    executor.prepare(&missing)?;
+    let mut execution =
+        Execution { executor, results, interrupted, notes: &plan.notes, summary: Summary::default() };
+    execution.train_missing(&plan.selection.trials)?;
+    if !execution.summary.interrupted {
+        let runs = [plan.runs.clone(), execution.chosen(plan)?].concat();
+        execution.train_missing(&runs)?;
+    }
+    clear_sources(plan, &execution.results)?;
+    Ok(execution.summary)
+}
+
+struct Execution<'a> {
+    executor: &'a mut dyn Executor,
+    results: ResultsFile,
+    interrupted: &'a AtomicBool,
+    /// What is to be said about the data before the first run.
+    notes: &'a [String],
+    summary: Summary,
+}
+
+impl Execution<'_> {
+    /// Trains those of some runs that are not there yet.
+    fn train_missing(&mut self, runs: &[Arc<Run>]) -> Result<()> {
+        let mut queue = Queue::new(runs, &self.results.recorded()?);
+        self.summary.skipped += queue.there();
+        self.executor.report(RunEvent::Queued {
+            there: queue.there(),
+            total: queue.total(),
+            steps: queue.waiting().map(|run| run.total_steps()).sum(),
+        });
+        loop {
+            while self.executor.has_room() && !self.interrupted.load(Ordering::Relaxed) {
+                let Some(turn) = queue.take_next() else { break };
+                for note in std::mem::take(&mut self.notes) {
+                    self.executor.report(RunEvent::Note(note.clone()));
+                }
+                self.executor.start(turn)?;
+            }
+            let Some((turn, attempt)) = self.executor.wait(&self.results)? else { break };
+            match attempt {
+                Attempt::Ended(rows) => {
+                    let ok = rows.iter().all(|row| row.status == Status::Ok);
+                    *(if ok { &mut self.summary.ok } else { &mut self.summary.failed }) += 1;
+                    queue.ended(&turn);
+                }
+                Attempt::There => {
+                    self.summary.skipped += 1;
+                    queue.ended(&turn);
+                }
+                Attempt::Elsewhere => queue.is_elsewhere(&turn),
+                Attempt::Interrupted | Attempt::Lost => queue.put_back(&turn),
+            }
+        }
+        // Only an interruption leaves runs that nobody has tried.
+        self.summary.interrupted |= queue.waiting().next().is_some();
+        self.summary.elsewhere += queue.elsewhere();
+        Ok(())
+    }
+
+    /// Returns the runs that the trials chose; a choice whose trials are not all done is left open.
+    fn chosen(&mut self, plan: &Plan) -> Result<Vec<Arc<Run>>> {
+        if plan.selection.choices.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = read(self.results.path())?;
+        let mut runs = Vec::new();
+        for choice in &plan.selection.choices {
+            let note = match choice.choose(&rows) {
+                None => format!("{}: not chosen yet, as trials are missing or failed", choice.what),
+                Some(chosen) => {
+                    runs.extend(chosen.candidate.reports.iter().cloned());
+                    let mean = chosen.mean.map_or("no score".into(), |mean| format!("{:.2}", 100.0 * mean));
+                    let settings = &chosen.candidate.settings;
+                    format!(
+                        "{}: chose {settings} (mean {mean}, best of {})",
+                        choice.what,
+                        choice.candidates.len()
+                    )
+                }
+            };
+            self.executor.report(RunEvent::Note(note));
+        }
+        Ok(runs)
+    }
+}
+
+/// Makes the folders of models and masks before anything trains, so that a bad place does not cost trained runs.
+fn make_folders(plan: &Plan) -> Result<()> {
+    for (key, folder) in [("save", &plan.save), ("masks", &plan.masks)] {
+        let Some(folder) = folder else { continue };
+        std::fs::create_dir_all(folder).map_err(|error| {
+            Error::Environment(format!(
+                "cannot create the folder {}: {error}; name another place with `{key}:`",
+                folder.display()
+            ))
+        })?;
+    }
+    Ok(())
+}
+
+/// Removes the models that were kept only for other runs to start from, once those are done.
+fn clear_sources(plan: &Plan, results: &ResultsFile) -> Result<()> {
+    if plan.save.is_some() {
+        return Ok(());
+    }
+    let recorded = results.recorded()?;
+    let is_open = |run: &&Arc<Run>| !recorded.has(&run.id, run.rows());
+    let needed: HashSet<&str> = (plan.runs.iter().filter(is_open))
+        .filter_map(|run| run.source_run().map(|source| source.id.as_str()))
+        .collect();
+    for source in plan.runs.iter().filter_map(|run| run.source_run()) {
+        if !needed.contains(source.id.as_str()) {
+            // What cannot be removed does no harm; the folder above goes with the last one.
+            let kept = kept_folder(plan, source);
+            let _ = std::fs::remove_dir_all(&kept);
+            let _ = kept.parent().map(std::fs::remove_dir);
+        }
+    }
+    Ok(())
+}
