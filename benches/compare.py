@@ -27,7 +27,7 @@ HERE = pathlib.Path(__file__).parent
 METHODS = ["vanilla", "child_tuning_f", "child_tuning_d"]
 PRECISIONS = ["float32", "bf16"]
 SIDES = ["peer", "ours"]
-HEADER = ["side", "method", "precision", "tokens/s", "min-max", "vs peer F", "vs our vanilla"]
+HEADER = ["side", "method", "precision", "tokens/s", "min-max", "vs peer F", "vs our vanilla", "of matrix limit", "peak MB"]
 
 
 class Child:
@@ -49,6 +49,9 @@ class Child:
             raise SystemExit(f"error: cannot start {self.name()}: {problem}") from None
         self.ready = self.answer("ready")
         self.speeds = []
+        # Seconds of a step's matrix products by themselves, over those of the step.
+        self.shares = []
+        self.peak = "-"
 
     def answer(self, key):
         """Returns the next line of the process, an object with `key`."""
@@ -62,16 +65,24 @@ class Child:
             raise SystemExit(f"error: {self.name()} wrote `{line.strip()}`, not a JSON object with `{key}`") from None
         return answer
 
-    def go(self, steps):
-        """Trains `steps` steps; returns the real tokens per second and the number of real tokens."""
+    def ask(self, line):
+        """Sends a line; returns the real tokens per second of the answer and the number of real tokens."""
         with contextlib.suppress(BrokenPipeError):  # if it has ended, `answer` says so
-            self.process.stdin.write(f"go {steps}\n")
+            self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
         answer = self.answer("seconds")
         return answer["tokens"] / answer["seconds"], answer["tokens"]
 
+    def go(self, steps):
+        """Trains `steps` steps; returns the real tokens per second and the number of real tokens."""
+        return self.ask(f"go {steps}")
+
     def end(self):
-        """Ends the process by ending its input."""
+        """Ends the process by ending its input, and notes the most memory that it has held."""
+        with contextlib.suppress(OSError, StopIteration):
+            lines = pathlib.Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            peak = next(line for line in lines if line.startswith("VmHWM:"))
+            self.peak = f"{int(peak.split()[1]) / 1024:.0f}"
         with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
             self.process.stdin.close()
         self.process.wait()
@@ -89,8 +100,11 @@ def run_rounds(children, arguments):
     for round_number in range(1, arguments.repeats + 1):
         tokens = {}
         for child in children:
+            limit = child.ask("limit")[0] if child.side == "ours" else None
             speed, tokens[child.name()] = child.go(arguments.steps)
             child.speeds.append(speed)
+            if limit:
+                child.shares.append(speed / limit)
         if len(set(tokens.values())) > 1:
             raise SystemExit(f"error: the sides trained on different batches, in real tokens: {tokens}")
         print(f"round {round_number} of {arguments.repeats} done", file=sys.stderr)
@@ -116,6 +130,8 @@ def table_rows(children):
             f"{min(child.speeds):.0f}-{max(child.speeds):.0f}",
             ratio(child, children, "peer", "child_tuning_f"),
             ratio(child, children, "ours", "vanilla"),
+            f"{100 * statistics.median(child.shares):.0f} %" if child.shares else "-",
+            child.peak,
         ]
         for child in children
     ]

@@ -69,6 +69,7 @@ fn main() -> anyhow::Result<()> {
     // As the program does.
     child_tuning::libtorch::with_a_considerate_environment();
     child_tuning::libtorch::keep_freed_memory();
+    child_tuning::libtorch::keep_the_order_of_sums();
     tch::set_num_threads(arguments.threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
     let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };

@@ -1,7 +1,8 @@
 //! One side of the speed benchmark: training steps of this program, on request.
 //!
 //! Speaks the protocol of `benches/compare.py`: builds a model, takes one warm-up step, prints `{"ready": true}`, and then
-//! for every line `go N` takes N steps and prints a line with their time and tokens.
+//! for every line `go N` takes N steps and prints a line with their time and tokens. For a line `limit` it prints the time
+//! that the matrix products of the next step take by themselves, one after the other: no step can be faster.
 
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
@@ -15,7 +16,6 @@ use clap::Parser;
 use serde_json::json;
 use tch::{Device, Tensor};
 
-const BATCH_SIZE: usize = 16;
 const VOCABULARY: u32 = 30522;
 const SEED: u64 = 42;
 
@@ -40,6 +40,9 @@ struct Arguments {
     /// Transformer layers
     #[arg(long, default_value_t = 12)]
     layers: i64,
+    /// Examples of a step
+    #[arg(long, default_value_t = 16)]
+    batch_size: usize,
     /// Hidden size; heads are 64 wide, the feed-forward layer is four times as wide
     #[arg(long, default_value_t = 768)]
     hidden: i64,
@@ -56,6 +59,7 @@ fn main() -> anyhow::Result<()> {
     // As the program does.
     child_tuning::libtorch::with_a_considerate_environment();
     child_tuning::libtorch::keep_freed_memory();
+    child_tuning::libtorch::keep_the_order_of_sums();
     tch::set_num_threads(arguments.threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
     let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
@@ -68,9 +72,9 @@ fn main() -> anyhow::Result<()> {
     let mut classifier = Classifier::untrained(shape.config(0.1, 0.02), labels, device)?;
     classifier.reset(SEED)?;
     let prepared = measured_method(&arguments.method, &classifier)?;
-    let settings = settings(arguments.precision);
+    let settings = settings(arguments.precision, arguments.batch_size);
     let order: Vec<usize> = (0..data.len()).collect();
-    let batches: Vec<&[usize]> = order.chunks_exact(BATCH_SIZE).collect();
+    let batches: Vec<&[usize]> = order.chunks_exact(arguments.batch_size).collect();
     let mut trainer = Trainer::new(&mut classifier, &data, &settings, prepared, SEED)?;
     finished(trainer.step(batches[0])?)?;
     if arguments.profile {
@@ -83,6 +87,13 @@ fn main() -> anyhow::Result<()> {
     let mut next = batches.iter().cycle();
     for line in std::io::stdin().lock().lines() {
         let line = line?;
+        if line.trim() == "limit" {
+            let batch = next.clone().next().copied().unwrap_or_default();
+            let tokens = batch.iter().map(|&number| data.inputs[number].ids.len()).sum::<usize>();
+            let seconds = layers as f64 * layer_products(tokens as i64, hidden, arguments.precision, device)?;
+            println!("{}", json!({"seconds": seconds, "tokens": tokens, "steps": 1}));
+            continue;
+        }
         let steps: usize = line.trim().trim_start_matches("go ").parse()?;
         let (mut tokens, mut loss) = (0, None);
         let started = Instant::now();
@@ -95,6 +106,27 @@ fn main() -> anyhow::Result<()> {
         std::io::stdout().flush()?;
     }
     Ok(())
+}
+
+/// Returns the seconds that the matrix products of one layer take, forward and backward: four of hidden × hidden, two of
+/// hidden × 4 · hidden. Those of attention, of the head and of the embeddings are left out.
+fn layer_products(tokens: i64, hidden: i64, precision: Precision, device: Device) -> anyhow::Result<f64> {
+    let options = (precision.kind(), device);
+    let ones = |shape: [i64; 2]| Tensor::f_ones(shape, options);
+    let mut seconds = 0.0;
+    for (times, [inputs, outputs]) in
+        [(4.0, [hidden, hidden]), (1.0, [hidden, 4 * hidden]), (1.0, [4 * hidden, hidden])]
+    {
+        let (input, weight, gradient) =
+            (ones([tokens, inputs])?, ones([outputs, inputs])?, ones([tokens, outputs])?);
+        let started = Instant::now();
+        let _forward = input.f_mm(&weight.f_transpose(0, 1)?)?;
+        let _to_input = gradient.f_mm(&weight)?;
+        let to_weight = gradient.f_transpose(0, 1)?.f_mm(&input)?;
+        finished(to_weight.f_flatten(0, -1)?.f_narrow(0, 0, 1)?.f_sum(tch::Kind::Float)?)?;
+        seconds += times * started.elapsed().as_secs_f64();
+    }
+    Ok(seconds)
 }
 
 /// How many operators and how many kernels are shown.
@@ -128,11 +160,11 @@ fn precision(text: &str) -> Result<Precision, serde_json::Error> {
     serde_json::from_value(text.into())
 }
 
-fn settings(precision: Precision) -> Hyperparameters {
+fn settings(precision: Precision, batch_size: usize) -> Hyperparameters {
     Hyperparameters {
         epochs: 1e6,
-        batch_size: BATCH_SIZE,
-        micro_batch: MicroBatch::Examples(BATCH_SIZE),
+        batch_size,
+        micro_batch: MicroBatch::Examples(batch_size),
         learning_rate: 1e-5,
         precision,
         order: Order::Sequential,
