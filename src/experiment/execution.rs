@@ -101,7 +101,7 @@ impl Execution<'_> {
         });
         loop {
             while self.executor.has_room() && !self.interrupted.load(Ordering::Relaxed) {
-                let Some(turn) = queue.next() else { break };
+                let Some(turn) = queue.take_next() else { break };
                 for note in std::mem::take(&mut self.notes) {
                     self.executor.report(RunEvent::Note(note.clone()));
                 }

@@ -32,7 +32,7 @@ pub use machine::{available_memory, graphics_cards};
 pub use overrides::Override;
 pub use pace::Pace;
 pub use plan::{Plan, PlanOptions};
-pub use queue::{Queue, Turn};
+pub use queue::Turn;
 pub use resident::Tokens;
 pub use run::{Run, RunPurpose};
 pub use runner::{Attempt, RunEvent, Runner};

@@ -18,7 +18,7 @@ pub struct Turn {
 }
 
 /// The runs of a plan that are not done, and who waits for whom.
-pub struct Queue {
+pub(super) struct Queue {
     turns: Vec<Turn>,
     /// Runs nobody has started, by place, so that the first of the plan comes first.
     waiting: BTreeSet<usize>,
@@ -67,7 +67,7 @@ impl Queue {
     }
 
     /// Takes the next run that can start: the first whose source nobody has yet to train.
-    pub fn next(&mut self) -> Option<Turn> {
+    pub fn take_next(&mut self) -> Option<Turn> {
         let open = |place: &usize| self.waiting.contains(place) || self.running.contains(place);
         let ready = |place: &&usize| {
             let source = self.turns[**place].run.source_run();
