@@ -7,7 +7,7 @@ EXPERIMENT ?= experiments/glue.yaml
 PYTHON ?= python3
 PROGRAM := target/release/child-tuning
 # MODEL and DATA, where given, go before what the experiment says.
-RUN_OPTIONS := $(if $(MODEL),--set 'model=[$(MODEL)]') $(if $(DATA),--data '$(DATA)')
+RUN_OPTIONS := $(if $(MODEL),--set 'model=[$(MODEL)]') $(if $(DATA),--data '$(DATA)') $(if $(JOBS),--jobs $(JOBS))
 
 help:           ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 26
@@ -21,9 +21,9 @@ build: setup    ## compile the program: target/release/child-tuning
 	@cargo build --release --locked
 
 experiment: build  ## run experiments/quickstart.yaml on the CPU, in minutes
-	@$(PROGRAM) run experiments/quickstart.yaml
+	@$(PROGRAM) run experiments/quickstart.yaml --jobs auto
 
-gpu-experiment: build  ## run EXPERIMENT (experiments/glue.yaml) on CUDA; MODEL=folder DATA=folder
+gpu-experiment: build  ## run EXPERIMENT (experiments/glue.yaml) on CUDA; MODEL=folder DATA=folder JOBS=auto (all GPUs)
 	@$(PROGRAM) run '$(EXPERIMENT)' --device cuda $(RUN_OPTIONS)
 
 gpu-check: build  ## compare the GPU with the CPU, measure its speed, write docs/results/gpu_check.{json,md}; OPTIONS=

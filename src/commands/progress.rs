@@ -83,6 +83,7 @@ impl Display {
                     bar.set_prefix(place.run.clone());
                     bar.set_message("");
                     bar.reset();
+                    bar.set_length(run.total_steps());
                 }
             }
             RunEvent::Progress { worker, event } => self.progress(worker, event),

@@ -32,7 +32,7 @@ pub use machine::{device_name, graphics_cards, peak_memory, reset_peak_memory};
 pub use overrides::Override;
 pub use pace::Pace;
 pub use plan::{Plan, PlanOptions};
-pub use queue::{Queue, Turn};
+pub use queue::Turn;
 pub use resident::Tokens;
 pub use run::{Run, RunPurpose};
 pub use runner::{Attempt, RunEvent, Runner};

@@ -18,7 +18,7 @@ pub struct Turn {
 }
 
 /// The runs of a plan that are not done, and who waits for whom.
-pub struct Queue {
+pub(super) struct Queue {
     turns: Vec<Turn>,
     /// Runs nobody has started, by place, so that the first of the plan comes first.
     waiting: BTreeSet<usize>,
