@@ -202,8 +202,8 @@ fn deposit(
     parameter: &Parameter,
     adds: bool,
 ) -> Result<f64> {
-    let gradient = gradient.f_contiguous()?.f_view([-1])?;
     if gradient.device().is_cuda() {
+        let gradient = gradient.f_contiguous()?.f_view([-1])?;
         let masked =
             mask.map_or(Ok(gradient.shallow_clone()), |mask| mask.on_device(&gradient, parameter))?;
         if adds {
@@ -215,15 +215,24 @@ fn deposit(
     }
     let mask = mask.map_or(StepMask::Everything, GradientMask::on_cpu);
     let first_group = parameter.range.start / GROUP;
-    let bits;
-    let gradient = match gradient.kind() {
-        Kind::BFloat16 => {
-            bits = gradient.f_view_dtype(Kind::Int16)?;
-            Gradient::Half(elements(&bits)?)
-        }
-        _ => Gradient::Float(elements(&gradient)?),
-    };
-    Ok(masking::deposit(elements_mut(place)?, gradient, mask, first_group, adds))
+    let place = elements_mut(place)?;
+    if gradient.is_sparse() {
+        // The rows of an embedding table that tokens have used.
+        let rows = gradient.f_internal_indices()?.f_view([-1])?;
+        return with_elements(&gradient.f_internal_values()?, |values| {
+            Ok(masking::deposit_rows(place, elements(&rows)?, values, mask, first_group, adds))
+        });
+    }
+    with_elements(gradient, |values| Ok(masking::deposit(place, values, mask, first_group, adds)))
+}
+
+/// Reads a gradient's numbers in float32 or bfloat16.
+fn with_elements<T>(gradient: &Tensor, read: impl FnOnce(Gradient) -> Result<T>) -> Result<T> {
+    let gradient = gradient.f_contiguous()?;
+    match gradient.kind() {
+        Kind::BFloat16 => read(Gradient::Half(elements(&gradient.f_view_dtype(Kind::Int16)?)?)),
+        _ => read(Gradient::Float(elements(&gradient)?)),
+    }
 }
 
 #[cfg(test)]

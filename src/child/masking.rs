@@ -76,6 +76,13 @@ pub enum Gradient<'a> {
 }
 
 impl<'a> Gradient<'a> {
+    fn count(self) -> usize {
+        match self {
+            Gradient::Float(values) => values.len(),
+            Gradient::Half(values) => values.len(),
+        }
+    }
+
     fn part(self, start: usize, count: usize) -> Self {
         match self {
             Gradient::Float(values) => Gradient::Float(&values[start..start + count]),
@@ -98,6 +105,56 @@ impl<'a> Gradient<'a> {
     }
 }
 
+/// Writes the masked gradient of a table, of which a pass has used some rows, to its place in the flat buffer, or adds it
+/// to what is there; returns the sum of squares of what is there then.
+///
+/// `rows` names the row of each piece of the gradient, which has as many numbers as a row of the table; pieces of the same
+/// row are added in their order.
+pub fn deposit_rows(
+    place: &mut [f32],
+    rows: &[i64],
+    gradient: Gradient,
+    mask: StepMask,
+    first_group: usize,
+    adds: bool,
+) -> f64 {
+    let width = gradient.count() / rows.len().max(1);
+    if !adds {
+        place.par_chunks_mut(CHUNK).for_each(|part| part.fill(0.0));
+    }
+    let mut pieces: Vec<(usize, usize)> =
+        rows.iter().enumerate().map(|(piece, &row)| (row as usize, piece)).collect();
+    pieces.sort_unstable();
+    let (mut rest, mut cut, mut tasks) = (&mut *place, 0, Vec::new());
+    for pieces in pieces.chunk_by(|one, next| one.0 == next.0) {
+        let start = pieces[0].0 * width;
+        let (own, after) = rest.split_at_mut(start - cut).1.split_at_mut(width);
+        (rest, cut) = (after, start + width);
+        tasks.push((start, own, pieces));
+    }
+    let squares: Vec<f64> = tasks
+        .into_par_iter()
+        .map(|(start, row, pieces)| {
+            // The row among the groups that it has a part in.
+            let (group, offset) = (first_group + start / GROUP, start % GROUP);
+            let mut sums = vec![0f32; (offset + width).next_multiple_of(GROUP)];
+            let mut numbers = vec![0f32; width];
+            for &(_, piece) in pieces {
+                gradient.read(piece * width, &mut numbers);
+                sums[offset..].iter_mut().zip(&numbers).for_each(|(sum, number)| *sum += number);
+            }
+            mask_groups(&mut sums, mask, group);
+            row.iter_mut().zip(&sums[offset..]).for_each(|(place, sum)| *place += sum);
+            sum_of_squares(row)
+        })
+        .collect();
+    match adds {
+        // Of rows that only earlier micro-batches used as well.
+        true => place.par_chunks(CHUNK).map(sum_of_squares).collect::<Vec<_>>().iter().sum(),
+        false => squares.iter().sum(),
+    }
+}
+
 /// Writes a masked gradient to its place in the flat buffer, or adds it to what is there; returns the sum of squares of
 /// what is there then. `first_group` is the place's first element divided by [`GROUP`].
 pub fn deposit(place: &mut [f32], gradient: Gradient, mask: StepMask, first_group: usize, adds: bool) -> f64 {
@@ -115,7 +172,7 @@ pub fn deposit(place: &mut [f32], gradient: Gradient, mask: StepMask, first_grou
 /// Multiplies a part of the flat buffer by the mask, in place.
 pub fn mask_in_place(values: &mut [f32], mask: StepMask, first_group: usize) {
     values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
-        mask_chunk(values, mask, first_group + chunk * CHUNK / GROUP);
+        mask_groups(values, mask, first_group + chunk * CHUNK / GROUP);
     });
 }
 
@@ -145,7 +202,17 @@ fn deposit_chunk(
 }
 
 #[multiversion(targets = "simd")]
-fn mask_chunk(values: &mut [f32], mask: StepMask, first_group: usize) {
+fn sum_of_squares(values: &[f32]) -> f64 {
+    const LANES: usize = 16;
+    let mut squares = [0f32; LANES];
+    for lanes in values.chunks(LANES) {
+        squares.iter_mut().zip(lanes).for_each(|(sum, value)| *sum += value * value);
+    }
+    squares.iter().map(|&sum| f64::from(sum)).sum()
+}
+
+#[multiversion(targets = "simd")]
+fn mask_groups(values: &mut [f32], mask: StepMask, first_group: usize) {
     for (index, part) in values.chunks_mut(GROUP).enumerate() {
         let mut group = [0f32; GROUP];
         group[..part.len()].copy_from_slice(part);
@@ -220,6 +287,43 @@ mod tests {
             assert_eq!(place, expected);
             assert!((squares / exact(&expected) - 1.0).abs() < 1e-5);
         }
+    }
+
+    #[test]
+    fn rows_of_a_table_give_what_the_whole_table_would() {
+        const WIDTH: usize = 100;
+        let words = words();
+        let rows = [7i64, 0, 7, 3, 123, 7];
+        let gradient = &numbers(4)[..rows.len() * WIDTH];
+        let half: Vec<i16> = gradient.iter().map(|value| (value.to_bits() >> 16) as i16).collect();
+        let table = 124 * WIDTH;
+        let whole = |gradient: &dyn Fn(usize) -> f32| {
+            let mut whole = vec![0f32; table];
+            for (piece, row) in rows.iter().enumerate() {
+                for column in 0..WIDTH {
+                    whole[*row as usize * WIDTH + column] += gradient(piece * WIDTH + column);
+                }
+            }
+            whole
+        };
+        let from_half = whole(&|index| f32::from_bits((half[index] as u16 as u32) << 16));
+        let from_float = whole(&|index| gradient[index]);
+        let bits = StepMask::Bits { words: &words, inside: 1.5, outside: 0.25 };
+        for mask in [StepMask::Everything, bits, random_mask()] {
+            let (mut expected, mut found) = (vec![f32::NAN; table], vec![f32::NAN; table]);
+            for (adds, whole, pieces) in
+                [(false, &from_float, Gradient::Float(gradient)), (true, &from_half, Gradient::Half(&half))]
+            {
+                let squares =
+                    deposit(&mut expected, Gradient::Float(whole), mask, FIRST_GROUP, adds);
+                let own = deposit_rows(&mut found, &rows, pieces, mask, FIRST_GROUP, adds);
+                assert_eq!(found, expected);
+                assert!((own / squares - 1.0).abs() < 1e-5, "{own} {squares}");
+            }
+        }
+        let mut nothing = vec![f32::NAN; table];
+        assert_eq!(deposit_rows(&mut nothing, &[], Gradient::Float(&[]), random_mask(), 0, false), 0.0);
+        assert!(nothing.iter().all(|&value| value == 0.0));
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! Batches of examples as tensors, without padding.
 //!
 //! The tokens of all examples of a batch stand one after the other, `[tokens]`; nothing is computed for positions that
-//! do not exist. Where attention needs a rectangle, [`Padding`] says how to get there and back.
+//! do not exist. Where attention needs rectangles, [`AttentionLayout`] says how to get there and back.
 //!
 //! What a batch holds goes to a GPU in three copies that nobody waits for ([`upload`]): while the GPU computes one step,
 //! the host packs the next.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
+use super::attention_layout::AttentionLayout;
 use super::encode::Encoded;
 use super::label::Label;
 use super::sheet::Example;
@@ -30,24 +32,12 @@ pub struct PackedBatch {
     pub lengths: Vec<usize>,
     /// Number of each example within its optimizer step; what dropout draws depends on it, not on the micro-batch.
     pub slots: Vec<u32>,
-    /// How to lay the tokens out as a rectangle; `None` if all examples are of one length.
-    pub padding: Option<Padding>,
     /// Number of tokens before each example, and of all, `[examples + 1]`, int32; only where flash attention runs.
     cumulative_lengths: Option<Tensor>,
-    /// What [`PackedBatch::head_places`] has made.
-    head_places: RefCell<Option<(i64, Tensor)>>,
+    /// What [`PackedBatch::attention_layout`] has made, for a number of heads and a type.
+    attention_layout: RefCell<Option<(i64, Kind, Rc<AttentionLayout>)>>,
     /// What a frozen encoder makes of the examples, `[examples, hidden]` in float32; the tokens are left out then.
     pub features: Option<Tensor>,
-}
-
-/// The way from packed tokens to the rectangle `[examples, longest]` and back.
-pub struct Padding {
-    /// Place of each token in the flattened rectangle, `[tokens]`, int64.
-    pub places: Tensor,
-    examples: i64,
-    longest: i64,
-    /// The bias of the type that was asked for last.
-    bias: RefCell<Option<Tensor>>,
 }
 
 impl PackedBatch {
@@ -69,19 +59,16 @@ impl PackedBatch {
             positions.extend(0..example.ids.len() as i64);
         }
         let cumulative_lengths = cumulative(&lengths, device)?;
-        let places = Padding::places(&lengths);
-        let padded = !places.is_empty();
-        let [input_ids, token_types, positions, first_tokens, places] =
-            upload_together([input_ids, token_types, positions, first_tokens, places], device)?;
+        let [input_ids, token_types, positions, first_tokens] =
+            upload_together([input_ids, token_types, positions, first_tokens], device)?;
         Ok(Self {
             input_ids,
             token_types,
             positions,
             first_tokens,
             slots: (first_slot as u32..).take(examples.len()).collect(),
-            padding: padded.then(|| Padding::new(&lengths, places)),
             cumulative_lengths,
-            head_places: RefCell::default(),
+            attention_layout: RefCell::default(),
             lengths,
             features: None,
         })
@@ -97,9 +84,8 @@ impl PackedBatch {
             positions: none()?,
             first_tokens: none()?,
             slots: (first_slot as u32..).take(examples).collect(),
-            padding: None,
             cumulative_lengths: None,
-            head_places: RefCell::default(),
+            attention_layout: RefCell::default(),
             lengths: Vec::new(),
             features: Some(features),
         })
@@ -122,9 +108,7 @@ impl PackedBatch {
         let device = self.input_ids.device();
         let lengths: Vec<usize> =
             self.lengths.iter().flat_map(|&length| std::iter::repeat_n(length, copies)).collect();
-        let places = Padding::places(&lengths);
-        let padded = !places.is_empty();
-        let [rows, first_tokens, places] = upload_together([rows, first_tokens, places], device)?;
+        let [rows, first_tokens] = upload_together([rows, first_tokens], device)?;
         let repeated = |values: &Tensor| values.f_index_select(0, &rows);
         let features = self.features.as_ref();
         Ok(Self {
@@ -133,9 +117,8 @@ impl PackedBatch {
             positions: repeated(&self.positions)?,
             first_tokens,
             slots: self.slots.iter().flat_map(|&slot| std::iter::repeat_n(slot, copies)).collect(),
-            padding: padded.then(|| Padding::new(&lengths, places)),
             cumulative_lengths: cumulative(&lengths, device)?,
-            head_places: RefCell::default(),
+            attention_layout: RefCell::default(),
             lengths,
             features: features
                 .map(|features| features.f_repeat_interleave_self_int(copies as i64, Some(0), None))
@@ -158,25 +141,20 @@ impl PackedBatch {
         longest(&self.lengths)
     }
 
-    /// Returns the place of each head of each token in the flattened rectangles `[examples, heads, longest]` that attention
-    /// computes with: `[tokens · heads]`, int64.
+    /// Returns the rectangles that attention with so many heads, which read `width` numbers a token in sum, computes with.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn head_places(&self, heads: i64) -> Result<Tensor> {
-        let mut made = self.head_places.borrow_mut();
-        if let Some((_, places)) = made.as_ref().filter(|(of, _)| *of == heads) {
-            return Ok(places.shallow_clone());
+    pub fn attention_layout(&self, heads: i64, width: i64, kind: Kind) -> Result<Rc<AttentionLayout>> {
+        let mut made = self.attention_layout.borrow_mut();
+        if let Some((_, _, layout)) = made.as_ref().filter(|(of, own, _)| (*of, *own) == (heads, kind)) {
+            return Ok(layout.clone());
         }
-        let longest = self.longest() as i64;
-        let tokens = (0..).zip(&self.lengths).flat_map(|(example, &length)| {
-            (0..length as i64).map(move |position| example * heads * longest + position)
-        });
-        let places: Vec<i64> =
-            tokens.flat_map(|first| (0..heads).map(move |head| first + head * longest)).collect();
-        let places = upload(&places, self.input_ids.device())?;
-        *made = Some((heads, places.shallow_clone()));
-        Ok(places)
+        let device = self.input_ids.device();
+        let layout =
+            Rc::new(AttentionLayout::new(&self.lengths, heads as usize, width as usize, kind, device)?);
+        *made = Some((heads, kind, layout.clone()));
+        Ok(layout)
     }
 
     /// Returns the lengths of the examples as flash attention takes them; `None` where it does not run.
@@ -217,41 +195,6 @@ fn upload_together<const N: usize>(lists: [Vec<i64>; N], device: Device) -> Resu
         start += list.len() as i64;
     }
     parts.try_into().map_err(|_| Error::Libtorch("a batch came apart wrongly".into()))
-}
-
-impl Padding {
-    fn new(lengths: &[usize], places: Tensor) -> Self {
-        let (examples, longest) = (lengths.len() as i64, longest(lengths) as i64);
-        Self { places, examples, longest, bias: RefCell::default() }
-    }
-
-    /// Returns the place of each token in the flattened rectangle; nothing if all examples are of one length.
-    fn places(lengths: &[usize]) -> Vec<i64> {
-        let longest = longest(lengths);
-        if lengths.iter().all(|&length| length == longest) {
-            return Vec::new();
-        }
-        let rows = lengths.iter().enumerate();
-        rows.flat_map(|(row, &length)| (row * longest..row * longest + length).map(|place| place as i64))
-            .collect()
-    }
-
-    /// Returns what attention adds to its scores, `[examples, 1, 1, longest]`: zero for real tokens, minus infinity for
-    /// padding.
-    ///
-    /// # Errors
-    /// Fails if libtorch cannot allocate.
-    pub fn bias(&self, kind: Kind) -> Result<Tensor> {
-        let mut made = self.bias.borrow_mut();
-        if let Some(bias) = made.as_ref().filter(|bias| bias.kind() == kind) {
-            return Ok(bias.shallow_clone());
-        }
-        let nowhere = [self.examples * self.longest];
-        let mut bias = Tensor::f_full(nowhere, f64::NEG_INFINITY, (kind, self.places.device()))?;
-        let bias = bias.f_index_fill_(0, &self.places, 0.0)?.f_view([self.examples, 1, 1, self.longest])?;
-        *made = Some(bias.shallow_clone());
-        Ok(bias)
-    }
 }
 
 /// What the examples of a data set should be predicted as.
@@ -426,23 +369,6 @@ mod tests {
         assert_eq!(values(&batch.first_tokens), [0, 2, 3]);
         assert_eq!((batch.examples(), batch.tokens(), batch.longest()), (3, 6, 3));
         assert!(batch.flash_lengths().is_none(), "there is no flash attention on the CPU");
-        // Two heads, three positions: the second token of the first example has places 1 and 4.
-        let places = values(&batch.head_places(2).unwrap());
-        assert_eq!(places, [0, 3, 1, 4, 6, 9, 12, 15, 13, 16, 14, 17]);
-    }
-
-    #[test]
-    fn padding_hides_what_is_not_there() {
-        let padding = batch(&[2, 1, 3]).padding.unwrap();
-        assert_eq!(values(&padding.places), [0, 1, 3, 6, 7, 8]);
-        let (gone, here) = (f32::NEG_INFINITY, 0.0);
-        for kind in [Kind::Float, Kind::BFloat16, Kind::BFloat16] {
-            let bias = padding.bias(kind).unwrap();
-            assert_eq!((bias.kind(), bias.size()), (kind, vec![3, 1, 1, 3]));
-            let bias = Vec::<f32>::try_from(bias.to_kind(Kind::Float).view([-1])).unwrap();
-            assert_eq!(bias, [here, here, gone, here, gone, gone, here, here, here]);
-        }
-        assert!(batch(&[4, 4]).padding.is_none());
     }
 
     #[test]
@@ -457,8 +383,5 @@ mod tests {
         };
         assert_eq!((tensors(&batch), &batch.lengths), (tensors(&plain), &plain.lengths));
         assert_eq!(batch.slots, [4, 4, 5, 5]);
-        let places =
-            |batch: &PackedBatch| Vec::<i64>::try_from(&batch.padding.as_ref().unwrap().places).unwrap();
-        assert_eq!(places(&batch), places(&plain));
     }
 }

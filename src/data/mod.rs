@@ -1,6 +1,7 @@
 //! Data: what a task is, its files as examples, its examples as token ids, its metrics; where data sets come from and
 //! what they hold.
 
+mod attention_layout;
 mod batch;
 mod check;
 mod custom;
@@ -17,7 +18,8 @@ mod sheet;
 mod table;
 mod task;
 
-pub use batch::{EncodedDataset, PackedBatch, Padding, Targets};
+pub use attention_layout::{AttentionLayout, Rectangle};
+pub use batch::{EncodedDataset, PackedBatch, Targets};
 pub use check::{InTrain, Lengths, Scores, SplitCheck, TokenLengths, check_splits, read_present};
 pub use custom::{CustomObjective, CustomTask};
 pub use encode::{Encoded, TokenEncoder};

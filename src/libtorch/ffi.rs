@@ -9,8 +9,11 @@ use crate::error::{Error, Result};
 pub(super) type HookFunction =
     unsafe extern "C" fn(state: *mut c_void, gradient: *mut C_tensor) -> *mut c_char;
 
-pub(super) type MapFunction =
-    unsafe extern "C" fn(state: *mut c_void, input: *mut C_tensor, output: *mut *mut C_tensor) -> *mut c_char;
+pub(super) type BackwardFunction = unsafe extern "C" fn(
+    state: *mut c_void,
+    gradient: *mut C_tensor,
+    gradients: *mut *mut C_tensor,
+) -> *mut c_char;
 
 pub(super) type ReleaseFunction = unsafe extern "C" fn(state: *mut c_void);
 
@@ -38,12 +41,13 @@ unsafe extern "C" {
 
     pub(super) fn child_tuning_leave_gradients(leaf: *mut C_tensor) -> *mut c_char;
 
-    pub(super) fn child_tuning_self_adjoint(
-        input: *mut C_tensor,
-        function: MapFunction,
+    pub(super) fn child_tuning_own_backward(
+        output: *mut C_tensor,
+        inputs: *const *mut C_tensor,
+        count: usize,
+        function: BackwardFunction,
         state: *mut c_void,
         release: ReleaseFunction,
-        output: *mut *mut C_tensor,
     ) -> *mut c_char;
 
     pub(super) fn child_tuning_fused_adamw(

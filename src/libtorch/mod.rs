@@ -9,18 +9,18 @@ mod ffi;
 mod hooks;
 mod memory;
 mod optimizer;
+mod own_backward;
 mod process;
 mod profile;
-mod self_adjoint;
 
 pub use attention::{PackedLengths, flash_attention, flash_attention_runs};
 pub use context::{Tf32, cuda_peak_bytes, device_memory, release_cached_memory, reset_cuda_peak, version};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use memory::{elements, elements_mut, map_file, upload};
 pub use optimizer::{FusedAdamW, FusedGroup};
+pub use own_backward::with_backward;
 pub use process::{keep_freed_memory, keep_the_order_of_sums, with_a_considerate_environment};
 pub use profile::{Profile, ProfileRow, profile};
-pub use self_adjoint::self_adjoint;
 
 use crate::error::Error;
 

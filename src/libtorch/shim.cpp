@@ -81,42 +81,36 @@ struct TakeGradient : torch::autograd::PostAccumulateGradHook {
   std::shared_ptr<HookState> state;
 };
 
-// Computes `output` from `input`, or the gradient of the input from that of the output. Returns a message on failure.
-using MapFunction = char *(*)(void *state, at::Tensor *input, at::Tensor **output);
+// Computes the gradients of an operation's inputs, as many as it has, from that of its output, which it takes over.
+// Returns a message on failure.
+using BackwardFunction = char *(*)(void *state, at::Tensor *gradient, at::Tensor **gradients);
 
-// A linear map that is its own adjoint.
-struct SelfAdjointMap {
-  SelfAdjointMap(MapFunction function, void *state, ReleaseFunction release)
-      : function(function), state(state), release(release) {}
-  SelfAdjointMap(const SelfAdjointMap &) = delete;
-  SelfAdjointMap &operator=(const SelfAdjointMap &) = delete;
-  ~SelfAdjointMap() { release(state); }
+// The backward of an operation of our own.
+struct OwnBackward : torch::autograd::Node {
+  OwnBackward(BackwardFunction function, void *state, ReleaseFunction release)
+      : function(function), state(state, release) {}
 
-  at::Tensor operator()(const at::Tensor &input) const {
+  torch::autograd::variable_list apply(torch::autograd::variable_list &&gradients) override {
+    torch::autograd::variable_list results(num_outputs());
+    if (!gradients[0].defined()) return results;
+    TORCH_CHECK(state != nullptr, "backward has gone through this operation before and has freed what it needs");
     at::NoGradGuard no_grad;
-    at::Tensor *output = nullptr;
-    char *message = function(state, new at::Tensor(input), &output);
-    std::unique_ptr<at::Tensor> owned(output);
-    if (message == nullptr) return *owned;
+    std::vector<at::Tensor *> pointers(results.size(), nullptr);
+    char *message = function(state.get(), new at::Tensor(gradients[0]), pointers.data());
+    for (size_t i = 0; i < pointers.size(); i++) {
+      std::unique_ptr<at::Tensor> owned(pointers[i]);
+      if (owned != nullptr) results[i] = *owned;
+    }
+    if (message == nullptr) return results;
     std::string text(message);
     free(message);
     throw std::runtime_error(text);
   }
 
-  MapFunction function;
-  void *state;
-  ReleaseFunction release;
-};
+  void release_variables() override { state.reset(); }
 
-struct SelfAdjointBackward : torch::autograd::Node {
-  explicit SelfAdjointBackward(std::shared_ptr<SelfAdjointMap> map) : map(std::move(map)) {}
-
-  torch::autograd::variable_list apply(torch::autograd::variable_list &&gradients) override {
-    if (!gradients[0].defined()) return {at::Tensor()};
-    return {(*map)(gradients[0])};
-  }
-
-  std::shared_ptr<SelfAdjointMap> map;
+  BackwardFunction function;
+  std::unique_ptr<void, ReleaseFunction> state;
 };
 
 std::vector<at::Tensor> tensors(at::Tensor *const *pointers, size_t count) {
@@ -165,19 +159,15 @@ char *child_tuning_leave_gradients(at::Tensor *leaf) {
   return guarded([&] { torch::autograd::impl::set_post_acc_grad_hooks(*leaf, nullptr); });
 }
 
-// Applies a linear map that is its own adjoint, with a gradient. `state` belongs to this file from here on, also on
-// failure; `*output` belongs to the caller.
-char *child_tuning_self_adjoint(at::Tensor *input, MapFunction function, void *state, ReleaseFunction release,
-                                at::Tensor **output) {
-  auto map = std::make_shared<SelfAdjointMap>(function, state, release);
+// Makes `output` the result of an operation on `count` inputs, if a gradient is asked for. `state` belongs to this file from here on, also on failure.
+char *child_tuning_own_backward(at::Tensor *output, at::Tensor *const *inputs, size_t count, BackwardFunction function,
+                                void *state, ReleaseFunction release) {
+  std::shared_ptr<OwnBackward> node(new OwnBackward(function, state, release), torch::autograd::deleteNode);
   return guarded([&] {
-    at::Tensor result = (*map)(*input);
-    if (at::GradMode::is_enabled() && input->requires_grad()) {
-      std::shared_ptr<SelfAdjointBackward> node(new SelfAdjointBackward(map), torch::autograd::deleteNode);
-      node->set_next_edges(torch::autograd::collect_next_edges(*input));
-      torch::autograd::set_history(result, node);
-    }
-    *output = new at::Tensor(std::move(result));
+    const auto list = tensors(inputs, count);
+    if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(list)) return;
+    node->set_next_edges(torch::autograd::collect_next_edges(list));
+    torch::autograd::set_history(*output, node);
   });
 }
 

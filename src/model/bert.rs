@@ -7,7 +7,8 @@ use tch::Tensor;
 
 use super::classifier::Network;
 use super::config::ModelConfig;
-use super::layers::{Activation, Embedding, LayerNorm, Linear, Pass, Rows};
+use super::layer_norm::LayerNorm;
+use super::layers::{Activation, Embedding, Linear, Pass, Rows};
 use super::params::{ParameterPlace, ParameterTable};
 use crate::error::Result;
 

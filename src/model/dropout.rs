@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::data::PackedBatch;
 use crate::error::Result;
-use crate::libtorch::{elements, elements_mut, self_adjoint};
+use crate::libtorch::{elements, elements_mut, with_backward};
 use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
 
 /// The dropout pattern of one optimizer step.
@@ -66,27 +66,29 @@ impl Dropout {
         self.apply(rows, probability, counters)
     }
 
-    /// Drops elements of attention probabilities `[examples, heads, longest, longest]`.
+    /// Drops elements of the attention probabilities of some examples of a batch, `[examples · heads, length, length]`.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn attention(
         &self,
-        weights: &Tensor,
+        probabilities: &Tensor,
         probability: f64,
         site: u32,
         batch: &PackedBatch,
+        examples: &[usize],
     ) -> Result<Tensor> {
-        let [heads, longest] = [1, 2].map(|dimension| weights.size()[dimension] as u32);
-        let counters: Vec<_> = batch
-            .slots
+        let [rows, length] = [0, 1].map(|dimension| probabilities.size()[dimension] as u32);
+        let heads = rows / examples.len() as u32;
+        let counters: Vec<_> = examples
             .iter()
-            .flat_map(|&slot| {
+            .flat_map(|&example| {
+                let slot = batch.slots[example];
                 (0..heads)
-                    .flat_map(move |head| (0..longest).map(move |query| [query | head << 16, slot, site]))
+                    .flat_map(move |head| (0..length).map(move |query| [query | head << 16, slot, site]))
             })
             .collect();
-        self.apply(weights, probability, counters)
+        self.apply(probabilities, probability, counters)
     }
 
     fn apply(&self, input: &Tensor, probability: f64, counters: Vec<[u32; 3]>) -> Result<Tensor> {
@@ -103,7 +105,8 @@ impl Dropout {
         };
         let rows = Rows { pattern, counters };
         // Backward multiplies by the same numbers, computed again: no pattern is kept.
-        self_adjoint(input, move |values| rows.drop_elements(values))
+        let dropped = rows.drop_elements(&input.detach())?;
+        with_backward(dropped, &[input], move |gradient| Ok(vec![rows.drop_elements(gradient)?]))
     }
 }
 
@@ -209,11 +212,11 @@ mod tests {
         assert_eq!(whole.narrow(0, 4, 5), second);
 
         let square = |examples: i64, longest: i64| {
-            Tensor::ones([examples, 3, longest, longest], (Kind::Float, Device::Cpu))
+            Tensor::ones([examples * 3, longest, longest], (Kind::Float, Device::Cpu))
         };
-        let whole = dropout.attention(&square(2, 5), 0.3, 2, &batch(&[4, 5], 0)).unwrap();
-        let first = dropout.attention(&square(1, 4), 0.3, 2, &batch(&[4], 0)).unwrap();
-        assert_eq!(whole.narrow(0, 0, 1).narrow(2, 0, 4).narrow(3, 0, 4), first);
+        let whole = dropout.attention(&square(2, 5), 0.3, 2, &batch(&[4, 5], 0), &[1, 0]).unwrap();
+        let first = dropout.attention(&square(1, 4), 0.3, 2, &batch(&[4], 0), &[0]).unwrap();
+        assert_eq!(whole.narrow(0, 3, 3).narrow(1, 0, 4).narrow(2, 0, 4), first);
     }
 
     #[test]

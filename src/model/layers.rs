@@ -7,8 +7,9 @@ use tch::{Kind, Tensor};
 
 use super::checkpointing::Segment;
 use super::dropout::Dropout;
+use super::layer_norm::LayerNorm;
 use super::params::{ParameterId, ParameterKind, ParameterPlace, ParameterTable};
-use crate::data::PackedBatch;
+use crate::data::{PackedBatch, Rectangle};
 use crate::error::{Error, Result};
 use crate::libtorch::flash_attention;
 
@@ -98,8 +99,8 @@ impl<'a> Pass<'a> {
 
     /// Computes softmax(q kᵀ / √d) v within each example; all `[tokens, heads · d]`.
     ///
-    /// On GPUs in bfloat16 tokens stay packed. Elsewhere attention is the one place that needs a rectangle, one for each
-    /// head: tokens are laid out for it and collected after it.
+    /// On GPUs in bfloat16 tokens stay packed. Elsewhere attention is the one place that needs rectangles: tokens are laid
+    /// out for it and collected after it ([`AttentionLayout`](crate::data::AttentionLayout)).
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -111,9 +112,7 @@ impl<'a> Pass<'a> {
         heads: i64,
         dropout: f64,
     ) -> Result<Tensor> {
-        let (examples, longest) = (self.batch.examples() as i64, self.batch.longest() as i64);
         let head_size = query.size()[1] / heads;
-        let scale = 1.0 / (head_size as f64).sqrt();
         if let Some(lengths) = self.batch.flash_lengths()
             && query.kind() == Kind::BFloat16
             && FLASH_HEAD_SIZES.contains(&head_size)
@@ -122,41 +121,62 @@ impl<'a> Pass<'a> {
             let split = |rows: &Tensor| rows.f_view([-1, heads, head_size]);
             let (query, key, value) = (split(query)?, split(key)?, split(value)?);
             let dropout = self.dropout.map_or(0.0, |_| dropout);
+            let scale = 1.0 / (head_size as f64).sqrt();
             let context = flash_attention(&query, &key, &value, &lengths, dropout, scale)?;
             return Ok(context.f_reshape([-1, heads * head_size])?);
         }
-        let places = self.batch.head_places(heads)?;
-        let split = |rows: &Tensor| -> Result<Tensor> {
-            let shape = [examples * heads * longest, head_size];
-            let empty = Tensor::f_zeros(shape, (rows.kind(), rows.device()))?;
-            let laid_out = empty.f_index_copy(0, &places, &rows.f_reshape([-1, head_size])?)?;
-            Ok(laid_out.f_view([examples, heads, longest, head_size])?)
-        };
-        let (query, key, value) = (split(query)?, split(key)?, split(value)?);
-        let bias = self.batch.padding.as_ref().map(|padding| padding.bias(query.kind())).transpose()?;
-        let context = match &self.dropout {
+        let layout = self.batch.attention_layout(heads, heads * head_size, query.kind())?;
+        let site = self.next_site();
+        let split = |rows: &Tensor| layout.split(rows, heads);
+        let parts = split(query)?.into_iter().zip(split(key)?).zip(split(value)?).zip(&layout.rectangles);
+        let contexts = parts
+            .map(|(((query, key), value), rectangle)| {
+                self.rectangle_attention(&query, &key, &value, rectangle, (dropout, site))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        layout.join(&contexts, heads)
+    }
+
+    /// Computes attention within each example of a rectangle; all `[examples · heads, length, head_size]`.
+    fn rectangle_attention(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        rectangle: &Rectangle,
+        (dropout, site): (f64, u32),
+    ) -> Result<Tensor> {
+        let scale = 1.0 / (query.size()[2] as f64).sqrt();
+        match &self.dropout {
             Some(pattern) if dropout > 0.0 && !query.device().is_cuda() => {
-                let scores = query.f_mul_scalar(scale)?.f_matmul(&key.f_transpose(2, 3)?)?;
-                let scores = bias.map_or(Ok(scores.shallow_clone()), |bias| scores.f_add(&bias))?;
+                let scores = query.f_mul_scalar(scale)?.f_bmm(&key.f_transpose(1, 2)?)?;
+                let scores = match &rectangle.bias {
+                    Some(bias) => scores.f_add(bias)?,
+                    None => scores,
+                };
                 let probabilities = scores.f_softmax(-1, query.kind())?;
-                pattern.attention(&probabilities, dropout, self.next_site(), self.batch)?.f_matmul(&value)?
+                let examples = &rectangle.examples;
+                let kept = pattern.attention(&probabilities, dropout, site, self.batch, examples)?;
+                Ok(kept.f_bmm(value)?)
             }
             pattern => {
                 let dropout = pattern.map_or(0.0, |_| dropout);
-                Tensor::f_scaled_dot_product_attention(
-                    &query,
-                    &key,
-                    &value,
+                // With examples and heads as one dimension; the second, of one, is what the function asks for.
+                let [query, key, value] = [query, key, value].map(|part| part.f_unsqueeze(1));
+                let bias = rectangle.bias.as_ref().map(|bias| bias.f_unsqueeze(1)).transpose()?;
+                let context = Tensor::f_scaled_dot_product_attention(
+                    &query?,
+                    &key?,
+                    &value?,
                     bias,
                     dropout,
                     false,
                     Some(scale),
                     false,
-                )?
+                )?;
+                Ok(context.f_squeeze_dim(1)?)
             }
-        };
-        let rows = context.f_reshape([-1, head_size])?.f_index_select(0, &places)?;
-        Ok(rows.f_view([-1, heads * head_size])?)
+        }
     }
 
     /// The segments of a checkpointed pass.
@@ -179,7 +199,8 @@ impl<'a> Pass<'a> {
         self.sites.replace(self.sites.get() + 1)
     }
 
-    fn observe(&self, call: impl FnOnce(&dyn LayerObserver) -> Result<()>) -> Result<()> {
+    /// Shows a layer to the observer, if there is one.
+    pub(super) fn observe(&self, call: impl FnOnce(&dyn LayerObserver) -> Result<()>) -> Result<()> {
         self.observer.map_or(Ok(()), call)
     }
 }
@@ -224,48 +245,6 @@ impl Linear {
     }
 }
 
-/// Layer normalisation over the last dimension, with scale and shift.
-#[derive(Clone, Copy, Debug)]
-pub struct LayerNorm {
-    /// Scale, `[width]`.
-    pub weight: ParameterId,
-    /// Shift, `[width]`.
-    pub bias: ParameterId,
-    /// Added to the variance.
-    pub epsilon: f64,
-    width: i64,
-}
-
-impl LayerNorm {
-    /// Declares the layer as `{name}.weight` and `{name}.bias`.
-    pub fn declare(
-        table: &mut ParameterTable,
-        name: &str,
-        width: i64,
-        epsilon: f64,
-        place: ParameterPlace,
-    ) -> Self {
-        Self {
-            weight: table.declare(format!("{name}.weight"), &[width], ParameterKind::LayerNormWeight, place),
-            bias: table.declare(format!("{name}.bias"), &[width], ParameterKind::LayerNormBias, place),
-            epsilon,
-            width,
-        }
-    }
-
-    /// Applies the layer to `[tokens, width]`, in the type of its weights.
-    ///
-    /// # Errors
-    /// Fails if shapes do not match.
-    pub fn forward(&self, pass: &Pass, input: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (pass.weight(self.weight), pass.weight(self.bias));
-        let input = input.f_to_kind(weight.kind())?;
-        let output = input.f_layer_norm([self.width], Some(weight), Some(bias), self.epsilon, true)?;
-        pass.observe(|observer| observer.layer_norm(self, &input, &output))?;
-        Ok(output)
-    }
-}
-
 /// A table of embeddings.
 #[derive(Clone, Copy, Debug)]
 pub struct Embedding {
@@ -286,7 +265,11 @@ impl Embedding {
     /// # Errors
     /// Fails if an index is out of range.
     pub fn forward(&self, pass: &Pass, indices: &Tensor) -> Result<Tensor> {
-        let mut output = Tensor::f_embedding(pass.weight(self.table), indices, -1, false, false)?;
+        let table = pass.weight(self.table);
+        // On the CPU a gradient of the rows that are used, not of the table: filling that with zeros takes longer than all
+        // else. On a GPU rows would be added up in any order.
+        let sparse = !table.device().is_cuda();
+        let mut output = Tensor::f_embedding(table, indices, -1, false, sparse)?;
         if pass.observer.is_some() {
             output = output.f_set_requires_grad(true)?;
         }

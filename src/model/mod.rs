@@ -6,6 +6,7 @@ mod checkpointing;
 mod classifier;
 mod config;
 mod dropout;
+mod layer_norm;
 mod layers;
 mod params;
 mod precision;
@@ -15,7 +16,8 @@ pub use checkpoint::{LoadReport, ModelFolder};
 pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network};
 pub use config::{FAMILIES, ModelConfig};
 pub use dropout::Dropout;
-pub use layers::{Embedding, LayerNorm, LayerObserver, Linear, Pass, Rows, loss};
+pub use layer_norm::LayerNorm;
+pub use layers::{Embedding, LayerObserver, Linear, Pass, Rows, loss};
 pub use params::{
     Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
     TrainableGroup,

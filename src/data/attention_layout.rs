@@ -1,0 +1,216 @@
+//! How packed tokens become the rectangles that attention computes with where it cannot work on packed tokens.
+//!
+//! Examples of similar length share a rectangle: in one for all, the products of a batch of sentence pairs are mostly
+//! about positions that do not exist.
+
+use std::ops::Range;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::libtorch::upload;
+
+/// What a rectangle more costs on the CPU, in multiplications of one attention product: about a dozen operators forward and
+/// backward.
+const RECTANGLE_COST: usize = 2_500_000;
+
+/// On the CPU the length of a rectangle is a multiple of this: libtorch's softmax is vectorised by so many numbers, and adds
+/// what is left over in another order on each number of threads.
+const LENGTH_MULTIPLE: usize = 16;
+
+/// The rectangles of a batch, for one number of heads.
+pub struct AttentionLayout {
+    /// The rectangles, one after the other.
+    pub rectangles: Vec<Rectangle>,
+    /// Row of each head of each token among the rows of all rectangles: `[tokens · heads]`, int64.
+    pub places: Tensor,
+}
+
+/// Examples that are filled up to one length.
+pub struct Rectangle {
+    /// The examples, by their place in the batch.
+    pub examples: Vec<usize>,
+    /// Positions of each example, real or filled up.
+    pub length: usize,
+    /// What attention adds to its scores, `[examples · heads, 1, length]`: zero for real tokens, minus infinity for others;
+    /// `None` if all are real.
+    pub bias: Option<Tensor>,
+}
+
+impl AttentionLayout {
+    /// Lays examples of the given lengths out, for heads that read `width` numbers a token in sum; the biases are of `kind`.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn new(lengths: &[usize], heads: usize, width: usize, kind: Kind, device: Device) -> Result<Self> {
+        let groups = if device.is_cuda() {
+            let longest = lengths.iter().copied().max().unwrap_or(0);
+            vec![((0..lengths.len()).collect(), longest)]
+        } else {
+            groups(lengths, RECTANGLE_COST / width.max(1))
+        };
+        let mut first_rows = vec![(0, 0); lengths.len()];
+        let (mut rows, mut rectangles) = (0, Vec::with_capacity(groups.len()));
+        for (examples, length) in groups {
+            for &example in &examples {
+                first_rows[example] = (rows, length);
+                rows += heads * length;
+            }
+            let bias = bias(&examples, lengths, length, heads, kind, device)?;
+            rectangles.push(Rectangle { examples, length, bias });
+        }
+        let mut places = Vec::with_capacity(lengths.iter().sum::<usize>() * heads);
+        for (&own, &(first, length)) in lengths.iter().zip(&first_rows) {
+            for position in 0..own {
+                places.extend((0..heads).map(|head| (first + head * length + position) as i64));
+            }
+        }
+        Ok(Self { rectangles, places: upload(&places, device)? })
+    }
+
+    /// Lays packed rows `[tokens, heads · head_size]` out; returns each rectangle as `[examples · heads, length, head_size]`.
+    /// Rows of positions that do not exist are zero.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn split(&self, rows: &Tensor, heads: i64) -> Result<Vec<Tensor>> {
+        let head_size = rows.size()[1] / heads;
+        let counts = self.rectangles.iter().map(|rectangle| rectangle.rows(heads)).collect::<Vec<_>>();
+        let shape = [counts.iter().sum(), head_size];
+        let mut laid_out = Tensor::f_zeros(shape, (rows.kind(), rows.device()))?;
+        let _ = laid_out.f_index_copy_(0, &self.places, &rows.f_reshape([-1, head_size])?)?;
+        let parts = match counts.len() {
+            1 => vec![laid_out],
+            _ => laid_out.f_split_with_sizes(&counts[..], 0)?,
+        };
+        let shaped = |(part, rectangle): (&Tensor, &Rectangle)| {
+            Ok(part.f_view([-1, rectangle.length as i64, head_size])?)
+        };
+        parts.iter().zip(&self.rectangles).map(shaped).collect()
+    }
+
+    /// Collects the rows of real tokens from the rectangles: the way back of [`AttentionLayout::split`].
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn join(&self, rectangles: &[Tensor], heads: i64) -> Result<Tensor> {
+        let flat = |rectangle: &Tensor| {
+            Ok(rectangle.f_reshape([-1, rectangle.size().last().copied().unwrap_or(0)])?)
+        };
+        let parts = rectangles.iter().map(flat).collect::<Result<Vec<_>>>()?;
+        let all = if let [only] = &parts[..] { only.shallow_clone() } else { Tensor::f_cat(&parts, 0)? };
+        let head_size = all.size()[1];
+        Ok(all.f_index_select(0, &self.places)?.f_view([-1, heads * head_size])?)
+    }
+}
+
+impl Rectangle {
+    fn rows(&self, heads: i64) -> i64 {
+        (self.examples.len() * self.length) as i64 * heads
+    }
+}
+
+fn bias(
+    examples: &[usize],
+    lengths: &[usize],
+    length: usize,
+    heads: usize,
+    kind: Kind,
+    device: Device,
+) -> Result<Option<Tensor>> {
+    if examples.iter().all(|&example| lengths[example] == length) {
+        return Ok(None);
+    }
+    let mut numbers = vec![0f32; examples.len() * heads * length];
+    for (rows, &example) in numbers.chunks_mut(heads * length).zip(examples) {
+        for row in rows.chunks_mut(length) {
+            row[lengths[example]..].fill(f32::NEG_INFINITY);
+        }
+    }
+    let bias = upload(&numbers, device)?.f_to_kind(kind)?;
+    Ok(Some(bias.f_view([-1, 1, length as i64])?))
+}
+
+/// Cuts the examples, longest first, into groups whose squares cost least together, where each group costs
+/// `group_cost` more. Returns the examples of each and its length.
+fn groups(lengths: &[usize], group_cost: usize) -> Vec<(Vec<usize>, usize)> {
+    let rounded = |example: usize| lengths[example].next_multiple_of(LENGTH_MULTIPLE);
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by_key(|&example| std::cmp::Reverse(rounded(example)));
+    // A group begins where the length changes; others cost more.
+    let mut starts: Vec<usize> =
+        (0..order.len()).filter(|&at| at == 0 || rounded(order[at]) != rounded(order[at - 1])).collect();
+    starts.push(order.len());
+    // Least cost of the examples before each start, and where the last of their groups begins.
+    let mut best = vec![(0, 0)];
+    for end in 1..starts.len() {
+        let cost_from = |start: usize| {
+            let length = rounded(order[starts[start]]);
+            best[start].0 + (starts[end] - starts[start]) * length * length + group_cost
+        };
+        best.push((0..end).map(|start| (cost_from(start), start)).min().unwrap_or_default());
+    }
+    let mut cuts: Vec<Range<usize>> = Vec::new();
+    let mut end = starts.len() - 1;
+    while end > 0 {
+        let start = best[end].1;
+        cuts.push(starts[start]..starts[end]);
+        end = start;
+    }
+    let group = |cut: Range<usize>| (order[cut.clone()].to_vec(), rounded(order[cut.start]));
+    cuts.into_iter().rev().map(group).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers<T: TryFrom<Tensor>>(tensor: &Tensor) -> T {
+        T::try_from(tensor.shallow_clone()).unwrap_or_else(|_| panic!("{tensor:?}"))
+    }
+
+    #[test]
+    fn examples_of_similar_length_share_a_rectangle() {
+        assert_eq!(groups(&[100, 20, 97, 16], 500), [(vec![0, 2], 112), (vec![1], 32), (vec![3], 16)]);
+        // A group more is worth it only if it saves more than it costs.
+        assert_eq!(groups(&[100, 20, 97, 16], 20_000), [(vec![0, 2], 112), (vec![1, 3], 32)]);
+        assert_eq!(groups(&[100, 20, 97, 16], usize::MAX / 8), [(vec![0, 2, 1, 3], 112)]);
+        assert_eq!(groups(&[7], 10), [(vec![0], 16)]);
+        assert_eq!(groups(&[], 10), []);
+    }
+
+    #[test]
+    fn every_example_is_in_one_group_and_none_is_cut() {
+        let lengths: Vec<usize> = (0..200).map(|number| 1 + number * 37 % 128).collect();
+        for cost in [0, 100, 10_000] {
+            let groups = groups(&lengths, cost);
+            let mut seen: Vec<usize> = groups.iter().flat_map(|(examples, _)| examples.clone()).collect();
+            assert!(groups.iter().all(|(own, length)| own.iter().all(|&example| lengths[example] <= *length)));
+            seen.sort_unstable();
+            assert_eq!(seen, (0..200).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn tokens_go_to_their_rectangle_and_come_back() {
+        let (lengths, heads) = ([3, 40, 2], 2);
+        let layout = AttentionLayout::new(&lengths, heads, 4, Kind::Float, Device::Cpu).unwrap();
+        let rows = Tensor::arange(45 * 4, (Kind::Float, Device::Cpu)).view([45, 4]);
+        let parts = layout.split(&rows, heads as i64).unwrap();
+        assert_eq!(parts.len(), 1, "the products of so small a width are cheaper than a rectangle more");
+        assert_eq!(parts[0].size(), [6, 48, 2]);
+        // The second head of the second token of the first example, which is the second in the rectangle.
+        let found: Vec<f32> = numbers(&parts[0].get(3).get(1));
+        assert_eq!(found, [6.0, 7.0]);
+        let bias: Vec<f32> = numbers(&layout.rectangles[0].bias.as_ref().unwrap().get(3).view([-1]));
+        assert_eq!(bias.iter().filter(|value| **value == 0.0).count(), 3);
+        assert_eq!(layout.join(&parts, heads as i64).unwrap(), rows);
+
+        let layout = AttentionLayout::new(&lengths, heads, 100_000, Kind::Float, Device::Cpu).unwrap();
+        let parts = layout.split(&rows, heads as i64).unwrap();
+        assert_eq!(parts.iter().map(Tensor::size).collect::<Vec<_>>(), [[2, 48, 2], [4, 16, 2]]);
+        assert_eq!(layout.join(&parts, heads as i64).unwrap(), rows);
+        let full = AttentionLayout::new(&[16, 16], heads, 4, Kind::Float, Device::Cpu).unwrap();
+        assert!(full.rectangles[0].bias.is_none());
+    }
+}

@@ -1,0 +1,149 @@
+//! Operations of our own in the autograd graph.
+
+use std::ffi::{c_char, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use super::ffi;
+use super::hooks::caught;
+use crate::error::{Error, Result};
+
+struct Backward {
+    function: Box<dyn FnMut(&Tensor) -> Result<Vec<Tensor>> + Send>,
+    inputs: usize,
+}
+
+/// Makes a tensor the differentiable result of an operation on `inputs`: `backward` computes their gradients, one for each,
+/// from that of the result. It is freed once backward has gone through, with what it holds, or at once where nobody asks for
+/// gradients.
+///
+/// `output` must be new and without a graph of its own, and `backward` must not hold it or the graph of the inputs.
+///
+/// # Errors
+/// Fails if libtorch refuses; what `backward` returns ends libtorch's backward.
+pub fn with_backward(
+    mut output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnMut(&Tensor) -> Result<Vec<Tensor>> + Send + 'static,
+) -> Result<Tensor> {
+    let mut handles: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
+    let pointers: Vec<*mut C_tensor> = handles.iter_mut().map(Tensor::as_mut_ptr).collect();
+    let state = Box::new(Backward { function: Box::new(backward), inputs: inputs.len() });
+    // SAFETY: all are live tensors and `pointers` has `count` of them during the call; `state` is a leaked box that the
+    // shim releases exactly once through `release`, also when it fails.
+    ffi::check(unsafe {
+        ffi::child_tuning_own_backward(
+            output.as_mut_ptr(),
+            pointers.as_ptr(),
+            pointers.len(),
+            call,
+            Box::into_raw(state).cast(),
+            release,
+        )
+    })?;
+    Ok(output)
+}
+
+unsafe extern "C" fn call(
+    state: *mut c_void,
+    gradient: *mut C_tensor,
+    gradients: *mut *mut C_tensor,
+) -> *mut c_char {
+    let outcome = caught("the backward of an operation", || {
+        // SAFETY: `gradient` is a new reference that this call owns.
+        let gradient = unsafe { Tensor::from_ptr(gradient) };
+        // SAFETY: `state` is the box leaked by `with_backward`, alive until `release`; the engine runs a node by one thread
+        // at a time, so there is no second reference.
+        let backward = unsafe { &mut *state.cast::<Backward>() };
+        let found = (backward.function)(&gradient)?;
+        if found.len() != backward.inputs {
+            let (found, inputs) = (found.len(), backward.inputs);
+            return Err(Error::Libtorch(format!("{found} gradients came for {inputs} inputs")));
+        }
+        Ok(found)
+    });
+    match outcome {
+        Ok(found) => {
+            for (place, tensor) in found.iter().enumerate() {
+                // SAFETY: the shim has a place for each input; `at_shallow_clone` makes a second handle, which the shim
+                // takes over and frees.
+                unsafe { *gradients.add(place) = torch_sys::at_shallow_clone(tensor.as_ptr().cast_mut()) };
+            }
+            std::ptr::null_mut()
+        }
+        Err(message) => message,
+    }
+}
+
+unsafe extern "C" fn release(state: *mut c_void) {
+    // A panic in a destructor must not unwind into C++.
+    let _ = catch_unwind(AssertUnwindSafe(|| {
+        // SAFETY: the shim calls this once, with the box leaked by `with_backward`.
+        drop(unsafe { Box::from_raw(state.cast::<Backward>()) });
+    }));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tch::Kind;
+
+    use super::*;
+
+    fn leaf(values: &[f32]) -> Tensor {
+        Tensor::from_slice(values).set_requires_grad(true)
+    }
+
+    fn numbers(tensor: &Tensor) -> Vec<f32> {
+        Vec::try_from(tensor.detach()).unwrap()
+    }
+
+    #[test]
+    fn gradients_reach_the_inputs_and_what_backward_holds_is_freed_by_it() {
+        let held = Arc::new(());
+        let seen = held.clone();
+        let (one, other) = (leaf(&[1.0, 2.0]), leaf(&[3.0, 5.0]));
+        let values = [one.detach(), other.detach()];
+        let product = with_backward(one.detach() * other.detach(), &[&one, &other], move |gradient| {
+            let _ = &seen;
+            Ok(vec![gradient * &values[1], gradient * &values[0]])
+        })
+        .unwrap();
+        let loss = product.square().sum(Kind::Float);
+        loss.backward();
+        assert_eq!(numbers(&one.grad()), [18.0, 100.0]);
+        assert_eq!(numbers(&other.grad()), [6.0, 40.0]);
+        assert_eq!(Arc::strong_count(&held), 1, "the graph is still there");
+        assert!(loss.f_backward().is_err(), "backward goes through once");
+    }
+
+    #[test]
+    fn nothing_is_recorded_where_nobody_asks_for_a_gradient() {
+        let weight = leaf(&[1.0]);
+        let operation = |input: &Tensor| {
+            with_backward(input.detach() * 2.0, &[input], |gradient| Ok(vec![gradient * 2.0])).unwrap()
+        };
+        assert!(operation(&weight).requires_grad());
+        assert!(!operation(&weight.detach()).requires_grad());
+        assert!(!tch::no_grad(|| operation(&weight)).requires_grad());
+    }
+
+    #[test]
+    fn errors_and_panics_become_errors() {
+        type Outcome = fn() -> Result<Vec<Tensor>>;
+        let cases: [(Outcome, &str); 3] = [
+            (|| Err(Error::Diverged("no number".into())), "no number"),
+            (|| panic!("out of luck"), "out of luck"),
+            (|| Ok(Vec::new()), "0 gradients came for 1 inputs"),
+        ];
+        for (outcome, message) in cases {
+            let weight = leaf(&[1.0]);
+            let output = with_backward(weight.detach(), &[&weight], move |_| outcome()).unwrap();
+            let error = output.f_backward().unwrap_err();
+            assert!(error.to_string().contains(message), "{error}");
+        }
+    }
+}
