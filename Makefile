@@ -52,7 +52,7 @@ test: .venv/developer  ## everything that CI runs: format, lints, docs, tests
 	@cargo test --locked
 
 bench: build .venv/developer  ## measure speed against the Python peer, interleaved, in one table
-	@cargo build --release --locked --bench step
+	@cargo build --release --locked --bench step --bench fisher --bench threshold
 	@.venv/bin/python benches/compare.py $(BENCH_OPTIONS)
 
 fixtures: .venv/developer  ## compute the reference numbers of the tests again

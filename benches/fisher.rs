@@ -12,6 +12,7 @@ use child_tuning::child::{
 };
 use child_tuning::data::{Encoded, EncodedDataset, Targets};
 use child_tuning::error::Result;
+use child_tuning::experiment::peak_memory;
 use child_tuning::model::{Classifier, Labels, ModelConfig, Pass, Precision, loss};
 use child_tuning::random::{Key, philox};
 use clap::Parser;
@@ -74,6 +75,7 @@ fn main() -> anyhow::Result<()> {
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
     let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
     let data = random_data(&arguments.lengths, arguments.examples)?;
+    let resident_before = peak_memory(Device::Cpu).unwrap_or(0);
     let mut classifier =
         Classifier::untrained(config(&arguments), Labels::Classes(vec!["0".into(), "1".into()]), device)?;
     classifier.reset(42)?;
@@ -106,6 +108,8 @@ fn main() -> anyhow::Result<()> {
         for (ratios, (name, ..)) in ratios.iter_mut().zip(&passes) {
             println!("{precision:?}: {name}, plain epochs: {}", spread(ratios));
         }
+        let peak = peak_memory(Device::Cpu).unwrap_or(0) - resident_before;
+        println!("{precision:?}: {:.0} MB at most, model included", peak as f64 / 1e6);
     }
     Ok(())
 }

@@ -4,7 +4,8 @@
 
 A training step is what the released training script does: forward with dropout, mean loss, backward, clip of the
 global gradient norm, optimizer step, schedule step. The model has the shape of BERT-base and random weights; the
-tokens are random too, since neither changes the time. A batch is padded to its own longest sentence.
+tokens are random too, since neither changes the time. A batch is padded to its own longest sentence, or with
+`--padding fixed` to 128 tokens, as the example scripts of transformers do.
 
 Protocol, one JSON object a line on stdout, for compare.py:
     after building and one warm-up step on the first batch   {"ready": true, "torch": VERSION, "device": NAME}
@@ -27,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
 import released_optimizer  # noqa: E402  (kept with the scripts that make the fixtures)
 
 BATCH_SIZE = 16
+FIXED_LENGTH = 128
 # The child's share, and the settings of the released run.sh; the steps are those of RTE, 3 epochs.
 SHARE = 0.3
 LEARNING_RATE = 4e-5
@@ -36,12 +38,13 @@ WARMUP_STEPS = 46
 TOTAL_STEPS = 468
 
 
-def make_batches(lengths, vocabulary_size):
+def make_batches(lengths, vocabulary_size, padding):
     """Returns batches of random tokens on the CPU, each with its number of real tokens."""
     batches = []
     for start in range(0, len(lengths), BATCH_SIZE):
         own = torch.tensor(lengths[start : start + BATCH_SIZE])
-        mask = (torch.arange(own.max()) < own[:, None]).long()
+        width = own.max() if padding == "longest" else FIXED_LENGTH
+        mask = (torch.arange(width) < own[:, None]).long()
         inputs = {
             "input_ids": torch.randint(1000, vocabulary_size, mask.shape) * mask,
             "attention_mask": mask,
@@ -87,7 +90,7 @@ class Peer:
         config = transformers.BertConfig()
         self.model = transformers.BertForSequenceClassification(config).to(self.device).train()
         lengths = [int(line) for line in arguments.lengths.read_text().split()]
-        self.batches = make_batches(lengths, config.vocab_size)
+        self.batches = make_batches(lengths, config.vocab_size, arguments.padding)
         self.optimizer = make_optimizer(arguments.method, self.model)
         self.schedule = transformers.get_linear_schedule_with_warmup(self.optimizer, WARMUP_STEPS, TOTAL_STEPS)
 
@@ -133,6 +136,7 @@ def main():
     parser = argparse.ArgumentParser(description="The Python peer of the speed benchmark; see compare.py.")
     parser.add_argument("--method", choices=["vanilla", "child_tuning_f", "child_tuning_d"], required=True)
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--padding", choices=["longest", "fixed"], default="longest")
     parser.add_argument("--lengths", type=pathlib.Path, required=True, help="a file with one token count per line")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")

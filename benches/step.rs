@@ -1,13 +1,16 @@
 //! One side of the speed benchmark: training steps of this program, on request.
 //!
-//! Speaks the protocol of `benches/compare.py`: builds a model, takes one warm-up step, prints `{"ready": true}`, and then
-//! for every line `go N` takes N steps and prints a line with their time and tokens. For a line `limit` it prints the time
-//! that the matrix products of the next step take by themselves, one after the other: no step can be faster.
+//! Speaks the protocol of `benches/compare.py`: builds a model, takes one warm-up step, prints `{"ready": true}` with the
+//! bytes of the optimizer's state and of the process before the model was built, and then
+//! for every line `go N` takes N steps and prints a line with their time and tokens. For a line `limit` it prints what the
+//! next steps cannot be faster than: the time that the products of their linear layers take by themselves, and with it that
+//! of attention's products, without padding, and of reading and writing what AdamW has to.
 
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use child_tuning::experiment::peak_memory;
 use child_tuning::libtorch::Profile;
 use child_tuning::model::{Classifier, Labels};
 use child_tuning::train::{Hyperparameters, MicroBatch, Order, Precision, Trainer};
@@ -25,6 +28,9 @@ struct Arguments {
     /// vanilla, child_tuning_f or child_tuning_d
     #[arg(long, default_value = "vanilla")]
     method: String,
+    /// Share of the child network
+    #[arg(long, default_value_t = 0.3)]
+    share: f64,
     /// float32, tf32 or bf16
     #[arg(long, default_value = "float32", value_parser = precision)]
     precision: Precision,
@@ -69,12 +75,14 @@ fn main() -> anyhow::Result<()> {
     let shape = Shape { name: "bert", layers, hidden, heads: hidden / 64, vocabulary: VOCABULARY };
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
     let data = random_data(&lengths, VOCABULARY, &labels);
+    let resident_before = peak_memory(Device::Cpu);
     let mut classifier = Classifier::untrained(shape.config(0.1, 0.02), labels, device)?;
     classifier.reset(SEED)?;
-    let prepared = measured_method(&arguments.method, &classifier)?;
+    let prepared = measured_method(&arguments.method, arguments.share, &classifier)?;
     let settings = settings(arguments.precision, arguments.batch_size);
     let order: Vec<usize> = (0..data.len()).collect();
     let batches: Vec<&[usize]> = order.chunks_exact(arguments.batch_size).collect();
+    let weights = classifier.parameters.count();
     let mut trainer = Trainer::new(&mut classifier, &data, &settings, prepared, SEED)?;
     finished(trainer.step(batches[0])?)?;
     if arguments.profile {
@@ -82,16 +90,36 @@ fn main() -> anyhow::Result<()> {
         print_profile(&profile);
         return Ok(());
     }
-    println!("{}", json!({"ready": true, "torch": child_tuning::libtorch::version()}));
+    println!(
+        "{}",
+        json!({
+            "ready": true,
+            "torch": child_tuning::libtorch::version(),
+            "resident_before": resident_before,
+            "state": trainer.optimizer_bytes(),
+        })
+    );
 
     let mut next = batches.iter().cycle();
     for line in std::io::stdin().lock().lines() {
         let line = line?;
-        if line.trim() == "limit" {
-            let batch = next.clone().next().copied().unwrap_or_default();
-            let tokens = batch.iter().map(|&number| data.inputs[number].ids.len()).sum::<usize>();
-            let seconds = layers as f64 * layer_products(tokens as i64, hidden, arguments.precision, device)?;
-            println!("{}", json!({"seconds": seconds, "tokens": tokens, "steps": 1}));
+        if let Some(steps) = line.trim().strip_prefix("limit ") {
+            let mut limit = Limit {
+                layers,
+                hidden,
+                precision: arguments.precision,
+                device,
+                tokens: 0,
+                seconds: [0.0; 2],
+            };
+            for batch in next.clone().take(steps.parse()?) {
+                limit.add(
+                    &batch.iter().map(|&number| data.inputs[number].ids.len() as i64).collect::<Vec<_>>(),
+                )?;
+            }
+            limit.seconds[1] += steps.parse::<f64>()? * optimizer_traffic(weights, device)?;
+            let [products, floor] = limit.seconds;
+            println!("{}", json!({"seconds": products, "floor_seconds": floor, "tokens": limit.tokens}));
             continue;
         }
         let steps: usize = line.trim().trim_start_matches("go ").parse()?;
@@ -108,25 +136,66 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Returns the seconds that the matrix products of one layer take, forward and backward: four of hidden × hidden, two of
-/// hidden × 4 · hidden. Those of attention, of the head and of the embeddings are left out.
-fn layer_products(tokens: i64, hidden: i64, precision: Precision, device: Device) -> anyhow::Result<f64> {
-    let options = (precision.kind(), device);
-    let ones = |shape: [i64; 2]| Tensor::f_ones(shape, options);
-    let mut seconds = 0.0;
-    for (times, [inputs, outputs]) in
-        [(4.0, [hidden, hidden]), (1.0, [hidden, 4 * hidden]), (1.0, [4 * hidden, hidden])]
-    {
+/// What steps cannot be faster than.
+struct Limit {
+    layers: i64,
+    hidden: i64,
+    precision: Precision,
+    device: Device,
+    tokens: i64,
+    /// Of the products of linear layers, and of these and the rest.
+    seconds: [f64; 2],
+}
+
+impl Limit {
+    /// Adds a step over examples of the given lengths. The products of the head and of the pooler are left out.
+    fn add(&mut self, lengths: &[i64]) -> anyhow::Result<()> {
+        let (hidden, layers) = (self.hidden, self.layers as f64);
+        let tokens = lengths.iter().sum();
+        let mut seconds = 0.0;
+        for (times, inputs, outputs) in
+            [(4.0, hidden, hidden), (1.0, hidden, 4 * hidden), (1.0, 4 * hidden, hidden)]
+        {
+            seconds += times * self.product([tokens, inputs, outputs])?;
+        }
+        // A layer multiplies 12 · hidden² times a token; attention 2 · length · hidden times.
+        let squares: i64 = lengths.iter().map(|length| length * length).sum();
+        let attention = seconds * squares as f64 / (6 * hidden * tokens) as f64;
+        self.tokens += tokens;
+        self.seconds[0] += layers * seconds;
+        self.seconds[1] += layers * (seconds + attention);
+        Ok(())
+    }
+
+    /// Returns the seconds of the product of `[rows, inner]` and `[inner, columns]`, forward and backward.
+    fn product(&self, [rows, inner, columns]: [i64; 3]) -> anyhow::Result<f64> {
+        let ones = |shape: [i64; 2]| Tensor::f_ones(shape, (self.precision.kind(), self.device));
         let (input, weight, gradient) =
-            (ones([tokens, inputs])?, ones([outputs, inputs])?, ones([tokens, outputs])?);
+            (ones([rows, inner])?, ones([columns, inner])?, ones([rows, columns])?);
         let started = Instant::now();
         let _forward = input.f_mm(&weight.f_transpose(0, 1)?)?;
         let _to_input = gradient.f_mm(&weight)?;
         let to_weight = gradient.f_transpose(0, 1)?.f_mm(&input)?;
         finished(to_weight.f_flatten(0, -1)?.f_narrow(0, 0, 1)?.f_sum(tch::Kind::Float)?)?;
-        seconds += times * started.elapsed().as_secs_f64();
+        Ok(started.elapsed().as_secs_f64())
     }
-    Ok(seconds)
+}
+
+/// Returns the seconds that it takes to read and write what AdamW has to: weights, moments and gradients are read, all but
+/// the gradients written, in float32.
+fn optimizer_traffic(weights: usize, device: Device) -> anyhow::Result<f64> {
+    const MEGABYTES: i64 = 256;
+    let source = Tensor::f_ones([MEGABYTES << 18], (tch::Kind::Float, device))?;
+    let mut copy = source.f_ones_like()?;
+    let mut fastest = f64::INFINITY;
+    for _ in 0..3 {
+        let started = Instant::now();
+        copy.f_copy_(&source)?;
+        finished(copy.f_narrow(0, 0, 1)?.f_sum(tch::Kind::Float)?)?;
+        fastest = fastest.min(started.elapsed().as_secs_f64());
+    }
+    let bytes_per_second = 2.0 * source.numel() as f64 * 4.0 / fastest;
+    Ok(7.0 * 4.0 * weights as f64 / bytes_per_second)
 }
 
 /// How many operators and how many kernels are shown.

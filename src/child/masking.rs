@@ -314,8 +314,7 @@ mod tests {
             for (adds, whole, pieces) in
                 [(false, &from_float, Gradient::Float(gradient)), (true, &from_half, Gradient::Half(&half))]
             {
-                let squares =
-                    deposit(&mut expected, Gradient::Float(whole), mask, FIRST_GROUP, adds);
+                let squares = deposit(&mut expected, Gradient::Float(whole), mask, FIRST_GROUP, adds);
                 let own = deposit_rows(&mut found, &rows, pieces, mask, FIRST_GROUP, adds);
                 assert_eq!(found, expected);
                 assert!((own / squares - 1.0).abs() < 1e-5, "{own} {squares}");

@@ -185,7 +185,9 @@ mod tests {
         for cost in [0, 100, 10_000] {
             let groups = groups(&lengths, cost);
             let mut seen: Vec<usize> = groups.iter().flat_map(|(examples, _)| examples.clone()).collect();
-            assert!(groups.iter().all(|(own, length)| own.iter().all(|&example| lengths[example] <= *length)));
+            assert!(
+                groups.iter().all(|(own, length)| own.iter().all(|&example| lengths[example] <= *length))
+            );
             seen.sort_unstable();
             assert_eq!(seen, (0..200).collect::<Vec<_>>());
         }

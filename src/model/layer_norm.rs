@@ -174,7 +174,8 @@ mod tests {
         let mut table = ParameterTable::default();
         let layer = LayerNorm::declare(&mut table, "norm", WIDTH, 1e-5, ParameterPlace::EncoderLayer(0));
         let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
-        let numbers = |count: i64, scale: f64| (Tensor::arange(count, (Kind::Float, Device::Cpu)) * scale).sin();
+        let numbers =
+            |count: i64, scale: f64| (Tensor::arange(count, (Kind::Float, Device::Cpu)) * scale).sin();
         let weights: Vec<Tensor> = parameters
             .iter()
             .map(|(id, _)| (numbers(WIDTH, 0.3 + id.index() as f64) + 1.5).set_requires_grad(true))
@@ -207,7 +208,8 @@ mod tests {
         let run = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let width = 48;
-            let numbers = |count: usize| (0..count).map(|index| (index as f32 * 0.37).sin()).collect::<Vec<_>>();
+            let numbers =
+                |count: usize| (0..count).map(|index| (index as f32 * 0.37).sin()).collect::<Vec<_>>();
             let (input, gradient, ones) = (numbers(500 * width), numbers(500 * width), vec![1.0; 500]);
             let mut to_input = vec![0f32; 500 * width];
             let saved = Saved { input: &input, mean: &ones, inverse_deviation: &ones, scale: &ones[..width] };

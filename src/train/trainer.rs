@@ -276,6 +276,11 @@ impl<'a> Trainer<'a> {
         Ok(mean_loss)
     }
 
+    /// Returns the bytes of the optimizer's state.
+    pub fn optimizer_bytes(&self) -> usize {
+        lock(&self.optimizer).state_bytes()
+    }
+
     /// Runs examples forward and backward, micro-batch by micro-batch; the hooks collect what comes out. Returns their mean
     /// loss, on the device.
     fn accumulate(&self, examples: &[usize]) -> Result<Tensor> {
@@ -358,7 +363,7 @@ impl<'a> Trainer<'a> {
             train_time,
             examples: self.examples,
             tokens: self.tokens,
-            optimizer_bytes: lock(&self.optimizer).state_bytes(),
+            optimizer_bytes: self.optimizer_bytes(),
             trainable: self.trainable.count,
             mask: self.prepared.mask,
         })

@@ -13,7 +13,7 @@ use crate::model::{Classifier, Labels, ModelConfig};
 use crate::random::{Key, philox};
 
 /// The share of the weights that the measured methods train.
-const SHARE: f64 = 0.3;
+pub(super) const SHARE: f64 = 0.3;
 const SEED: u64 = 42;
 
 /// The shape of a BERT.
@@ -85,21 +85,22 @@ pub fn random_data(lengths: &[usize], vocabulary: u32, labels: &Labels) -> Encod
     EncodedDataset { inputs, targets, features: None }
 }
 
-/// Prepares a method for the measurement of its steps: D's mask is cut by random scores, without a Fisher pass.
+/// Prepares a method for the measurement of its steps: D's mask is cut by random scores, without a Fisher pass. `share` is
+/// that of the child network.
 ///
 /// # Errors
 /// Fails if the method is none of `vanilla`, `child_tuning_f` and `child_tuning_d`.
-pub fn measured_method(method: &str, model: &Classifier) -> Result<Prepared> {
+pub fn measured_method(method: &str, share: f64, model: &Classifier) -> Result<Prepared> {
     let parameters = &model.parameters;
     let (mask, decay) = match method {
         "vanilla" => (None, DecayScope::All),
         "child_tuning_f" => {
-            let mask = BernoulliMask::new(MaskScope::All, SHARE, true, SEED);
+            let mask = BernoulliMask::new(MaskScope::All, share, true, SEED);
             (Some(GradientMask::Bernoulli(mask)), DecayScope::All)
         }
         "child_tuning_d" => {
             let scores = Tensor::f_rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu))?;
-            let cut = Cut::highest(SHARE, MaskScope::EncoderLayers, Threshold::Global);
+            let cut = Cut::highest(share, MaskScope::EncoderLayers, Threshold::Global);
             let child = ChildNetwork::from_scores(parameters, &scores, &cut)?;
             (Some(GradientMask::Fixed(child)), DecayScope::Child)
         }

@@ -192,7 +192,7 @@ fn training(workload: &Workload, method: &str, precision: Precision, options: Op
     let (warm_up, steps, rounds) = if options.quick { (1, 2, 3) } else { (5, 20, 5) };
     reset_peak_memory(options.device);
     let mut model = model(workload, options.device)?;
-    let prepared = measured_method(method, &model)?;
+    let prepared = measured_method(method, super::random_model::SHARE, &model)?;
     let settings = settings(workload, precision);
     let numbers: Vec<usize> = (0..data.len()).collect();
     let mut batches = numbers.chunks_exact(*batch_size).cycle();
