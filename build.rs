@@ -13,6 +13,8 @@ const LIBTORCH_VERSION: &str = "2.11.0";
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=src/libtorch/shim.cpp");
+    println!("cargo:rerun-if-changed=src/libtorch/cuda_graph.cpp");
+    println!("cargo:rerun-if-env-changed=CUDA_HOME");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-env-changed=CHILD_TUNING_BUNDLE");
     record_commit();
@@ -26,8 +28,8 @@ fn main() {
     let include = library_folder.join("../include");
     check_version(&include);
 
-    cc::Build::new()
-        .cpp(true)
+    let mut shim = cc::Build::new();
+    shim.cpp(true)
         .pic(true)
         .std("c++17")
         .warnings(false)
@@ -35,7 +37,13 @@ fn main() {
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .file("src/libtorch/shim.cpp")
-        .compile("child_tuning_shim");
+        .file("src/libtorch/cuda_graph.cpp");
+    let has_cuda = library_folder.join("libtorch_cuda.so").exists();
+    let cuda_headers = cuda_headers(&library_folder).filter(|_| has_cuda);
+    if let Some(folder) = &cuda_headers {
+        shim.include(folder).define("CHILD_TUNING_CUDA", None);
+    }
+    shim.compile("child_tuning_shim");
 
     let folder = library_folder.display();
     println!("cargo:rustc-link-search=native={folder}");
@@ -43,7 +51,10 @@ fn main() {
     if env::var_os("CHILD_TUNING_BUNDLE").is_none() {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
     }
-    if library_folder.join("libtorch_cuda.so").exists() {
+    if cuda_headers.is_some() {
+        println!("cargo:rustc-link-arg=-lc10_cuda");
+    }
+    if has_cuda {
         // Nothing names a symbol of libtorch_cuda, yet loading it is what registers the CUDA kernels.
         for argument in ["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"] {
             println!("cargo:rustc-link-arg={argument}");
@@ -51,6 +62,16 @@ fn main() {
     }
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
+}
+
+/// Finds the headers of the CUDA runtime, which the wheels of PyTorch bring along; CUDA graphs need them. Without them the
+/// program builds, and says so where a graph is asked for.
+fn cuda_headers(library_folder: &Path) -> Option<PathBuf> {
+    let site_packages = library_folder.canonicalize().ok()?.join("../../nvidia/cu13/include");
+    let home = env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("include"));
+    home.into_iter().chain([site_packages, PathBuf::from("/usr/local/cuda/include")]).find(|folder| {
+        ["cuda_runtime.h", "crt/host_config.h"].iter().all(|header| folder.join(header).exists())
+    })
 }
 
 /// Stops the build when the headers are missing or belong to another libtorch.

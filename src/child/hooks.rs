@@ -178,6 +178,19 @@ impl GradientHooks {
         Ok(())
     }
 
+    /// Returns which parameters the step has collected a gradient of.
+    pub fn collected(&self) -> Vec<bool> {
+        self.slots.iter().map(|slot| lock(&slot.arrived).any).collect()
+    }
+
+    /// Notes that the buffer holds the gradients of the parameters that [`GradientHooks::collected`] named, although no hook
+    /// has run: what they do on a GPU was started again from a record.
+    pub fn note_collected(&self, collected: &[bool]) {
+        for (slot, &any) in self.slots.iter().zip(collected) {
+            lock(&slot.arrived).any = any;
+        }
+    }
+
     /// Returns the norm of all that the step has collected, on the CPU; nothing on a GPU, where the buffer is at hand.
     pub fn norm(&self) -> f64 {
         self.slots.iter().map(|slot| lock(&slot.arrived).squares).sum::<f64>().sqrt()

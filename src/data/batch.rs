@@ -34,6 +34,8 @@ pub struct PackedBatch {
     pub slots: Vec<u32>,
     /// Number of tokens before each example, and of all, `[examples + 1]`, int32; only where flash attention runs.
     cumulative_lengths: Option<Tensor>,
+    /// Number of tokens of the longest example, or more.
+    longest: usize,
     /// What [`PackedBatch::attention_layout`] has made, for a number of heads and a type.
     attention_layout: RefCell<Option<(i64, Kind, Rc<AttentionLayout>)>>,
     /// What a frozen encoder makes of the examples, `[examples, hidden]` in float32; the tokens are left out then.
@@ -68,6 +70,7 @@ impl PackedBatch {
             first_tokens,
             slots: (first_slot as u32..).take(examples.len()).collect(),
             cumulative_lengths,
+            longest: longest(&lengths),
             attention_layout: RefCell::default(),
             lengths,
             features: None,
@@ -85,6 +88,7 @@ impl PackedBatch {
             first_tokens: none()?,
             slots: (first_slot as u32..).take(examples).collect(),
             cumulative_lengths: None,
+            longest: 0,
             attention_layout: RefCell::default(),
             lengths: Vec::new(),
             features: Some(features),
@@ -118,6 +122,7 @@ impl PackedBatch {
             first_tokens,
             slots: self.slots.iter().flat_map(|&slot| std::iter::repeat_n(slot, copies)).collect(),
             cumulative_lengths: cumulative(&lengths, device)?,
+            longest: self.longest,
             attention_layout: RefCell::default(),
             lengths,
             features: features
@@ -136,9 +141,9 @@ impl PackedBatch {
         self.lengths.iter().sum()
     }
 
-    /// Returns the number of tokens of the longest example.
+    /// Returns the number of tokens of the longest example, or a larger number that attention may count on.
     pub fn longest(&self) -> usize {
-        longest(&self.lengths)
+        self.longest
     }
 
     /// Returns the rectangles that attention with so many heads, which read `width` numbers a token in sum, computes with.
@@ -161,6 +166,24 @@ impl PackedBatch {
     pub fn flash_lengths(&self) -> Option<PackedLengths<'_>> {
         let cumulative = self.cumulative_lengths.as_ref()?;
         Some(PackedLengths { cumulative, longest: self.longest() })
+    }
+
+    /// Writes another batch of the same shape into the memory of this one.
+    ///
+    /// # Errors
+    /// Fails if the shapes differ.
+    pub fn overwrite(&self, other: &Self) -> Result<()> {
+        let tensors = |batch: &Self| {
+            [&batch.input_ids, &batch.token_types, &batch.positions, &batch.first_tokens]
+                .map(Tensor::shallow_clone)
+        };
+        for (mut own, new) in tensors(self).into_iter().zip(tensors(other)) {
+            own.f_copy_(&new)?;
+        }
+        match (&self.cumulative_lengths, &other.cumulative_lengths) {
+            (Some(own), Some(new)) => Ok(own.shallow_clone().f_copy_(new)?),
+            _ => Ok(()),
+        }
     }
 
     /// Returns the same batch for padded attention, on every device.
@@ -195,6 +218,38 @@ fn upload_together<const N: usize>(lists: [Vec<i64>; N], device: Device) -> Resu
         start += list.len() as i64;
     }
     parts.try_into().map_err(|_| Error::Libtorch("a batch came apart wrongly".into()))
+}
+
+/// The shape of a batch that is filled up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BatchShape {
+    /// Examples that outputs are asked of.
+    pub examples: usize,
+    /// Tokens, those that fill up included.
+    pub tokens: usize,
+    /// The most tokens of an example.
+    pub longest: usize,
+}
+
+impl BatchShape {
+    /// Tokens of a shape are a multiple of this.
+    const TOKENS: usize = 256;
+    /// The longest example of a shape is a multiple of this.
+    const LONGEST: usize = 32;
+
+    /// Returns the shape that examples of the given lengths are filled up to: one of few.
+    pub fn of(lengths: &[usize]) -> Self {
+        Self {
+            examples: lengths.len(),
+            tokens: lengths.iter().sum::<usize>().next_multiple_of(Self::TOKENS),
+            longest: longest(lengths).next_multiple_of(Self::LONGEST),
+        }
+    }
+
+    /// Returns the number of examples that hold what fills up; some may have no tokens.
+    fn fillers(&self) -> usize {
+        Self::TOKENS.div_ceil(self.longest)
+    }
 }
 
 /// What the examples of a data set should be predicted as.
@@ -321,6 +376,33 @@ impl EncodedDataset {
         }
     }
 
+    /// Packs the examples with the given numbers as [`EncodedDataset::batch`] does, and fills the batch up to a shape with
+    /// tokens of examples that no output is asked of, so that batches of one shape differ in numbers only.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn filled_batch(
+        &self,
+        numbers: &[usize],
+        shape: BatchShape,
+        device: Device,
+    ) -> Result<(PackedBatch, Tensor)> {
+        let mut missing = shape.tokens - self.tokens_of(numbers);
+        let fillers: Vec<Encoded> = (0..shape.fillers())
+            .map(|_| {
+                let length = missing.min(shape.longest);
+                missing -= length;
+                Encoded { ids: vec![0; length], token_types: vec![0; length] }
+            })
+            .collect();
+        let inputs: Vec<&Encoded> =
+            numbers.iter().map(|&number| &self.inputs[number]).chain(&fillers).collect();
+        let batch = PackedBatch::pack(&inputs, 0, device)?;
+        let first_tokens = batch.first_tokens.f_narrow(0, 0, numbers.len() as i64)?;
+        let targets = self.targets.part(numbers).tensor(device)?;
+        Ok((PackedBatch { first_tokens, longest: shape.longest, ..batch }, targets))
+    }
+
     /// Packs the examples with the given numbers, and their targets: int64 class ids or float32 scores, `[examples]`.
     ///
     /// # Errors
@@ -369,6 +451,28 @@ mod tests {
         assert_eq!(values(&batch.first_tokens), [0, 2, 3]);
         assert_eq!((batch.examples(), batch.tokens(), batch.longest()), (3, 6, 3));
         assert!(batch.flash_lengths().is_none(), "there is no flash attention on the CPU");
+    }
+
+    #[test]
+    fn batches_of_one_shape_differ_in_numbers_only() {
+        let lengths = [20, 3, 40, 33, 7];
+        let inputs: Vec<Encoded> = lengths
+            .iter()
+            .map(|&length| Encoded { ids: (1..=length).collect(), token_types: vec![1; length as usize] })
+            .collect();
+        let targets = Targets::Classes(vec![0, 1, 2, 3, 4]);
+        let data = EncodedDataset { inputs, targets, features: None };
+        let shape = BatchShape::of(&[20, 40]);
+        assert_eq!(shape, BatchShape { examples: 2, tokens: 256, longest: 64 });
+        assert_eq!(shape, BatchShape::of(&[33, 7]));
+        let (filled, targets) = data.filled_batch(&[0, 2], shape, Device::Cpu).unwrap();
+        assert_eq!(filled.lengths, [20, 40, 64, 64, 64, 4]);
+        assert_eq!((values(&filled.first_tokens), values(&targets)), (vec![0, 20], vec![0, 2]));
+        assert_eq!((filled.tokens(), filled.longest()), (256, 64));
+        let (other, _) = data.filled_batch(&[3, 4], shape, Device::Cpu).unwrap();
+        filled.overwrite(&other).unwrap();
+        assert_eq!(values(&filled.input_ids), values(&other.input_ids));
+        assert_eq!(values(&filled.first_tokens), [0, 33]);
     }
 
     #[test]

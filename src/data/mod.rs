@@ -19,7 +19,7 @@ mod table;
 mod task;
 
 pub use attention_layout::{AttentionLayout, Rectangle};
-pub use batch::{EncodedDataset, PackedBatch, Targets};
+pub use batch::{BatchShape, EncodedDataset, PackedBatch, Targets};
 pub use check::{InTrain, Lengths, Scores, SplitCheck, TokenLengths, check_splits, read_present};
 pub use custom::{CustomObjective, CustomTask};
 pub use encode::{Encoded, TokenEncoder};

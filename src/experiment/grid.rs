@@ -3,7 +3,7 @@
 use super::spec::TrainSpec;
 use crate::error::{Error, Result};
 use crate::method::{Method, Preset};
-use crate::train::{AdamWForm, Freeze, Hyperparameters, MicroBatch, Warmup};
+use crate::train::{AdamWForm, Freeze, Hyperparameters, MicroBatch, Precision, Warmup};
 use crate::values::OneOrMany;
 
 /// One point of the grid, still without the parts that depend on the method.
@@ -48,6 +48,9 @@ impl GridPoint {
                 "train.micro_batch {micro_batch} is larger than train.batch_size {batch_size}"
             )));
         }
+        if let Some(obstacle) = recording_obstacle(&hyperparameters) {
+            return Err(Error::configuration(format!("train.cuda_graphs records passes, but {obstacle}")));
+        }
         if hyperparameters.release_gradients {
             let whole = hyperparameters.micro_batch == MicroBatch::Examples(batch_size);
             let obstacle = match (hyperparameters.max_gradient_norm, whole) {
@@ -63,6 +66,25 @@ impl GridPoint {
     }
 }
 
+/// Returns why passes that are to be recorded cannot be.
+fn recording_obstacle(hyperparameters: &Hyperparameters) -> Option<&'static str> {
+    let asked = hyperparameters.cuda_graphs;
+    match hyperparameters {
+        _ if !asked => None,
+        Hyperparameters { freeze: Freeze::Encoder, .. } => {
+            Some("with a frozen encoder there are too few to save anything: leave it out")
+        }
+        Hyperparameters { gradient_checkpointing: true, .. } => {
+            Some("a layer that is run again seeds the generator: leave `train.gradient_checkpointing` out")
+        }
+        Hyperparameters { release_gradients: true, .. } => {
+            Some("not the optimizer's steps within them: leave `train.release_gradients` out")
+        }
+        Hyperparameters { precision: Precision::Bf16, .. } => None,
+        _ => Some("only in bf16 do many batches have one shape: set `train.precision: bf16`"),
+    }
+}
+
 /// Multiplies the lists out, the last key varying fastest.
 fn grid(typed: &TrainSpec, mut start: GridPoint) -> Vec<GridPoint> {
     if let Some([first, second]) = typed.betas {
@@ -73,6 +95,7 @@ fn grid(typed: &TrainSpec, mut start: GridPoint) -> Vec<GridPoint> {
     }
     start.hyperparameters.gradient_checkpointing =
         typed.gradient_checkpointing.unwrap_or(start.hyperparameters.gradient_checkpointing);
+    start.hyperparameters.cuda_graphs = typed.cuda_graphs.unwrap_or(start.hyperparameters.cuda_graphs);
     start.hyperparameters.release_gradients =
         typed.release_gradients.unwrap_or(start.hyperparameters.release_gradients);
     let mut points = vec![start];

@@ -107,6 +107,8 @@ pub struct TrainSpec {
     pub early_stopping: Option<EarlyStopping>,
     /// Whether backward computes each layer again, to save memory.
     pub gradient_checkpointing: Option<bool>,
+    /// Whether passes on a GPU are recorded and replayed.
+    pub cuda_graphs: Option<bool>,
     /// Whether each parameter is updated as soon as its gradient is there, to save memory.
     pub release_gradients: Option<bool>,
 }

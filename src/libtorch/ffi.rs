@@ -130,3 +130,18 @@ unsafe extern "C" {
         copy: *mut *mut C_tensor,
     ) -> *mut c_char;
 }
+
+// ---- CUDA graphs (cuda_graph.cpp) ----
+
+unsafe extern "C" {
+    pub(super) fn child_tuning_cuda_use_stream(device: c_int, own: bool) -> *mut c_char;
+
+    pub(super) fn child_tuning_cuda_graph_begin(pool_of: *mut c_void, graph: *mut *mut c_void)
+    -> *mut c_char;
+
+    pub(super) fn child_tuning_cuda_graph_end(graph: *mut c_void) -> *mut c_char;
+
+    pub(super) fn child_tuning_cuda_graph_replay(graph: *mut c_void) -> *mut c_char;
+
+    pub(super) fn child_tuning_cuda_graph_free(graph: *mut c_void) -> *mut c_char;
+}

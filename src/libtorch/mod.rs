@@ -5,6 +5,7 @@
 
 mod attention;
 mod context;
+mod cuda_graph;
 mod ffi;
 mod hooks;
 mod memory;
@@ -15,6 +16,7 @@ mod profile;
 
 pub use attention::{PackedLengths, flash_attention, flash_attention_runs};
 pub use context::{Tf32, cuda_peak_bytes, device_memory, release_cached_memory, reset_cuda_peak, version};
+pub use cuda_graph::{CudaGraph, OwnStream};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use memory::{elements, elements_mut, map_file, upload};
 pub use optimizer::{FusedAdamW, FusedGroup};

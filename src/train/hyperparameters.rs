@@ -186,6 +186,9 @@ pub struct Hyperparameters {
     pub freeze: Freeze,
     /// Epochs without a better dev score after which training stops; `None` never stops early.
     pub early_stopping: Option<usize>,
+    /// Whether passes on a GPU are recorded and replayed. What dropout draws on a GPU depends on it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub cuda_graphs: bool,
     /// Whether each parameter is updated in backward, as soon as its gradient is there, and the gradient freed. No bit of
     /// the outcome depends on it.
     #[serde(skip)]
@@ -217,6 +220,7 @@ impl Default for Hyperparameters {
             checkpoint: Checkpoint::Last,
             freeze: Freeze::Nothing,
             early_stopping: None,
+            cuda_graphs: false,
             release_gradients: false,
             gradient_checkpointing: false,
         }

@@ -9,6 +9,7 @@ mod optimizer;
 mod rule;
 mod schedule;
 mod sgd;
+mod step_graphs;
 mod step_variance;
 mod trainer;
 

@@ -13,6 +13,7 @@ use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, MicroBatch, Or
 use super::memory::{MemoryUse, available_memory};
 use super::rule::{Clip, Optimizer};
 use super::schedule::Schedule;
+use super::step_graphs::{self, StepGraphs};
 use crate::child::{GradientHooks, GradientMask};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
@@ -179,6 +180,8 @@ pub struct Trainer<'a> {
     examples: u64,
     /// Removed when the run ends, so that the next run's gradients are its own.
     hooks: GradientHooks,
+    /// The last to go: what is above was made on its stream.
+    graphs: Option<StepGraphs>,
 }
 
 impl<'a> Trainer<'a> {
@@ -193,6 +196,24 @@ impl<'a> Trainer<'a> {
         prepared: Prepared,
         seed: u64,
     ) -> Result<Self> {
+        Self::with_warm_up(classifier, data, hyperparameters, prepared, seed, step_graphs::WARM_UP)
+    }
+
+    /// Starts a run as [`Trainer::new`] does, with passes that are recorded after `warm_up` passes of their shape, where the
+    /// hyperparameters ask for it.
+    ///
+    /// # Errors
+    /// As for [`Trainer::new`].
+    pub fn with_warm_up(
+        classifier: &'a mut Classifier,
+        data: &'a EncodedDataset,
+        hyperparameters: &'a Hyperparameters,
+        prepared: Prepared,
+        seed: u64,
+        warm_up: usize,
+    ) -> Result<Self> {
+        // First, since autograd notes on which stream a leaf is used at first.
+        let graphs = StepGraphs::prepare(hyperparameters, warm_up, classifier.parameters.device())?;
         let child = prepared.mask.as_ref().and_then(|mask| mask.child());
         if let (Outside::Prune, Some(child)) = (prepared.outside, child) {
             child.prune(&classifier.parameters)?;
@@ -216,7 +237,7 @@ impl<'a> Trainer<'a> {
                 lock(&optimizer).apply(&mut values, gradient, range.start, &Clip::Factor(1.0))
             })?
         } else {
-            let mask = mask.filter(|_| prepared.clip == ClipOrder::AfterMask);
+            let mask = mask.filter(|_| prepared.clip == ClipOrder::AfterMask && graphs.is_none());
             GradientHooks::collect(parameters, &weights, trains, mask)?
         };
         let total = hyperparameters.total_steps(data.len());
@@ -240,6 +261,7 @@ impl<'a> Trainer<'a> {
             tokens: 0,
             examples: 0,
             hooks,
+            graphs,
         })
     }
 
@@ -264,8 +286,15 @@ impl<'a> Trainer<'a> {
         let mut values = parameters.values_to_change();
         if !self.hyperparameters.release_gradients {
             self.hooks.end_step()?;
+            let mask = self.prepared.mask.as_ref();
+            // A replay does not mask: each parameter's mask seeds the generator, which cannot be recorded.
+            if let Some(mask) =
+                mask.filter(|_| self.graphs.is_some() && self.prepared.clip == ClipOrder::AfterMask)
+            {
+                mask.apply_to_all(parameters)?;
+            }
             let clip = self.clip()?;
-            if let (Some(mask), ClipOrder::BeforeMask) = (&self.prepared.mask, self.prepared.clip) {
+            if let Some(mask) = mask.filter(|_| self.prepared.clip == ClipOrder::BeforeMask) {
                 mask.apply_to_all(parameters)?;
             }
             lock(&self.optimizer).apply(&mut values, parameters.gradients()?, 0, &clip)?;
@@ -283,10 +312,14 @@ impl<'a> Trainer<'a> {
 
     /// Runs examples forward and backward, micro-batch by micro-batch; the hooks collect what comes out. Returns their mean
     /// loss, on the device.
-    fn accumulate(&self, examples: &[usize]) -> Result<Tensor> {
+    fn accumulate(&mut self, examples: &[usize]) -> Result<Tensor> {
         let parameters = &self.classifier.parameters;
         let device = parameters.device();
         let weights = parameters.compute_weights(pass_precision(self.hyperparameters).kind())?;
+        if let Some(graphs) = self.graphs.as_mut().filter(|_| examples.len() <= self.micro_batch) {
+            let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, 0, device);
+            return graphs.run(self.classifier, &weights, &self.hooks, (self.data, examples), dropout);
+        }
         let mut mean_loss = Tensor::f_zeros([], (Kind::Float, device))?;
         for (part, micro_batch) in examples.chunks(self.micro_batch).enumerate() {
             let first_slot = part * self.micro_batch;

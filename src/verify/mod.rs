@@ -4,6 +4,7 @@
 //! and the released optimizer. On the CPU itself the same suite runs CPU against CPU.
 
 mod agreement;
+mod graphs;
 mod masks;
 mod peer;
 mod random_model;
@@ -119,6 +120,8 @@ pub fn verify(options: Options, show: &mut dyn FnMut(&Check), note: &mut dyn FnM
         agreement::check(&mut checks, shape, options.device)?;
         note(&format!("{}: masks, Fisher information, thresholds", shape.name));
         masks::check(&mut checks, shape, options.device)?;
+        note(&format!("{}: recorded steps", shape.name));
+        graphs::check(&mut checks, shape, options.device)?;
     }
     let checks = checks.list;
     let (speeds, fisher) = speed::measure(options, note)?;

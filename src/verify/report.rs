@@ -139,7 +139,8 @@ impl Report {
 
     fn write_speed(&self, text: &mut String, row: &SpeedRow) -> std::fmt::Result {
         let SpeedRow { workload, batch_size, method, precision, .. } = row;
-        write!(text, "| {workload} | {batch_size} | {precision} | {method} |")?;
+        let how = if row.replayed { ", replayed" } else { "" };
+        write!(text, "| {workload} | {batch_size} | {precision} | {method}{how} |")?;
         let speed = match &row.outcome {
             Ok(speed) => speed,
             Err(reason) => return writeln!(text, " not measured: {reason} | | | | |"),

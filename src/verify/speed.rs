@@ -23,7 +23,11 @@ const DROPOUT: f64 = 0.1;
 pub(super) const RTE_LENGTHS: &str = include_str!("../../benches/rte_lengths.txt");
 /// Kernels and operators of each row that are written down.
 const SHOWN: usize = 20;
-const METHODS: [&str; 3] = ["vanilla", "child_tuning_f", "child_tuning_d"];
+/// Methods, and whether their passes are recorded and replayed.
+type Methods = &'static [(&'static str, bool)];
+const METHODS: Methods = &[("vanilla", false), ("child_tuning_f", false), ("child_tuning_d", false)];
+const VANILLA: Methods = &[("vanilla", false)];
+const REPLAYED: Methods = &[("vanilla", true), ("child_tuning_f", true)];
 
 /// Training of one shape with one method and precision.
 #[derive(Clone, Debug, Serialize)]
@@ -34,6 +38,8 @@ pub struct SpeedRow {
     pub batch_size: usize,
     /// `vanilla`, `child_tuning_f` or `child_tuning_d`.
     pub method: &'static str,
+    /// Whether its passes were recorded and replayed.
+    pub replayed: bool,
     /// Spelling of the precision in YAML.
     pub precision: String,
     /// What was measured, or why not.
@@ -111,26 +117,28 @@ pub(super) fn measure(
     let rte: Vec<usize> = RTE_LENGTHS.split_whitespace().filter_map(|length| length.parse().ok()).collect();
     let workloads = if options.quick {
         let tiny = Workload::new(Shape::TINY, &rte[..64], "lengths of RTE", 16);
-        vec![(tiny, vec![(Float32, &METHODS[..])])]
+        vec![(tiny, vec![(Float32, METHODS)])]
     } else {
         let large = Workload::new(Shape::BERT_LARGE, &[128; 128], "128 tokens", 32);
         let base = Workload::new(Shape::BERT_BASE, &rte, "lengths of RTE", 16);
-        let vanilla = &METHODS[..1];
-        let of_base = vec![(Bf16, &METHODS[..]), (Tf32, vanilla), (Float32, vanilla)];
-        vec![(large, vec![(Bf16, &METHODS[..]), (Tf32, vanilla)]), (base, of_base)]
+        let of_base = vec![(Bf16, METHODS), (Bf16, REPLAYED), (Tf32, VANILLA), (Float32, VANILLA)];
+        vec![(large, vec![(Bf16, METHODS), (Tf32, VANILLA)]), (base, of_base)]
     };
     let mut rows = Vec::new();
     for (workload, precisions) in &workloads {
         for (precision, methods) in precisions {
-            for &method in *methods {
+            for &(method, replayed) in *methods {
                 let precision_name = yaml_name(precision);
-                note(&format!("{}: {method} in {precision_name}", workload.name));
+                let how = if replayed { ", replayed" } else { "" };
+                note(&format!("{}: {method} in {precision_name}{how}", workload.name));
                 release_cached_memory()?;
-                let outcome = training(workload, method, *precision, options);
+                let settings = Hyperparameters { cuda_graphs: replayed, ..settings(workload, *precision) };
+                let outcome = training(workload, method, &settings, options);
                 rows.push(SpeedRow {
                     workload: workload.name.clone(),
                     batch_size: workload.batch_size,
                     method,
+                    replayed,
                     precision: precision_name,
                     outcome: outcome.map_err(|error| error.to_string()),
                 });
@@ -187,16 +195,24 @@ fn take_steps<'a>(
     Ok((started.elapsed().as_secs_f64(), tokens))
 }
 
-fn training(workload: &Workload, method: &str, precision: Precision, options: Options) -> Result<Speed> {
+fn training(
+    workload: &Workload,
+    method: &str,
+    settings: &Hyperparameters,
+    options: Options,
+) -> Result<Speed> {
     let Workload { data, batch_size, .. } = workload;
-    let (warm_up, steps, rounds) = if options.quick { (1, 2, 3) } else { (5, 20, 5) };
+    let (mut warm_up, steps, rounds) = if options.quick { (1, 2, 3) } else { (5, 20, 5) };
+    if settings.cuda_graphs {
+        // Until most shapes of the batches are recorded.
+        warm_up *= 10;
+    }
     reset_peak_memory(options.device);
     let mut model = model(workload, options.device)?;
     let prepared = measured_method(method, super::random_model::SHARE, &model)?;
-    let settings = settings(workload, precision);
     let numbers: Vec<usize> = (0..data.len()).collect();
     let mut batches = numbers.chunks_exact(*batch_size).cycle();
-    let mut trainer = Trainer::new(&mut model, data, &settings, prepared, SEED)?;
+    let mut trainer = Trainer::new(&mut model, data, settings, prepared, SEED)?;
     take_steps(&mut trainer, &mut batches, data, warm_up)?;
     let (mut sequences, mut tokens) = (Vec::new(), Vec::new());
     for _ in 0..rounds {

@@ -144,3 +144,20 @@ fn every_command_has_help_that_names_its_options() {
         }
     }
 }
+
+#[test]
+fn what_cannot_be_recorded_is_refused_with_the_key_to_change() {
+    for (train, key) in [
+        ("{cuda_graphs: true}", "`train.precision: bf16`"),
+        (
+            "{cuda_graphs: true, precision: bf16, gradient_checkpointing: true}",
+            "`train.gradient_checkpointing`",
+        ),
+        (
+            "{cuda_graphs: true, precision: bf16, release_gradients: true, max_gradient_norm: 0}",
+            "`train.release_gradients`",
+        ),
+    ] {
+        refused(&format!("train: {train}"), &[], 2, &["train.cuda_graphs", key]);
+    }
+}
