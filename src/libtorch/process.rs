@@ -43,15 +43,18 @@ pub fn with_a_considerate_environment() {
 /// Makes MKL's matrix products give the same bits on any number of threads, so that a run's numbers do not depend on how many
 /// runs share the cores. A no-op where the user has set `MKL_CBWR`, and with another library of matrix products.
 ///
-/// Its strict mode fixes in which order the terms of a sum are added up. Has to come before the first product.
-pub fn keep_the_order_of_sums() {
+/// Its strict mode fixes in which order the terms of a sum are added up. Has to come before the first product. Returns whether
+/// MKL has taken it on.
+pub fn keep_the_order_of_sums() -> bool {
     /// The first branch that has a strict mode (AVX2); older and foreign processors are left alone, since there the mode would
     /// be another and slower branch.
     const FIRST_STRICT_BRANCH: c_int = 10;
     const AUTO: c_int = 2;
     const STRICT: c_int = 0x10000;
+    /// `MKL_CBWR_SUCCESS`.
+    const SUCCESS: c_int = 0;
     if std::env::var_os("MKL_CBWR").is_some() {
-        return;
+        return false;
     }
     unsafe extern "C" {
         fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
@@ -60,16 +63,14 @@ pub fn keep_the_order_of_sums() {
     let [branch, set] = [c"mkl_serv_cbwr_get_auto_branch", c"mkl_serv_cbwr_set"]
         .map(|name| unsafe { dlsym(std::ptr::null_mut(), name.as_ptr()) });
     if branch.is_null() || set.is_null() {
-        return;
+        return false;
     }
     // SAFETY: the functions are those of `mkl_service.h`: `int mkl_cbwr_get_auto_branch(void)` and `int mkl_cbwr_set(int)`.
     unsafe {
         let branch: extern "C" fn() -> c_int = std::mem::transmute(branch);
         let set: extern "C" fn(c_int) -> c_int = std::mem::transmute(set);
-        if branch() >= FIRST_STRICT_BRANCH {
-            // Refused after the first product only, and then sums are as they were.
-            set(AUTO | STRICT);
-        }
+        // Refused after the first product only, and then sums are as they were.
+        branch() >= FIRST_STRICT_BRANCH && set(AUTO | STRICT) == SUCCESS
     }
 }
 

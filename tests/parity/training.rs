@@ -2,12 +2,13 @@
 
 use std::sync::atomic::AtomicBool;
 
-use child_tuning::child::ChildNetwork;
-use child_tuning::data::EncodedDataset;
+use child_tuning::child::{ChildNetwork, GradientHooks};
+use child_tuning::data::{BatchShape, EncodedDataset};
 use child_tuning::error::Error;
 use child_tuning::libtorch::GradientHook;
 use child_tuning::method::{Method, MethodSpec, Preset};
-use child_tuning::model::{Classifier, ParameterPlace, Pass};
+use child_tuning::model::{Classifier, Dropout, ParameterPlace, Pass, loss};
+use child_tuning::random::Purpose;
 use child_tuning::train::{
     Control, Event, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Precision, Trained,
     frozen_features, predict, train,
@@ -248,6 +249,32 @@ fn layers_that_are_computed_again_give_the_same_bits() {
         let checkpointed = Hyperparameters { gradient_checkpointing: true, ..settings.clone() };
         assert_eq!(weights_after(text, &settings, 3), weights_after(text, &checkpointed, 3), "{text}");
     }
+}
+
+#[test]
+fn tokens_that_fill_a_batch_up_change_nothing() {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    let mut classifier = classifier("bert_pair");
+    classifier.reset(3).unwrap();
+    let numbers = [2, 0, 1];
+    let lengths = numbers.map(|number| data.inputs[number].ids.len());
+    let passed = |filled: bool| {
+        let (batch, targets) = match filled {
+            true => data.filled_batch(&numbers, BatchShape::of(&lengths), Device::Cpu),
+            false => data.batch(&numbers, 0, Device::Cpu),
+        }
+        .unwrap();
+        let weights = classifier.parameters.compute_weights(Kind::Float).unwrap();
+        let hooks = GradientHooks::collect(&classifier.parameters, &weights, |_| true, None).unwrap();
+        let dropout = Dropout::new(3, Purpose::Dropout, 0, 0, Device::Cpu);
+        let logits = classifier.logits(&Pass::new(&weights, &batch, Some(dropout))).unwrap();
+        loss(&logits, &targets, numbers.len()).unwrap().backward();
+        hooks.end_step().unwrap();
+        (logits.detach(), classifier.parameters.gradients().unwrap().copy())
+    };
+    let (plain, filled) = (passed(false), passed(true));
+    assert_close("logits", &filled.0, &plain.0, 1e-6, false);
+    assert_close("gradients", &filled.1, &plain.1, 1e-6, false);
 }
 
 #[test]

@@ -1,0 +1,46 @@
+//! No bit of a training in float32 on the CPU depends on the number of threads. A test program of its own, since how
+//! libtorch adds is decided before its first product, for the whole process.
+
+use child_tuning::model::{Classifier, Labels};
+use child_tuning::train::{Hyperparameters, Trainer};
+use child_tuning::verify::{Shape, measured_method, random_data};
+use tch::{Device, Tensor};
+
+/// Four steps with dropout; returns the weights.
+fn trained(method: &str, threads: usize) -> Tensor {
+    tch::set_num_threads(threads as i32);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| {
+        let labels = Labels::Classes(vec!["0".into(), "1".into()]);
+        // Long and short, so that attention has rectangles of several lengths.
+        let lengths: Vec<usize> = (0..64).map(|example| 5 + example * 37 % 124).collect();
+        let data = random_data(&lengths, Shape::SMALL.vocabulary, &labels);
+        let mut model = Classifier::untrained(Shape::SMALL.config(0.1, 0.06), labels, Device::Cpu).unwrap();
+        model.reset(1).unwrap();
+        let prepared = measured_method(method, 0.3, &model).unwrap();
+        let settings = Hyperparameters { learning_rate: 1e-3, ..Hyperparameters::default() };
+        let mut trainer = Trainer::new(&mut model, &data, &settings, prepared, 1).unwrap();
+        let numbers: Vec<usize> = (0..data.len()).collect();
+        for batch in numbers.chunks(settings.batch_size) {
+            let _loss = trainer.step(batch).unwrap();
+        }
+        drop(trainer);
+        model.parameters.values_copy().unwrap()
+    })
+}
+
+#[test]
+fn no_bit_depends_on_the_number_of_threads() {
+    if !child_tuning::libtorch::keep_the_order_of_sums() {
+        println!("skipped: the matrix products of this machine's libtorch have no strict order of sums");
+        return;
+    }
+    for method in ["vanilla", "child_tuning_f"] {
+        let one = trained(method, 1);
+        for threads in [2, 3] {
+            let other = trained(method, threads);
+            let different = i64::try_from(one.ne_tensor(&other).sum(tch::Kind::Int64)).unwrap();
+            assert_eq!(different, 0, "{method}: bits that differ between one thread and {threads}");
+        }
+    }
+}
