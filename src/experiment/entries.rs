@@ -46,7 +46,7 @@ impl ModelEntry {
         }
         Ok(Self {
             name: name.to_owned(),
-            sha256: folder.sha256(),
+            sha256: folder.sha256()?,
             folder,
             encoder,
             tokenizer_sha256: hexadecimal(&tokenizer.finalize()),

@@ -149,12 +149,14 @@ impl<'a> Runner<'a> {
     }
 
     /// Loads every model of some runs once before anything trains, and looks at every length that it is to take, so that
-    /// what does not fit does not end a grid halfway. Methods look at it too: a mask file may be one of another model.
+    /// what does not fit does not end a grid halfway. Methods look at it too: a mask file may be one of another model. Says
+    /// once a model what of it is left out.
     ///
     /// # Errors
     /// Fails, naming what does not fit.
     pub fn check_models<'r>(&mut self, runs: impl IntoIterator<Item = &'r Arc<Run>>) -> Result<()> {
         let mut checked: HashSet<(&str, usize, bool, String)> = HashSet::new();
+        let mut noted: HashSet<&str> = HashSet::new();
         for run in runs.into_iter().filter(|run| run.source_run().is_none()) {
             let (max_length, is_pair) = (run.hyperparameters.max_length, run.task.card.is_pair());
             if !checked.insert((run.start_id(), max_length, is_pair, run.method.options())) {
@@ -164,6 +166,14 @@ impl<'a> Runner<'a> {
             if let Some(resident) = &self.resident {
                 resident.classifier.check_inputs(&run.model.encoder, max_length)?;
                 run.method.check(&resident.classifier.parameters)?;
+                let left_out = resident.classifier.report.left_out();
+                if let Some(text) = left_out.filter(|_| noted.insert(run.start_id())) {
+                    let folder = match &run.start {
+                        Start::Folder(start) => &start.folder,
+                        _ => &run.model.folder,
+                    };
+                    (self.report)(RunEvent::Note(format!("{}: {text}", folder.path.display())));
+                }
             }
             run.model.encoder.encode("a", is_pair.then_some("b"), max_length)?;
         }
@@ -263,17 +273,7 @@ impl<'a> Runner<'a> {
                 &kept
             }
         };
-        let resident = ResidentModel::load(run, folder, self.device)?;
-        let report = &resident.classifier.report;
-        if !report.unexpected.is_empty() {
-            (self.report)(RunEvent::Note(format!(
-                "{} has {} tensors that the model does not use, such as {}",
-                folder.path.display(),
-                report.unexpected.len(),
-                report.unexpected[0]
-            )));
-        }
-        self.resident = Some(resident);
+        self.resident = Some(ResidentModel::load(run, folder, self.device)?);
         Ok(())
     }
 

@@ -84,7 +84,7 @@ fn start_folder(init_from: &InitFrom, model: &ModelEntry, seed: u64) -> Result<S
         Error::Model { path, message } => Error::Model { path, message: format!("init_from: {message}") },
         other => other,
     })?;
-    let sha256 = folder.sha256();
+    let sha256 = folder.sha256()?;
     let source =
         if source.run.is_empty() { Source { run: sha256[..16].to_owned(), ..source } } else { source };
     Ok(StartFolder { folder, sha256, source })

@@ -1,8 +1,9 @@
 //! Memory as Rust slices: the elements of a tensor, the bytes of a mapped file.
 
 use std::fs::File;
+use std::ops::Range;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapOptions};
 use tch::{Device, Tensor, kind::Element};
 
 use super::ffi;
@@ -31,14 +32,16 @@ pub fn elements_mut<T: Element>(tensor: &mut Tensor) -> Result<&mut [T]> {
     Ok(unsafe { std::slice::from_raw_parts_mut(pointer, count) })
 }
 
-/// Maps a file for reading. The file must not be cut shorter while it is mapped; checkpoints are written once.
+/// Maps the bytes `range` of a file for reading. They must be there, and the file must not be cut shorter while it is
+/// mapped; checkpoints are written once.
 ///
 /// # Errors
 /// Fails if the operating system cannot map the file.
-pub fn map_file(file: &File) -> std::io::Result<Mmap> {
+pub fn map_file(file: &File, range: Range<u64>) -> std::io::Result<Mmap> {
+    let length = usize::try_from(range.end.saturating_sub(range.start)).map_err(std::io::Error::other)?;
     // SAFETY: the bytes are only read; a checkpoint that another process truncates meanwhile would end this process
     // with SIGBUS, as it does in every program that maps weights, and is accepted for not copying gigabytes.
-    unsafe { Mmap::map(file) }
+    unsafe { MmapOptions::new().offset(range.start).len(length).map(file) }
 }
 
 /// Copies numbers to a device, `[count]`. The host does not wait for a GPU: the copy takes its place among the work

@@ -1,23 +1,39 @@
-//! Hugging Face model folders: reading `model.safetensors` by memory map, and writing a folder that transformers loads.
+//! Hugging Face model folders: what of the weights becomes which parameter, and writing a folder that transformers loads.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::classifier::{Labels, Network};
 use super::config::ModelConfig;
 use super::params::{Parameter, ParameterId, ParameterPlace, ParameterTable, Parameters};
+use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::libtorch::elements;
-use crate::values::hexadecimal;
 
+/// The file that is written.
 const WEIGHTS: &str = "model.safetensors";
+
+/// How the names of the parts begin that only pretraining uses, in the models of transformers for it: masked and permuted
+/// language models, ELECTRA's generator and discriminator, DistilBERT, ModernBERT, DeBERTa.
+const PRETRAINING: [&str; 12] = [
+    "cls.",
+    "lm_head.",
+    "lm_loss.",
+    "generator_predictions.",
+    "generator_lm_head.",
+    "discriminator_predictions.",
+    "vocab_transform.",
+    "vocab_layer_norm.",
+    "vocab_projector.",
+    "lm_predictions.",
+    "mask_predictions.",
+    "decoder.",
+];
 
 /// A model folder, opened and checked but not yet read.
 pub struct ModelFolder {
@@ -25,25 +41,41 @@ pub struct ModelFolder {
     pub path: PathBuf,
     /// Its config, with the experiment's overrides.
     pub config: ModelConfig,
-    weights: Mmap,
+    weights: Weights,
 }
 
 /// What happened to the tensors of a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {
-    /// Parameters of the model that the file lacks and that start from fresh values.
+    /// Parameters of the model that the folder lacks and that start from fresh values.
     pub fresh: Vec<String>,
-    /// Tensors in the file that the model has no use for.
+    /// Tensors that the model has no use for. The buffers `position_ids`, which hold no weights, are not among them.
     pub unexpected: Vec<String>,
-    /// Pretraining heads and buffers in the file, left out as usual.
+    /// Tensors of pretraining heads, tied ones included, left out as usual.
     pub ignored: Vec<String>,
 }
 
+impl LoadReport {
+    /// Says in a few words what was left out, if anything was.
+    pub fn left_out(&self) -> Option<String> {
+        let some = |names: &[String], what: &str| {
+            let first = names.first()?;
+            Some(format!("{} {what} (such as {first})", names.len()))
+        };
+        let parts = [
+            some(&self.ignored, "tensors of pretraining"),
+            some(&self.unexpected, "tensors that the model does not use"),
+        ];
+        let parts: Vec<String> = parts.into_iter().flatten().collect();
+        (!parts.is_empty()).then(|| format!("left out {}", parts.join(", and ")))
+    }
+}
+
 impl ModelFolder {
-    /// Opens a folder with `config.json` and `model.safetensors`.
+    /// Opens a folder with `config.json` and weights in any of the formats that [`Weights::open`] knows.
     ///
     /// # Errors
-    /// Fails, naming what is missing, if the folder or a file is not there.
+    /// Fails, naming what is missing, if the folder or a file is not there; and as [`Weights::open`].
     pub fn open(path: &Path) -> Result<Self> {
         if !path.is_dir() {
             return Err(Error::model(
@@ -52,25 +84,18 @@ impl ModelFolder {
             ));
         }
         let config = ModelConfig::read(path)?;
-        let file_path = path.join(WEIGHTS);
-        let file = File::open(&file_path).map_err(|error| {
-            Error::model(
-                path,
-                format!("has no readable {WEIGHTS} ({error}); save the model with safe_serialization"),
-            )
-        })?;
-        let weights = crate::libtorch::map_file(&file).map_err(Error::io("map", &file_path))?;
-        let folder = Self { path: path.to_path_buf(), config, weights };
-        folder.tensors()?;
-        Ok(folder)
+        Ok(Self { path: path.to_path_buf(), config, weights: Weights::open(path)? })
     }
 
-    /// Returns the SHA-256 of the weights file, in hexadecimal.
-    pub fn sha256(&self) -> String {
-        hexadecimal(&Sha256::digest(&self.weights))
+    /// Returns the SHA-256 of the weights, as [`Weights::sha256`] defines it.
+    ///
+    /// # Errors
+    /// Fails if a file cannot be read.
+    pub fn sha256(&self) -> Result<String> {
+        self.weights.sha256()
     }
 
-    /// Copies the file's tensors into the parameters of a model.
+    /// Copies the folder's tensors into the parameters of a model, a few megabytes at a time.
     ///
     /// Names may stand with or without the family's prefix. `head` says in which order the file's head has the labels
     /// ([`ModelFolder::head_for`]); without it the head is not loaded. Parameters of pooler and head that the file lacks
@@ -84,9 +109,8 @@ impl ModelFolder {
         network: &dyn Network,
         head: Option<&[i64]>,
     ) -> Result<LoadReport> {
-        let tensors = self.tensors()?;
         let (prefix, output) = (network.body_prefix(), network.output());
-        let mut names: BTreeMap<&str, TensorView> = tensors.iter().collect();
+        let mut names: BTreeSet<&str> = self.weights.names().collect();
         let mut report = LoadReport::default();
         let (mut missing, mut mismatched) = (Vec::new(), Vec::new());
         let wanted: Vec<(ParameterId, String, ParameterPlace)> =
@@ -94,28 +118,29 @@ impl ModelFolder {
         for (id, name, place) in wanted {
             let optional = matches!(place, ParameterPlace::Pooler | ParameterPlace::Head);
             let found = (spellings(&name, prefix).iter())
-                .find_map(|spelling| names.remove(spelling.as_str()))
+                .find_map(|spelling| names.take(spelling.as_str()))
                 .filter(|_| head.is_some() || place != ParameterPlace::Head);
             match found {
-                Some(view) => {
+                Some(stored) => {
                     let expected = &parameters.get(id).shape;
-                    let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
-                    if shape == *expected {
-                        let mut values = self.tensor(&name, &view)?;
-                        if let Some(order) = head.filter(|_| id == output.weight || id == output.bias) {
-                            values = values.f_index_select(0, &Tensor::from_slice(order))?;
-                        }
-                        parameters.set(id, &values)?;
-                    } else {
+                    let shape =
+                        self.weights.get(stored).map(|tensor| tensor.shape.clone()).unwrap_or_default();
+                    if shape != *expected {
                         mismatched.push(format!("{name} is {shape:?}, config.json makes it {expected:?}"));
+                    } else if let Some(order) = head.filter(|_| id == output.weight || id == output.bias) {
+                        let values = self.weights.tensor(stored)?;
+                        parameters.set(id, &values.f_index_select(0, &Tensor::from_slice(order))?)?;
+                    } else {
+                        let values = parameters.part(&parameters.values_to_change(), id)?;
+                        self.weights.copy(stored, &values)?;
                     }
                 }
                 None if optional => report.fresh.push(name),
                 None => missing.push(name),
             }
         }
-        for name in names.into_keys() {
-            let known = name.starts_with("cls.") || name.ends_with("position_ids");
+        for name in names.into_iter().filter(|name| !name.ends_with("position_ids")) {
+            let known = PRETRAINING.iter().any(|part| name.starts_with(part));
             if known { &mut report.ignored } else { &mut report.unexpected }.push(name.to_owned());
         }
         if missing.is_empty() && mismatched.is_empty() {
@@ -129,10 +154,7 @@ impl ModelFolder {
                 problems.push(format!("{} {what}: {}", list.len(), shortened(list)));
             }
         }
-        Err(Error::model(
-            self.path.join(WEIGHTS),
-            format!("does not fit config.json: {}", problems.join("; ")),
-        ))
+        Err(Error::model(self.weights.path(), format!("does not fit config.json: {}", problems.join("; "))))
     }
 
     /// Returns, for each label of a task, which output of the file's head it is; nothing if the file has no head for
@@ -146,13 +168,11 @@ impl ModelFolder {
     pub fn head_for(&self, task: &Labels) -> Result<Option<Vec<i64>>> {
         let mut table = ParameterTable::default();
         let output = self.config.family()?(&self.config, task.outputs(), &mut table)?.output();
-        let tensors = self.tensors()?;
-        let shape = |parameter: &Parameter| tensors.tensor(&parameter.name).map(|view| view.shape().to_vec());
-        let head = table.iter().filter(|parameter| parameter.place == ParameterPlace::Head);
-        let shapes: Result<Vec<_>, _> = head.map(shape).collect();
-        let outputs = table.iter().nth(output.weight.index()).map(shape);
-        let fits = matches!(outputs, Some(Ok(shape)) if shape.first() == Some(&(task.outputs() as usize)));
-        if shapes.is_err() || !fits {
+        let stored = |parameter: &Parameter| self.weights.get(&parameter.name);
+        let mut head = table.iter().filter(|parameter| parameter.place == ParameterPlace::Head);
+        let outputs = table.iter().nth(output.weight.index()).and_then(stored);
+        let fits = outputs.is_some_and(|tensor| tensor.shape.first() == Some(&task.outputs()));
+        if !fits || !head.all(|parameter| stored(parameter).is_some()) {
             return Ok(None);
         }
         let own = || Some((0..task.outputs()).collect());
@@ -163,34 +183,6 @@ impl ModelFolder {
         let place = |name: &String| found.iter().position(|other| other.eq_ignore_ascii_case(name));
         let places: Option<Vec<i64>> = names.iter().map(|name| place(name).map(|id| id as i64)).collect();
         Ok(places.filter(|_| found.len() == names.len()))
-    }
-
-    fn tensors(&self) -> Result<SafeTensors<'_>> {
-        SafeTensors::deserialize(&self.weights).map_err(|error| {
-            Error::model(
-                self.path.join(WEIGHTS),
-                format!("is not a complete safetensors file ({error}); download or save it again"),
-            )
-        })
-    }
-
-    fn tensor(&self, name: &str, view: &TensorView) -> Result<Tensor> {
-        let at = |message: String| Error::model(self.path.join(WEIGHTS), message);
-        let kind = match view.dtype() {
-            Dtype::F32 => Kind::Float,
-            Dtype::F16 => Kind::Half,
-            Dtype::BF16 => Kind::BFloat16,
-            Dtype::F64 => Kind::Double,
-            other => {
-                return Err(at(format!("tensor {name} has type {other:?}; weights must be floating point")));
-            }
-        };
-        let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
-        let tensor = Tensor::f_from_data_size(view.data(), &shape, kind)?.f_to_kind(Kind::Float)?;
-        if i64::try_from(tensor.f_isfinite()?.f_all()?)? == 0 {
-            return Err(at(format!("tensor {name} holds NaN or infinite values; the checkpoint is damaged")));
-        }
-        Ok(tensor)
     }
 }
 

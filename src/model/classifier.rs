@@ -105,7 +105,8 @@ pub struct Classifier {
     network: Box<dyn Network>,
     config: ModelConfig,
     labels: Labels,
-    pretrained: Tensor,
+    /// The values to go back to, copied before they first change: a model that only predicts is in memory once.
+    start: Option<Tensor>,
     fresh: Vec<ParameterId>,
     initializer_range: f64,
 }
@@ -125,10 +126,10 @@ impl Classifier {
             HeadStart::Fresh => None,
         };
         let report = folder.load(&mut parameters, network.as_ref(), head.as_deref())?;
+        parameters.mark_unchanged();
         let fresh = report.fresh.iter().filter_map(|name| parameters.find(name)).collect();
-        let pretrained = parameters.values_copy()?;
         let initializer_range = config.number_or("initializer_range", 0.02)?;
-        Ok(Self { parameters, report, network, config, labels, pretrained, fresh, initializer_range })
+        Ok(Self { parameters, report, network, config, labels, start: None, fresh, initializer_range })
     }
 
     /// Loads a fine-tuned model folder to be scored on a task, or to predict its examples: with the task's labels in the
@@ -175,10 +176,9 @@ impl Classifier {
         let network = config.family()?(&config, labels.outputs(), &mut table)?;
         let parameters = Parameters::allocate(table, device)?;
         let fresh = parameters.iter().map(|(id, _)| id).collect();
-        let pretrained = parameters.values_copy()?;
         let initializer_range = config.number_or("initializer_range", 0.02)?;
         let report = LoadReport::default();
-        Ok(Self { parameters, report, network, config, labels, pretrained, fresh, initializer_range })
+        Ok(Self { parameters, report, network, config, labels, start: None, fresh, initializer_range })
     }
 
     /// Returns the sizes of a model for a task, from its config alone.
@@ -229,12 +229,31 @@ impl Classifier {
         Self::shape(&self.config, &self.labels)
     }
 
+    /// Copies the checkpoint's weights, for [`Classifier::reset`] to go back to, unless that was done before.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate, or the weights were changed already.
+    pub fn keep_start(&mut self) -> Result<()> {
+        if self.start.is_some() {
+            return Ok(());
+        }
+        if self.parameters.is_changed() {
+            return Err(Error::configuration("the weights were changed before they were kept to go back to"));
+        }
+        self.start = Some(self.parameters.values_copy()?);
+        Ok(())
+    }
+
     /// Puts all weights back to the checkpoint's, with new values for the parameters that the checkpoint lacks.
     ///
     /// # Errors
-    /// Fails if libtorch refuses.
+    /// Fails if libtorch refuses, or the weights were changed without a call of [`Classifier::keep_start`] or of this
+    /// function before.
     pub fn reset(&mut self, seed: u64) -> Result<()> {
-        self.parameters.restore(&self.pretrained)?;
+        match &self.start {
+            Some(start) => self.parameters.restore(start)?,
+            None => self.keep_start()?,
+        }
         for &id in &self.fresh {
             self.parameters.initialise(id, seed, self.initializer_range)?;
         }

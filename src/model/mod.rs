@@ -10,6 +10,7 @@ mod layer_norm;
 mod layers;
 mod params;
 mod precision;
+mod weights;
 
 pub(crate) use checkpoint::publish;
 pub use checkpoint::{LoadReport, ModelFolder};
@@ -23,3 +24,4 @@ pub use params::{
     TrainableGroup,
 };
 pub use precision::Precision;
+pub use weights::{ElementType, StoredTensor, Weights};

@@ -167,6 +167,8 @@ pub struct Parameters {
     gradients: OnceCell<Tensor>,
     /// Made when a pass first computes in bfloat16.
     half: OnceCell<HalfCopy>,
+    /// Whether anybody was given the values to change them since [`Parameters::mark_unchanged`].
+    changed: Cell<bool>,
 }
 
 /// The weights of the encoder in bfloat16, for all passes until the values change.
@@ -192,8 +194,8 @@ impl Parameters {
         let leaves = parameters.iter().map(leaf).collect::<Result<_>>()?;
         let by_name =
             parameters.iter().enumerate().map(|(index, parameter)| (parameter.name.clone(), index)).collect();
-        let (gradients, half) = Default::default();
-        Ok(Self { parameters, by_name, values, leaves, gradients, half })
+        let (gradients, half, changed) = Default::default();
+        Ok(Self { parameters, by_name, values, leaves, gradients, half, changed })
     }
 
     /// Iterates over the parameters with their name tags, in the order of declaration.
@@ -226,7 +228,18 @@ impl Parameters {
         if let Some(half) = self.half.get() {
             half.stale.set(true);
         }
+        self.changed.set(true);
         self.values.shallow_clone()
+    }
+
+    /// Takes the present values for the ones that [`Parameters::is_changed`] speaks of.
+    pub fn mark_unchanged(&mut self) {
+        self.changed.set(false);
+    }
+
+    /// Returns whether the values may have changed since [`Parameters::mark_unchanged`].
+    pub fn is_changed(&self) -> bool {
+        self.changed.get()
     }
 
     /// Returns the buffer for the gradients of all parameters, `[total]` in float32; zeros until gradients are collected.

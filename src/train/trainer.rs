@@ -214,6 +214,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self> {
         // First, since autograd notes on which stream a leaf is used at first.
         let graphs = StepGraphs::prepare(hyperparameters, warm_up, classifier.parameters.device())?;
+        classifier.keep_start()?;
         let child = prepared.mask.as_ref().and_then(|mask| mask.child());
         if let (Outside::Prune, Some(child)) = (prepared.outside, child) {
             child.prune(&classifier.parameters)?;
