@@ -24,7 +24,14 @@ fn a_missing_model_or_part_of_it_is_named() {
     let answer = with_model(|workplace| fs::remove_dir_all(workplace.path("bert_pair")).unwrap());
     answer.refused(2, &["bert_pair: no such model folder", "Hugging Face folder"]);
     let answer = with_model(|workplace| fs::remove_file(workplace.path(WEIGHTS)).unwrap());
-    answer.refused(2, &["bert_pair: ", "no readable model.safetensors", "safe_serialization"]);
+    answer.refused(
+        2,
+        &[
+            "bert_pair: has no weights: looked for model.safetensors, ",
+            "pytorch_model.bin",
+            "save_pretrained",
+        ],
+    );
     let answer = with_model(|workplace| fs::remove_file(workplace.path(CONFIG)).unwrap());
     answer.refused(2, &["bert_pair: ", "no readable config.json", "save_pretrained"]);
     let answer = with_model(|workplace| {

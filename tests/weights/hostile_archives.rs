@@ -2,10 +2,13 @@
 
 use std::io::{Cursor, Write};
 
+use child_tuning::model::Weights;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
-use crate::support::{archive, fixture, refusal, saved, says, state_dict, storage, tensor, text};
+use crate::support::{
+    archive, fixture, folder, refusal, refused_at_every_cut, saved, says, state_dict, storage, tensor, text,
+};
 
 fn refused(bytes: &[u8], parts: &[&str]) {
     let message = refusal(&[("pytorch_model.bin", bytes)]);
@@ -29,10 +32,7 @@ fn patched(bytes: &[u8], find: &[u8], offset: usize, patch: &[u8]) -> Vec<u8> {
 #[test]
 fn every_cut_of_a_file_is_refused() {
     for form in ["odd/archive.bin", "odd/legacy.bin"] {
-        let bytes = fixture(form);
-        for length in 0..bytes.len() {
-            refused(&bytes[..length], &[]);
-        }
+        refused_at_every_cut("pytorch_model.bin", &fixture(form));
         refused(b"", &["neither a ZIP archive nor a pickle", "save_pretrained"]);
     }
     refused(b"not weights at all", &["neither a ZIP archive nor a pickle", "save_pretrained"]);
@@ -90,6 +90,38 @@ fn directories_that_lie_are_refused() {
     refused(&end(16, &[0xfe, 0xff, 0xff, 0xff]), &["directory is cut off"]);
     refused(&end(10, &[0xff, 0xff]), &["directory is cut off"]);
     refused(&end(16, &[0xff; 4]), &["directory is cut off"]);
+}
+
+#[test]
+fn directories_of_archives_beyond_four_gigabytes_are_read() {
+    let bytes = saved(&pickle(), &[0; 16]);
+    let end = bytes.len() - 22;
+    let field = |from: usize, to: usize| {
+        let mut number = [0; 8];
+        number[..to - from].copy_from_slice(&bytes[end + from..end + to]);
+        number
+    };
+    let mut wide = bytes[..end].to_vec();
+    wide.extend([&b"PK\x06\x06\x2c\0\0\0\0\0\0\0-\0-\0\0\0\0\0\0\0\0\0"[..], &field(8, 10)].concat());
+    wide.extend([field(10, 12), field(12, 16), field(16, 20)].concat());
+    wide.extend([&b"PK\x06\x07\0\0\0\0"[..], &(end as u64).to_le_bytes(), b"\x01\0\0\0"].concat());
+    wide.extend([&b"PK\x05\x06\0\0\0\0"[..], &[0xff; 12], b"\0\0"].concat());
+    let folder = folder(&[("pytorch_model.bin", &wide)]);
+    assert_eq!(Weights::open(folder.path()).unwrap().names().collect::<Vec<_>>(), ["a"]);
+    // The place of the record: the record itself, its first bytes, and what it says.
+    for (offset, patch) in [
+        (end + 56 + 8, &[0xff; 8][..]),
+        (end + 56 + 8, &[1]),
+        (end + 56, b"PK\x06\x08"),
+        (end, b"PK\x06\x07"),
+        (end + 32, &[0xff; 8]),
+        (end + 40, &[0xff; 8]),
+        (end + 48, &[0xff; 8]),
+    ] {
+        let mut damaged = wide.clone();
+        damaged[offset..offset + patch.len()].copy_from_slice(patch);
+        refused(&damaged, &["directory is cut off"]);
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Damaged and hostile safetensors files and indices.
 
-use crate::support::{fixture, refusal, says};
+use crate::support::{fixture, refusal, refused_at_every_cut, says};
 
 /// Makes a file of a header and so many bytes of data.
 fn file(header: &str, data: usize) -> Vec<u8> {
@@ -58,10 +58,7 @@ fn names_that_would_garble_a_message_are_refused() {
 
 #[test]
 fn every_cut_of_a_file_is_refused() {
-    let bytes = fixture("odd/model.safetensors");
-    for length in 0..bytes.len() {
-        refused(&bytes[..length], &[]);
-    }
+    refused_at_every_cut("model.safetensors", &fixture("odd/model.safetensors"));
 }
 
 #[test]

@@ -32,6 +32,18 @@ pub fn refusal(files: &[(&str, &[u8])]) -> String {
     }
 }
 
+/// Requires that a file is refused wherever it is cut off, by a message that names it.
+pub fn refused_at_every_cut(name: &str, bytes: &[u8]) {
+    let folder = folder(&[(name, bytes)]);
+    assert!(Weights::open(folder.path()).is_ok());
+    let file = std::fs::OpenOptions::new().write(true).open(folder.path().join(name)).unwrap();
+    for length in (0..bytes.len()).rev() {
+        file.set_len(length as u64).unwrap();
+        let Err(error) = Weights::open(folder.path()) else { panic!("{length} bytes of {name} opened") };
+        says(&error.to_string(), &[name]);
+    }
+}
+
 /// Requires that a message has all parts, and is one line.
 pub fn says(message: &str, parts: &[&str]) {
     for part in parts {

@@ -8,7 +8,7 @@ use super::file::WeightsFile;
 use crate::error::Result;
 
 /// Elements that are converted at a time, so that a conversion takes a few megabytes whatever the tensor.
-const BLOCK: usize = 1 << 20;
+const BLOCK: u64 = 1 << 18;
 
 /// The type of the elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,24 +109,22 @@ impl StoredTensor {
             let element = &self.element.name;
             file.fault(format!("tensor {name} has type {element}; weights must be floating point"))
         })?;
-        let spread = match &self.strides {
-            Some(strides) => Some((file.map(self.span.clone())?, strides)),
-            None => None,
-        };
-        let width = self.element.width as usize;
+        let width = self.element.width;
         let mut gathered = Vec::new();
-        for start in (0..self.count as usize).step_by(BLOCK) {
-            let length = BLOCK.min(self.count as usize - start);
+        for start in (0..self.count).step_by(BLOCK as usize) {
+            let length = BLOCK.min(self.count - start);
+            // Mapped anew for each block, so that what was read before does not stay in memory.
             let mapped;
-            let bytes: &[u8] = match &spread {
-                Some((map, strides)) => {
+            let bytes: &[u8] = match &self.strides {
+                Some(strides) => {
+                    mapped = file.map(self.span.clone())?;
                     gathered.clear();
-                    self.gather(map, strides, start, length, &mut gathered);
+                    self.gather(&mapped, strides, start, length, &mut gathered);
                     &gathered
                 }
                 None => {
-                    let first = self.span.start + (start * width) as u64;
-                    mapped = file.map(first..first + (length * width) as u64)?;
+                    let first = self.span.start + start * width;
+                    mapped = file.map(first..first + length * width)?;
                     &mapped
                 }
             };
@@ -142,10 +140,10 @@ impl StoredTensor {
     }
 
     /// Appends the bytes of the elements `start` and on, counted in row-major order; `map` holds the span.
-    fn gather(&self, map: &[u8], strides: &[u64], start: usize, length: usize, bytes: &mut Vec<u8>) {
+    fn gather(&self, map: &[u8], strides: &[u64], start: u64, length: u64, bytes: &mut Vec<u8>) {
         let width = self.element.width as usize;
         let mut index = vec![0u64; self.shape.len()];
-        let mut rest = start as u64;
+        let mut rest = start;
         for (index, &size) in index.iter_mut().zip(&self.shape).rev() {
             *index = rest % size as u64;
             rest /= size as u64;
