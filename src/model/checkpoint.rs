@@ -80,7 +80,7 @@ impl ModelFolder {
         if !path.is_dir() {
             return Err(Error::model(
                 path,
-                "no such model folder; name a Hugging Face folder with config.json, model.safetensors and tokenizer.json",
+                "no such model folder; name a Hugging Face folder with config.json, weights and tokenizer.json",
             ));
         }
         let config = ModelConfig::read(path)?;

@@ -1,6 +1,7 @@
 //! Files that are missing, damaged or foreign are refused by name, and stay as they are.
 
 use std::fs;
+use std::io::Write;
 
 use safetensors::SafeTensors;
 
@@ -40,6 +41,21 @@ fn a_missing_model_or_part_of_it_is_named() {
         }
     });
     answer.refused(2, &["bert_pair: has neither tokenizer.json nor vocab.txt", "save_pretrained"]);
+}
+
+#[test]
+fn a_pickle_that_asks_for_code_is_refused() {
+    let answer = with_model(|workplace| {
+        fs::remove_file(workplace.path(WEIGHTS)).unwrap();
+        let mut zip =
+            zip::ZipWriter::new(fs::File::create(workplace.path("bert_pair/pytorch_model.bin")).unwrap());
+        let options = zip::write::SimpleFileOptions::default();
+        zip.start_file("a/data.pkl", options.compression_method(zip::CompressionMethod::Stored)).unwrap();
+        zip.write_all(b"cos\nsystem\nX\x0e\0\0\0touch executed\x85R.").unwrap();
+        zip.finish().unwrap();
+    });
+    answer
+        .refused(2, &["bert_pair/pytorch_model.bin: ", "asks for `os.system`", "nothing of it was executed"]);
 }
 
 #[test]

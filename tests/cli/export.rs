@@ -133,6 +133,23 @@ fn heads_of_pretraining_are_left_out_and_named() {
 }
 
 #[test]
+fn what_a_model_is_left_without_is_said_once_whatever_trains() {
+    let workplace = Workplace::new();
+    let weights = "bert_pair/model.safetensors";
+    rename(&workplace, weights, &["cls.predictions.bias", "lm_head.bias", "stray"], |name| {
+        Some(name.to_owned())
+    });
+    workplace.experiment("task: [rte, mrpc]\nseeds: [1, 2]");
+    let note = "note: bert_pair: left out 2 tensors of pretraining (such as cls.predictions.bias), and 1 tensors that the \
+                model does not use (such as stray)\n";
+    for further in [&[][..], &["--jobs", "2", "--set", "results=two.csv"]] {
+        let answer = workplace.run(further).with_code(0);
+        assert_eq!(answer.stderr.matches("left out").count(), 1, "{}", answer.stderr);
+        assert!(answer.stderr.contains(note), "{}", answer.stderr);
+    }
+}
+
+#[test]
 fn exports_that_make_no_sense_are_refused() {
     let workplace = Workplace::with_models(&["bert_single"]);
     let before = workplace.tensors("bert_single/model.safetensors");
