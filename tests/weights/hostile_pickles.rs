@@ -129,6 +129,21 @@ fn attributes_are_dropped_from_an_ordered_dict_and_refused_elsewhere() {
 }
 
 #[test]
+fn what_the_oldest_versions_wrote_is_read() {
+    // A function with four arguments, and texts of Python 2.
+    let arguments = [storage("HalfStorage", "0", 8), integer(2), integers(&[2, 3]), integers(&[1, 2])];
+    let item = call(global("torch._utils", "_rebuild_tensor"), &arguments);
+    let pickle = state_dict(&[b"U\x01a".to_vec(), item.clone(), b"T\x01\0\0\0b".to_vec(), item]);
+    let numbers: Vec<u8> = (0..8u16).flat_map(|number| (0x3c00 + 0x40 * number).to_le_bytes()).collect();
+    let folder = folder(&[("pytorch_model.bin", &saved(&pickle, &numbers))]);
+    let weights = Weights::open(folder.path()).unwrap();
+    assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b"]);
+    // 1 + n / 16 for the elements 2 4 6 and 3 5 7.
+    let values = Vec::<f32>::try_from(weights.tensor("b").unwrap().flatten(0, 1)).unwrap();
+    assert_eq!(values, [2.0, 4.0, 6.0, 3.0, 5.0, 7.0].map(|number: f32| 1.0 + number / 16.0));
+}
+
+#[test]
 fn tensors_lie_within_their_storage() {
     refused_tensor(0, &[5], &[1]);
     refused_tensor(1, &[4], &[1]);
