@@ -13,6 +13,7 @@
 //! | [`child`] | child networks: Bernoulli and Fisher masks, gradient hooks |
 //! | [`model`] | pretrained encoders, one file a family, and Hugging Face folders |
 //! | [`data`] | tasks, readers, tokens, batches, metrics |
+//! | [`transfer`] | files over HTTP |
 //! | [`libtorch`] | what tch leaves out; the only `unsafe` code |
 //!
 //! The library prints nothing: it returns values and reports events, which the command line shows.
@@ -30,5 +31,6 @@ pub mod model;
 pub mod random;
 pub mod spelling;
 pub mod train;
+pub mod transfer;
 pub mod values;
 pub mod verify;

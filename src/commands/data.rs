@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use child_tuning::data::{
-    Dataset, Download, FetchOptions, Fetched, Objective, Split, SplitCheck, TaskCard, TokenEncoder,
-    check_splits, downloads_of, fetched_data_folder, read_present,
+    Dataset, Download, FetchEvent, FetchOptions, Fetched, Objective, Split, SplitCheck, TaskCard,
+    TokenEncoder, check_splits, downloads_of, fetched_data_folder, read_present,
 };
 use child_tuning::error::Error;
 use child_tuning::experiment::{data_roots, named_card};
@@ -186,7 +186,10 @@ fn fetch_one(card: &TaskCard, download: &Download, options: &FetchOptions) -> Re
         eprintln!("licence: {}", card.licence);
     }
     let mut display = TransferDisplay::new();
-    let result = download.fetch(card, options, &mut |event| display.show(event));
+    let result = download.fetch(card, options, &mut |event| match event {
+        FetchEvent::Transfer(event) => display.show(event),
+        FetchEvent::Unpacking => display.line("unpacking"),
+    });
     display.finish();
     let result = result?;
     if Some(&options.to) == fetched_data_folder().as_ref() {
