@@ -12,6 +12,7 @@
 //! | [`method`] | fine-tuning methods behind one trait |
 //! | [`child`] | child networks: Bernoulli and Fisher masks, gradient hooks |
 //! | [`model`] | pretrained encoders, one file a family, and Hugging Face folders |
+//! | [`hub`] | models from the Hugging Face Hub, and its cache |
 //! | [`data`] | tasks, readers, tokens, batches, metrics |
 //! | [`transfer`] | files over HTTP |
 //! | [`libtorch`] | what tch leaves out; the only `unsafe` code |
@@ -25,6 +26,7 @@ pub mod child;
 pub mod data;
 pub mod error;
 pub mod experiment;
+pub mod hub;
 pub mod libtorch;
 pub mod method;
 pub mod model;
