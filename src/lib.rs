@@ -12,7 +12,9 @@
 //! | [`method`] | fine-tuning methods behind one trait |
 //! | [`child`] | child networks: Bernoulli and Fisher masks, gradient hooks |
 //! | [`model`] | pretrained encoders, one file a family, and Hugging Face folders |
+//! | [`hub`] | models from the Hugging Face Hub, and its cache |
 //! | [`data`] | tasks, readers, tokens, batches, metrics |
+//! | [`transfer`] | files over HTTP |
 //! | [`libtorch`] | what tch leaves out; the only `unsafe` code |
 //!
 //! The library prints nothing: it returns values and reports events, which the command line shows.
@@ -24,11 +26,13 @@ pub mod child;
 pub mod data;
 pub mod error;
 pub mod experiment;
+pub mod hub;
 pub mod libtorch;
 pub mod method;
 pub mod model;
 pub mod random;
 pub mod spelling;
 pub mod train;
+pub mod transfer;
 pub mod values;
 pub mod verify;

@@ -111,6 +111,7 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
         ChildCommand::Compute { experiment, compute, output } => {
             let device = compute.device()?;
             let never = AtomicBool::new(false);
+            experiment.fetch_models()?;
             for plan in experiment.plans()? {
                 let mut display = Display::new();
                 let masks = Runner::new(&plan, device, &never, &mut |event| display.show(event))
@@ -139,6 +140,7 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
         ChildCommand::Variance { experiment, compute, draws, output } => {
             let device = compute.device()?;
             let never = AtomicBool::new(false);
+            experiment.fetch_models()?;
             let plans = experiment.plans()?;
             let mut rows = Vec::new();
             for plan in &plans {

@@ -6,11 +6,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use child_tuning::data::{
-    Dataset, Download, FetchOptions, Fetched, Objective, Split, SplitCheck, TaskCard, TokenEncoder,
-    check_splits, downloads_of, fetched_data_folder, read_present,
+    Dataset, Download, FetchEvent, FetchOptions, Fetched, Objective, Split, SplitCheck, TaskCard,
+    TokenEncoder, check_splits, downloads_of, fetched_data_folder, read_present,
 };
 use child_tuning::error::Error;
 use child_tuning::experiment::{data_roots, named_card};
+use child_tuning::hub::model_folder;
 use clap::{Args, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::BinaryBytes;
@@ -73,9 +74,9 @@ struct CheckArguments {
     tasks: Vec<String>,
     #[command(flatten)]
     data: DataArguments,
-    /// Model folder whose tokenizer to measure lengths in tokens with
-    #[arg(long, value_name = "FOLDER")]
-    model: Option<PathBuf>,
+    /// Model whose tokenizer to measure lengths in tokens with: a folder, or a model of the Hub that `model fetch` has fetched
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
     /// Longest example in tokens, as in `train.max_length`: what is longer is counted
     #[arg(long, default_value_t = 128, value_name = "N")]
     max_length: usize,
@@ -186,7 +187,10 @@ fn fetch_one(card: &TaskCard, download: &Download, options: &FetchOptions) -> Re
         eprintln!("licence: {}", card.licence);
     }
     let mut display = TransferDisplay::new();
-    let result = download.fetch(card, options, &mut |event| display.show(event));
+    let result = download.fetch(card, options, &mut |event| match event {
+        FetchEvent::Transfer(event) => display.show(event),
+        FetchEvent::Unpacking => display.line("unpacking"),
+    });
     display.finish();
     let result = result?;
     if Some(&options.to) == fetched_data_folder().as_ref() {
@@ -212,7 +216,8 @@ fn check(arguments: &CheckArguments) -> Result<ExitCode> {
     let all = named.is_empty();
     let cards = if all { builtin_cards() } else { named };
     let roots = arguments.data.roots();
-    let encoder = arguments.model.as_deref().map(TokenEncoder::from_folder).transpose()?;
+    let encoder = |name: &String| TokenEncoder::from_folder(&model_folder(name)?.0);
+    let encoder = arguments.model.as_ref().map(encoder).transpose()?;
     let mut csv = csv::Writer::from_writer(Vec::new());
     csv.write_record(["task", "split", "measure", "value"])?;
     let (mut checked, mut unreadable) = (0, false);

@@ -6,11 +6,14 @@ use std::process::ExitCode;
 use anyhow::Result;
 use child_tuning::data::{Split, TaskCard, read_split};
 use child_tuning::experiment::graphics_cards;
+use child_tuning::hub::Hub;
 use child_tuning::libtorch;
 use child_tuning::model::ModelFolder;
 use clap::Args;
+use indicatif::BinaryBytes;
 use tch::Cuda;
 
+use super::model::state;
 use super::{DataArguments, show};
 
 #[derive(Args)]
@@ -33,6 +36,7 @@ pub fn doctor(arguments: DoctorArguments) -> Result<ExitCode> {
     show_cuda()?;
     show_data(&arguments.data.roots())?;
     show_models(&arguments.models)?;
+    show_hub()?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -112,6 +116,31 @@ fn show_models(folder: &Path) -> Result<()> {
         show(format_args!(
             "  none; `make setup` puts a small one there, and any Hugging Face folder of a BERT can be named in YAML"
         ))?;
+    }
+    Ok(())
+}
+
+fn show_hub() -> Result<()> {
+    let hub = match Hub::from_environment() {
+        Ok(hub) => hub,
+        Err(error) => return show(format_args!("Hub            not usable: {error}")),
+    };
+    let network = if hub.offline { "not used: HF_HUB_OFFLINE" } else { &hub.endpoint };
+    let token = hub.token_place().map_or("no token".to_owned(), |place| format!("token in {place}"));
+    show(format_args!("Hub            cache in {}, network {network}, {token}", hub.cache.display()))?;
+    let models = hub.cached_models();
+    for model in &models {
+        let revisions: String = model.revisions.iter().map(|revision| format!("{revision} = ")).collect();
+        show(format_args!(
+            "  {:12} {revisions}{}, {}, {}",
+            model.repository,
+            model.commit,
+            BinaryBytes(model.bytes),
+            state(model)
+        ))?;
+    }
+    if models.is_empty() {
+        show(format_args!("  none; `child-tuning model fetch bert-large-cased` gets one"))?;
     }
     Ok(())
 }

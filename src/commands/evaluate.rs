@@ -1,12 +1,13 @@
 //! `evaluate`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use child_tuning::data::{EncodedDataset, Split, TokenEncoder, read_split};
 use child_tuning::error::Error;
 use child_tuning::experiment::named_card;
+use child_tuning::hub::model_folder;
 use child_tuning::model::{Classifier, ModelFolder};
 use child_tuning::train::{Precision, Scored, evaluate as score};
 use clap::Args;
@@ -15,9 +16,9 @@ use super::{ComputeArguments, DataArguments, show};
 
 #[derive(Args)]
 pub struct EvaluateArguments {
-    /// Fine-tuned model folder, of this program or of transformers
-    #[arg(long, value_name = "FOLDER")]
-    model: PathBuf,
+    /// Fine-tuned model folder, of this program or of transformers, or a model of the Hub that `model fetch` has fetched
+    #[arg(long, value_name = "MODEL")]
+    model: String,
     /// Tasks to score on: names or card files; labels are matched by name
     #[arg(long = "task", required = true, value_name = "NAME|CARD.yaml", value_delimiter = ',')]
     tasks: Vec<String>,
@@ -36,8 +37,9 @@ pub struct EvaluateArguments {
 /// Scores a model as it is, and prints a CSV: one line a task and metric.
 pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
     let device = arguments.compute.device()?;
-    let folder = ModelFolder::open(&arguments.model)?;
-    let encoder = TokenEncoder::from_folder(&arguments.model)?;
+    let (model, _) = model_folder(&arguments.model)?;
+    let folder = ModelFolder::open(&model)?;
+    let encoder = TokenEncoder::from_folder(&model)?;
     let roots = arguments.data.roots();
     let mut lines = vec!["task,split,examples,metric,value".to_owned()];
     for task in &arguments.tasks {

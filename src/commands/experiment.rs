@@ -14,10 +14,12 @@ use child_tuning::experiment::{
     ExperimentSpec, Forecast, Override, Pace, Plan, PlanOptions, Run, RunEvent, Runner, Speed, Summary,
     Tokens, execute, forecast,
 };
+use child_tuning::hub::missing_models;
 use clap::Args;
 use tch::Device;
 
 use super::jobs::{JobsArguments, WorkerPlace, worker_pool};
+use super::model::fetch_model;
 use super::progress::Display;
 use super::{ComputeArguments, DataArguments, show};
 
@@ -67,6 +69,17 @@ fn column_and_value(text: &str) -> Result<(String, String), String> {
 }
 
 impl ExperimentArguments {
+    /// Downloads the models of the Hub that the experiments name and the cache lacks.
+    pub(super) fn fetch_models(&self) -> Result<(), Error> {
+        for path in &self.experiments {
+            let spec = ExperimentSpec::read(path, &self.overrides)?;
+            for id in missing_models(spec.model.0.iter().map(String::as_str))? {
+                fetch_model(&id)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads and resolves all experiments before anything runs.
     pub(super) fn plans(&self) -> Result<Vec<Plan>, Error> {
         let options = PlanOptions { data: self.data.data.clone(), only: self.only.clone() };
@@ -86,11 +99,13 @@ impl ExperimentArguments {
 /// Trains what is missing, then shows the comparison.
 pub fn run(arguments: RunArguments) -> Result<ExitCode> {
     let RunArguments { experiment, compute, jobs, worker } = arguments;
-    let interrupted = stop_on_signals()?;
     if let Some(place) = worker {
-        return place.serve(|| experiment.plans(), &interrupted);
+        return place.serve(|| experiment.plans(), &stop_on_signals()?);
     }
     let device = compute.device()?;
+    // Before signals wait for the end of a batch: a download may end at any moment.
+    experiment.fetch_models()?;
+    let interrupted = stop_on_signals()?;
     let plans = experiment.plans()?;
     let places = jobs.places(&compute, &plans)?;
     let mut pool = (places.len() > 1).then(|| worker_pool(&places));

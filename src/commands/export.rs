@@ -7,15 +7,16 @@ use anyhow::Result;
 use child_tuning::data::TokenEncoder;
 use child_tuning::error::Error;
 use child_tuning::experiment::named_card;
+use child_tuning::hub::model_folder;
 use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder};
 use clap::Args;
 use tch::Device;
 
 #[derive(Args)]
 pub struct ExportArguments {
-    /// Model folder, in any form that this program reads
-    #[arg(long, value_name = "FOLDER")]
-    model: PathBuf,
+    /// Model folder, in any form that this program reads, or a model of the Hub that `model fetch` has fetched
+    #[arg(long, value_name = "MODEL")]
+    model: String,
     /// Folder to write
     #[arg(long, value_name = "FOLDER")]
     output: PathBuf,
@@ -29,20 +30,21 @@ pub struct ExportArguments {
 
 /// Reads a model and writes it as transformers would.
 pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
-    if arguments.output.exists() && same_folder(&arguments.model, &arguments.output) {
+    let (model, _) = model_folder(&arguments.model)?;
+    if arguments.output.exists() && same_folder(&model, &arguments.output) {
         return Err(Error::configuration("--output is the folder of --model; name another one").into());
     }
-    let folder = ModelFolder::open(&arguments.model)?;
+    let folder = ModelFolder::open(&model)?;
     let labels = match (&arguments.task, folder.config.labels()) {
         (Some(task), _) => Labels::from(&named_card(task, Path::new(""))?.objective),
         (None, Some(names)) if names.len() > 1 => Labels::Classes(names),
         (None, Some(_)) => Labels::Score,
         (None, None) => {
             let text = "has no labels in config.json; name the task of the head with --task";
-            return Err(Error::model(&arguments.model, text).into());
+            return Err(Error::model(&model, text).into());
         }
     };
-    let encoder = TokenEncoder::from_folder(&arguments.model)?;
+    let encoder = TokenEncoder::from_folder(&model)?;
     let mut classifier = Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu)?;
     classifier.reset(arguments.seed)?;
     classifier.save(&arguments.output, &encoder)?;

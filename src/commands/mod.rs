@@ -9,6 +9,7 @@ mod experiment;
 mod export;
 mod gpu_check;
 mod jobs;
+mod model;
 mod predict;
 mod progress;
 
@@ -37,6 +38,7 @@ Exit codes: 0 done, 1 some runs failed, 2 usage or configuration, 3 environment,
 
 Examples:
   child-tuning data fetch cola rte mrpc stsb
+  child-tuning model fetch bert-large-cased
   child-tuning plan experiments/quickstart.yaml
   child-tuning run experiments/glue.yaml --device cuda --set train.learning_rate='[2e-5, 4e-5]'
   child-tuning run experiments/glue.yaml --only task=rte --only method=vanilla
@@ -63,6 +65,8 @@ enum Command {
     Child(child::ChildArguments),
     /// List, fetch and check data sets.
     Data(data::DataCommandArguments),
+    /// Fetch and list models of the Hugging Face Hub.
+    Model(model::ModelArguments),
     /// Write a model folder, head included, in the form that transformers loads.
     Export(export::ExportArguments),
     /// Show what is installed here (libtorch, CUDA, data, models) and what to do about what is not.
@@ -75,7 +79,10 @@ impl Arguments {
     /// Returns whether the command computes with libtorch, so that it is worth a second start of the program with another
     /// environment.
     pub fn computes(&self) -> bool {
-        !matches!(self.command, Command::Compare(_) | Command::Data(_) | Command::Doctor(_))
+        !matches!(
+            self.command,
+            Command::Compare(_) | Command::Data(_) | Command::Model(_) | Command::Doctor(_)
+        )
     }
 }
 
@@ -101,6 +108,7 @@ pub fn call(arguments: Arguments) -> Result<ExitCode> {
         Command::Predict(arguments) => predict::predict(arguments),
         Command::Child(arguments) => child::child(arguments),
         Command::Data(arguments) => data::data(arguments),
+        Command::Model(arguments) => model::model(arguments),
         Command::Export(arguments) => export::export(arguments),
         Command::Doctor(arguments) => doctor::doctor(arguments),
         Command::GpuCheck(arguments) => gpu_check::gpu_check(arguments),

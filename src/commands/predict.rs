@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use child_tuning::data::{LabelMap, Objective, TaskCard, TokenEncoder, read_file};
 use child_tuning::error::Error;
 use child_tuning::experiment::named_card;
+use child_tuning::hub::model_folder;
 use child_tuning::model::{Classifier, Labels, ModelFolder};
 use child_tuning::train::{Precision, predict as predict_logits};
 use clap::Args;
@@ -16,9 +17,9 @@ use super::{ComputeArguments, write_whole};
 
 #[derive(Args)]
 pub struct PredictArguments {
-    /// Fine-tuned model folder, such as one kept with `save:`
-    #[arg(long, value_name = "FOLDER")]
-    model: PathBuf,
+    /// Fine-tuned model folder, such as one kept with `save:`, or a model of the Hub that `model fetch` has fetched
+    #[arg(long, value_name = "MODEL")]
+    model: String,
     /// Task that the file belongs to: a name or a card file
     #[arg(long, value_name = "NAME|CARD.yaml")]
     task: String,
@@ -43,9 +44,10 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     let device = arguments.compute.device()?;
     let card = named_card(&arguments.task, Path::new(""))?;
     let dataset = read_file(&card, &arguments.input)?;
-    let folder = ModelFolder::open(&arguments.model)?;
+    let (model, _) = model_folder(&arguments.model)?;
+    let folder = ModelFolder::open(&model)?;
     let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
-    let encoder = TokenEncoder::from_folder(&arguments.model)?;
+    let encoder = TokenEncoder::from_folder(&model)?;
     classifier.check_inputs(&encoder, arguments.max_length)?;
     let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
     let logits = predict_logits(&classifier, &inputs, Precision::Float32, |_| Ok(()))?;

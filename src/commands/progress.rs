@@ -3,10 +3,10 @@
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use child_tuning::data::FetchEvent;
 use child_tuning::experiment::results::{Row, Status};
 use child_tuning::experiment::{RunEvent, Turn};
 use child_tuning::train::Event;
+use child_tuning::transfer::TransferEvent;
 use indicatif::{BinaryBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
 /// How often a transfer reports where there is no bar.
@@ -219,9 +219,9 @@ impl TransferDisplay {
     }
 
     /// Shows one event.
-    pub fn show(&mut self, event: FetchEvent) {
+    pub fn show(&mut self, event: TransferEvent) {
         match event {
-            FetchEvent::Started { url, start, bytes } => {
+            TransferEvent::Started { url, start, bytes } => {
                 let path = url.split('?').next().unwrap_or(url);
                 self.name = path.rsplit('/').next().unwrap_or(path).to_owned();
                 (self.bytes, self.start, self.last_line) = (bytes, (start, Instant::now()), Instant::now());
@@ -238,11 +238,10 @@ impl TransferDisplay {
                     bar.reset_eta();
                 }
             }
-            FetchEvent::Received(done) => self.received(done),
-            FetchEvent::Waiting { reason, pause } => {
+            TransferEvent::Received(done) => self.received(done),
+            TransferEvent::Waiting { reason, pause } => {
                 self.line(&format!("{reason}; trying again in {} s", pause.as_secs()));
             }
-            FetchEvent::Unpacking => self.line("unpacking"),
         }
     }
 
@@ -271,7 +270,8 @@ impl TransferDisplay {
         }
     }
 
-    fn line(&self, text: &str) {
+    /// Shows a line.
+    pub fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
             None => eprintln!("{text}"),

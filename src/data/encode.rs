@@ -16,7 +16,7 @@ use super::sheet::Example;
 use crate::error::{Error, Result};
 
 /// Every file that a tokenizer of the supported families may bring along.
-const FILES: [&str; 9] = [
+pub(crate) const FILES: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -25,6 +25,7 @@ const FILES: [&str; 9] = [
     "vocab.json",
     "merges.txt",
     "spiece.model",
+    "spm.model",
     "sentencepiece.bpe.model",
 ];
 

@@ -3,20 +3,18 @@
 mod archive;
 #[cfg(test)]
 mod tests;
-mod transfer;
 
 use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
-use std::time::Duration;
 
 use serde::Deserialize;
 
 use self::archive::unpack;
-use self::transfer::{Patience, Transfer, write_fault};
 use super::task::TaskCard;
 use crate::error::{Error, Result};
+use crate::transfer::{Advice, Checksum, Patience, Transfer, TransferEvent};
 
 /// The file beside the data that says where they come from. It is written last, so that it also says that they are
 /// complete.
@@ -24,6 +22,12 @@ const RECEIPT: &str = "SOURCE.txt";
 
 /// Where files grow and are unpacked, under the folder that data sets go to.
 const WORKSHOP: &str = ".fetching";
+
+/// What helps where a server or the disk does not give what is needed.
+const ADVICE: Advice = Advice {
+    server: "CHILD_TUNING_DATA_ENDPOINT names a mirror",
+    disk: "make room, or name another folder with --to",
+};
 
 static DOWNLOADS: LazyLock<Vec<Download>> = LazyLock::new(|| {
     serde_yaml::from_str(include_str!("downloads.yaml")).expect("the built-in list is valid: a test reads it")
@@ -66,24 +70,8 @@ pub struct FetchOptions {
 /// What happens while a data set is fetched.
 #[derive(Debug)]
 pub enum FetchEvent<'a> {
-    /// A file is on its way.
-    Started {
-        /// Its address.
-        url: &'a str,
-        /// How much of it was there already.
-        start: u64,
-        /// Its length.
-        bytes: u64,
-    },
-    /// So many bytes of the file are there now.
-    Received(u64),
-    /// An attempt failed; another one follows after a pause.
-    Waiting {
-        /// Why it failed.
-        reason: &'a str,
-        /// The pause.
-        pause: Duration,
-    },
+    /// Something happens to one of its files.
+    Transfer(TransferEvent<'a>),
     /// The files are put in place.
     Unpacking,
 }
@@ -152,13 +140,12 @@ impl Download {
         options: &FetchOptions,
         report: &mut dyn FnMut(FetchEvent),
     ) -> Result<Fetched> {
-        let patience = Patience { attempts: 5, first_wait: Duration::from_secs(1) };
-        self.fetch_with(patience, card, options, report)
+        self.fetch_with(&Patience::default(), card, options, report)
     }
 
     fn fetch_with(
         &self,
-        patience: Patience,
+        patience: &Patience,
         card: &TaskCard,
         options: &FetchOptions,
         report: &mut dyn FnMut(FetchEvent),
@@ -178,15 +165,21 @@ impl Download {
         let urls: Vec<String> =
             self.urls().map(|url| relocated(url, options.endpoint.as_deref())).collect::<Result<_>>()?;
         let parts: Vec<PathBuf> = urls.iter().map(|url| workshop.join(self.part_name(url))).collect();
-        let transfers = self.sources.iter().zip(&urls).zip(&parts).map(|((source, url), part)| Transfer {
+        let checksums: Vec<Checksum> =
+            self.sources.iter().map(|source| Checksum::Sha256(source.sha256.clone())).collect();
+        let transfers = self.sources.iter().zip(&checksums).zip(urls.iter().zip(&parts));
+        let transfers = transfers.map(|((source, checksum), (url, part))| Transfer {
             url,
+            authorization: None,
             bytes: source.bytes,
-            sha256: &source.sha256,
+            checksum,
             part,
+            may_change: true,
+            advice: ADVICE,
         });
         let transfers: Vec<_> = transfers.collect();
         for transfer in &transfers {
-            transfer.run(patience, report)?;
+            transfer.run(patience, &mut |event| report(FetchEvent::Transfer(event)))?;
         }
         report(FetchEvent::Unpacking);
         let fresh = workshop.join(&self.folder);
@@ -286,6 +279,11 @@ pub fn downloads_of<'a>(
         }
     }
     Ok(downloads)
+}
+
+/// Turns a failed write into an error that tells a full disk from others.
+fn write_fault(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    crate::transfer::write_fault(path, ADVICE.disk)
 }
 
 fn remove_folder(folder: &Path) -> Result<()> {

@@ -22,6 +22,7 @@ pub use attention_layout::{AttentionLayout, Rectangle};
 pub use batch::{BatchShape, EncodedDataset, PackedBatch, Targets};
 pub use check::{InTrain, Lengths, Scores, SplitCheck, TokenLengths, check_splits, read_present};
 pub use custom::{CustomObjective, CustomTask};
+pub(crate) use encode::FILES as TOKENIZER_FILES;
 pub use encode::{Encoded, TokenEncoder};
 pub use fetch::{
     Download, FetchEvent, FetchOptions, Fetched, cache_folder, downloads_of, fetched_data_folder,

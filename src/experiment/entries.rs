@@ -10,6 +10,7 @@ use super::spec::TaskSpec;
 use super::transfer::EvaluationSpec;
 use crate::data::{Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, holds, read_split};
 use crate::error::{Error, Result};
+use crate::hub::model_folder;
 use crate::model::ModelFolder;
 use crate::spelling::suggestion;
 use crate::values::hexadecimal;
@@ -22,6 +23,8 @@ pub struct ModelEntry {
     pub folder: ModelFolder,
     /// SHA-256 of its weights.
     pub sha256: String,
+    /// The commit that it is, if it is a model of the Hub.
+    pub revision: Option<String>,
     /// What makes tokens of texts.
     pub encoder: TokenEncoder,
     /// SHA-256 of the tokenizer's files.
@@ -31,13 +34,12 @@ pub struct ModelEntry {
 }
 
 impl ModelEntry {
-    /// Opens the folder of a name, which may be in `models/`.
+    /// Opens the folder of a name, which may be in `models/`, or a model of the Hub that is in its cache.
     ///
     /// # Errors
     /// Fails, naming the file, if something of it is missing or cannot be read.
     pub fn open(name: &str, overrides: &Map<String, Value>) -> Result<Self> {
-        let beside = Path::new("models").join(name);
-        let path = if !Path::new(name).exists() && beside.exists() { beside } else { PathBuf::from(name) };
+        let (path, revision) = model_folder(name)?;
         let folder = open_folder(&path, overrides)?;
         let encoder = TokenEncoder::from_folder(&path)?;
         let mut tokenizer = Sha256::new();
@@ -47,11 +49,18 @@ impl ModelEntry {
         Ok(Self {
             name: name.to_owned(),
             sha256: folder.sha256()?,
+            revision,
             folder,
             encoder,
             tokenizer_sha256: hexadecimal(&tokenizer.finalize()),
             overrides: overrides.clone(),
         })
+    }
+
+    /// Says where the model comes from, if that is the Hub.
+    pub fn note(&self) -> Option<String> {
+        let commit = self.revision.as_ref()?;
+        Some(format!("{} is commit {commit} in the Hugging Face cache", self.name))
     }
 }
 

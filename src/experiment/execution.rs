@@ -84,7 +84,7 @@ struct Execution<'a> {
     executor: &'a mut dyn Executor,
     results: ResultsFile,
     interrupted: &'a AtomicBool,
-    /// What is to be said about the data before the first run.
+    /// What is to be said about models and data before the first run.
     notes: &'a [String],
     summary: Summary,
 }

@@ -33,7 +33,7 @@ pub struct Plan {
     /// The runs, those that a comparison needs together next to each other, sources before what starts from them. Empty
     /// with `select`: these are known only when the trials are done.
     pub runs: Vec<Arc<Run>>,
-    /// What the user should know about the data, in sentences.
+    /// What the user should know about models and data, in sentences.
     pub notes: Vec<String>,
     /// Trials, and the runs that they choose between; empty without `select`.
     pub selection: Selection,
@@ -101,7 +101,7 @@ impl Plan {
             masks: spec.masks.clone(),
             selection,
             name,
-            notes: catalogue.notes(),
+            notes: models.iter().filter_map(|model| model.note()).chain(catalogue.notes()).collect(),
             runs,
             preset,
         };

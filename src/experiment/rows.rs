@@ -41,6 +41,7 @@ pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, starte
         },
         model: run.model.name.clone(),
         model_sha256: run.model.sha256.clone(),
+        model_revision: run.model.revision.clone().unwrap_or_default(),
         model_config: match overrides.is_empty() {
             true => String::new(),
             false => serde_json::Value::Object(overrides.clone()).to_string(),

@@ -27,7 +27,7 @@ pub const PAPER_SEEDS: [u64; 10] = [42, 52, 57, 63, 78, 96, 127, 140, 298, 375];
 pub struct ExperimentSpec {
     /// Name in the results; the file's name if left out.
     pub name: Option<String>,
-    /// Hugging Face folders.
+    /// Hugging Face folders, or models of the Hub.
     pub model: OneOrMany<String>,
     /// Tasks by name, card file, or columns.
     pub task: OneOrMany<TaskSpec>,

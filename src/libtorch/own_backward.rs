@@ -10,8 +10,10 @@ use super::ffi;
 use super::hooks::caught;
 use crate::error::{Error, Result};
 
+type Function = Box<dyn FnMut(&Tensor) -> Result<Vec<Tensor>> + Send>;
+
 struct Backward {
-    function: Box<dyn FnMut(&Tensor) -> Result<Vec<Tensor>> + Send>,
+    function: Function,
     inputs: usize,
 }
 

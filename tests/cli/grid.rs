@@ -21,7 +21,7 @@ fn a_grid_writes_one_row_a_run_and_a_second_start_runs_nothing() {
     assert!(first.stdout.contains("experiment: 6 runs done; "), "{}", first.stdout);
     assert!(first.stdout.ends_with(" s in all\nresults: results.csv\n"), "{}", first.stdout);
     let written = workplace.read("results.csv");
-    assert!(written.starts_with("schema_version,experiment,run,model,model_sha256,task,"));
+    assert!(written.starts_with("schema_version,experiment,run,model,model_sha256,model_revision,task,"));
     let rows = workplace.rows("results.csv");
     let expected = ["child_tuning_f", "vanilla"].map(|method| ["1", "2", "3"].map(|seed| (method, seed)));
     assert_eq!(methods_and_seeds(&rows), expected.concat());
@@ -133,6 +133,7 @@ fn a_row_says_where_it_comes_from() {
         "pearson",
         "spearman",
         "combined",
+        "model_revision",
         "model_config",
         "source_run",
         "source_task",
@@ -144,7 +145,7 @@ fn a_row_says_where_it_comes_from() {
         assert!(!value.is_empty(), "{column} is empty");
     }
     let expected = [
-        ("schema_version", "2"),
+        ("schema_version", "3"),
         ("experiment", "provenance"),
         ("model", "bert_pair"),
         ("task", "rte"),

@@ -12,6 +12,9 @@ mod experiments;
 mod export;
 mod gpu_check;
 mod grid;
+mod hub;
+#[path = "../hub/server.rs"]
+mod hub_server;
 mod interruption;
 mod jobs;
 mod launcher;

@@ -112,10 +112,12 @@ impl Workplace {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(assert_cmd::cargo::cargo_bin!("child-tuning"));
         command.args(arguments).current_dir(self.folder.path());
-        for variable in ["DATA", "LIBTORCH", "CHILD_TUNING_DATA_ENDPOINT"] {
+        for variable in ["DATA", "LIBTORCH", "CHILD_TUNING_DATA_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE"] {
             command.env_remove(variable);
         }
         command.env("CHILD_TUNING_CACHE", self.path("cache"));
+        // Nothing is asked for on the network unless a test says where.
+        command.env("HF_HOME", self.path("huggingface")).env("HF_HUB_OFFLINE", "1");
         command
     }
 

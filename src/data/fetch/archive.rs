@@ -7,7 +7,7 @@ use std::path::Path;
 use zip::ZipArchive;
 use zip::result::ZipError;
 
-use super::transfer::write_fault;
+use super::write_fault;
 use crate::error::{Error, Result};
 
 /// Extracts files that stand in the folder `within` of an archive into `target`; those of `optional` may be missing.

@@ -1,6 +1,8 @@
 //! Whole fetches against a server on this machine.
 
 use super::archive::tests::archive;
+use std::time::Duration;
+
 use super::*;
 use crate::data::Split;
 use crate::values::hexadecimal;
@@ -10,7 +12,7 @@ use sha2::{Digest, Sha256};
 #[path = "../../../tests/cli/server.rs"]
 mod server;
 
-const PATIENCE: Patience = Patience { attempts: 4, first_wait: Duration::from_millis(1) };
+const PATIENCE: Patience = Patience { attempts: 4, first_wait: Duration::from_secs(1), sleep: |_| {} };
 
 /// A data set of one archive that a server has.
 struct Setting {
@@ -52,11 +54,13 @@ impl Setting {
             FetchOptions { to: self.folder.path().into(), endpoint: Some(self.server.address.clone() + "/") };
         let mut events = Vec::new();
         let mut note = |event: FetchEvent| match event {
-            FetchEvent::Started { start, .. } => events.push(format!("from {start}")),
-            FetchEvent::Waiting { reason, .. } => events.push(reason.to_owned()),
-            FetchEvent::Received(_) | FetchEvent::Unpacking => {}
+            FetchEvent::Transfer(TransferEvent::Started { start, .. }) => {
+                events.push(format!("from {start}"))
+            }
+            FetchEvent::Transfer(TransferEvent::Waiting { reason, .. }) => events.push(reason.to_owned()),
+            FetchEvent::Transfer(TransferEvent::Received(_)) | FetchEvent::Unpacking => {}
         };
-        let result = self.download.fetch_with(PATIENCE, &card, &options, &mut note);
+        let result = self.download.fetch_with(&PATIENCE, &card, &options, &mut note);
         (result, events)
     }
 
@@ -209,7 +213,7 @@ fn a_server_that_is_not_there_is_named() {
     let card = TaskCard::builtin("rte").unwrap();
     let fetch = |endpoint: &str| {
         let options = FetchOptions { to: setting.folder.path().into(), endpoint: Some(endpoint.into()) };
-        setting.download.fetch_with(PATIENCE, &card, &options, &mut |_| {}).unwrap_err()
+        setting.download.fetch_with(&PATIENCE, &card, &options, &mut |_| {}).unwrap_err()
     };
     // Bound and dropped: nobody listens there.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -308,13 +312,4 @@ fn an_endpoint_takes_the_place_of_scheme_and_host() {
     assert_eq!(relocated(url, None).unwrap(), url);
     let moved = relocated(url, Some("http://127.0.0.1:8000/mirror/")).unwrap();
     assert_eq!(moved, "http://127.0.0.1:8000/mirror/record/1/files/SICK.zip?download=1");
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn a_full_disk_is_told_from_other_faults() {
-    let write = |path: &str| std::fs::write(path, "x").map_err(write_fault(Path::new(path))).unwrap_err();
-    let full = write("/dev/full").to_string();
-    assert!(full.contains("/dev/full: the disk is full") && full.contains("--to"), "{full}");
-    assert!(write("/dev/null/x").to_string().starts_with("cannot write /dev/null/x: "));
 }

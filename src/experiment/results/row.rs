@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::text::{count, flag, number};
 
 /// The version of the columns below; a column that is added, dropped or given another meaning raises it.
-pub const SCHEMA_VERSION: u32 = 2;
+pub const SCHEMA_VERSION: u32 = 3;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +36,8 @@ pub struct Row {
     pub model: String,
     /// SHA-256 of the pretrained weights.
     pub model_sha256: String,
+    /// Commit of the pretrained encoder on the Hub; empty for a folder.
+    pub model_revision: String,
     /// Task that was trained on.
     pub task: String,
     /// Task that was scored; the same as `task` unless domains are transferred.
@@ -206,6 +208,7 @@ impl Default for Row {
             run: String::new(),
             model: String::new(),
             model_sha256: String::new(),
+            model_revision: String::new(),
             task: String::new(),
             evaluated_on: String::new(),
             split: String::new(),

@@ -254,14 +254,14 @@ fn refuses_foreign_files_and_leaves_them_alone() {
     };
     assert!(message("name,score\nx,1").contains("column 1 is `name` where `schema_version` is due"));
     let renamed = header.replace(",task,", ",dataset,");
-    assert!(message(&renamed).contains("column 6 is `dataset` where `task` is due"));
+    assert!(message(&renamed).contains("column 7 is `dataset` where `task` is due"));
     let shorter = header.replace(",started_at", "");
     assert!(message(&shorter).contains("is the end of the line where `started_at` is due"));
     let longer = header.replace(",started_at", ",started_at,mood");
     assert!(message(&longer).contains("is `mood` where the end of the line is due"));
-    assert!(message("schema_version,shape\n3,round\n").contains("has schema version `3`"));
-    let newer = format!("{header}3{}\n", ",x".repeat(header.matches(',').count()));
-    assert!(message(&newer).contains(":2: has schema version `3`"));
+    assert!(message("schema_version,shape\n4,round\n").contains("has schema version `4`"));
+    let newer = format!("{header}4{}\n", ",x".repeat(header.matches(',').count()));
+    assert!(message(&newer).contains(":2: has schema version `4`"));
 }
 
 #[test]

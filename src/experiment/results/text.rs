@@ -220,7 +220,7 @@ mod tests {
     fn quotes_as_rfc_4180_does() {
         let row = Row { experiment: "a,b".into(), model: "say \"x\"".into(), ..Row::default() };
         let line = String::from_utf8(encode(&[&row]).unwrap()).unwrap();
-        assert!(line.starts_with("2,\"a,b\",,\"say \"\"x\"\"\",,"), "{line}");
+        assert!(line.starts_with("3,\"a,b\",,\"say \"\"x\"\"\",,"), "{line}");
     }
 
     #[test]
@@ -233,10 +233,10 @@ mod tests {
     /// The columns that must be there, in another order, with one of the user's own.
     const REQUIRED: &str = "note,seed,learning_rate,epochs,batch_size,micro_batch,max_length,warmup,\
         weight_decay,schema_version,experiment,run,purpose,model_config,source_run,source_task,source_method,\
-        source_config,evaluated_sha256,freeze,head,optimizer,beta1,beta2,label_noise,model,model_sha256,task,evaluated_on,split,preset,method,\
+        source_config,evaluated_sha256,freeze,head,optimizer,beta1,beta2,label_noise,model,model_sha256,model_revision,task,evaluated_on,split,preset,method,\
         method_config,epsilon,adamw,precision,order,checkpoint,status,headline,examples_train,examples_evaluated,device,torch,\
         version,started_at";
-    const VALUES: &str = "mine,42,4e-5,3.0,16,1,128,0.1,0.01,2,e,0f,report,,,,,,d,nothing,keep,adamw,0.9,0.999,0,m,s,rte,rte,validation,paper,vanilla,,1e-8,torch,\
+    const VALUES: &str = "mine,42,4e-5,3.0,16,1,128,0.1,0.01,3,e,0f,report,,,,,,d,nothing,keep,adamw,0.9,0.999,0,m,s,,rte,rte,validation,paper,vanilla,,1e-8,torch,\
         bf16,shuffled,last,ok,accuracy,10,5,cpu,2.11.0,0.1.0,2026-01-01T00:00:00Z";
 
     #[test]
@@ -265,11 +265,11 @@ mod tests {
             "{bad_step}"
         );
         let torn = parsed(&format!("{REQUIRED}\n{VALUES}\nmine,42")).unwrap_err().to_string();
-        assert!(torn.starts_with("results.csv:3: has 2 fields under 46 column names"), "{torn}");
-        let missing = parsed("schema_version\n2\n").unwrap_err().to_string();
+        assert!(torn.starts_with("results.csv:3: has 2 fields under 47 column names"), "{torn}");
+        let missing = parsed("schema_version\n3\n").unwrap_err().to_string();
         assert!(missing.starts_with("results.csv:2: ") && missing.contains("`experiment`"), "{missing}");
-        let newer = parsed("schema_version,unheard_of\n3,x\n").unwrap_err().to_string();
-        assert!(newer.starts_with("results.csv:2: has schema version `3`"), "{newer}");
+        let newer = parsed("schema_version,unheard_of\n4,x\n").unwrap_err().to_string();
+        assert!(newer.starts_with("results.csv:2: has schema version `4`"), "{newer}");
         assert_eq!(
             parsed("").unwrap_err().to_string(),
             "results.csv: is empty: a results file starts with a line of column names"
