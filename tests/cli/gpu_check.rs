@@ -18,7 +18,9 @@ fn the_suite_passes_on_the_cpu_and_is_written_down() {
         let expected = if absent { "skipped" } else { "passed" };
         assert_eq!(check["outcome"], expected, "{check}");
     }
-    for topic in ["passes", "steps", "predictions", "thresholds", "masks", "Fisher", "attention", "CUDA graphs"] {
+    for topic in
+        ["passes", "steps", "predictions", "thresholds", "masks", "Fisher", "attention", "CUDA graphs"]
+    {
         assert!(checks.iter().any(|check| check["topic"] == topic), "{topic}");
     }
     let measured = |part: &str| {
