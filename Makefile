@@ -1,7 +1,7 @@
 # Everything a user or a developer types. `make` alone lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build experiment gpu-experiment gpu-check bundle fetch test bench fixtures data doctor clean
+.PHONY: help setup build experiment gpu-experiment gpu-check bundle fetch test bench scaling fixtures data doctor clean
 
 EXPERIMENT ?= experiments/glue.yaml
 PYTHON ?= python3
@@ -54,6 +54,10 @@ test: .venv/developer  ## everything that CI runs: format, lints, docs, tests
 bench: build .venv/developer  ## measure speed against the Python peer, interleaved, in one table
 	@cargo build --release --locked --bench step --bench fisher --bench threshold
 	@.venv/bin/python benches/compare.py $(BENCH_OPTIONS)
+
+scaling: build  ## measure how time and memory grow, and draw docs/scaling.svg; BENCH_OPTIONS="--rounds 1"
+	@cargo build --release --locked --bench step --bench fisher
+	@$(PYTHON) benches/scaling.py $(BENCH_OPTIONS)
 
 fixtures: .venv/developer  ## compute the reference numbers of the tests again
 	@.venv/bin/python scripts/make_fixtures.py
