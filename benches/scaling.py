@@ -148,7 +148,7 @@ def panels(folder):
             lambda size: (size, 1),
         ),
         Panel(
-            "p of D", "optimizer state", SHARES, of_share,
+            "p of D", "state", SHARES, of_share,
             # Two moments of each weight of the child and of each outside of the scope, and a bit of mask.
             lambda size: (1, 8 * (size * maskable + weights() - maskable)),
         ),
@@ -193,8 +193,8 @@ def drawn(all_panels, source):
                 x, y = place(size, value).split(",")
                 parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="#1f5fa8"/>')
                 parts.append(f'<text x="{x}" y="{y0 + height + 13}" text-anchor="middle">{size}</text>')
-            for value in (values[0], values[-1]):
-                y = place(panel.sizes[0], value).split(",")[1]
+            ends = [(value, float(place(panel.sizes[0], value).split(",")[1])) for value in (values[0], values[-1])]
+            for value, y in ends if abs(ends[0][1] - ends[1][1]) > 12 else ends[:1]:
                 parts.append(f'<text x="{x0 - 3}" y="{y}" text-anchor="end">{value:.3g}</text>')
             parts.append(
                 f'<text x="{x0 + width / 2}" y="{y0 + height + 28}" text-anchor="middle" font-weight="bold">'
