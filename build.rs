@@ -1,4 +1,4 @@
-//! Compiles the C++ shim (`src/libtorch/shim.cpp`) against the libtorch that torch-sys found, and links both.
+//! Compiles the C++ shim (`src/libtorch/*.cpp`) against the libtorch that torch-sys found, and links both.
 //!
 //! torch-sys exports where the libraries are (`DEP_TCH_LIBTORCH_LIB`) but neither an include path nor its link
 //! arguments, so both are derived here. A libtorch that is missing or of another version ends in one sentence.
@@ -12,8 +12,9 @@ const LIBTORCH_VERSION: &str = "2.11.0";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed=src/libtorch/shim.cpp");
-    println!("cargo:rerun-if-changed=src/libtorch/cuda_graph.cpp");
+    for source in ["shim.cpp", "cuda_graph.cpp", "guarded.h"] {
+        println!("cargo:rerun-if-changed=src/libtorch/{source}");
+    }
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-env-changed=CHILD_TUNING_BUNDLE");

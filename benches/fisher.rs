@@ -10,17 +10,14 @@ use std::time::Instant;
 use child_tuning::child::{
     Estimator, FisherBatch, FisherOptions, GradientHooks, MaskScope, fisher_information,
 };
-use child_tuning::data::{Encoded, EncodedDataset, Targets};
-use child_tuning::error::Result;
+use child_tuning::data::EncodedDataset;
 use child_tuning::experiment::peak_memory;
-use child_tuning::model::{Classifier, Labels, ModelConfig, Pass, Precision, loss};
-use child_tuning::random::{Key, philox};
+use child_tuning::model::{Classifier, Labels, Pass, Precision, loss};
+use child_tuning::verify::{Shape, random_data};
 use clap::Parser;
-use serde_json::json;
 use tch::Device;
 
 const BATCH_SIZE: usize = 16;
-const VOCABULARY: u32 = 30522;
 
 /// Fisher passes over a model with random weights and tokens.
 #[derive(Parser)]
@@ -74,10 +71,20 @@ fn main() -> anyhow::Result<()> {
     tch::set_num_threads(arguments.threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
     let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
-    let data = random_data(&arguments.lengths, arguments.examples)?;
+    let shape = Shape {
+        name: "measured",
+        layers: arguments.layers,
+        hidden: arguments.hidden,
+        heads: arguments.hidden / 64,
+        vocabulary: 30522,
+    };
+    let labels = Labels::Classes(vec!["0".into(), "1".into()]);
+    let text = std::fs::read_to_string(&arguments.lengths)?;
+    let lengths: Vec<usize> =
+        text.split_whitespace().take(arguments.examples).map(str::parse).collect::<Result<_, _>>()?;
+    let data = random_data(&lengths, shape.vocabulary, &labels);
     let resident_before = peak_memory(Device::Cpu).unwrap_or(0);
-    let mut classifier =
-        Classifier::untrained(config(&arguments), Labels::Classes(vec!["0".into(), "1".into()]), device)?;
+    let mut classifier = Classifier::untrained(shape.config(0.1, 0.02), labels, device)?;
     classifier.reset(42)?;
     let precisions = match arguments.precision.as_deref() {
         None => vec![Precision::Float32, Precision::Bf16],
@@ -169,35 +176,4 @@ fn in_order(data: &EncodedDataset) -> Vec<usize> {
     let mut order: Vec<usize> = (0..data.len()).collect();
     order.sort_by_key(|&number| data.inputs[number].ids.len());
     order
-}
-
-fn random_data(lengths: &PathBuf, examples: usize) -> anyhow::Result<EncodedDataset> {
-    let text = std::fs::read_to_string(lengths)?;
-    let lengths =
-        text.split_whitespace().take(examples).map(str::parse).collect::<Result<Vec<usize>, _>>()?;
-    let token = |example: usize, position: usize| {
-        philox([position as u32, example as u32, 0, 0], Key([1, 2]))[0] % VOCABULARY
-    };
-    let inputs: Vec<Encoded> = (lengths.iter().enumerate())
-        .map(|(example, &length)| Encoded {
-            ids: (0..length).map(|position| token(example, position)).collect(),
-            token_types: vec![0; length],
-        })
-        .collect();
-    let classes = (0..inputs.len()).map(|example| i64::from(token(example, 999) % 2)).collect();
-    Ok(EncodedDataset { inputs, targets: Targets::Classes(classes), features: None })
-}
-
-fn config(arguments: &Arguments) -> ModelConfig {
-    let config = json!({
-        "model_type": "bert",
-        "vocab_size": VOCABULARY,
-        "hidden_size": arguments.hidden,
-        "num_hidden_layers": arguments.layers,
-        "num_attention_heads": arguments.hidden / 64,
-        "intermediate_size": arguments.hidden * 4,
-        "max_position_embeddings": 512,
-        "type_vocab_size": 2,
-    });
-    ModelConfig::from_values(config.as_object().cloned().unwrap_or_default())
 }

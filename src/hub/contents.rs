@@ -1,21 +1,13 @@
 //! What of a repository a model folder needs, and whether a folder has it.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-
-use serde::Deserialize;
 
 use super::id::is_name;
 use crate::error::{Error, Result};
+use crate::model::{FORMATS, shard_names};
 
 /// What says what a model is.
 pub(super) const CONFIG: &str = "config.json";
-/// Weights in one file.
-pub(super) const WEIGHTS: &str = "model.safetensors";
-/// Says which of several files holds which weights.
-pub(super) const INDEX: &str = "model.safetensors.index.json";
-/// Weights as old versions of transformers wrote them.
-pub(super) const OLD_WEIGHTS: &str = "pytorch_model.bin";
 
 /// The files of a tokenizer one of which is enough to make tokens.
 const VOCABULARIES: [&str; 6] =
@@ -37,40 +29,32 @@ pub(super) fn has_tokenizer(folder: &Path) -> bool {
     VOCABULARIES.iter().any(|name| folder.join(name).is_file())
 }
 
-/// Returns the files that hold the weights in a folder, as transformers chooses among them; nothing if no set of them is
-/// complete.
+/// Returns the files that hold the weights in a folder: those that loading takes
+/// ([`Weights::open`](crate::model::Weights::open)); nothing if they are not all there.
 pub(super) fn weights(folder: &Path) -> Option<Vec<String>> {
     let is_there = |name: &str| folder.join(name).is_file();
-    if is_there(WEIGHTS) {
-        return Some(vec![WEIGHTS.to_owned()]);
+    let format = FORMATS.iter().find(|format| is_there(format.file) || is_there(format.index))?;
+    if is_there(format.file) {
+        return Some(vec![format.file.to_owned()]);
     }
-    if is_there(INDEX) {
-        let shards = shards(&folder.join(INDEX)).ok()?;
-        if shards.iter().all(|shard| is_there(shard)) {
-            return Some([vec![INDEX.to_owned()], shards].concat());
-        }
-    }
-    is_there(OLD_WEIGHTS).then(|| vec![OLD_WEIGHTS.to_owned()])
+    let shards = shards(&folder.join(format.index)).ok()?;
+    let all = shards.iter().all(|shard| is_there(shard));
+    all.then(|| [vec![format.index.to_owned()], shards].concat())
 }
 
 /// Returns the files that an index of weights names, each once, in order.
 ///
 /// # Errors
-/// Fails if it is no such index, or a name is not that of a file beside it.
+/// As for [`shard_names`], and if a name cannot be a part of an address.
 pub(super) fn shards(index: &Path) -> Result<Vec<String>> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
+    let names = shard_names(index)?;
+    match names.iter().find(|name| !is_name(name)) {
+        None => Ok(names),
+        Some(name) => Err(Error::model(
+            index,
+            format!("names the file `{name}`, which no model on the Hub has; nothing of it was loaded"),
+        )),
     }
-    let text = std::fs::read_to_string(index).map_err(Error::io("read", index))?;
-    let fault = |message: String| Error::model(index, message);
-    let Index { weight_map } =
-        serde_json::from_str(&text).map_err(|error| fault(format!("is no index of weights: {error}")))?;
-    let names: BTreeSet<String> = weight_map.into_values().collect();
-    if let Some(name) = names.iter().find(|name| !is_name(name)) {
-        return Err(fault(format!("names `{name}`, which is no file beside it; nothing of it was loaded")));
-    }
-    Ok(names.into_iter().collect())
 }
 
 #[cfg(test)]
@@ -109,27 +93,30 @@ mod tests {
     #[test]
     fn one_set_of_weights_is_chosen_and_it_is_whole() {
         let of = |files: &[(&str, &str)]| weights(folder(files).path());
-        let (index, one, two) = ((INDEX, SHARDED), ("m-1.safetensors", ""), ("m-2.safetensors", ""));
-        let old = (OLD_WEIGHTS, "");
-        assert_eq!(of(&[index, one, two, old, (WEIGHTS, "")]).unwrap(), [WEIGHTS]);
-        assert_eq!(of(&[index, one, two, old]).unwrap(), [INDEX, "m-1.safetensors", "m-2.safetensors"]);
-        assert_eq!(of(&[index, one, old]).unwrap(), [OLD_WEIGHTS]);
+        let (index, one, two) =
+            (("model.safetensors.index.json", SHARDED), ("m-1.safetensors", ""), ("m-2.safetensors", ""));
+        let (whole, old) = (("model.safetensors", ""), ("pytorch_model.bin", ""));
+        assert_eq!(of(&[index, one, two, old, whole]).unwrap(), ["model.safetensors"]);
+        assert_eq!(of(&[index, one, two, old]).unwrap(), [index.0, "m-1.safetensors", "m-2.safetensors"]);
+        assert_eq!(of(&[old]).unwrap(), ["pytorch_model.bin"]);
+        let old_index = ("pytorch_model.bin.index.json", SHARDED);
+        assert_eq!(of(&[old_index, one, two]).unwrap(), [old_index.0, "m-1.safetensors", "m-2.safetensors"]);
+        assert_eq!(of(&[index, one, old]), None, "loading would take the index and miss a shard");
         assert_eq!(of(&[index, one]), None);
-        assert_eq!(of(&[(INDEX, "{"), one, two]), None);
+        assert_eq!(of(&[(index.0, "{"), one, two]), None);
     }
 
     #[test]
-    fn an_index_that_leads_out_of_its_folder_is_refused() {
+    fn an_index_whose_names_cannot_stand_in_an_address_is_refused() {
         let named = |name: &str| {
             let text = format!(r#"{{"weight_map": {{"a": "{name}"}}}}"#);
-            shards(&folder(&[(INDEX, &text)]).path().join(INDEX))
+            let folder = folder(&[("index.json", &text)]);
+            shards(&folder.path().join("index.json"))
         };
         for name in ["../x", "/etc/passwd", "a/b", "..", ".", "", ".hidden", "a\\\\b", "a?b"] {
             let error = named(name).unwrap_err();
-            assert!(error.to_string().contains("which is no file beside it"), "{name}: {error}");
+            assert!(error.to_string().contains("names the file"), "{name}: {error}");
         }
         assert_eq!(named("model-00001-of-00002.safetensors").unwrap(), ["model-00001-of-00002.safetensors"]);
-        let other = shards(&folder(&[(INDEX, "[]")]).path().join(INDEX)).unwrap_err();
-        assert!(other.to_string().contains("is no index of weights"), "{other}");
     }
 }

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::cache::{Snapshot, read_commit};
-use super::contents::{CONFIG, INDEX, OLD_WEIGHTS, WEIGHTS, has_tokenizer, shards, weights};
+use super::contents::{CONFIG, has_tokenizer, shards, weights};
 use super::id::ModelId;
 use super::remote::{ADVICE, Remote, RemoteFile};
 use super::settings::Hub;
 use crate::data::TOKENIZER_FILES;
 use crate::error::{Error, Result};
+use crate::model::FORMATS;
 use crate::transfer::{Transfer, TransferEvent, write_fault};
 
 /// What happens while a model is fetched.
@@ -90,23 +91,28 @@ struct Fetch<'a> {
 impl Fetch<'_> {
     /// Brings the weights: those that are there already, or the first of the formats that the repository has.
     fn bring_weights(&mut self, commit: &str) -> Result<()> {
-        let needed = match weights(&self.folder) {
-            Some(files) => files,
-            None if self.bring_if_there(WEIGHTS, commit)? => return Ok(()),
-            None if self.bring_if_there(INDEX, commit)? => shards(&self.folder.join(INDEX))?,
-            None => vec![OLD_WEIGHTS.to_owned()],
-        };
-        for file in needed {
-            if !self.bring_if_there(&file, commit)? {
-                return Err(self.lacks(&match file.as_str() {
-                    OLD_WEIGHTS => {
-                        format!("no weights that can be read ({WEIGHTS}, its shards with {INDEX}, or {OLD_WEIGHTS})")
-                    }
-                    _ => format!("no {file}, which {INDEX} names"),
-                }));
+        if let Some(files) = weights(&self.folder) {
+            return files.iter().try_for_each(|file| self.bring_named(file, commit));
+        }
+        for format in FORMATS {
+            if self.bring_if_there(format.file, commit)? {
+                return Ok(());
+            }
+            if self.bring_if_there(format.index, commit)? {
+                let shards = shards(&self.folder.join(format.index))?;
+                return shards.iter().try_for_each(|shard| self.bring_named(shard, commit));
             }
         }
-        Ok(())
+        let known: Vec<&str> = FORMATS.iter().flat_map(|format| [format.file, format.index]).collect();
+        Err(self.lacks(&format!("no weights that can be read ({})", known.join(", "))))
+    }
+
+    /// Brings a file that the commit must have.
+    fn bring_named(&mut self, name: &str, commit: &str) -> Result<()> {
+        if self.bring_if_there(name, commit)? {
+            return Ok(());
+        }
+        Err(self.lacks(&format!("no {name}, which belongs to its weights")))
     }
 
     /// Brings a file of a commit; returns whether the commit has it.

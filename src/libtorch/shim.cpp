@@ -4,6 +4,8 @@
 // child_tuning_free_message. No C++ exception leaves this file, except through a gradient hook, where libtorch's
 // autograd engine expects one and hands it to whoever called backward.
 
+#include "guarded.h"
+
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_flash_attention_forward.h>
@@ -27,20 +29,6 @@
 #include <vector>
 
 namespace {
-
-template <typename Body>
-char *guarded(Body body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const c10::Error &error) {
-    return strdup(error.what_without_backtrace());
-  } catch (const std::exception &error) {
-    return strdup(error.what());
-  } catch (...) {
-    return strdup("unknown C++ exception");
-  }
-}
 
 // Takes `gradient` over. Returns a message on failure.
 using HookFunction = char *(*)(void *state, at::Tensor *gradient);

@@ -2,6 +2,7 @@
 
 mod adamw_device;
 mod adamw_host;
+mod control;
 mod evaluate;
 mod hyperparameters;
 mod memory;
@@ -14,6 +15,7 @@ mod step_variance;
 mod trainer;
 
 pub use crate::model::Precision;
+pub use control::{Control, Event, Progress};
 pub use evaluate::{Evaluation, Scored, TOKENS_PER_BATCH, evaluate, frozen_features, predict};
 pub use hyperparameters::{
     AdamWForm, Checkpoint, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Warmup,
@@ -24,4 +26,4 @@ pub use rule::{Clip, Optimizer};
 pub use schedule::Schedule;
 pub use sgd::Sgd;
 pub use step_variance::{StepVariance, step_variance};
-pub use trainer::{Control, Event, Progress, Trained, Trainer, prepare, train};
+pub use trainer::{Trained, Trainer, prepare, train};

@@ -15,8 +15,9 @@ use std::sync::Arc;
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
+use super::control::{Control, Event, Progress};
 use super::hyperparameters::Hyperparameters;
-use super::trainer::{Control, Event, Progress, prepare};
+use super::trainer::prepare;
 use crate::child::{
     Estimator, FisherBatch, FisherOptions, GradientHooks, GradientMask, MaskScope, fisher_information,
 };

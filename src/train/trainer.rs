@@ -1,13 +1,12 @@
 //! The training loop of one run.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::control::{Control, Event, Progress};
 use super::evaluate::{Evaluation, Scored, evaluate};
 use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, MicroBatch, Order};
 use super::memory::{MemoryUse, available_memory};
@@ -21,73 +20,9 @@ use crate::libtorch::release_cached_memory;
 use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared};
 use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Precision, Trainable, loss};
 use crate::random::{self, Key, Purpose};
-use crate::values::nan_as_null;
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
 const STEPS_BETWEEN_LOOKS: u64 = 20;
-
-/// Something that happened in a run, for whoever shows or logs it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum Event {
-    /// A frozen encoder passed over examples.
-    Encoded(Progress),
-    /// A method passed over examples before training.
-    Prepared(Progress),
-    /// An optimizer step ended.
-    Step {
-        /// Steps done, of all steps.
-        progress: Progress,
-        /// The loss at the last look.
-        #[serde(with = "nan_as_null")]
-        loss: f64,
-    },
-    /// Examples were evaluated.
-    Evaluated(Progress),
-    /// Memory ran out, and passes have at most so many examples from here on.
-    MicroBatch(usize),
-    /// An epoch was scored on the dev set.
-    Epoch {
-        /// The epoch, from 1.
-        epoch: usize,
-        /// Its headline metric.
-        #[serde(with = "nan_as_null")]
-        headline: f64,
-    },
-}
-
-/// So many of so many.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Progress {
-    /// How many are done.
-    pub done: u64,
-    /// How many there are.
-    pub total: u64,
-}
-
-impl Progress {
-    /// Makes the progress of a count.
-    pub fn new(done: usize, total: usize) -> Self {
-        Self { done: done as u64, total: total as u64 }
-    }
-}
-
-/// How a run is watched and stopped.
-pub struct Control<'a> {
-    /// Set to ask the run to stop.
-    pub interrupted: &'a AtomicBool,
-    /// Told what happens.
-    pub report: &'a mut dyn FnMut(Event),
-}
-
-impl Control<'_> {
-    /// Returns an error if the run was asked to stop.
-    ///
-    /// # Errors
-    /// [`Error::Interrupted`].
-    pub fn check(&self) -> Result<()> {
-        if self.interrupted.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
-    }
-}
 
 /// What training left behind besides the weights.
 pub struct Trained {

@@ -59,6 +59,14 @@ fn weights_come_in_one_form_only() {
     assert_eq!(loaded(&[], shards()), ["model.safetensors"]);
     assert_eq!(loaded(&["model.safetensors"], shards()), sharded);
     assert_eq!(loaded(&["model.safetensors"], vec![]), ["pytorch_model.bin"]);
+    let old_shards = vec![
+        ("pytorch_model.bin.index.json", small(r#"{"weight_map": {"a": "model-1.bin"}}"#)),
+        ("model-1.bin", large("the only")),
+    ];
+    assert_eq!(
+        loaded(&["model.safetensors", "pytorch_model.bin"], old_shards),
+        ["pytorch_model.bin.index.json", "model-1.bin"]
+    );
 }
 
 #[test]

@@ -14,11 +14,11 @@ use crate::error::{Error, Result};
 use crate::values::hexadecimal;
 
 /// A format of weights.
-struct Format {
+pub(crate) struct Format {
     /// The name of the file, if it is one.
-    file: &'static str,
+    pub file: &'static str,
     /// The name of the file that names the shards, if there are several.
-    index: &'static str,
+    pub index: &'static str,
     /// Reads the table of tensors of a file.
     read: ReadTable,
 }
@@ -27,7 +27,7 @@ struct Format {
 pub(super) type ReadTable = fn(&WeightsFile) -> Result<Vec<(String, StoredTensor)>>;
 
 /// The formats, in the order in which transformers prefers them. A new one is a file beside this one and a line here.
-const FORMATS: &[Format] = &[
+pub(crate) const FORMATS: &[Format] = &[
     Format {
         file: "model.safetensors",
         index: "model.safetensors.index.json",

@@ -14,5 +14,7 @@ mod torch_file;
 mod torch_globals;
 mod torch_legacy;
 
+pub(crate) use formats::FORMATS;
 pub use formats::Weights;
+pub(crate) use shards::shard_names;
 pub use stored_tensor::{ElementType, StoredTensor};

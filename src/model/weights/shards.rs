@@ -37,9 +37,35 @@ pub(super) struct Entries<V>(pub Vec<(String, V)>);
 /// Reads an index, and opens the files that it names.
 ///
 /// # Errors
-/// Fails if the index is no JSON, has no `weight_map`, names a tensor twice, or a file that is missing or that is not in
-/// the folder itself.
+/// As for [`shard_names`], and if a file is missing.
 pub(super) fn open(index: &Path) -> Result<Shards> {
+    let tensors = read(index)?;
+    let folder = index.parent().unwrap_or(Path::new(""));
+    let open = |name: &str| {
+        let path = folder.join(name);
+        if path.symlink_metadata().is_err() {
+            return Err(Error::model(
+                path,
+                format!("is missing, and {} names it; download the model again", index.display()),
+            ));
+        }
+        WeightsFile::open(&path)
+    };
+    let files = names(&tensors).into_iter().map(open).collect::<Result<_>>()?;
+    Ok(Shards { files, tensors })
+}
+
+/// Returns the files that an index names, each once, in order; whether they are there is not looked at.
+///
+/// # Errors
+/// Fails if the index is no JSON, has no `weight_map`, names no file, a tensor twice, or a file that is not in the folder
+/// itself.
+pub(crate) fn shard_names(index: &Path) -> Result<Vec<String>> {
+    Ok(names(&read(index)?).into_iter().map(str::to_owned).collect())
+}
+
+/// Reads which tensor is in which file, and checks the names of the files.
+fn read(index: &Path) -> Result<Vec<(String, String)>> {
     let file = WeightsFile::open(index)?;
     if file.length() > LONGEST_INDEX {
         return Err(file.fault(format!("has more than {LONGEST_INDEX} bytes; it is no index of shards")));
@@ -51,17 +77,15 @@ pub(super) fn open(index: &Path) -> Result<Shards> {
             file.fault(format!("is no index of shards ({error}); download or save it again"))
         })?
         .weight_map;
-    let folder = index.parent().unwrap_or(Path::new(""));
-    let names: BTreeSet<&String> = tensors.iter().map(|(_, shard)| shard).collect();
-    if names.is_empty() {
+    if tensors.is_empty() {
         return Err(file.fault("names no files; download or save it again"));
     }
-    // All names are looked at before any file is. Links are not followed to see where they lead: the Hub's cache consists
-    // of them, and whoever can make a link in the folder needs no index.
-    for name in &names {
+    // Links are not followed to see where they lead: the Hub's cache consists of them, and whoever can make a link in the
+    // folder needs no index.
+    for name in names(&tensors) {
         let plain = matches!(
             Path::new(name).components().collect::<Vec<_>>()[..],
-            [Component::Normal(only)] if only == name.as_str()
+            [Component::Normal(only)] if only == name
         );
         // A backslash separates folders elsewhere, and messages print names.
         if !plain || name.contains('\\') || name.contains(char::is_control) || name.len() > LONGEST_FILE_NAME
@@ -70,18 +94,11 @@ pub(super) fn open(index: &Path) -> Result<Shards> {
                 .fault(format!("names the file {}; shards must be files of the same folder", quoted(name))));
         }
     }
-    let mut files = Vec::with_capacity(names.len());
-    for name in names {
-        let path = folder.join(name);
-        if path.symlink_metadata().is_err() {
-            return Err(Error::model(
-                path,
-                format!("is missing, and {} names it; download the model again", index.display()),
-            ));
-        }
-        files.push(WeightsFile::open(&path)?);
-    }
-    Ok(Shards { files, tensors })
+    Ok(tensors)
+}
+
+fn names(tensors: &[(String, String)]) -> BTreeSet<&str> {
+    tensors.iter().map(|(_, shard)| shard.as_str()).collect()
 }
 
 impl Shards {
