@@ -13,6 +13,7 @@ fixed seeds: a second run writes the same bytes. Steps, batches and examples cou
     fisher/                                      see write_fisher
     fisher_regression/                           see write_fisher_regression
     weights/                                     see write_weights in weight_fixtures.py
+    families/                                    see family_fixtures.py
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import released_optimizer  # noqa: E402  (a neighbour of this file)
+from family_fixtures import write_families  # noqa: E402
 from tiny_bert import encode, random_classifier, tiny_config, write_json, write_model_folder  # noqa: E402
 from weight_fixtures import write_weights  # noqa: E402
 
@@ -420,6 +422,7 @@ def main():
     write_fisher()
     write_fisher_regression()
     write_weights(FIXTURES / "weights")
+    write_families()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ mod rows;
 #[cfg(test)]
 mod tests;
 mod tiles;
+mod uses;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
+use self::uses::{Use, Uses};
 use super::network::MaskScope;
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
@@ -151,6 +153,7 @@ pub struct SquaredGradients<'a> {
     scope: MaskScope,
     by_token: Arc<Examples>,
     by_example: Arc<Examples>,
+    uses: Uses,
     hooks: RefCell<Vec<GradientHook>>,
 }
 
@@ -170,6 +173,7 @@ impl<'a> SquaredGradients<'a> {
             scope,
             by_token: Arc::new(Examples::new(batch.lengths.iter().copied(), copies)),
             by_example: Arc::new(Examples::new((0..batch.examples()).map(|_| 1), copies)),
+            uses: Uses::default(),
             hooks: RefCell::default(),
         }
     }
@@ -186,6 +190,26 @@ impl<'a> SquaredGradients<'a> {
             Ok(flat.f_view(parameter.shape.as_slice())?)
         };
         self.sums.try_map(part).map(Some)
+    }
+
+    /// Returns which rows of an activation belong to which example.
+    fn examples(&self, rows: Rows, activation: &Tensor) -> Arc<Examples> {
+        match rows {
+            Rows::Tokens => self.by_token.clone(),
+            Rows::Examples => self.by_example.clone(),
+            Rows::Shared => {
+                let parts = self.by_example.ends.len();
+                let own = activation.size()[0] as usize / parts;
+                Arc::new(Examples::new(std::iter::repeat_n(own, parts), self.by_example.copies))
+            }
+        }
+    }
+
+    /// Returns the parts of the sums that belong to a weight and a bias; `None` if both are outside the scope.
+    fn sums_of_both(&self, weight: ParameterId, bias: Option<ParameterId>) -> Result<Option<SumsOfBoth>> {
+        let weight = self.sums_of(weight)?;
+        let bias = bias.map(|bias| self.sums_of(bias)).transpose()?.flatten();
+        Ok((weight.is_some() || bias.is_some()).then_some((weight, bias)))
     }
 
     /// Calls `function` once with the gradient of `output`.
@@ -205,18 +229,18 @@ impl<'a> SquaredGradients<'a> {
     }
 }
 
+/// What is added to for a weight, and for a bias.
+type SumsOfBoth = (Option<Moments>, Option<Moments>);
+
 impl LayerObserver for SquaredGradients<'_> {
     fn linear(&self, layer: &Linear, input: &Tensor, output: &Tensor) -> Result<()> {
-        let (weight, bias) = (self.sums_of(layer.weight)?, self.sums_of(layer.bias)?);
-        if weight.is_none() && bias.is_none() {
-            return Ok(());
-        }
-        let examples = match layer.rows {
-            Rows::Tokens => self.by_token.clone(),
-            Rows::Examples => self.by_example.clone(),
-        };
-        let input = input.f_detach()?;
+        let Some((weight, bias)) = self.sums_of_both(layer.weight, layer.bias)? else { return Ok(()) };
+        let (examples, input) = (self.examples(layer.rows, output), input.f_detach()?);
+        let uses = self.uses.begin(layer.weight);
         self.hook(output, move |gradient| {
+            let Some(Use { input, gradient, examples }) = uses.end(Use { input, gradient, examples })? else {
+                return Ok(());
+            };
             if let Some(sums) = weight {
                 add_squared_products(sums, &gradient, &input, &examples)?;
             }
@@ -225,11 +249,9 @@ impl LayerObserver for SquaredGradients<'_> {
     }
 
     fn layer_norm(&self, layer: &LayerNorm, input: &Tensor, output: &Tensor) -> Result<()> {
-        let (weight, bias) = (self.sums_of(layer.weight)?, self.sums_of(layer.bias)?);
-        if weight.is_none() && bias.is_none() {
-            return Ok(());
-        }
-        let (examples, epsilon, input) = (self.by_token.clone(), layer.epsilon, input.f_detach()?);
+        let Some((weight, bias)) = self.sums_of_both(layer.weight, layer.bias)? else { return Ok(()) };
+        let (examples, epsilon) = (self.examples(layer.rows, output), layer.epsilon);
+        let input = input.f_detach()?;
         self.hook(output, move |gradient| {
             if let Some(sums) = weight {
                 let (input, width) = (input.f_to_kind(Kind::Float)?, [input.size()[1]]);
@@ -242,7 +264,7 @@ impl LayerObserver for SquaredGradients<'_> {
 
     fn embedding(&self, layer: &Embedding, indices: &Tensor, output: &Tensor) -> Result<()> {
         let Some(sums) = self.sums_of(layer.table)? else { return Ok(()) };
-        let (examples, indices) = (self.by_token.clone(), indices.shallow_clone());
+        let (examples, indices) = (self.examples(layer.rows, output), indices.shallow_clone());
         self.hook(output, move |gradient| add_squared_entries(sums, &gradient, &indices, &examples))
     }
 }

@@ -8,7 +8,7 @@ use child_tuning::data::{Split, TaskCard, read_split};
 use child_tuning::experiment::graphics_cards;
 use child_tuning::hub::Hub;
 use child_tuning::libtorch;
-use child_tuning::model::ModelFolder;
+use child_tuning::model::{Classifier, Labels, ModelFolder};
 use clap::Args;
 use indicatif::BinaryBytes;
 use tch::Cuda;
@@ -98,23 +98,20 @@ fn show_models(folder: &Path) -> Result<()> {
     paths.sort();
     for path in &paths {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        match ModelFolder::open(path).and_then(|folder| folder.config.family().map(|_| folder)) {
-            Ok(folder) => {
-                let text = |key| folder.config.text_or(key, "").unwrap_or_default().to_owned();
-                let size = |key| folder.config.integer(key).unwrap_or(0);
-                show(format_args!(
-                    "  {name:12} {}, {} layers, hidden {}",
-                    text("model_type"),
-                    size("num_hidden_layers"),
-                    size("hidden_size")
-                ))?;
+        let shape_of = |folder: ModelFolder| {
+            Classifier::shape(&folder.config, &Labels::Score).map(|shape| (folder, shape))
+        };
+        match ModelFolder::open(path).and_then(shape_of) {
+            Ok((folder, shape)) => {
+                let family = folder.config.text_or("model_type", "bert")?;
+                show(format_args!("  {name:12} {family}, {} layers, hidden {}", shape.layers, shape.hidden))?;
             }
             Err(error) => show(format_args!("  {name:12} not usable: {error}"))?,
         }
     }
     if paths.is_empty() {
         show(format_args!(
-            "  none; `make setup` puts a small one there, and any Hugging Face folder of a BERT can be named in YAML"
+            "  none; `make setup` puts a small one there, and any Hugging Face folder of a supported family can be named in YAML"
         ))?;
     }
     Ok(())

@@ -127,7 +127,9 @@ impl ModelFolder {
                         self.weights.get(stored).map(|tensor| tensor.shape.clone()).unwrap_or_default();
                     if shape != *expected {
                         mismatched.push(format!("{name} is {shape:?}, config.json makes it {expected:?}"));
-                    } else if let Some(order) = head.filter(|_| id == output.weight || id == output.bias) {
+                    } else if let Some(order) =
+                        head.filter(|_| id == output.weight || Some(id) == output.bias)
+                    {
                         let values = self.weights.tensor(stored)?;
                         parameters.set(id, &values.f_index_select(0, &Tensor::from_slice(order))?)?;
                     } else {

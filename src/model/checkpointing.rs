@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::layers::Pass;
+use super::pass::Pass;
 use crate::error::Result;
 
 /// The arithmetic of a segment, from its input to its output.

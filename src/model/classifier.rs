@@ -7,8 +7,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::{self, LoadReport, ModelFolder};
 use super::config::ModelConfig;
-use super::layers::{Linear, Pass};
+use super::layers::Linear;
 use super::params::{Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters};
+use super::pass::Pass;
 use crate::data::{LabelMap, Objective, TaskCard, TokenEncoder};
 use crate::error::{Error, Result};
 
@@ -29,11 +30,29 @@ pub trait Network: Send {
     /// Returns the last layer of the head, which has one output a label.
     fn output(&self) -> Linear;
 
+    /// Returns the sizes that the config gives.
+    fn sizes(&self) -> Sizes;
+
     /// Returns the name of the class in transformers.
     fn architecture(&self) -> &'static str;
 
     /// Returns the prefix of the body's tensors in a checkpoint with a head, such as `bert.`.
     fn body_prefix(&self) -> &'static str;
+}
+
+/// The sizes that a family's config gives, under names of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Width of the hidden states.
+    pub hidden: i64,
+    /// Width of the feed-forward layers.
+    pub intermediate: i64,
+    /// Attention heads of a layer.
+    pub heads: i64,
+    /// Entries of the table of words.
+    pub vocabulary: i64,
+    /// The most tokens of an example; `None` if there is no limit.
+    pub positions: Option<i64>,
 }
 
 /// What the outputs of a head mean.
@@ -187,7 +206,7 @@ impl Classifier {
     /// Fails if the family does not run here or the config is incomplete.
     pub fn shape(config: &ModelConfig, labels: &Labels) -> Result<ModelShape> {
         let mut table = ParameterTable::default();
-        config.family()?(config, labels.outputs(), &mut table)?;
+        let sizes = config.family()?(config, labels.outputs(), &mut table)?.sizes();
         let layer = |parameter: &Parameter| match parameter.place {
             ParameterPlace::EncoderLayer(layer) => layer + 1,
             _ => 0,
@@ -201,9 +220,9 @@ impl Classifier {
             layer_weights: count(&|parameter| layer(parameter) > 0),
             matrix_weights: count(&|own| layer(own) > 0 && own.kind == ParameterKind::Weight),
             layers: table.iter().map(layer).max().unwrap_or(0),
-            hidden: config.integer("hidden_size")? as usize,
-            intermediate: config.integer("intermediate_size")? as usize,
-            heads: config.integer("num_attention_heads")? as usize,
+            hidden: sizes.hidden as usize,
+            intermediate: sizes.intermediate as usize,
+            heads: sizes.heads as usize,
         })
     }
 
@@ -285,7 +304,8 @@ impl Classifier {
     /// # Errors
     /// Fails, naming the two sizes, if not.
     pub fn check_inputs(&self, encoder: &TokenEncoder, max_length: usize) -> Result<()> {
-        let entries = self.config.integer("vocab_size")? as usize;
+        let sizes = self.network.sizes();
+        let entries = sizes.vocabulary as usize;
         if encoder.vocabulary_size() > entries {
             return Err(self.config.error(format!(
                 "`vocab_size` is {entries}, but the folder's tokenizer makes ids up to {}; tokenizer and weights do not \
@@ -293,8 +313,9 @@ impl Classifier {
                 encoder.vocabulary_size() - 1
             )));
         }
-        let positions = self.config.integer("max_position_embeddings")? as usize;
-        if max_length > positions {
+        if let Some(positions) = sizes.positions
+            && max_length > positions as usize
+        {
             return Err(Error::configuration(format!(
                 "max_length is {max_length}, but the model has positions for {positions} tokens only; lower \
                  `train.max_length` of the experiment, or --max-length"

@@ -1,12 +1,14 @@
 //! A model's `config.json`, read as transformers reads it, and the registry of families.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value};
 
-use super::bert;
 use super::classifier::Network;
 use super::params::ParameterTable;
+use super::{bert, distilbert, electra, roberta};
 use crate::error::{Error, Result};
 
 /// Makes a family's network from its config: declares the parameters and returns the arithmetic. The second argument
@@ -14,13 +16,20 @@ use crate::error::{Error, Result};
 pub type Build = fn(&ModelConfig, i64, &mut ParameterTable) -> Result<Box<dyn Network>>;
 
 /// The families that run, by `model_type`. A new family is a file beside `bert.rs` and a line here.
-pub const FAMILIES: &[(&str, Build)] = &[("bert", bert::build)];
+pub const FAMILIES: &[(&str, Build)] = &[
+    ("bert", bert::build),
+    ("distilbert", distilbert::build),
+    ("electra", electra::build),
+    ("roberta", roberta::build),
+];
 
 /// A model's `config.json`, with the overrides of the experiment.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
     path: PathBuf,
     values: Map<String, Value>,
+    /// Every key that was looked up here or in a copy, whether it was there or not: what the family reads.
+    asked: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl ModelConfig {
@@ -37,7 +46,7 @@ impl ModelConfig {
             )
         })?;
         match serde_json::from_str(&text) {
-            Ok(Value::Object(values)) => Ok(Self { path, values }),
+            Ok(Value::Object(values)) => Ok(Self { path, values, asked: Arc::default() }),
             Ok(_) => Err(Error::model(path, "is not a JSON object")),
             Err(error) => Err(Error::model(path, format!("is not valid JSON: {error}"))),
         }
@@ -45,34 +54,34 @@ impl ModelConfig {
 
     /// Makes a config that is in no file.
     pub fn from_values(values: Map<String, Value>) -> Self {
-        Self { path: PathBuf::from("config.json"), values }
+        Self { path: PathBuf::from("config.json"), values, asked: Arc::default() }
     }
 
     /// Overrides keys of the config (`model_config:` of an experiment).
     ///
     /// # Errors
-    /// Fails if a key is neither in the file nor one that the family reads; a misspelt key would have no effect.
+    /// Fails if a key is neither in the file nor one that the family reads, since a misspelt key would have no effect; or if
+    /// the family cannot be built so.
     pub fn with_overrides(mut self, overrides: &Map<String, Value>) -> Result<Self> {
-        const READ_BY_FAMILIES: [&str; 6] = [
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "classifier_dropout",
-            "layer_norm_eps",
-            "hidden_act",
-            "initializer_range",
-        ];
-        for (key, value) in overrides {
-            if !self.values.contains_key(key) && !READ_BY_FAMILIES.contains(&key.as_str()) {
-                let known = self.values.keys().map(String::as_str).chain(READ_BY_FAMILIES);
-                let hint = crate::spelling::suggestion(key, known);
-                return Err(Error::configuration(format!(
-                    "model_config: {} has no key `{key}`{hint}",
-                    self.path.display()
-                )));
-            }
-            self.values.insert(key.clone(), value.clone());
+        let own: BTreeSet<String> = self.values.keys().cloned().collect();
+        self.values.extend(overrides.clone());
+        self.family()?(&self, 1, &mut ParameterTable::default())?;
+        let read = self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = || own.iter().chain(&read).map(String::as_str);
+        match overrides.keys().find(|key| !own.contains(*key) && !read.contains(*key)) {
+            None => Ok(self),
+            Some(key) => Err(Error::configuration(format!(
+                "model_config: {} has no key `{key}`{}",
+                self.path.display(),
+                crate::spelling::suggestion(key, known())
+            ))),
         }
-        Ok(self)
+    }
+
+    /// Looks a key up.
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned());
+        self.values.get(key).filter(|value| !value.is_null())
     }
 
     /// Returns the family's constructor.
@@ -100,12 +109,43 @@ impl ModelConfig {
     /// # Errors
     /// Fails, naming file and key, if it is missing or of another type.
     pub fn integer(&self, key: &str) -> Result<i64> {
-        match self.values.get(key).map(Value::as_i64) {
-            Some(Some(value)) if value > 0 => Ok(value),
-            Some(_) => {
-                Err(self.error(format!("`{key}` must be a positive integer, not {}", self.values[key])))
-            }
-            None => Err(self.error(format!("`{key}` is missing"))),
+        self.integer_if_any(key)?.ok_or_else(|| self.error(format!("`{key}` is missing")))
+    }
+
+    /// Returns a positive integer, if the key is there and not null.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is something else.
+    pub fn integer_if_any(&self, key: &str) -> Result<Option<i64>> {
+        let positive = |value: &Value| {
+            let integer = value.as_i64().filter(|integer| *integer > 0);
+            integer.ok_or_else(|| self.error(format!("`{key}` must be a positive integer, not {value}")))
+        };
+        self.get(key).map(positive).transpose()
+    }
+
+    /// Returns the number of a token, or a default where the key is missing or null.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is no integer from zero on.
+    pub fn token_or(&self, key: &str, default: i64) -> Result<i64> {
+        let token = |value: &Value| {
+            let number = value.as_i64().filter(|number| *number >= 0);
+            number.ok_or_else(|| self.error(format!("`{key}` must be the number of a token, not {value}")))
+        };
+        self.get(key).map_or(Ok(default), token)
+    }
+
+    /// Returns a truth value, or a default where the key is missing or null.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is of another type.
+    pub fn boolean_or(&self, key: &str, default: bool) -> Result<bool> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value
+                .as_bool()
+                .ok_or_else(|| self.error(format!("`{key}` must be true or false, not {value}"))),
         }
     }
 
@@ -114,8 +154,8 @@ impl ModelConfig {
     /// # Errors
     /// Fails, naming file and key, if it is of another type.
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
-        match self.values.get(key) {
-            None | Some(Value::Null) => Ok(default),
+        match self.get(key) {
+            None => Ok(default),
             Some(value) => {
                 value.as_f64().ok_or_else(|| self.error(format!("`{key}` must be a number, not {value}")))
             }
@@ -139,8 +179,8 @@ impl ModelConfig {
     /// # Errors
     /// Fails, naming file and key, if it is of another type.
     pub fn text_or<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
-        match self.values.get(key) {
-            None | Some(Value::Null) => Ok(default),
+        match self.get(key) {
+            None => Ok(default),
             Some(value) => {
                 value.as_str().ok_or_else(|| self.error(format!("`{key}` must be a text, not {value}")))
             }
@@ -152,16 +192,28 @@ impl ModelConfig {
     /// # Errors
     /// Fails, naming file and key, if the key has any value but the given one (or is missing or null).
     pub fn require(&self, key: &str, only: &Value) -> Result<()> {
-        match self.values.get(key) {
-            None | Some(Value::Null) => Ok(()),
+        match self.get(key) {
+            None => Ok(()),
             Some(value) if value == only => Ok(()),
             Some(value) => Err(self.error(format!("`{key}: {value}` is not supported, only {only}"))),
         }
     }
 
+    /// Refuses a config in which one size is no multiple of another.
+    ///
+    /// # Errors
+    /// Fails, naming file and keys, then, and if one of them is no positive integer.
+    pub fn require_multiple(&self, key: &str, of: &str) -> Result<()> {
+        let (size, divisor) = (self.integer(key)?, self.integer(of)?);
+        if size % divisor == 0 {
+            return Ok(());
+        }
+        Err(self.error(format!("`{key}` {size} is no multiple of `{of}` {divisor}")))
+    }
+
     /// Returns the names of the labels in id order, if the config has `id2label`.
     pub fn labels(&self) -> Option<Vec<String>> {
-        let names = self.values.get("id2label")?.as_object()?;
+        let names = self.get("id2label")?.as_object()?;
         (0..names.len()).map(|id| names.get(&id.to_string())?.as_str().map(str::to_owned)).collect()
     }
 

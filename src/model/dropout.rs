@@ -66,6 +66,16 @@ impl Dropout {
         self.apply(rows, probability, counters)
     }
 
+    /// Drops elements of rows that all examples share, `[copies · rows, width]`: in every copy the same.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn shared(&self, rows: &Tensor, probability: f64, site: u32, copies: i64) -> Result<Tensor> {
+        let own = (rows.size()[0] / copies) as u32;
+        let counters: Vec<_> = (0..copies).flat_map(|_| (0..own).map(|row| [row, u32::MAX, site])).collect();
+        self.apply(rows, probability, counters)
+    }
+
     /// Drops elements of the attention probabilities of some examples of a batch, `[examples · heads, length, length]`.
     ///
     /// # Errors

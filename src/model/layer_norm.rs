@@ -4,8 +4,8 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::layers::Pass;
 use super::params::{ParameterId, ParameterKind, ParameterPlace, ParameterTable};
+use super::pass::{Pass, Rows};
 use crate::error::Result;
 use crate::libtorch::{elements, elements_mut, with_backward};
 
@@ -22,14 +22,16 @@ pub struct LayerNorm {
     /// Scale, `[width]`.
     pub weight: ParameterId,
     /// Shift, `[width]`.
-    pub bias: ParameterId,
+    pub bias: Option<ParameterId>,
     /// Added to the variance.
     pub epsilon: f64,
+    /// What the rows of its input stand for.
+    pub rows: Rows,
     width: i64,
 }
 
 impl LayerNorm {
-    /// Declares the layer as `{name}.weight` and `{name}.bias`.
+    /// Declares the layer as `{name}.weight` and `{name}.bias`, for rows of tokens.
     pub fn declare(
         table: &mut ParameterTable,
         name: &str,
@@ -39,34 +41,55 @@ impl LayerNorm {
     ) -> Self {
         Self {
             weight: table.declare(format!("{name}.weight"), &[width], ParameterKind::LayerNormWeight, place),
-            bias: table.declare(format!("{name}.bias"), &[width], ParameterKind::LayerNormBias, place),
+            bias: Some(table.declare(format!("{name}.bias"), &[width], ParameterKind::LayerNormBias, place)),
             epsilon,
+            rows: Rows::Tokens,
             width,
         }
     }
 
-    /// Applies the layer to `[tokens, width]`, in the type of its weights.
+    /// Declares the layer as `{name}.weight`, without a shift.
+    pub fn declare_without_bias(
+        table: &mut ParameterTable,
+        name: &str,
+        width: i64,
+        epsilon: f64,
+        place: ParameterPlace,
+    ) -> Self {
+        let weight = table.declare(format!("{name}.weight"), &[width], ParameterKind::LayerNormWeight, place);
+        Self { weight, bias: None, epsilon, rows: Rows::Tokens, width }
+    }
+
+    /// Returns the same layer for rows of another sort.
+    pub fn over(self, rows: Rows) -> Self {
+        Self { rows, ..self }
+    }
+
+    /// Applies the layer to `[rows, width]`, in the type of its weights.
     ///
     /// # Errors
     /// Fails if shapes do not match.
     pub fn forward(&self, pass: &Pass, input: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (pass.weight(self.weight), pass.weight(self.bias));
+        let (weight, bias) = (pass.weight(self.weight), self.bias.map(|bias| pass.weight(bias)));
         let input = input.f_to_kind(weight.kind())?;
         let output = if (input.kind(), input.device()) == (Kind::Float, Device::Cpu) {
             self.on_cpu(&input, weight, bias)?
         } else {
-            input.f_layer_norm([self.width], Some(weight), Some(bias), self.epsilon, true)?
+            input.f_layer_norm([self.width], Some(weight), bias, self.epsilon, true)?
         };
         pass.observe(|observer| observer.layer_norm(self, &input, &output))?;
         Ok(output)
     }
 
     /// libtorch's forward with a backward of our own.
-    fn on_cpu(&self, input: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    fn on_cpu(&self, input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (rows, scale) = (input.detach().f_contiguous()?, weight.detach());
+        let shift = bias.map(Tensor::detach);
         let (output, mean, inverse_deviation) =
-            rows.f_native_layer_norm([self.width], Some(&scale), Some(&bias.detach()), self.epsilon)?;
-        with_backward(output, &[input, weight, bias], move |gradient| {
+            rows.f_native_layer_norm([self.width], Some(&scale), shift.as_ref(), self.epsilon)?;
+        let inputs: Vec<&Tensor> = [input, weight].into_iter().chain(bias).collect();
+        let has_shift = bias.is_some();
+        with_backward(output, &inputs, move |gradient| {
             let gradient = gradient.f_contiguous()?;
             let mut to_input = rows.f_empty_like()?;
             let gradients = backward(
@@ -80,7 +103,9 @@ impl LayerNorm {
                 elements_mut(&mut to_input)?,
             );
             let [to_scale, to_shift] = gradients.map(|sums| Tensor::from_slice(&sums));
-            Ok(vec![to_input, to_scale, to_shift])
+            let mut gradients = vec![to_input, to_scale];
+            gradients.extend(has_shift.then_some(to_shift));
+            Ok(gradients)
         })
     }
 }

@@ -1,27 +1,36 @@
 //! Pretrained encoders: their parameters, layers, families, and the Hugging Face folders they live in.
 
+mod attention;
 mod bert;
 mod checkpoint;
 mod checkpointing;
 mod classifier;
 mod config;
+mod distilbert;
 mod dropout;
+mod electra;
+mod head;
 mod layer_norm;
 mod layers;
 mod params;
+mod pass;
+mod post_norm;
 mod precision;
+mod roberta;
 mod weights;
 
 pub(crate) use checkpoint::publish;
 pub use checkpoint::{LoadReport, ModelFolder};
-pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network};
+pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network, Sizes};
 pub use config::{FAMILIES, ModelConfig};
 pub use dropout::Dropout;
 pub use layer_norm::LayerNorm;
-pub use layers::{Embedding, LayerObserver, Linear, Pass, Rows, loss};
+pub use layers::{Embedding, Linear, loss};
 pub use params::{
     Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
     TrainableGroup,
 };
+pub use pass::{LayerObserver, Pass, Rows};
 pub use precision::Precision;
 pub use weights::{ElementType, StoredTensor, Weights};
+pub(crate) use weights::{FORMATS, shard_names};

@@ -46,7 +46,7 @@ pub enum ParameterPlace {
 }
 
 /// Names one parameter of a model; valid for the table that made it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ParameterId(usize);
 
 impl ParameterId {

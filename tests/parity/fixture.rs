@@ -39,9 +39,11 @@ pub fn dataset(reference: &HashMap<String, Tensor>) -> EncodedDataset {
         .zip(rows("token_type_ids"))
         .zip(rows("attention_mask"))
         .map(|((ids, token_types), mask)| {
-            let length = mask.iter().sum::<i64>() as usize;
-            let cut = |values: Vec<i64>| values[..length].iter().map(|&value| value as u32).collect();
-            Encoded { ids: cut(ids), token_types: cut(token_types) }
+            let real = |values: Vec<i64>| {
+                let kept = values.into_iter().zip(&mask).filter(|(_, mask)| **mask == 1);
+                kept.map(|(value, _)| value as u32).collect()
+            };
+            Encoded { ids: real(ids), token_types: real(token_types) }
         })
         .collect();
     let labels = &reference["labels"];

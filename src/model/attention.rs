@@ -1,0 +1,147 @@
+//! Attention within each example: over packed tokens where libtorch can, in rectangles elsewhere.
+
+use std::ops::RangeInclusive;
+use std::rc::Rc;
+
+use tch::{Kind, Tensor};
+
+use super::pass::Pass;
+use crate::data::{AttentionLayout, Rectangle};
+use crate::error::Result;
+use crate::libtorch::flash_attention;
+
+/// Head sizes that libtorch's flash attention takes with a gradient and dropout on every GPU that it runs on, if they
+/// are multiples of 8.
+const FLASH_HEAD_SIZES: RangeInclusive<i64> = 8..=192;
+
+/// What attention computes with, and how.
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    /// `[tokens, heads · head_size]`.
+    pub query: &'a Tensor,
+    /// `[tokens, heads · head_size]`.
+    pub key: &'a Tensor,
+    /// `[tokens, heads · head_size]`.
+    pub value: &'a Tensor,
+    /// Number of heads.
+    pub heads: i64,
+    /// The factor on q kᵀ.
+    pub scale: f64,
+    /// Probability of dropping an attention probability.
+    pub dropout: f64,
+}
+
+/// Returns what a family adds to the scaled scores of a rectangle, given its number and its queries and keys, all
+/// `[examples · heads, length, head_size]`: a tensor that broadcasts to `[examples · heads, length, length]`.
+pub type ScoreTerms<'a> = &'a dyn Fn(usize, &Rectangle, &Tensor, &Tensor) -> Result<Tensor>;
+
+impl Pass<'_> {
+    /// Computes softmax(q kᵀ / √d) v within each example; all `[tokens, heads · d]`.
+    ///
+    /// On GPUs in bfloat16 tokens stay packed. Elsewhere attention is the one place that needs rectangles: tokens are laid
+    /// out for it and collected after it ([`AttentionLayout`]).
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn attention(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        heads: i64,
+        dropout: f64,
+    ) -> Result<Tensor> {
+        let head_size = query.size()[1] / heads;
+        let scale = 1.0 / (head_size as f64).sqrt();
+        let attention = Attention { query, key, value, heads, scale, dropout };
+        if let Some(lengths) = self.batch.flash_lengths()
+            && query.kind() == Kind::BFloat16
+            && FLASH_HEAD_SIZES.contains(&head_size)
+            && head_size % 8 == 0
+        {
+            let split = |rows: &Tensor| rows.f_view([-1, heads, head_size]);
+            let (query, key, value) = (split(query)?, split(key)?, split(value)?);
+            let dropout = self.dropout.map_or(0.0, |_| dropout);
+            let context = flash_attention(&query, &key, &value, &lengths, dropout, scale)?;
+            return Ok(context.f_reshape([-1, heads * head_size])?);
+        }
+        self.rectangles(&attention, None)
+    }
+
+    /// Computes softmax(q kᵀ · scale + terms) v within each example, `[tokens, heads · head_size]`, always in rectangles.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate; whatever `terms` returns.
+    pub fn attention_with_terms(&self, attention: &Attention, terms: ScoreTerms) -> Result<Tensor> {
+        self.rectangles(attention, Some(terms))
+    }
+
+    /// Returns how the batch is laid out in rectangles for so many heads over rows like these.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn attention_layout(&self, rows: &Tensor, heads: i64) -> Result<Rc<AttentionLayout>> {
+        self.batch.attention_layout(heads, rows.size()[1], rows.kind())
+    }
+
+    fn rectangles(&self, attention: &Attention, terms: Option<ScoreTerms>) -> Result<Tensor> {
+        let heads = attention.heads;
+        let layout = self.attention_layout(attention.query, heads)?;
+        let site = self.next_site();
+        let split = |rows: &Tensor| layout.split(rows, heads);
+        let parts =
+            split(attention.query)?.into_iter().zip(split(attention.key)?).zip(split(attention.value)?);
+        let contexts = (parts.zip(&layout.rectangles).enumerate())
+            .map(|(number, (((query, key), value), rectangle))| {
+                let bias = match (terms, &rectangle.bias) {
+                    (None, bias) => bias.as_ref().map(Tensor::shallow_clone),
+                    (Some(terms), None) => Some(terms(number, rectangle, &query, &key)?),
+                    (Some(terms), Some(bias)) => Some(terms(number, rectangle, &query, &key)?.f_add(bias)?),
+                };
+                let settings = (attention.scale, attention.dropout, site);
+                self.rectangle([&query, &key, &value], bias, rectangle, settings)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        layout.join(&contexts, heads)
+    }
+
+    /// Computes attention within each example of a rectangle; all `[examples · heads, length, head_size]`.
+    fn rectangle(
+        &self,
+        [query, key, value]: [&Tensor; 3],
+        bias: Option<Tensor>,
+        rectangle: &Rectangle,
+        (scale, dropout, site): (f64, f64, u32),
+    ) -> Result<Tensor> {
+        match &self.dropout {
+            Some(pattern) if dropout > 0.0 && !query.device().is_cuda() => {
+                let scores = query.f_mul_scalar(scale)?.f_bmm(&key.f_transpose(1, 2)?)?;
+                let scores = match bias {
+                    Some(bias) => scores.f_add(&bias)?,
+                    None => scores,
+                };
+                let probabilities = scores.f_softmax(-1, query.kind())?;
+                let examples = &rectangle.examples;
+                let kept = pattern.attention(&probabilities, dropout, site, self.batch, examples)?;
+                Ok(kept.f_bmm(value)?)
+            }
+            pattern => {
+                let dropout = pattern.map_or(0.0, |_| dropout);
+                // With examples and heads as one dimension; the second, of one, is what the function asks for.
+                let [query, key, value] = [query, key, value].map(|part| part.f_unsqueeze(1));
+                let bias = bias.map(|bias| bias.f_unsqueeze(1)).transpose()?;
+                let context = Tensor::f_scaled_dot_product_attention(
+                    &query?,
+                    &key?,
+                    &value?,
+                    bias,
+                    dropout,
+                    false,
+                    Some(scale),
+                    false,
+                )?;
+                Ok(context.f_squeeze_dim(1)?)
+            }
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The pass that runs an encoder: the weights it uses, the batch, and what happens along the way.
+
+use std::cell::{Cell, RefCell};
+
+use tch::Tensor;
+
+use super::checkpointing::Segment;
+use super::dropout::Dropout;
+use super::layer_norm::LayerNorm;
+use super::layers::{Embedding, Linear};
+use super::params::ParameterId;
+use crate::data::PackedBatch;
+use crate::error::Result;
+
+/// What the rows of an activation stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// One row a token, packed: `[tokens, width]`.
+    Tokens,
+    /// One row an example: `[examples, width]`.
+    Examples,
+    /// Rows that are the same for all examples, such as those of relative positions: `[rows, width]`. Where gradients of
+    /// single examples are asked for they stand there once an example, `[examples · rows, width]`; see [`Pass::shared`].
+    Shared,
+}
+
+/// Sees every layer with parameters as a forward pass runs it; for gradients of single examples.
+///
+/// The activations it is shown are part of the autograd graph, so a hook on `output` sees the layer's output gradient.
+pub trait LayerObserver {
+    /// Called after a linear layer: `[rows, in]` to `[rows, out]`.
+    ///
+    /// # Errors
+    /// Whatever the observer finds wrong ends the pass.
+    fn linear(&self, layer: &Linear, input: &Tensor, output: &Tensor) -> Result<()>;
+
+    /// Called after a layer normalisation, with its input, `[rows, width]`.
+    ///
+    /// # Errors
+    /// Whatever the observer finds wrong ends the pass.
+    fn layer_norm(&self, layer: &LayerNorm, input: &Tensor, output: &Tensor) -> Result<()>;
+
+    /// Called after an embedding: `[rows]` indices to `[rows, width]`.
+    ///
+    /// # Errors
+    /// Whatever the observer finds wrong ends the pass.
+    fn embedding(&self, layer: &Embedding, indices: &Tensor, output: &Tensor) -> Result<()>;
+}
+
+/// One forward pass over a batch: the weights it uses and what happens along the way.
+pub struct Pass<'a> {
+    weights: &'a [Tensor],
+    /// The batch that runs through the model.
+    pub batch: &'a PackedBatch,
+    pub(super) dropout: Option<Dropout>,
+    observer: Option<&'a dyn LayerObserver>,
+    sites: Cell<u32>,
+    /// What has been run of a checkpointed pass, first to last.
+    segments: Option<RefCell<Vec<Segment<'a>>>>,
+}
+
+impl<'a> Pass<'a> {
+    /// Starts a pass for evaluation, or with `dropout` for training.
+    pub fn new(weights: &'a [Tensor], batch: &'a PackedBatch, dropout: Option<Dropout>) -> Self {
+        Self { weights, batch, dropout, observer: None, sites: Cell::new(0), segments: None }
+    }
+
+    /// Keeps of each segment of the network its input only; [`Pass::backward`] computes the rest again.
+    pub fn checkpointed(self) -> Self {
+        Self { segments: Some(RefCell::default()), ..self }
+    }
+
+    /// Lets an observer see the layers. The weights must not require gradients: the graph then starts at the
+    /// embeddings, and backward computes activation gradients only.
+    pub fn observed(self, observer: &'a dyn LayerObserver) -> Self {
+        Self { observer: Some(observer), ..self }
+    }
+
+    /// Returns a parameter's value in the type that this pass computes in.
+    pub fn weight(&self, id: ParameterId) -> &Tensor {
+        &self.weights[id.index()]
+    }
+
+    /// Applies dropout to activations, if this pass trains.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn dropout(&self, input: &Tensor, probability: f64, rows: Rows) -> Result<Tensor> {
+        match (&self.dropout, rows) {
+            (None, _) => Ok(input.shallow_clone()),
+            (Some(dropout), Rows::Tokens) => dropout.tokens(input, probability, self.next_site(), self.batch),
+            (Some(dropout), Rows::Examples) => {
+                dropout.examples(input, probability, self.next_site(), self.batch)
+            }
+            (Some(dropout), Rows::Shared) => {
+                dropout.shared(input, probability, self.next_site(), self.shared_copies())
+            }
+        }
+    }
+
+    /// Returns how often [`Rows::Shared`] stand in an activation of this pass: once, or once an example if an observer
+    /// wants gradients of single examples.
+    pub fn shared_copies(&self) -> i64 {
+        self.observer.map_or(1, |_| self.batch.examples() as i64)
+    }
+
+    /// Repeats what all examples share, `[rows, ...]`, as often as [`Pass::shared_copies`] says.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn shared(&self, rows: &Tensor) -> Result<Tensor> {
+        let mut repeats = vec![1; rows.dim()];
+        repeats[0] = self.shared_copies();
+        Ok(rows.f_repeat(repeats)?)
+    }
+
+    /// The segments of a checkpointed pass.
+    pub(super) fn segments(&self) -> Option<&RefCell<Vec<Segment<'a>>>> {
+        self.segments.as_ref()
+    }
+
+    /// Starts a segment: forward, or again from its first place of dropout, which is returned.
+    pub(super) fn begin_segment(&self, again: Option<u32>) -> u32 {
+        let site = again.unwrap_or(self.sites.get());
+        self.sites.set(site);
+        if let Some(dropout) = &self.dropout {
+            dropout.begin_segment(site, self.batch);
+        }
+        site
+    }
+
+    /// Numbers the places where dropout happens, in the order of the forward pass.
+    pub(super) fn next_site(&self) -> u32 {
+        self.sites.replace(self.sites.get() + 1)
+    }
+
+    /// Returns whether an observer sees the layers.
+    pub(super) fn is_observed(&self) -> bool {
+        self.observer.is_some()
+    }
+
+    /// Shows a layer to the observer, if there is one.
+    pub(super) fn observe(&self, call: impl FnOnce(&dyn LayerObserver) -> Result<()>) -> Result<()> {
+        self.observer.map_or(Ok(()), call)
+    }
+}

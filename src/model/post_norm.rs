@@ -1,0 +1,215 @@
+//! The encoder of BERT and of the families that kept its arithmetic: sums of embeddings, then Transformer layers that
+//! normalise after each residual sum.
+
+use serde_json::json;
+use tch::Tensor;
+
+use super::classifier::Sizes;
+use super::config::ModelConfig;
+use super::layer_norm::LayerNorm;
+use super::layers::{Activation, Embedding, Linear};
+use super::params::{ParameterPlace, ParameterTable};
+use super::pass::{Pass, Rows};
+use crate::error::Result;
+
+/// The embeddings of words, positions and, in most families, token types; summed, normalised, and dropped out.
+pub(super) struct Embeddings {
+    words: Embedding,
+    positions: Embedding,
+    token_types: Option<Embedding>,
+    norm: LayerNorm,
+    dropout: f64,
+}
+
+impl Embeddings {
+    /// Declares the tables below `{prefix}.embeddings`, `width` wide, with `entries` of words, positions and token types.
+    pub fn declare(
+        table: &mut ParameterTable,
+        prefix: &str,
+        [words, positions, token_types]: [i64; 3],
+        width: i64,
+        epsilon: f64,
+        dropout: f64,
+    ) -> Self {
+        let name = |part: &str| format!("{prefix}.embeddings.{part}");
+        let mut declare = |part: &str, entries: i64| Embedding::declare(table, &name(part), entries, width);
+        Self {
+            words: declare("word_embeddings", words),
+            positions: declare("position_embeddings", positions),
+            token_types: (token_types > 0).then(|| declare("token_type_embeddings", token_types)),
+            norm: LayerNorm::declare(table, &name("LayerNorm"), width, epsilon, ParameterPlace::Embeddings),
+            dropout,
+        }
+    }
+
+    /// Embeds the packed tokens, which have the given positions: `[tokens, width]`.
+    ///
+    /// # Errors
+    /// Fails if an index is out of range.
+    pub fn forward(&self, pass: &Pass, positions: &Tensor) -> Result<Tensor> {
+        let mut sum = self.words.forward(pass, &pass.batch.input_ids)?;
+        if let Some(token_types) = &self.token_types {
+            sum = sum.f_add(&token_types.forward(pass, &pass.batch.token_types)?)?;
+        }
+        sum = sum.f_add(&self.positions.forward(pass, positions)?)?;
+        pass.dropout(&self.norm.forward(pass, &sum)?, self.dropout, Rows::Tokens)
+    }
+}
+
+/// The names of a layer's parts below the layer's own.
+pub(super) struct LayerNames {
+    /// Query, key, value, and the projection of what attention returns.
+    pub attention: [&'static str; 4],
+    pub attention_norm: &'static str,
+    /// The two matrices of the feed-forward layer.
+    pub feed_forward: [&'static str; 2],
+    pub output_norm: &'static str,
+}
+
+/// Those of BERT, RoBERTa and ELECTRA.
+pub(super) const BERT_NAMES: LayerNames = LayerNames {
+    attention: [
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+    ],
+    attention_norm: "attention.output.LayerNorm",
+    feed_forward: ["intermediate.dense", "output.dense"],
+    output_norm: "output.LayerNorm",
+};
+
+/// What a config says of the layers.
+#[derive(Clone, Copy)]
+pub(super) struct LayerSettings {
+    pub sizes: Sizes,
+    pub layers: i64,
+    pub activation: Activation,
+    pub epsilon: f64,
+    /// Of the embeddings, and of what the feed-forward layer returns.
+    pub hidden_dropout: f64,
+    /// Of what attention returns.
+    pub attention_output_dropout: f64,
+    /// Of the attention probabilities.
+    pub attention_dropout: f64,
+}
+
+impl LayerSettings {
+    /// Reads them as BERT, RoBERTa and ELECTRA name them.
+    ///
+    /// # Errors
+    /// Fails if the config lacks a size or asks for arithmetic that is not here.
+    pub fn read(config: &ModelConfig) -> Result<Self> {
+        config.require("position_embedding_type", &json!("absolute"))?;
+        config.require("is_decoder", &json!(false))?;
+        config.require("add_cross_attention", &json!(false))?;
+        config.require_multiple("hidden_size", "num_attention_heads")?;
+        let hidden_dropout = config.dropout_or("hidden_dropout_prob", 0.1)?;
+        Ok(Self {
+            sizes: Sizes {
+                hidden: config.integer("hidden_size")?,
+                intermediate: config.integer("intermediate_size")?,
+                heads: config.integer("num_attention_heads")?,
+                vocabulary: config.integer("vocab_size")?,
+                positions: Some(config.integer("max_position_embeddings")?),
+            },
+            layers: config.integer("num_hidden_layers")?,
+            activation: Activation::parse(config.text_or("hidden_act", "gelu")?)?,
+            epsilon: config.number_or("layer_norm_eps", 1e-12)?,
+            hidden_dropout,
+            attention_output_dropout: hidden_dropout,
+            attention_dropout: config.dropout_or("attention_probs_dropout_prob", 0.1)?,
+        })
+    }
+}
+
+/// The Transformer layers.
+pub(super) struct Layers {
+    layers: Vec<Layer>,
+    settings: LayerSettings,
+}
+
+/// One Transformer layer.
+struct Layer {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    attention_output: Linear,
+    attention_norm: LayerNorm,
+    intermediate: Linear,
+    output: Linear,
+    output_norm: LayerNorm,
+}
+
+impl Layers {
+    /// Declares the layers as `{prefix}.0`, `{prefix}.1` and so on.
+    pub fn declare(
+        table: &mut ParameterTable,
+        prefix: &str,
+        names: &LayerNames,
+        settings: LayerSettings,
+    ) -> Self {
+        let layer = |number| Layer::declare(table, &format!("{prefix}.{number}"), number, names, &settings);
+        Self { layers: (0..settings.layers).map(layer).collect(), settings }
+    }
+
+    /// Runs the layers, each as a segment of the pass: `[tokens, hidden]` to the same.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn forward<'a>(&'a self, pass: &Pass<'a>, embedded: Tensor) -> Result<Tensor> {
+        let run = |states: Tensor, layer: &'a Layer| {
+            pass.segment(&states, |pass, states| layer.forward(pass, &self.settings, states))
+        };
+        self.layers.iter().try_fold(embedded, run)
+    }
+}
+
+impl Layer {
+    fn declare(
+        table: &mut ParameterTable,
+        prefix: &str,
+        number: i64,
+        names: &LayerNames,
+        settings: &LayerSettings,
+    ) -> Self {
+        let place = ParameterPlace::EncoderLayer(number as usize);
+        let Sizes { hidden, intermediate, .. } = settings.sizes;
+        let name = |part: &str| format!("{prefix}.{part}");
+        let mut linear =
+            |part: &str, sizes: [i64; 2]| Linear::declare(table, &name(part), sizes, place, Rows::Tokens);
+        let [query, key, value, attention_output] =
+            names.attention.map(|part| linear(part, [hidden, hidden]));
+        let [expand, reduce] = names.feed_forward;
+        let (expand, reduce) =
+            (linear(expand, [hidden, intermediate]), linear(reduce, [intermediate, hidden]));
+        let mut norm = |part: &str| LayerNorm::declare(table, &name(part), hidden, settings.epsilon, place);
+        Self {
+            query,
+            key,
+            value,
+            attention_output,
+            attention_norm: norm(names.attention_norm),
+            intermediate: expand,
+            output: reduce,
+            output_norm: norm(names.output_norm),
+        }
+    }
+
+    /// Runs the layer: `[tokens, hidden]` to the same.
+    fn forward(&self, pass: &Pass, settings: &LayerSettings, states: &Tensor) -> Result<Tensor> {
+        let [query, key, value] =
+            [&self.query, &self.key, &self.value].map(|linear| linear.forward(pass, states));
+        let heads = settings.sizes.heads;
+        let context = pass.attention(&query?, &key?, &value?, heads, settings.attention_dropout)?;
+        let attended = self.attention_output.forward(pass, &context)?;
+        let attended =
+            pass.dropout(&attended, settings.attention_output_dropout, Rows::Tokens)?.f_add(states)?;
+        let states = self.attention_norm.forward(pass, &attended)?;
+
+        let expanded = settings.activation.forward(&self.intermediate.forward(pass, &states)?)?;
+        let output = self.output.forward(pass, &expanded)?;
+        let output = pass.dropout(&output, settings.hidden_dropout, Rows::Tokens)?.f_add(&states)?;
+        self.output_norm.forward(pass, &output)
+    }
+}

@@ -1,0 +1,222 @@
+//! Every family against transformers: logits, loss, gradients, and squared gradients of single examples.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use child_tuning::child::{
+    Estimator, FisherBatch, FisherOptions, GradientHooks, MaskScope, fisher_information,
+};
+use child_tuning::data::{EncodedDataset, TokenEncoder};
+use child_tuning::model::{Classifier, FAMILIES, HeadStart, Labels, ModelFolder, ParameterPlace, Pass, loss};
+use child_tuning::random::Purpose;
+use tch::{Device, Kind, Tensor};
+
+use crate::fixture::{assert_close, dataset, part, path, tensors};
+
+/// Where the reference itself adds up in another order, numbers differ by so much of the largest.
+const TOLERANCE: f64 = 1e-5;
+
+struct Fixture {
+    name: String,
+    folder: PathBuf,
+    reference: HashMap<String, Tensor>,
+    data: EncodedDataset,
+    model: Classifier,
+}
+
+fn fixtures() -> impl Iterator<Item = Fixture> {
+    let mut folders: Vec<PathBuf> =
+        path("families").read_dir().unwrap().map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    folders.into_iter().map(|folder| {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let reference = tensors(&format!("families/{name}/reference.safetensors"));
+        let model = load(&folder, reference["logits"].size()[1]);
+        Fixture { data: dataset(&reference), name, folder, reference, model }
+    })
+}
+
+fn load(folder: &Path, outputs: i64) -> Classifier {
+    let opened = ModelFolder::open(folder).unwrap();
+    let labels = match outputs {
+        1 => Labels::Score,
+        _ => Labels::Classes((0..outputs).map(|label| format!("LABEL_{label}")).collect()),
+    };
+    let named = opened.config.labels().filter(|names| names.len() > 1).map(Labels::Classes);
+    let model = Classifier::load(&opened, named.unwrap_or(labels), HeadStart::Keep, Device::Cpu).unwrap();
+    assert!(model.report.fresh.is_empty() && model.report.unexpected.is_empty(), "{:?}", model.report);
+    model
+}
+
+impl Fixture {
+    fn all(&self) -> Vec<usize> {
+        (0..self.data.len()).collect()
+    }
+
+    fn logits(&self, model: &Classifier, numbers: &[usize]) -> Tensor {
+        let (batch, _) = self.data.batch(numbers, 0, Device::Cpu).unwrap();
+        let weights = model.parameters.compute_weights(Kind::Float).unwrap();
+        tch::no_grad(|| model.logits(&Pass::new(&weights, &batch, None)).unwrap())
+    }
+}
+
+#[test]
+fn logits_loss_and_gradients_agree_with_transformers() {
+    for fixture in fixtures() {
+        let Fixture { name, reference, data, model, .. } = &fixture;
+        let (batch, targets) = data.batch(&fixture.all(), 0, Device::Cpu).unwrap();
+        let weights = model.parameters.compute_weights(Kind::Float).unwrap();
+        let _hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, None).unwrap();
+        let logits = model.logits(&Pass::new(&weights, &batch, None)).unwrap();
+        assert_close(name, &logits, &reference["logits"], TOLERANCE, true);
+        let loss = loss(&logits, &targets, data.len()).unwrap();
+        assert_close(name, &loss.reshape([1]), &reference["loss"], TOLERANCE, true);
+        loss.backward();
+        for (_, parameter) in model.parameters.iter() {
+            let gradient = part(&model.parameters, model.parameters.gradients().unwrap(), &parameter.name);
+            let expected = &reference[&format!("gradient/{}", parameter.name)];
+            assert_close(&format!("{name} {}", parameter.name), &gradient, expected, TOLERANCE, true);
+        }
+        let known = reference.keys().filter(|key| key.starts_with("gradient/")).count();
+        assert_eq!(model.parameters.iter().count(), known, "{name}");
+    }
+}
+
+#[test]
+fn an_example_gets_the_same_logits_in_any_company() {
+    for fixture in fixtures() {
+        let Fixture { name, reference, data, model, .. } = &fixture;
+        let backwards: Vec<usize> = (0..data.len()).rev().collect();
+        let found = fixture.logits(model, &backwards).flip([0]);
+        assert_close(name, &found, &reference["logits"], TOLERANCE, true);
+        for number in 0..data.len() {
+            let expected = reference["logits"].narrow(0, number as i64, 1);
+            assert_close(name, &fixture.logits(model, &[number]), &expected, TOLERANCE, true);
+        }
+    }
+}
+
+#[test]
+fn one_pass_squares_of_single_examples_equal_a_batch_of_one_loop() {
+    for mut fixture in fixtures() {
+        let numbers = fixture.all();
+        for batch_size in [1, 2, numbers.len()] {
+            let batches = numbers.chunks(batch_size).map(|numbers| {
+                let (batch, targets) = fixture.data.batch(numbers, 0, Device::Cpu)?;
+                Ok(FisherBatch { batch, targets, dropout: None })
+            });
+            let options = FisherOptions::of(Estimator::PerExample);
+            let model = &mut fixture.model;
+            let found = fisher_information(model, batches, &options, MaskScope::All, |_| Ok(())).unwrap();
+            for (_, parameter) in model.parameters.iter() {
+                let what = format!("{} {}, batches of {batch_size}", fixture.name, parameter.name);
+                let expected = &fixture.reference[&format!("per_example/{}", parameter.name)];
+                let found = part(&model.parameters, &found.values, &parameter.name);
+                // Where softmax makes a gradient zero, both are squares of rounding errors.
+                if expected.max().double_value(&[]) < 1e-9 {
+                    assert!(found.max().double_value(&[]) < 1e-9, "{what}");
+                } else {
+                    assert_close(&what, &found, expected, 5.0 * TOLERANCE, false);
+                }
+            }
+        }
+    }
+}
+
+/// The gradient of a checkpointed pass with dropout is that of a plain one, bit for bit.
+#[test]
+fn segments_run_again_with_the_same_dropout() {
+    for fixture in fixtures() {
+        let Fixture { name, data, model, .. } = &fixture;
+        let gradient = |checkpointed: bool| {
+            let (batch, targets) = data.batch(&fixture.all(), 0, Device::Cpu).unwrap();
+            let weights = model.parameters.compute_weights(Kind::Float).unwrap();
+            let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, None).unwrap();
+            hooks.begin_step();
+            let dropout = child_tuning::model::Dropout::new(1, Purpose::Dropout, 0, 0, Device::Cpu);
+            let mut pass = Pass::new(&weights, &batch, Some(dropout));
+            if checkpointed {
+                pass = pass.checkpointed();
+            }
+            let loss = loss(&model.logits(&pass).unwrap(), &targets, data.len()).unwrap();
+            pass.backward(&loss).unwrap();
+            hooks.end_step().unwrap();
+            model.parameters.gradients().unwrap().copy()
+        };
+        let (plain, again) = (gradient(false), gradient(true));
+        assert!(f64::try_from(plain.abs().max()).unwrap() > 0.0, "{name}");
+        assert_close(name, &again, &plain, 1e-6, true);
+    }
+}
+
+/// The released code masks the tensors with `layer` in their names.
+#[test]
+fn encoder_layers_are_what_the_released_rule_selects() {
+    for Fixture { name, model, .. } in fixtures() {
+        for (_, parameter) in model.parameters.iter() {
+            let is_in_layer = matches!(parameter.place, ParameterPlace::EncoderLayer(_));
+            assert_eq!(parameter.name.contains("layer"), is_in_layer, "{name} {}", parameter.name);
+        }
+    }
+}
+
+#[test]
+fn every_family_has_fixtures() {
+    let covered: Vec<String> = fixtures().map(|fixture| fixture.name).collect();
+    for (family, _) in FAMILIES.iter().filter(|(family, _)| *family != "bert") {
+        let start = format!("{}_", family.replace('-', "_"));
+        assert!(covered.iter().filter(|name| name.starts_with(&start)).count() >= 3, "{family}: {covered:?}");
+    }
+}
+
+/// Loads folders, computes the logits of each one's examples, and prints what did not fit, and by how much logits differ.
+const ROUND_TRIP: &str = "
+import inspect, sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+for saved, original in zip(sys.argv[1::2], sys.argv[2::2]):
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, info = load(saved, output_loading_info=True, attn_implementation='eager')
+    reference = load_file(original + '/reference.safetensors')
+    names = {'input_ids', 'attention_mask', 'token_type_ids'} & set(inspect.signature(model.forward).parameters)
+    inputs = {name: reference[name] for name in names}
+    with torch.no_grad():
+        difference = (model.eval()(**inputs).logits - reference['logits']).abs().max().item()
+    bad = sum((sorted(map(str, info[kind])) for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), [])
+    print(f'{saved} {difference} {bad}')
+";
+
+#[test]
+fn transformers_loads_what_is_saved() {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
+    let has_it = Command::new(&python).args(["-c", "import transformers"]).output();
+    if !has_it.is_ok_and(|output| output.status.success()) {
+        println!("skipped: {} has no transformers; `make test` installs it", python.display());
+        return;
+    }
+    let saved = tempfile::tempdir().unwrap();
+    // No test of these folders needs a tokenizer, but a saved model has one.
+    let encoder = TokenEncoder::from_folder(&path("bert_single")).unwrap();
+    let mut command = Command::new(&python);
+    command.args(["-c", ROUND_TRIP]).env("HF_HUB_OFFLINE", "1");
+    let mut count = 0;
+    for Fixture { name, folder, reference, model, .. } in fixtures() {
+        let target = saved.path().join(&name);
+        model.save(&target, &encoder).unwrap();
+        let again = load(&target, reference["logits"].size()[1]);
+        assert_eq!(again.parameters.values(), model.parameters.values());
+        command.arg(target).arg(folder);
+        count += 1;
+    }
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains(" [")).collect();
+    assert_eq!(lines.len(), count, "{text}");
+    for line in lines {
+        let mut parts = line.splitn(3, ' ').skip(1);
+        let difference: f64 = parts.next().unwrap().parse().unwrap();
+        assert!(difference <= 1e-6 && parts.next() == Some("[]"), "{line}");
+    }
+}
