@@ -12,7 +12,6 @@ from transformers import AutoTokenizer  # noqa: E402
 def encode(folder, pairs, max_length):
     """Returns the ids and the token types of each text or pair, in order."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer._tokenizer.no_padding()
     answers = []
     for first, second in pairs:
         # A batch of one: alone, an empty second text would count as none.

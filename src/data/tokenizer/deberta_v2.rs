@@ -28,8 +28,8 @@ const SPECIAL_TOKENS: [(&str, &str); 7] = [
 
 /// Builds DeBERTa's tokenizer.
 ///
-/// As in transformers 5, the character map of the file is not used: characters are put into normal form C, and every
-/// run of white space becomes one blank.
+/// As in transformers 5, the character map of the file is not used: characters are put into normal form C, and runs of
+/// white space, tabs and line ends become one blank.
 ///
 /// # Errors
 ///
