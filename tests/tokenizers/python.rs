@@ -9,6 +9,8 @@ use child_tuning::data::{Split, TaskCard, TokenEncoder, read_split};
 use crate::support::{encoded, folder, project};
 
 type Pair = (String, Option<String>);
+/// Ids and token types.
+type Tokens = (Vec<u32>, Vec<u32>);
 
 const PAIRS: usize = 1000;
 const MAX_LENGTHS: [usize; 3] = [24, 33, 128];
@@ -60,7 +62,7 @@ fn pairs() -> Option<Vec<Pair>> {
 }
 
 /// Returns what transformers makes of pairs at every length; `None`, with the reason printed, where Python lacks a module.
-fn transformers(folder: &Path, pairs: &[Pair], modules: &str) -> Option<Vec<Vec<(Vec<u32>, Vec<u32>)>>> {
+fn transformers(folder: &Path, pairs: &[Pair], modules: &str) -> Option<Vec<Vec<Tokens>>> {
     let python = project().join(".venv/bin/python");
     let has_them = Command::new(&python).args(["-c", &format!("import {modules}")]).output();
     if !has_them.is_ok_and(|output| output.status.success()) {

@@ -139,17 +139,18 @@ fn settings_and_special_tokens_that_make_no_sense_are_refused() {
     assert_eq!(message("added_tokens.json", r#"{"x": -1}"#), "`x` describes no token: -1");
 }
 
-/// A change of a file: bytes put in place of some at a place.
+/// A change of a file: bytes put in place of some at a place, mostly of as many, which leaves its frame whole.
 #[derive(Clone, Debug)]
 struct Change {
     place: prop::sample::Index,
-    removed: usize,
+    removed: Option<usize>,
     added: Vec<u8>,
 }
 
 fn change() -> impl Strategy<Value = Change> {
     let byte = prop_oneof![any::<u8>(), Just(0), Just(0x7f), Just(0x80), Just(0xff)];
-    (any::<prop::sample::Index>(), 0..6usize, prop::collection::vec(byte, 0..6))
+    let removed = prop_oneof![4 => Just(None), 1 => (0..6usize).prop_map(Some)];
+    (any::<prop::sample::Index>(), removed, prop::collection::vec(byte, 0..6))
         .prop_map(|(place, removed, added)| Change { place, removed, added })
 }
 
@@ -195,7 +196,7 @@ fn mutate(name: &str) {
         let mut bytes = original.clone();
         for Change { place, removed, added } in changes {
             let start = place.index(bytes.len());
-            let end = (start + removed).min(bytes.len());
+            let end = (start + removed.unwrap_or(added.len())).min(bytes.len());
             bytes.splice(start..end, added);
             prop_assume!(!bytes.is_empty());
         }
