@@ -200,25 +200,23 @@ impl ModelConfig {
         }
     }
 
-    /// Returns the words of a list, or of a text in lower case with `|` between them; none where the key is missing, null
-    /// or empty.
+    /// Returns the words of a list, or of a text in lower case with `|` between them, without empty ones; none where the key
+    /// is missing or null.
     ///
     /// # Errors
     /// Fails, naming file and key, if it is something else, or has a word that is not among the known ones.
     pub fn words(&self, key: &str, known: &[&str]) -> Result<Vec<String>> {
         let no_words = |value: &Value| self.error(format!("`{key}` must be words, not {value}"));
-        let words: Vec<String> = match self.get(key) {
+        let mut words: Vec<String> = match self.get(key) {
             None => Vec::new(),
-            Some(Value::String(text)) => {
-                let words = text.split('|').map(|word| word.trim().to_lowercase());
-                words.filter(|word| !word.is_empty()).collect()
-            }
+            Some(Value::String(text)) => text.split('|').map(|word| word.trim().to_lowercase()).collect(),
             Some(value) => {
                 let list = value.as_array().ok_or_else(|| no_words(value))?;
                 let word = |word: &Value| word.as_str().map(str::to_owned).ok_or_else(|| no_words(value));
                 list.iter().map(word).collect::<Result<_>>()?
             }
         };
+        words.retain(|word| !word.is_empty());
         match words.iter().find(|word| !known.contains(&word.as_str())) {
             None => Ok(words),
             Some(word) => {
