@@ -304,3 +304,58 @@ impl ConvolutionBlock {
         self.norm.forward(pass, &output.f_add(&convolved)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn problem(key: &str, value: Value) -> Option<String> {
+        let config = json!({
+            "vocab_size": 40, "hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 1,
+            "intermediate_size": 20, "max_position_embeddings": 17, "relative_attention": true,
+            "position_buckets": 8, "pos_att_type": "p2c|c2p", "conv_kernel_size": 3, "norm_rel_ebd": "layer_norm",
+        });
+        let mut values = config.as_object().cloned().unwrap();
+        values.insert(key.to_owned(), value);
+        let built = build(&ModelConfig::from_values(values), 2, &mut ParameterTable::default());
+        built.err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_a_config_asks_for_is_done_or_refused_by_name() {
+        let refused = [
+            ("z_steps", json!(2)),
+            ("attention_head_size", json!(5)),
+            ("pooler_hidden_size", json!(8)),
+            ("pos_att_type", json!("c2p|p2p")),
+            ("pos_att_type", json!(["C2P"])),
+            ("norm_rel_ebd", json!("batch_norm")),
+            ("position_buckets", json!(1)),
+            ("max_relative_positions", json!(5)),
+            ("conv_kernel_size", json!(4)),
+            ("conv_groups", json!(5)),
+            ("type_vocab_size", json!("none")),
+        ];
+        for (key, value) in refused {
+            let problem = problem(key, value.clone());
+            assert!(problem.as_ref().is_some_and(|text| text.contains(key)), "{key} {value}: {problem:?}");
+        }
+        let accepted = [
+            ("z_steps", json!(0)),
+            ("attention_head_size", json!(4)),
+            ("pos_att_type", json!("none")),
+            ("pos_att_type", json!("C2P | p2c")),
+            ("pos_att_type", json!([""])),
+            ("norm_rel_ebd", json!(null)),
+            ("position_buckets", json!(-1)),
+            ("max_relative_positions", json!(-1)),
+            ("conv_kernel_size", json!(0)),
+            ("type_vocab_size", json!(0)),
+        ];
+        for (key, value) in accepted {
+            assert_eq!(problem(key, value.clone()), None, "{key} {value}");
+        }
+    }
+}

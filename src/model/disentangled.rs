@@ -268,12 +268,55 @@ fn compare(contents: &Tensor, rows: &Tensor, columns: &Tensor, heads: i64) -> Re
     let size = contents.size();
     let (all, length, head_size) = (size[0], size[1], size[2]);
     let count = 2 * length;
-    let rows = rows
-        .f_index_select(0, columns)?
+    // An embedding, since its backward adds rows up in one order on every device.
+    let rows = Tensor::f_embedding(rows, columns, -1, false, false)?
         .f_view([-1, count, heads, head_size])?
         .f_permute([0, 2, 3, 1])?
         .f_expand([all / heads, heads, head_size, count], false)?
         .f_reshape([all, head_size, count])?;
     let products = contents.f_bmm(&rows)?;
     Ok(products.f_as_strided([all, length, length], [length * count, count - 1, 1], length - 1)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers of transformers' `make_log_bucket_position`.
+    #[test]
+    fn distances_have_the_buckets_of_the_reference() {
+        let cases = [
+            ([256, 512], [(128, 128), (129, 129), (140, 137), (200, 169), (300, 207), (511, 255)]),
+            ([32, 128], [(16, 16), (18, 17), (140, 32), (200, 35), (300, 38), (511, 42)]),
+            ([10, 4], [(5, 5), (6, 4), (7, 3), (140, -21), (256, -25), (511, -31)]),
+        ];
+        for ([buckets, most], expected) in cases {
+            let positions = RelativePositions { span: buckets, buckets: Some([buckets, most]) };
+            let entries = positions.entries(512).unwrap();
+            for (distance, bucket) in expected {
+                let entry = |bucket: i64| (bucket + buckets).clamp(0, 2 * buckets - 1);
+                assert_eq!(entries[distance], [entry(bucket), entry(-bucket)], "{buckets} {most} {distance}");
+            }
+        }
+        let positions = RelativePositions { span: 3, buckets: None };
+        assert_eq!(positions.entries(5).unwrap(), [[3, 3], [4, 2], [5, 1], [5, 0], [5, 0]]);
+    }
+
+    #[test]
+    fn contents_meet_the_relative_position_of_each_pair() {
+        let (examples, heads, length, head_size) = (2i64, 2i64, 3i64, 2i64);
+        let numbers = |count: i64| Tensor::arange(count, (Kind::Float, Device::Cpu));
+        let contents = numbers(examples * heads * length * head_size).view([-1, length, head_size]);
+        let rows = numbers(6 * heads * head_size).view([6, -1]).square();
+        let columns = [4i64, 0, 2, 5, 1, 3];
+        let found = compare(&contents, &rows, &Tensor::from_slice(&columns), heads).unwrap();
+        for part in 0..examples * heads {
+            for (i, j) in (0..length).flat_map(|i| (0..length).map(move |j| (i, j))) {
+                let row =
+                    rows.get(columns[(length - 1 + j - i) as usize]).view([heads, -1]).get(part % heads);
+                let expected = contents.get(part).get(i).dot(&row);
+                assert_eq!(found.get(part).get(i).get(j), expected, "{part} {i} {j}");
+            }
+        }
+    }
 }
