@@ -36,8 +36,8 @@ pub fn child_bits(child: &ChildNetwork, name: &str) -> Vec<bool> {
     child.bits(tensor).collect()
 }
 
-/// What is the same but for the order of sums differs by so much of the largest: forty times the spacing of float32. Found
-/// are up to 1.2e-6, more or less of it with the products of each kind of processor; another dropout pattern makes 1e-1.
+/// What is the same but for the order of sums differs by at most so much of the largest, forty times the spacing of float32.
+/// Found are up to 1.2e-6, by the products of some processors.
 const ROUNDING: f64 = 5e-6;
 
 fn method(text: &str) -> std::sync::Arc<dyn Method> {
