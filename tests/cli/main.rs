@@ -10,6 +10,7 @@ mod data;
 mod doctor;
 mod experiments;
 mod export;
+mod families;
 mod gpu_check;
 mod grid;
 mod hub;

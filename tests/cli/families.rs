@@ -1,0 +1,153 @@
+//! Every family from vocabulary to predictions: trained, saved, and predicted with, here and by transformers.
+
+use std::process::Command;
+
+use child_tuning::data::TokenEncoder;
+use child_tuning::model::{Classifier, FAMILIES, Labels, ModelConfig};
+use serde_json::{Value, json};
+use tch::Device;
+
+use crate::support::{Workplace, project};
+
+/// A family's config without `model_type` and `vocab_size`, and the files of its tokenizer.
+type Family = (&'static str, fn() -> Value, &'static [&'static str]);
+
+const SIZES: fn() -> Value = || {
+    json!({
+        "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24,
+        "max_position_embeddings": 80, "type_vocab_size": 2, "layer_norm_eps": 1e-5,
+    })
+};
+
+const MODELS: &[Family] = &[
+    ("bert", SIZES, &["vocab.txt"]),
+    (
+        "distilbert",
+        || json!({"dim": 16, "n_heads": 2, "n_layers": 2, "hidden_dim": 24, "max_position_embeddings": 80}),
+        &["vocab.txt"],
+    ),
+    (
+        "electra",
+        || {
+            let mut config = SIZES();
+            config["embedding_size"] = 8.into();
+            config
+        },
+        &["vocab.txt"],
+    ),
+    (
+        "roberta",
+        || {
+            let mut config = SIZES();
+            config["type_vocab_size"] = 1.into();
+            config
+        },
+        &["vocab.json", "merges.txt"],
+    ),
+    (
+        "deberta-v2",
+        || {
+            let mut config = SIZES();
+            config["relative_attention"] = true.into();
+            config["pos_att_type"] = json!(["p2c", "c2p"]);
+            config["position_buckets"] = 8.into();
+            config["share_att_key"] = true.into();
+            config["norm_rel_ebd"] = "layer_norm".into();
+            config["type_vocab_size"] = 0.into();
+            config
+        },
+        &["spm.model"],
+    ),
+];
+
+/// Makes a folder with a family's tokenizer and a model with random weights.
+fn make_model(workplace: &Workplace, (name, config, files): &Family) {
+    for file in *files {
+        let bytes = std::fs::read(project("tests/fixtures/tokenizers").join(file)).unwrap();
+        workplace.write(&format!("start/{file}"), bytes);
+    }
+    let mut config = config();
+    config["model_type"] = (*name).into();
+    workplace.write("start/config.json", config.to_string());
+    let encoder = TokenEncoder::from_folder(&workplace.path("start")).unwrap();
+    config["vocab_size"] = encoder.vocabulary_size().into();
+    config["initializer_range"] = 0.2.into();
+    let config = ModelConfig::from_values(config.as_object().cloned().unwrap());
+    let labels = Labels::Classes(vec!["a".into(), "b".into(), "c".into()]);
+    let mut model = Classifier::untrained(config, labels, Device::Cpu).unwrap();
+    model.reset(1).unwrap();
+    model.save(&workplace.path("start"), &encoder).unwrap();
+}
+
+/// Loads folders and computes the logits of the examples in a file, a line of JSON for each folder.
+const REFERENCE: &str = "
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+pairs = [line.rstrip('\\n').split('\\t')[1:3] for line in open(sys.argv[1], encoding='utf-8')][1:]
+model, info = AutoModelForSequenceClassification.from_pretrained(sys.argv[2], output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+with torch.no_grad():
+    logits = [
+        model.eval()(**tokenizer(*pair, truncation=True, max_length=40, return_tensors='pt')).logits[0].tolist()
+        for pair in pairs
+    ]
+bad = sum((sorted(map(str, info[kind])) for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), [])
+print(json.dumps({'logits': logits, 'bad_keys': bad}))
+";
+
+/// Asks transformers; `None`, with the reason printed, where it or what it reads vocabularies with is not installed.
+fn transformers(workplace: &Workplace, examples: &str, folder: &str) -> Option<Value> {
+    let python = project(".venv/bin/python");
+    let modules = "import transformers, sentencepiece, google.protobuf";
+    let has_them = Command::new(&python).args(["-c", modules]).output();
+    if !has_them.is_ok_and(|output| output.status.success()) {
+        println!("skipped: {} has no transformers; `make test` installs it", python.display());
+        return None;
+    }
+    let mut command = Command::new(&python);
+    command.args(["-c", REFERENCE, examples, folder]).current_dir(workplace.path("."));
+    let output = command.env("HF_HUB_OFFLINE", "1").output().unwrap();
+    assert!(output.status.success(), "{folder}: {}", String::from_utf8_lossy(&output.stderr));
+    Some(serde_json::from_slice(&output.stdout).unwrap())
+}
+
+#[test]
+fn every_family_trains_from_its_own_vocabulary_and_predicts_what_transformers_does() {
+    assert_eq!(MODELS.len(), FAMILIES.len());
+    for family in MODELS {
+        let name = family.0;
+        let workplace = Workplace::with_models(&[]);
+        make_model(&workplace, family);
+        workplace.experiment(
+            "model: start\nmethod: [vanilla, child_tuning_f, {child_tuning_d: {p: 0.2}}]\nsave: saved\n\
+             train: {epochs: 1, batch_size: 8, examples: 32, max_length: 40, learning_rate: 1e-3}",
+        );
+        workplace.run(&[]).with_code(0);
+        let rows = workplace.rows("results.csv");
+        assert_eq!(rows.len(), 3, "{name}");
+        assert!(rows.iter().all(|row| row["status"] == "ok"), "{name}: {rows:?}");
+        // Moments for the child network only.
+        let bytes = |row: usize| rows[row]["optimizer_state_mb"].parse::<f64>().unwrap();
+        assert!(bytes(2) < bytes(0), "{name}: {} and {}", bytes(2), bytes(0));
+
+        let saved = format!("saved/{}", rows[2]["run"]);
+        let data = project("data/RTE/dev.tsv");
+        let examples: Vec<String> =
+            std::fs::read_to_string(data).unwrap().lines().take(13).map(|line| format!("{line}\n")).collect();
+        workplace.write("examples.tsv", examples.concat());
+        let model = ["predict", "--model", &saved, "--task", "rte", "--input", "examples.tsv", "--logits"];
+        let rest = ["--output", "predictions.csv", "--max-length", "40", "--threads", "1"];
+        workplace.call(&[&model[..], &rest].concat()).with_code(0);
+        let Some(reference) = transformers(&workplace, "examples.tsv", &saved) else { continue };
+        assert_eq!(reference["bad_keys"], json!([]), "{name}");
+        let predictions = workplace.rows("predictions.csv");
+        assert_eq!(predictions.len(), 12);
+        for (number, row) in predictions.iter().enumerate() {
+            for (label, column) in ["logit_0", "logit_1"].into_iter().enumerate() {
+                let expected = reference["logits"][number][label].as_f64().unwrap();
+                let found: f64 = row[column].parse().unwrap();
+                assert!((found - expected).abs() < 1e-5, "{name} {number}: {found} is not {expected}");
+            }
+        }
+    }
+}
