@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::classifier::Network;
 use super::params::ParameterTable;
-use super::{bert, distilbert, electra, roberta};
+use super::{bert, distilbert, electra, modernbert, roberta};
 use crate::error::{Error, Result};
 
 /// Makes a family's network from its config: declares the parameters and returns the arithmetic. The second argument
@@ -20,6 +20,7 @@ pub const FAMILIES: &[(&str, Build)] = &[
     ("bert", bert::build),
     ("distilbert", distilbert::build),
     ("electra", electra::build),
+    ("modernbert", modernbert::build),
     ("roberta", roberta::build),
 ];
 
@@ -185,6 +186,27 @@ impl ModelConfig {
                 value.as_str().ok_or_else(|| self.error(format!("`{key}` must be a text, not {value}")))
             }
         }
+    }
+
+    /// Returns a list of texts, if the key is there and not null.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is something else.
+    pub fn texts_if_any(&self, key: &str) -> Result<Option<Vec<&str>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let texts = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+        let error = || self.error(format!("`{key}` must be a list of texts, not {value}"));
+        texts.map(Some).ok_or_else(error)
+    }
+
+    /// Returns an object, if the key is there and not null.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is something else.
+    pub fn object_if_any(&self, key: &str) -> Result<Option<&Map<String, Value>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let error = || self.error(format!("`{key}` must be an object, not {value}"));
+        value.as_object().map(Some).ok_or_else(error)
     }
 
     /// Refuses a config that asks for arithmetic that this program does not do.
