@@ -180,3 +180,58 @@ impl Pass<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::data::{Encoded, PackedBatch};
+
+    /// softmax(q kᵀ · scale) v of one example and head, where distance is at most the window.
+    fn alone([query, key, value]: [&Tensor; 3], scale: f64, window: i64) -> Tensor {
+        let places = Tensor::arange(query.size()[0], (Kind::Int64, Device::Cpu));
+        let far = (places.unsqueeze(0) - places.unsqueeze(1)).abs().gt(window);
+        let scores = (query.matmul(&key.transpose(0, 1)) * scale).masked_fill(&far, f64::NEG_INFINITY);
+        scores.softmax(-1, Kind::Float).matmul(value)
+    }
+
+    /// Padding in a rectangle may be further than the window from all real tokens.
+    #[test]
+    fn a_window_hides_what_is_further_away_in_every_rectangle() {
+        let (lengths, heads, head_size) = ([3, 40, 2, 40, 16], 4, 250);
+        let example = |&length: &usize| Encoded { ids: vec![1; length], token_types: vec![0; length] };
+        let examples: Vec<Encoded> = lengths.iter().map(example).collect();
+        let batch = PackedBatch::pack(&examples.iter().collect::<Vec<_>>(), 0, Device::Cpu).unwrap();
+        let tokens = lengths.iter().sum::<usize>() as i64;
+        let numbers = |start: f64| {
+            let count = tokens * heads * head_size;
+            let values = (Tensor::arange(count, (Kind::Float, Device::Cpu)) * 0.7 + start).sin();
+            values.view([tokens, heads * head_size]).set_requires_grad(true)
+        };
+        let [query, key, value] = [0.0, 1.0, 2.0].map(numbers);
+        let pass = Pass::new(&[], &batch, None);
+        let layout = pass.attention_layout(&query, heads).unwrap();
+        let sizes: Vec<_> = layout.rectangles.iter().map(|own| (own.length, own.examples.len())).collect();
+        assert_eq!(sizes, [(48, 2), (16, 3)]);
+        for window in [0, 1, 4, 14, 15, 30, 100] {
+            let attention =
+                Attention { query: &query, key: &key, value: &value, heads, scale: 0.06, dropout: 0.0 };
+            let found = pass.attention_within(&attention, Some(window)).unwrap();
+            let mut first = 0;
+            for &length in &lengths {
+                for head in 0..heads {
+                    let own = |rows: &Tensor| {
+                        rows.narrow(0, first, length as i64).narrow(1, head * head_size, head_size)
+                    };
+                    let expected = alone([&own(&query), &own(&key), &own(&value)], 0.06, window);
+                    let difference = f64::try_from((own(&found) - expected).abs().max()).unwrap();
+                    assert!(difference < 1e-5, "window {window}, {length} tokens: {difference}");
+                }
+                first += length as i64;
+            }
+            let gradient = Tensor::run_backward(&[found.square().sum(Kind::Float)], &[&query], false, false);
+            assert!(gradient[0].isfinite().all().int64_value(&[]) == 1, "window {window}");
+        }
+    }
+}

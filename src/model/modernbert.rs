@@ -3,16 +3,18 @@
 //! The arithmetic, the names and the places of dropout are those of transformers' `ModernBertForSequenceClassification`.
 //! Layers normalise before they compute, positions turn queries and keys, and most layers attend within a window.
 
+mod settings;
+
 use std::rc::Rc;
 
-use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
+use self::settings::{Pooling, Reach, Settings, reaches_of_layers};
 use super::attention::Attention;
 use super::classifier::{Network, Sizes};
 use super::config::ModelConfig;
 use super::layer_norm::LayerNorm;
-use super::layers::{Activation, Embedding, Linear};
+use super::layers::{Embedding, Linear};
 use super::params::{FreshWeights, ParameterId, ParameterPlace, ParameterTable};
 use super::pass::{Pass, Rows};
 use super::rotary::Rotation;
@@ -28,40 +30,6 @@ struct ModernBert {
     head_norm: LayerNorm,
     classifier: Linear,
     settings: Settings,
-}
-
-/// What a config says.
-struct Settings {
-    sizes: Sizes,
-    /// What layers attend to: those of all tokens, and those of a window.
-    reaches: [Reach; 2],
-    activation: Activation,
-    head_activation: Activation,
-    pooling: Pooling,
-    embedding_dropout: f64,
-    /// Of the attention probabilities, and of what attention returns.
-    attention_dropout: f64,
-    /// Within the feed-forward layer.
-    feed_forward_dropout: f64,
-    classifier_dropout: f64,
-    /// Whether gradients of flash attention must be the same each time.
-    deterministic: bool,
-}
-
-/// What a layer attends to.
-#[derive(Clone, Copy)]
-struct Reach {
-    /// The most tokens that lie between a token and one it attends to, plus one; `None` for all tokens.
-    window: Option<i64>,
-    /// The base of the wavelengths of the rotary embedding.
-    theta: f64,
-}
-
-/// What the head sees of an example.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Pooling {
-    FirstToken,
-    Mean,
 }
 
 /// One Transformer layer.
@@ -117,104 +85,6 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
         classifier,
         settings,
     }))
-}
-
-impl Settings {
-    fn read(config: &ModelConfig) -> Result<Self> {
-        config.require_multiple("hidden_size", "num_attention_heads")?;
-        let (hidden, heads) = (config.integer("hidden_size")?, config.integer("num_attention_heads")?);
-        let head_size = hidden / heads;
-        config.require("head_dim", &json!(head_size))?;
-        if head_size % 2 != 0 {
-            return Err(config.error(format!(
-                "`hidden_size` / `num_attention_heads` is {head_size}, but rotary positions need an even number"
-            )));
-        }
-        config.require("rope_scaling", &Value::Null)?;
-        // Of both sides, as the reference counts it.
-        let window = match config.integer_if_any("sliding_window")? {
-            Some(window) => window,
-            None => config.integer_if_any("local_attention")?.unwrap_or(128) / 2,
-        };
-        let pooling = match config.text_or("classifier_pooling", "cls")? {
-            "cls" => Pooling::FirstToken,
-            "mean" => Pooling::Mean,
-            other => {
-                let problem = format!("`classifier_pooling: {other}` is not supported, only cls and mean");
-                return Err(config.error(problem));
-            }
-        };
-        Ok(Self {
-            sizes: Sizes {
-                hidden,
-                // The first matrix of the feed-forward layer has two halves.
-                intermediate: 2 * config.integer("intermediate_size")?,
-                heads,
-                vocabulary: config.integer("vocab_size")?,
-                positions: Some(config.integer("max_position_embeddings")?),
-            },
-            reaches: [
-                Reach { window: None, theta: theta(config, FULL, "global_rope_theta", 160_000.0)? },
-                Reach { window: Some(window), theta: theta(config, SLIDING, "local_rope_theta", 10_000.0)? },
-            ],
-            activation: Activation::parse(config.text_or("hidden_activation", "gelu")?)?,
-            head_activation: Activation::parse(config.text_or("classifier_activation", "gelu")?)?,
-            pooling,
-            embedding_dropout: config.dropout_or("embedding_dropout", 0.0)?,
-            attention_dropout: config.dropout_or("attention_dropout", 0.0)?,
-            feed_forward_dropout: config.dropout_or("mlp_dropout", 0.0)?,
-            classifier_dropout: config.dropout_or("classifier_dropout", 0.0)?,
-            deterministic: config.boolean_or("deterministic_flash_attn", false)?,
-        })
-    }
-}
-
-/// The names of what layers attend to, in the order of [`Settings::reaches`].
-const REACHES: [&str; 2] = [FULL, SLIDING];
-const FULL: &str = "full_attention";
-const SLIDING: &str = "sliding_attention";
-
-/// Returns the theta of one sort of layers: that of `rope_parameters`, that of the older key, or the default.
-fn theta(config: &ModelConfig, layers: &str, older_key: &str, default: f64) -> Result<f64> {
-    let older = config.number_or(older_key, default)?;
-    let none = Value::Null;
-    let parameters = config.object_if_any("rope_parameters")?.and_then(|all| all.get(layers));
-    let part = |key: &str| parameters.and_then(|own| own.get(key)).unwrap_or(&none);
-    for key in ["rope_type", "type"] {
-        if !part(key).is_null() && part(key) != "default" {
-            let problem = format!("`rope_parameters.{layers}.{key}: {}` is not supported", part(key));
-            return Err(config.error(problem + ", only \"default\""));
-        }
-    }
-    let (key, theta) = match part("rope_theta") {
-        Value::Null if config.values().get(older_key).is_some_and(Value::is_null) => {
-            (older_key.to_owned(), None)
-        }
-        Value::Null => (older_key.to_owned(), Some(older)),
-        number => (format!("rope_parameters.{layers}.rope_theta"), number.as_f64()),
-    };
-    let positive = theta.filter(|theta| *theta > 0.0);
-    positive.ok_or_else(|| config.error(format!("`{key}` must be a positive number")))
-}
-
-/// Returns what each layer attends to, as a place among [`Settings::reaches`].
-fn reaches_of_layers(config: &ModelConfig) -> Result<Vec<usize>> {
-    let count = config.integer("num_hidden_layers")? as usize;
-    let every = config.integer_if_any("global_attn_every_n_layers")?.unwrap_or(3) as usize;
-    let Some(names) = config.texts_if_any("layer_types")? else {
-        return Ok((0..count).map(|layer| usize::from(layer % every != 0)).collect());
-    };
-    if names.len() != count {
-        return Err(config.error(format!(
-            "`layer_types` has {} entries, but `num_hidden_layers` is {count}",
-            names.len()
-        )));
-    }
-    let place = |name: &str| {
-        let unknown = || format!("`layer_types: {name}` is not supported, only {FULL} and {SLIDING}");
-        REACHES.iter().position(|known| *known == name).ok_or_else(|| config.error(unknown()))
-    };
-    names.into_iter().map(place).collect()
 }
 
 /// What parameters are declared with: which layers have biases, and where new weights come from.
@@ -400,5 +270,83 @@ impl Network for ModernBert {
 
     fn body_prefix(&self) -> &'static str {
         "model."
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use tch::Device;
+
+    use super::settings::tests::config;
+    use super::*;
+    use crate::data::{BatchShape, Encoded, EncodedDataset, PackedBatch, Targets};
+    use crate::model::{Classifier, Labels};
+
+    fn data(lengths: &[usize]) -> EncodedDataset {
+        let example = |&length: &usize| Encoded {
+            ids: (0..length as u32).map(|place| (place * 7 + length as u32) % 40).collect(),
+            token_types: vec![0; length],
+        };
+        let inputs = lengths.iter().map(example).collect();
+        EncodedDataset { inputs, targets: Targets::Classes(vec![0; lengths.len()]), features: None }
+    }
+
+    fn model(changes: Value) -> Classifier {
+        let labels = Labels::Classes(vec!["a".into(), "b".into(), "c".into()]);
+        let mut model = Classifier::untrained(config(changes), labels, Device::Cpu).unwrap();
+        model.reset(5).unwrap();
+        model
+    }
+
+    fn logits(model: &Classifier, batch: &PackedBatch, kind: Kind) -> Tensor {
+        let weights = model.parameters.compute_weights(kind).unwrap();
+        tch::no_grad(|| model.logits(&Pass::new(&weights, batch, None)).unwrap())
+    }
+
+    fn largest(values: &Tensor) -> f64 {
+        values.abs().max().double_value(&[])
+    }
+
+    #[test]
+    fn bfloat16_is_near_and_what_fills_a_batch_up_does_not_count() {
+        for pooling in ["mean", "cls"] {
+            let model = model(json!({"classifier_pooling": pooling, "initializer_range": 0.3}));
+            let data = data(&[20, 3, 40, 33, 7]);
+            let (batch, _) = data.batch(&[0, 2, 4], 0, Device::Cpu).unwrap();
+            let exact = logits(&model, &batch, Kind::Float);
+            let spread = largest(&(&exact - exact.mean_dim(0i64, true, Kind::Float)));
+            assert!(spread > 0.1, "{pooling} {spread}");
+            let half = logits(&model, &batch, Kind::BFloat16);
+            assert!(largest(&(half - &exact)) < 0.1 * largest(&exact), "{pooling}");
+            let shape = BatchShape::of(&[20, 40, 7]);
+            let (filled, _) = data.filled_batch(&[0, 2, 4], shape, Device::Cpu).unwrap();
+            let found = logits(&model, &filled, Kind::Float);
+            assert!(largest(&(found - &exact)) < 1e-5 * largest(&exact), "{pooling}");
+        }
+    }
+
+    #[test]
+    fn new_weights_are_as_wide_as_those_of_the_reference() {
+        let model = model(json!({
+            "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.1, "initializer_cutoff_factor": 1.5,
+        }));
+        let largest_of =
+            |name: &str| largest(&model.parameters.leaf(model.parameters.find(name).unwrap()).detach());
+        let output = 0.1 / 8f64.sqrt();
+        for (name, deviation) in [
+            ("model.embeddings.tok_embeddings.weight", 0.1),
+            ("model.layers.1.attn.Wqkv.weight", 0.1),
+            ("model.layers.2.attn.Wo.weight", output),
+            ("model.layers.0.mlp.Wi.weight", 0.1),
+            ("model.layers.3.mlp.Wo.weight", output),
+            ("head.dense.weight", output),
+            ("classifier.weight", 0.125),
+        ] {
+            // Of so many draws the largest is just below the cutoff.
+            let share = largest_of(name) / (1.5 * deviation);
+            assert!((0.9..=1.000_001).contains(&share), "{name} {share}");
+        }
+        assert_eq!((largest_of("head.norm.weight"), largest_of("classifier.bias")), (1.0, 0.0));
     }
 }
