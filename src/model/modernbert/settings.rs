@@ -130,20 +130,17 @@ fn theta(config: &ModelConfig, layers: &str, older_key: &str, default: f64) -> R
 pub(super) fn reaches_of_layers(config: &ModelConfig) -> Result<Vec<usize>> {
     let count = config.integer("num_hidden_layers")? as usize;
     let every = config.integer_if_any("global_attn_every_n_layers")?.unwrap_or(3) as usize;
-    let Some(names) = config.texts_if_any("layer_types")? else {
+    let names = config.words("layer_types", &REACHES)?;
+    if names.is_empty() {
         return Ok((0..count).map(|layer| usize::from(layer % every != 0)).collect());
-    };
+    }
     if names.len() != count {
         return Err(config.error(format!(
             "`layer_types` has {} entries, but `num_hidden_layers` is {count}",
             names.len()
         )));
     }
-    let place = |name: &str| {
-        let unknown = || format!("`layer_types: {name}` is not supported, only {FULL} and {SLIDING}");
-        REACHES.iter().position(|known| *known == name).ok_or_else(|| config.error(unknown()))
-    };
-    names.into_iter().map(place).collect()
+    Ok(names.iter().map(|name| usize::from(name == SLIDING)).collect())
 }
 
 #[cfg(test)]
