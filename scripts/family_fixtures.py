@@ -37,6 +37,7 @@ CLASSES = {
 SCORE = {"num_labels": 1, "id2label": {0: "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
 
 BERT_SIZES = dict(vocab_size=VOCABULARY, hidden_size=12, num_attention_heads=3, num_hidden_layers=2, intermediate_size=20)
+MODERNBERT = dict(pad_token_id=3, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
 
 # Name of the folder, config, and how many kinds of token types its examples have.
 MODELS = [
@@ -204,6 +205,55 @@ MODELS = [
             norm_rel_ebd="layer_norm",
         ),
         3,
+    ),
+    (
+        "modernbert_windows",
+        transformers.ModernBertConfig(
+            **{**BERT_SIZES, "num_hidden_layers": 3},
+            **CLASSES,
+            **MODERNBERT,
+            local_attention=6,
+            classifier_pooling="mean",
+            classifier_dropout=0.1,
+            attention_dropout=0.1,
+        ),
+        1,
+    ),
+    (
+        "modernbert_biases",
+        transformers.ModernBertConfig(
+            **{**BERT_SIZES, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 9},
+            **MODERNBERT,
+            layer_types=["sliding_attention", "sliding_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 7.5},
+            },
+            local_attention=3,
+            norm_bias=True,
+            attention_bias=True,
+            mlp_bias=True,
+            classifier_bias=True,
+            norm_eps=1e-3,
+            hidden_activation="silu",
+            classifier_activation="relu",
+            embedding_dropout=0.1,
+            mlp_dropout=0.2,
+        ),
+        1,
+    ),
+    (
+        "modernbert_regression",
+        transformers.ModernBertConfig(
+            **{**BERT_SIZES, "num_attention_heads": 1},
+            **SCORE,
+            **MODERNBERT,
+            global_attn_every_n_layers=2,
+            global_rope_theta=300.0,
+            local_rope_theta=40.0,
+            local_attention=20,
+        ),
+        1,
     ),
 ]
 

@@ -139,14 +139,28 @@ pub fn permutation(count: usize, key: Key) -> Vec<usize> {
     order
 }
 
+/// Fills `values` with uniform deviates in [0, 1).
+pub fn fill_uniform(values: &mut [f64], key: Key, stream: u32) {
+    for (index, pair) in values.chunks_mut(2).enumerate() {
+        let block = philox([index as u32, stream, 0, 0], key);
+        for (value, words) in pair.iter_mut().zip(block.chunks_exact(2)) {
+            *value = uniform53(words[0], words[1]) / 2f64.powi(53);
+        }
+    }
+}
+
+/// Makes a whole number below 2⁵³ of the upper bits of two random numbers.
+fn uniform53(high: u32, low: u32) -> f64 {
+    ((u64::from(high) << 21) | (u64::from(low) >> 11)) as f64
+}
+
 /// Fills `values` with normal deviates of mean 0 and the given standard deviation (Box–Muller).
 pub fn fill_normal(values: &mut [f32], standard_deviation: f64, key: Key, stream: u32) {
     for (index, pair) in values.chunks_mut(2).enumerate() {
         let block = philox([index as u32, stream, 0, 0], key);
-        // 53-bit uniforms, the first in (0, 1] so that its logarithm is finite.
-        let uniform = |high: u32, low: u32| ((u64::from(high) << 21) | (u64::from(low) >> 11)) as f64;
-        let radius = (-2.0 * ((uniform(block[0], block[1]) + 1.0) / 2f64.powi(53)).ln()).sqrt();
-        let angle = std::f64::consts::TAU * uniform(block[2], block[3]) / 2f64.powi(53);
+        // The first in (0, 1] so that its logarithm is finite.
+        let radius = (-2.0 * ((uniform53(block[0], block[1]) + 1.0) / 2f64.powi(53)).ln()).sqrt();
+        let angle = std::f64::consts::TAU * uniform53(block[2], block[3]) / 2f64.powi(53);
         let deviates = [radius * angle.cos(), radius * angle.sin()];
         for (value, deviate) in pair.iter_mut().zip(deviates) {
             *value = (deviate * standard_deviation) as f32;

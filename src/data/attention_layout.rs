@@ -3,6 +3,7 @@
 //! Examples of similar length share a rectangle: in one for all, the products of a batch of sentence pairs are mostly
 //! about positions that do not exist.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
@@ -35,6 +36,8 @@ pub struct Rectangle {
     /// What attention adds to its scores, `[examples · heads, 1, length]`: zero for real tokens, minus infinity for others;
     /// `None` if all are real.
     pub bias: Option<Tensor>,
+    /// What [`Rectangle::bias_within`] has made, for a window.
+    within: RefCell<Option<(i64, Tensor)>>,
 }
 
 impl AttentionLayout {
@@ -52,7 +55,7 @@ impl AttentionLayout {
                 rows += heads * length;
             }
             let bias = bias(&examples, lengths, length, heads, kind, device)?;
-            rectangles.push(Rectangle { examples, length, bias });
+            rectangles.push(Rectangle { examples, length, bias, within: RefCell::default() });
         }
         let mut places = Vec::with_capacity(lengths.iter().sum::<usize>() * heads);
         for (&own, &(first, length)) in lengths.iter().zip(&first_rows) {
@@ -110,6 +113,33 @@ impl AttentionLayout {
 }
 
 impl Rectangle {
+    /// Returns what attention adds to its scores if a token attends to those at most `window` before or behind it only,
+    /// `[examples, 1, length, length]`, or one for all examples if all positions are real: zero, or minus infinity. `like`
+    /// tells device and type.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn bias_within(&self, window: i64, like: &Tensor) -> Result<Tensor> {
+        let mut made = self.within.borrow_mut();
+        if let Some((_, bias)) = made.as_ref().filter(|(own, _)| *own == window) {
+            return Ok(bias.shallow_clone());
+        }
+        let (examples, length) = (self.examples.len() as i64, self.length as i64);
+        let places = Tensor::f_arange(length, (Kind::Int64, like.device()))?;
+        let distances = places.f_view([1, 1, 1, length])?.f_sub(&places.f_view([1, 1, length, 1])?)?;
+        let mut hidden = distances.f_abs()?.f_gt(window)?;
+        if let Some(bias) = &self.bias {
+            let padded = bias.f_view([examples, -1, length])?.f_select(1, 0)?.f_isinf()?;
+            // Nobody asks what padding attends to, but if that were nothing, its softmax would be none.
+            let real = padded.f_logical_not()?.f_view([examples, 1, length, 1])?;
+            hidden = hidden.f_logical_and(&real)?.f_logical_or(&padded.f_view([examples, 1, 1, length])?)?;
+        }
+        let bias = Tensor::f_zeros(hidden.size(), (like.kind(), like.device()))?;
+        let bias = bias.f_masked_fill(&hidden, f64::NEG_INFINITY)?;
+        *made = Some((window, bias.shallow_clone()));
+        Ok(bias)
+    }
+
     fn rows(&self, heads: i64) -> i64 {
         (self.examples.len() * self.length) as i64 * heads
     }

@@ -16,7 +16,7 @@ pub struct PackedLengths<'a> {
 }
 
 /// Computes softmax(q kᵀ · scale) v within each example, with a gradient; all are `[tokens, heads, head_size]` in
-/// bfloat16 on CUDA (`at::_flash_attention_forward`). What dropout drops comes from libtorch's generator of the device.
+/// bfloat16 on CUDA (`at::_flash_attention_forward`). With a `window`, each token attends to no token further away. What dropout drops comes from libtorch's generator of the device.
 ///
 /// # Errors
 /// Fails where [`flash_attention_runs`] says no, and for head sizes that are no multiple of 8.
@@ -25,6 +25,7 @@ pub fn flash_attention(
     key: &Tensor,
     value: &Tensor,
     lengths: &PackedLengths,
+    window: Option<i64>,
     dropout: f64,
     scale: f64,
 ) -> Result<Tensor> {
@@ -39,6 +40,7 @@ pub fn flash_attention(
             value,
             cumulative,
             lengths.longest as i64,
+            window.unwrap_or(-1),
             dropout,
             scale,
             &mut context,
@@ -61,7 +63,7 @@ pub fn flash_attention_runs(device: Device) -> bool {
         let rows = Tensor::f_zeros([8, 1, 64], (Kind::BFloat16, device))?;
         let cumulative = Tensor::from_slice(&[0i32, 8]).f_to_device(device)?;
         let lengths = PackedLengths { cumulative: &cumulative, longest: 8 };
-        flash_attention(&rows, &rows, &rows, &lengths, 0.0, 1.0)
+        flash_attention(&rows, &rows, &rows, &lengths, None, 0.0, 1.0)
     };
     let runs = tch::no_grad(|| attempt().is_ok());
     tried.push((index, runs));
@@ -78,7 +80,7 @@ mod tests {
         let rows = Tensor::zeros([8, 1, 64], (Kind::BFloat16, Device::Cpu));
         let cumulative = Tensor::from_slice(&[0i32, 3, 8]);
         let lengths = PackedLengths { cumulative: &cumulative, longest: 5 };
-        let error = flash_attention(&rows, &rows, &rows, &lengths, 0.0, 1.0).unwrap_err();
+        let error = flash_attention(&rows, &rows, &rows, &lengths, None, 0.0, 1.0).unwrap_err();
         assert!(error.to_string().contains("_flash_attention_forward"), "{error}");
     }
 }

@@ -117,6 +117,7 @@ unsafe extern "C" {
         value: *mut C_tensor,
         lengths: *mut C_tensor,
         longest: i64,
+        window: i64,
         dropout: f64,
         scale: f64,
         context: *mut *mut C_tensor,

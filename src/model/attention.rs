@@ -35,6 +35,17 @@ pub struct Attention<'a> {
 /// `[examples · heads, length, head_size]`: a tensor that broadcasts to `[examples · heads, length, length]`.
 pub type ScoreTerms<'a> = &'a dyn Fn(usize, &Rectangle, &Tensor, &Tensor) -> Result<Tensor>;
 
+/// What happens to the scaled scores of a rectangle.
+#[derive(Clone, Copy)]
+enum Scores<'a> {
+    /// Padding is hidden.
+    Plain,
+    /// And so are tokens further away than this.
+    Within(i64),
+    /// Padding is hidden, and a family adds what it has.
+    WithTerms(ScoreTerms<'a>),
+}
+
 impl Pass<'_> {
     /// Computes softmax(q kᵀ / √d) v within each example; all `[tokens, heads · d]`.
     ///
@@ -53,7 +64,17 @@ impl Pass<'_> {
     ) -> Result<Tensor> {
         let head_size = query.size()[1] / heads;
         let scale = 1.0 / (head_size as f64).sqrt();
-        let attention = Attention { query, key, value, heads, scale, dropout };
+        self.attention_within(&Attention { query, key, value, heads, scale, dropout }, None)
+    }
+
+    /// Computes softmax(q kᵀ · scale) v within each example, `[tokens, heads · head_size]`; with a window, each token attends
+    /// to no token further away.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn attention_within(&self, attention: &Attention, window: Option<i64>) -> Result<Tensor> {
+        let Attention { query, key, value, heads, scale, dropout } = *attention;
+        let head_size = query.size()[1] / heads;
         if let Some(lengths) = self.batch.flash_lengths()
             && query.kind() == Kind::BFloat16
             && FLASH_HEAD_SIZES.contains(&head_size)
@@ -62,10 +83,10 @@ impl Pass<'_> {
             let split = |rows: &Tensor| rows.f_view([-1, heads, head_size]);
             let (query, key, value) = (split(query)?, split(key)?, split(value)?);
             let dropout = self.dropout.map_or(0.0, |_| dropout);
-            let context = flash_attention(&query, &key, &value, &lengths, dropout, scale)?;
+            let context = flash_attention(&query, &key, &value, &lengths, window, dropout, scale)?;
             return Ok(context.f_reshape([-1, heads * head_size])?);
         }
-        self.rectangles(&attention, None)
+        self.rectangles(attention, window.map_or(Scores::Plain, Scores::Within))
     }
 
     /// Computes softmax(q kᵀ · scale + terms) v within each example, `[tokens, heads · head_size]`, always in rectangles.
@@ -73,7 +94,7 @@ impl Pass<'_> {
     /// # Errors
     /// Fails if libtorch cannot allocate; whatever `terms` returns.
     pub fn attention_with_terms(&self, attention: &Attention, terms: ScoreTerms) -> Result<Tensor> {
-        self.rectangles(attention, Some(terms))
+        self.rectangles(attention, Scores::WithTerms(terms))
     }
 
     /// Returns how the batch is laid out in rectangles for so many heads over rows like these.
@@ -84,7 +105,7 @@ impl Pass<'_> {
         self.batch.attention_layout(heads, rows.size()[1], rows.kind())
     }
 
-    fn rectangles(&self, attention: &Attention, terms: Option<ScoreTerms>) -> Result<Tensor> {
+    fn rectangles(&self, attention: &Attention, scores: Scores) -> Result<Tensor> {
         let heads = attention.heads;
         let layout = self.attention_layout(attention.query, heads)?;
         let site = self.next_site();
@@ -93,10 +114,18 @@ impl Pass<'_> {
             split(attention.query)?.into_iter().zip(split(attention.key)?).zip(split(attention.value)?);
         let contexts = (parts.zip(&layout.rectangles).enumerate())
             .map(|(number, (((query, key), value), rectangle))| {
-                let bias = match (terms, &rectangle.bias) {
-                    (None, bias) => bias.as_ref().map(Tensor::shallow_clone),
-                    (Some(terms), None) => Some(terms(number, rectangle, &query, &key)?),
-                    (Some(terms), Some(bias)) => Some(terms(number, rectangle, &query, &key)?.f_add(bias)?),
+                let own = rectangle.bias.as_ref();
+                let bias = match scores {
+                    // Where the rectangle is longer than the window reaches.
+                    Scores::Within(window) if rectangle.length as i64 > window + 1 => {
+                        Some(rectangle.bias_within(window, &query)?)
+                    }
+                    Scores::Plain | Scores::Within(_) => own.map(|own| own.f_unsqueeze(1)).transpose()?,
+                    Scores::WithTerms(terms) => {
+                        let terms = terms(number, rectangle, &query, &key)?;
+                        let sum = own.map_or(Ok(terms.shallow_clone()), |own| terms.f_add(own));
+                        Some(sum?.f_unsqueeze(1)?)
+                    }
                 };
                 let settings = (attention.scale, attention.dropout, site);
                 self.rectangle([&query, &key, &value], bias, rectangle, settings)
@@ -105,7 +134,8 @@ impl Pass<'_> {
         layout.join(&contexts, heads)
     }
 
-    /// Computes attention within each example of a rectangle; all `[examples · heads, length, head_size]`.
+    /// Computes attention within each example of a rectangle; all `[examples · heads, length, head_size]`. What is added to
+    /// the scores has four dimensions, of which the first two divide examples and heads among them.
     fn rectangle(
         &self,
         [query, key, value]: [&Tensor; 3],
@@ -113,11 +143,16 @@ impl Pass<'_> {
         rectangle: &Rectangle,
         (scale, dropout, site): (f64, f64, u32),
     ) -> Result<Tensor> {
+        let (rows, length) = (query.size()[0], query.size()[1]);
+        let first = bias.as_ref().map_or(rows, |bias| bias.size()[0]);
         match &self.dropout {
             Some(pattern) if dropout > 0.0 && !query.device().is_cuda() => {
                 let scores = query.f_mul_scalar(scale)?.f_bmm(&key.f_transpose(1, 2)?)?;
                 let scores = match bias {
-                    Some(bias) => scores.f_add(&bias)?,
+                    Some(bias) => scores
+                        .f_view([first, -1, length, length])?
+                        .f_add(&bias)?
+                        .f_view(scores.size().as_slice())?,
                     None => scores,
                 };
                 let probabilities = scores.f_softmax(-1, query.kind())?;
@@ -127,9 +162,9 @@ impl Pass<'_> {
             }
             pattern => {
                 let dropout = pattern.map_or(0.0, |_| dropout);
-                // With examples and heads as one dimension; the second, of one, is what the function asks for.
-                let [query, key, value] = [query, key, value].map(|part| part.f_unsqueeze(1));
-                let bias = bias.map(|bias| bias.f_unsqueeze(1)).transpose()?;
+                let head_size = query.size()[2];
+                let [query, key, value] =
+                    [query, key, value].map(|part| part.f_view([first, -1, length, head_size]));
                 let context = Tensor::f_scaled_dot_product_attention(
                     &query?,
                     &key?,
@@ -140,8 +175,63 @@ impl Pass<'_> {
                     Some(scale),
                     false,
                 )?;
-                Ok(context.f_squeeze_dim(1)?)
+                Ok(context.f_reshape([rows, length, head_size])?)
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::data::{Encoded, PackedBatch};
+
+    /// softmax(q kᵀ · scale) v of one example and head, where distance is at most the window.
+    fn alone([query, key, value]: [&Tensor; 3], scale: f64, window: i64) -> Tensor {
+        let places = Tensor::arange(query.size()[0], (Kind::Int64, Device::Cpu));
+        let far = (places.unsqueeze(0) - places.unsqueeze(1)).abs().gt(window);
+        let scores = (query.matmul(&key.transpose(0, 1)) * scale).masked_fill(&far, f64::NEG_INFINITY);
+        scores.softmax(-1, Kind::Float).matmul(value)
+    }
+
+    /// Padding in a rectangle may be further than the window from all real tokens.
+    #[test]
+    fn a_window_hides_what_is_further_away_in_every_rectangle() {
+        let (lengths, heads, head_size) = ([3, 40, 2, 40, 16], 4, 250);
+        let example = |&length: &usize| Encoded { ids: vec![1; length], token_types: vec![0; length] };
+        let examples: Vec<Encoded> = lengths.iter().map(example).collect();
+        let batch = PackedBatch::pack(&examples.iter().collect::<Vec<_>>(), 0, Device::Cpu).unwrap();
+        let tokens = lengths.iter().sum::<usize>() as i64;
+        let numbers = |start: f64| {
+            let count = tokens * heads * head_size;
+            let values = (Tensor::arange(count, (Kind::Float, Device::Cpu)) * 0.7 + start).sin();
+            values.view([tokens, heads * head_size]).set_requires_grad(true)
+        };
+        let [query, key, value] = [0.0, 1.0, 2.0].map(numbers);
+        let pass = Pass::new(&[], &batch, None);
+        let layout = pass.attention_layout(&query, heads).unwrap();
+        let sizes: Vec<_> = layout.rectangles.iter().map(|own| (own.length, own.examples.len())).collect();
+        assert_eq!(sizes, [(48, 2), (16, 3)]);
+        for window in [0, 1, 4, 14, 15, 30, 100] {
+            let attention =
+                Attention { query: &query, key: &key, value: &value, heads, scale: 0.06, dropout: 0.0 };
+            let found = pass.attention_within(&attention, Some(window)).unwrap();
+            let mut first = 0;
+            for &length in &lengths {
+                for head in 0..heads {
+                    let own = |rows: &Tensor| {
+                        rows.narrow(0, first, length as i64).narrow(1, head * head_size, head_size)
+                    };
+                    let expected = alone([&own(&query), &own(&key), &own(&value)], 0.06, window);
+                    let difference = f64::try_from((own(&found) - expected).abs().max()).unwrap();
+                    assert!(difference < 1e-5, "window {window}, {length} tokens: {difference}");
+                }
+                first += length as i64;
+            }
+            let gradient = Tensor::run_backward(&[found.square().sum(Kind::Float)], &[&query], false, false);
+            assert!(gradient[0].isfinite().all().int64_value(&[]) == 1, "window {window}");
         }
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::classifier::Network;
 use super::params::ParameterTable;
-use super::{bert, deberta_v2, distilbert, electra, roberta};
+use super::{bert, deberta_v2, distilbert, electra, modernbert, roberta};
 use crate::error::{Error, Result};
 
 /// Makes a family's network from its config: declares the parameters and returns the arithmetic. The second argument
@@ -21,6 +21,7 @@ pub const FAMILIES: &[(&str, Build)] = &[
     ("deberta-v2", deberta_v2::build),
     ("distilbert", distilbert::build),
     ("electra", electra::build),
+    ("modernbert", modernbert::build),
     ("roberta", roberta::build),
 ];
 
@@ -198,6 +199,16 @@ impl ModelConfig {
                 value.as_str().ok_or_else(|| self.error(format!("`{key}` must be a text, not {value}")))
             }
         }
+    }
+
+    /// Returns an object, if the key is there and not null.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is something else.
+    pub fn object_if_any(&self, key: &str) -> Result<Option<&Map<String, Value>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let error = || self.error(format!("`{key}` must be an object, not {value}"));
+        value.as_object().map(Some).ok_or_else(error)
     }
 
     /// Returns the words of a list, or of a text in lower case with `|` between them, without empty ones; none where the key

@@ -15,11 +15,13 @@ mod electra;
 mod head;
 mod layer_norm;
 mod layers;
+mod modernbert;
 mod params;
 mod pass;
 mod post_norm;
 mod precision;
 mod roberta;
+mod rotary;
 mod weights;
 
 pub(crate) use checkpoint::publish;
@@ -31,8 +33,8 @@ pub use dropout::Dropout;
 pub use layer_norm::LayerNorm;
 pub use layers::{Embedding, Linear, loss};
 pub use params::{
-    Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
-    TrainableGroup,
+    FreshWeights, Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters,
+    Trainable, TrainableGroup,
 };
 pub use pass::{LayerObserver, Pass, Rows};
 pub use precision::Precision;

@@ -35,7 +35,7 @@ pub enum ParameterKind {
 /// The part of the model that a parameter belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParameterPlace {
-    /// The embeddings and what normalises them.
+    /// The embeddings and what normalises them, and all else of the encoder that is in no layer.
     Embeddings,
     /// An encoder layer, counted from 0 at the input.
     EncoderLayer(usize),
@@ -43,6 +43,21 @@ pub enum ParameterPlace {
     Pooler,
     /// The task's head, which fine-tuning adds.
     Head,
+}
+
+/// The distribution that the weights of a matrix or a table are drawn from where training starts from new ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum FreshWeights {
+    /// Normal, with the config's `initializer_range` as standard deviation.
+    #[default]
+    Normal,
+    /// Normal with a standard deviation, on condition that it is at most `cutoff` of them away from zero.
+    TruncatedNormal {
+        /// That of the whole normal distribution.
+        standard_deviation: f64,
+        /// Positive.
+        cutoff: f64,
+    },
 }
 
 /// Names one parameter of a model; valid for the table that made it.
@@ -69,6 +84,8 @@ pub struct Parameter {
     pub place: ParameterPlace,
     /// Its elements in the flat buffers.
     pub range: Range<usize>,
+    /// Where new weights come from, if it is a matrix or a table.
+    pub fresh: FreshWeights,
 }
 
 impl Parameter {
@@ -105,8 +122,14 @@ impl ParameterTable {
             kind,
             place,
             range: 0..count,
+            fresh: FreshWeights::default(),
         });
         ParameterId(self.parameters.len() - 1)
+    }
+
+    /// Says where new weights of a parameter come from, if not from [`FreshWeights::Normal`].
+    pub fn start_from(&mut self, id: ParameterId, fresh: FreshWeights) {
+        self.parameters[id.0].fresh = fresh;
     }
 
     /// Iterates over the parameters in the order of declaration.
@@ -365,12 +388,12 @@ impl Parameters {
         Ok(())
     }
 
-    /// Gives a parameter the initial values that transformers gives a new one: normal weights and embeddings, zero
-    /// biases, unit normalisation scales. The values depend on the seed and the parameter's name only.
+    /// Gives a parameter the initial values that transformers gives a new one: weights and embeddings as [`FreshWeights`] says,
+    /// zero biases, unit normalisation scales. The values depend on the seed and the parameter's name only.
     ///
     /// # Errors
     /// Fails if libtorch refuses.
-    pub fn initialise(&mut self, id: ParameterId, seed: u64, standard_deviation: f64) -> Result<()> {
+    pub fn initialise(&mut self, id: ParameterId, seed: u64, initializer_range: f64) -> Result<()> {
         let parameter = &self.parameters[id.0];
         let mut values = Tensor::f_zeros(&parameter.shape, (Kind::Float, Device::Cpu))?;
         match parameter.kind {
@@ -380,7 +403,15 @@ impl Parameters {
                     .bytes()
                     .fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte)));
                 let key = Key::derive(seed, Purpose::Head, 0);
-                random::fill_normal(elements_mut(&mut values)?, standard_deviation, key, stream);
+                match parameter.fresh {
+                    FreshWeights::Normal => {
+                        random::fill_normal(elements_mut(&mut values)?, initializer_range, key, stream);
+                    }
+                    FreshWeights::TruncatedNormal { standard_deviation, cutoff } => {
+                        values =
+                            truncated_normal(&parameter.shape, [standard_deviation, cutoff], key, stream)?;
+                    }
+                }
             }
             ParameterKind::LayerNormWeight => values = values.f_ones_like()?,
             ParameterKind::Bias | ParameterKind::LayerNormBias => {}
@@ -433,6 +464,21 @@ fn leaf(flat: &Tensor, start: usize, shape: &[i64]) -> Result<Tensor> {
     Ok(part.f_view(shape)?.f_detach()?.f_set_requires_grad(true)?)
 }
 
+/// Draws numbers from a normal distribution that is cut off at so many standard deviations: by its quantiles.
+fn truncated_normal(
+    shape: &[i64],
+    [standard_deviation, cutoff]: [f64; 2],
+    key: Key,
+    stream: u32,
+) -> Result<Tensor> {
+    let mut uniform = vec![0f64; shape.iter().product::<i64>() as usize];
+    random::fill_uniform(&mut uniform, key, stream);
+    let most = Tensor::from(cutoff / std::f64::consts::SQRT_2).f_erf()?;
+    let shares = Tensor::from_slice(&uniform).f_mul_scalar(2.0)?.f_sub_scalar(1.0)?.f_mul(&most)?;
+    let deviates = shares.f_erfinv()?.f_mul_scalar(std::f64::consts::SQRT_2)?.f_clamp(-cutoff, cutoff)?;
+    Ok(deviates.f_mul_scalar(standard_deviation)?.f_to_kind(Kind::Float)?.f_view(shape)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -453,5 +499,25 @@ mod tests {
         let head = parameters.trainable(|parameter| parameter.place == ParameterPlace::Head);
         assert_eq!(head.groups, [group(128..192, true), group(256..320, false)]);
         assert_eq!((&head.spans[..], head.count), (&[128..192, 256..320][..], 22));
+    }
+
+    #[test]
+    fn truncated_normal_weights_have_the_moments_of_the_distribution() {
+        let mut table = ParameterTable::default();
+        let id = table.declare("weight", &[300, 400], ParameterKind::Weight, ParameterPlace::Head);
+        table.start_from(id, FreshWeights::TruncatedNormal { standard_deviation: 0.1, cutoff: 2.0 });
+        let mut parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        parameters.initialise(id, 7, 123.0).unwrap();
+        let values = parameters.leaf(id).detach().to_kind(Kind::Double) / 0.1;
+        let mean = |of: &Tensor| of.mean(Kind::Double).double_value(&[]);
+        // 1 − 2 c φ(c) / (2 Φ(c) − 1) with c = 2; the bounds are five standard errors.
+        let variance = 0.773_741_35;
+        assert!(mean(&values).abs() < 5.0 * (variance / 120_000f64).sqrt());
+        assert!((mean(&values.square()) - variance).abs() < 0.013, "{}", mean(&values.square()));
+        let largest = values.abs().max().double_value(&[]);
+        assert!((1.99..=2.000_001).contains(&largest), "{largest}");
+        // A share of (Φ(1) − Φ(−1)) / (Φ(2) − Φ(−2)) within one deviation.
+        let within = mean(&values.abs().lt(1.0).to_kind(Kind::Double));
+        assert!((within - 0.715_233).abs() < 0.0065, "{within}");
     }
 }

@@ -161,6 +161,33 @@ fn encoder_layers_are_what_the_released_rule_selects() {
     }
 }
 
+/// The head of masked language models has the names of the first layer of ModernBERT's classification head.
+#[test]
+fn what_pretraining_made_of_a_head_is_kept_and_the_rest_starts_anew() {
+    let folder = path("families/modernbert_regression");
+    let mut stored = tensors("families/modernbert_regression/model.safetensors");
+    stored.retain(|name, _| !name.starts_with("classifier."));
+    stored.insert("decoder.bias".into(), Tensor::zeros([40], (Kind::Float, Device::Cpu)));
+    let written = tempfile::tempdir().unwrap();
+    let write = |stored: &HashMap<String, Tensor>| {
+        std::fs::copy(folder.join("config.json"), written.path().join("config.json")).unwrap();
+        let all: Vec<_> = stored.iter().collect();
+        Tensor::write_safetensors(&all, written.path().join("model.safetensors")).unwrap();
+        let opened = ModelFolder::open(written.path()).unwrap();
+        Classifier::load(&opened, Labels::Score, HeadStart::Fresh, Device::Cpu)
+    };
+    let model = write(&stored).unwrap();
+    assert_eq!(model.report.fresh, ["classifier.weight", "classifier.bias"]);
+    assert_eq!(model.report.ignored, ["decoder.bias"]);
+    let dense = part(&model.parameters, model.parameters.values(), "head.dense.weight");
+    assert_eq!(dense.view_as(&stored["head.dense.weight"]), stored["head.dense.weight"]);
+    stored.remove("head.dense.weight");
+    assert_eq!(write(&stored).unwrap().report.fresh.len(), 3);
+    stored.remove("model.final_norm.weight");
+    let error = write(&stored).err().unwrap().to_string();
+    assert!(error.contains("1 missing: model.final_norm.weight"), "{error}");
+}
+
 #[test]
 fn every_family_has_fixtures() {
     let covered: Vec<String> = fixtures().map(|fixture| fixture.name).collect();
