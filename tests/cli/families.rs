@@ -9,7 +9,7 @@ use tch::Device;
 
 use crate::support::{Workplace, project};
 
-/// A family's config without `model_type` and `vocab_size`, and the files of its tokenizer.
+/// A family's config without `model_type` and `vocab_size`, and the files of its tokenizer among the fixtures.
 type Family = (&'static str, fn() -> Value, &'static [&'static str]);
 
 const SIZES: fn() -> Value = || {
@@ -20,11 +20,11 @@ const SIZES: fn() -> Value = || {
 };
 
 const MODELS: &[Family] = &[
-    ("bert", SIZES, &["vocab.txt"]),
+    ("bert", SIZES, &["tokenizers/vocab.txt"]),
     (
         "distilbert",
         || json!({"dim": 16, "n_heads": 2, "n_layers": 2, "hidden_dim": 24, "max_position_embeddings": 80}),
-        &["vocab.txt"],
+        &["tokenizers/vocab.txt"],
     ),
     (
         "electra",
@@ -33,7 +33,7 @@ const MODELS: &[Family] = &[
             config["embedding_size"] = 8.into();
             config
         },
-        &["vocab.txt"],
+        &["tokenizers/vocab.txt"],
     ),
     (
         "roberta",
@@ -42,7 +42,7 @@ const MODELS: &[Family] = &[
             config["type_vocab_size"] = 1.into();
             config
         },
-        &["vocab.json", "merges.txt"],
+        &["tokenizers/vocab.json", "tokenizers/merges.txt"],
     ),
     (
         "deberta-v2",
@@ -56,15 +56,36 @@ const MODELS: &[Family] = &[
             config["type_vocab_size"] = 0.into();
             config
         },
-        &["spm.model"],
+        &["tokenizers/spm.model"],
+    ),
+    (
+        "modernbert",
+        || {
+            let mut config = SIZES();
+            config["local_attention"] = 16.into();
+            config["global_attn_every_n_layers"] = 2.into();
+            config["pad_token_id"] = 0.into();
+            config
+        },
+        &["bert_pair/tokenizer.json", "bert_pair/tokenizer_config.json"],
+    ),
+    (
+        "xlnet",
+        || {
+            json!({
+                "d_model": 16, "n_head": 2, "d_head": 8, "n_layer": 2, "d_inner": 24, "ff_activation": "gelu",
+                "summary_type": "last", "summary_use_proj": true, "summary_activation": "tanh",
+            })
+        },
+        &["tokenizers/spiece.model"],
     ),
 ];
 
 /// Makes a folder with a family's tokenizer and a model with random weights.
 fn make_model(workplace: &Workplace, (name, config, files): &Family) {
-    for file in *files {
-        let bytes = std::fs::read(project("tests/fixtures/tokenizers").join(file)).unwrap();
-        workplace.write(&format!("start/{file}"), bytes);
+    for file in files.iter().map(|file| project("tests/fixtures").join(file)) {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        workplace.write(&format!("start/{name}"), std::fs::read(&file).unwrap());
     }
     let mut config = config();
     config["model_type"] = (*name).into();
