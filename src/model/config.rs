@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::classifier::Network;
 use super::params::ParameterTable;
-use super::{bert, distilbert, electra, roberta};
+use super::{bert, distilbert, electra, roberta, xlnet};
 use crate::error::{Error, Result};
 
 /// Makes a family's network from its config: declares the parameters and returns the arithmetic. The second argument
@@ -21,6 +21,7 @@ pub const FAMILIES: &[(&str, Build)] = &[
     ("distilbert", distilbert::build),
     ("electra", electra::build),
     ("roberta", roberta::build),
+    ("xlnet", xlnet::build),
 ];
 
 /// A model's `config.json`, with the overrides of the experiment.

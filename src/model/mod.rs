@@ -18,6 +18,8 @@ mod post_norm;
 mod precision;
 mod roberta;
 mod weights;
+mod xlnet;
+mod xlnet_attention;
 
 pub(crate) use checkpoint::publish;
 pub use checkpoint::{LoadReport, ModelFolder};
@@ -25,7 +27,7 @@ pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network, Sizes};
 pub use config::{FAMILIES, ModelConfig};
 pub use dropout::Dropout;
 pub use layer_norm::LayerNorm;
-pub use layers::{Embedding, Linear, loss};
+pub use layers::{Embedding, Linear, Vector, loss};
 pub use params::{
     Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
     TrainableGroup,
