@@ -269,3 +269,56 @@ fn lengths(batch: &PackedBatch) -> Result<Tensor> {
     let lengths: Vec<i64> = batch.lengths[..asked].iter().map(|&length| length as i64).collect();
     upload(&lengths, batch.first_tokens.device())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn built(changes: Value) -> Result<usize> {
+        let mut values = json!({
+            "model_type": "xlnet", "vocab_size": 40, "d_model": 12, "n_head": 2, "n_layer": 1, "d_inner": 20,
+            "d_head": 6, "bi_data": false, "mem_len": null, "reuse_len": 3, "untie_r": true,
+        });
+        let values = values.as_object_mut().unwrap();
+        values.extend(changes.as_object().unwrap().clone());
+        let mut table = ParameterTable::default();
+        build(&ModelConfig::from_values(values.clone()), 3, &mut table)?;
+        Ok(table.iter().filter(|parameter| parameter.place == ParameterPlace::Head).count())
+    }
+
+    #[test]
+    fn arithmetic_that_is_not_here_is_refused_by_name() {
+        let cases = [
+            (json!({"bi_data": true}), "`bi_data: true`"),
+            (json!({"attn_type": "tri"}), "`attn_type: tri`"),
+            (json!({"summary_type": "attn"}), "`summary_type: attn`"),
+            (json!({"summary_proj_to_labels": true}), "`summary_proj_to_labels: true`"),
+            (json!({"d_head": 4}), "`d_head: 4`"),
+            (json!({"n_head": 5}), "`d_model` 12 is no multiple of `n_head` 5"),
+            (json!({"d_model": 9, "n_head": 3, "d_head": 3}), "`d_model` 9 is odd"),
+            (json!({"clamp_len": 1.5}), "`clamp_len`"),
+            (json!({"ff_activation": "softplus"}), "`softplus`"),
+        ];
+        for (changes, message) in cases {
+            let error = built(changes).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_head_has_a_projection_if_the_config_says_so() {
+        assert_eq!(built(json!({})).unwrap(), 4);
+        let without = json!({"summary_use_proj": false, "summary_proj_to_labels": true});
+        assert_eq!(built(without).unwrap(), 2);
+    }
+
+    #[test]
+    fn a_summary_may_have_no_activation() {
+        let activation = |value: Value| {
+            let values = [("summary_activation".to_owned(), value)].into_iter().collect();
+            summary_activation(&ModelConfig::from_values(values)).unwrap()
+        };
+        assert_eq!(activation(json!("relu")), Some(Activation::Relu));
+        assert_eq!((activation(json!("")), activation(Value::Null)), (None, None));
+    }
+}

@@ -275,3 +275,40 @@ fn of_pairs(scores: &Tensor, length: i64) -> Result<Tensor> {
     let (size, row) = ([scores.size()[0], length, length], 2 * length);
     Ok(scores.f_as_strided(size, [row * length, row - 1, 1], length - 1)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keys that are their own distances, in rectangles of two lengths: the score of each pair is its distance.
+    #[test]
+    fn every_pair_reads_its_own_distance() {
+        let (lengths, heads) = ([3i64, 40, 2], 2);
+        let sizes = lengths.map(|length| length as usize);
+        let layout = AttentionLayout::new(&sizes, 2, 100_000, Kind::Float, Device::Cpu).unwrap();
+        assert_eq!(layout.rectangles.len(), 2);
+        let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length).collect();
+        let positions = Tensor::from_slice(&positions);
+        let places = places(&layout, &positions, heads).unwrap();
+        let ahead = positions.repeat_interleave_self_int(heads, 0, None);
+        let distances = Tensor::cat(&[&ahead, &(-&ahead - 1)], 0).to_kind(Kind::Float);
+        let all: i64 = layout.rectangles.iter().map(|own| (own.examples.len() * own.length) as i64).sum();
+        let laid_out = Tensor::full([2 * heads * all], f64::NAN, (Kind::Float, Device::Cpu));
+        let laid_out = laid_out.index_copy(0, &places, &distances);
+        let mut start = 0;
+        for rectangle in &layout.rectangles {
+            let length = rectangle.length as i64;
+            let rows = heads * rectangle.examples.len() as i64;
+            let keys = laid_out.narrow(0, start, 2 * rows * length).view([rows, 1, 2 * length]);
+            start += 2 * rows * length;
+            let scores = of_pairs(&keys.repeat([1, length, 1]), length).unwrap();
+            for row in 0..rows {
+                let own = lengths[rectangle.examples[(row / heads) as usize]];
+                for (query, key) in (0..own).flat_map(|query| (0..own).map(move |key| (query, key))) {
+                    let found = scores.double_value(&[row, query, key]);
+                    assert_eq!(found, (query - key) as f64, "{own} tokens, {query} to {key}");
+                }
+            }
+        }
+    }
+}
