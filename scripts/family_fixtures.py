@@ -210,9 +210,10 @@ def random_examples(config, token_types, seed):
     return {**inputs, "labels": labels}
 
 
-def sees_padding(config):
-    """Returns whether a padded example gets another summary than the example alone: XLNet's, of what is on the left."""
-    return getattr(config, "summary_type", None) in ("first", "mean")
+def takes_examples_alone(config):
+    """Returns whether a padded batch is no reference: XLNet's summaries of what is on the left are of padding then, and its
+    one-sided attention does not take a batch's mask."""
+    return config.model_type == "xlnet" and (config.summary_type in ("first", "mean") or config.attn_type == "uni")
 
 
 def reference(model, inputs):
@@ -225,7 +226,7 @@ def reference(model, inputs):
         inputs_alone = {name: array[row : row + 1] for name, array in taken.items()}
         return model(**{name: array if name == "labels" else array[:, own] for name, array in inputs_alone.items()})
 
-    if sees_padding(model.config):
+    if takes_examples_alone(model.config):
         outputs = [alone(row) for row in range(len(LENGTHS))]
         logits, loss = torch.cat([output.logits for output in outputs]), sum(output.loss for output in outputs) / len(LENGTHS)
     else:

@@ -24,8 +24,6 @@ pub struct PackedBatch {
     pub input_ids: Tensor,
     /// Segment of each token, `[tokens]`, int64.
     pub token_types: Tensor,
-    /// A number above that of every segment.
-    pub segments: i64,
     /// Position of each token in its example, from 0, `[tokens]`, int64.
     pub positions: Tensor,
     /// Index of each example's first token, `[examples]`, int64.
@@ -62,14 +60,12 @@ impl PackedBatch {
             token_types.extend(example.token_types.iter().map(|&kind| i64::from(kind)));
             positions.extend(0..example.ids.len() as i64);
         }
-        let segments = token_types.iter().max().map_or(1, |last| last + 1);
         let cumulative_lengths = cumulative(&lengths, device)?;
         let [input_ids, token_types, positions, first_tokens] =
             upload_together([input_ids, token_types, positions, first_tokens], device)?;
         Ok(Self {
             input_ids,
             token_types,
-            segments,
             positions,
             first_tokens,
             slots: (first_slot as u32..).take(examples.len()).collect(),
@@ -88,7 +84,6 @@ impl PackedBatch {
         Ok(Self {
             input_ids: none()?,
             token_types: none()?,
-            segments: 1,
             positions: none()?,
             first_tokens: none()?,
             slots: (first_slot as u32..).take(examples).collect(),
@@ -123,7 +118,6 @@ impl PackedBatch {
         Ok(Self {
             input_ids: repeated(&self.input_ids)?,
             token_types: repeated(&self.token_types)?,
-            segments: self.segments,
             positions: repeated(&self.positions)?,
             first_tokens,
             slots: self.slots.iter().flat_map(|&slot| std::iter::repeat_n(slot, copies)).collect(),

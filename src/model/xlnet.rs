@@ -1,8 +1,8 @@
 //! XLNet (Yang et al., 2019) with a classification or regression head.
 //!
 //! The arithmetic, the names and the places of dropout are those of transformers' `XLNetForSequenceClassification` for an
-//! example alone. In a batch its `first` and `mean` summaries see the padding before shorter examples; here no example
-//! depends on its batch. There are no memories of earlier texts, so what a config says of them (`mem_len`, `reuse_len`,
+//! example alone. In a batch its `first` and `mean` summaries see the padding before shorter examples, and `attn_type: uni`
+//! fails on the mask; here no example depends on its batch. There are no memories of earlier texts, so what a config says of them (`mem_len`, `reuse_len`,
 //! `use_mems_eval`, `use_mems_train`) changes nothing; `untie_r` does not either, as the biases of each layer are stored.
 
 use std::rc::Rc;
@@ -240,6 +240,10 @@ impl Network for XlNet {
 
     fn body_prefix(&self) -> &'static str {
         "transformer."
+    }
+
+    fn reads_packed_tokens(&self) -> bool {
+        false
     }
 }
 

@@ -53,10 +53,8 @@ pub(super) struct Pairs {
     positions: Tensor,
     /// Where each head of each row of both kinds stands among the distances of all rectangles.
     places: Tensor,
-    /// Segment of each token as a row of zeros and a one, `[tokens, 1, segments]`.
-    segments: Tensor,
-    /// The same in rectangles, `[examples · heads, segments, length]`.
-    segment_keys: Vec<Tensor>,
+    /// One where two tokens are in the same segment, zero elsewhere, in each rectangle `[examples, 1, length, length]`.
+    same_segment: Vec<Tensor>,
     /// What keeps tokens from each other in each rectangle, `[length, length]`.
     forbidden: Vec<Option<Tensor>>,
 }
@@ -85,11 +83,13 @@ impl Pairs {
                 _ => Ok(all),
             }
         });
-        let segments = batch.token_types.f_one_hot(batch.segments)?.f_to_kind(kind)?.f_unsqueeze(1)?;
-        let of_heads = segments.f_expand([-1, heads, -1], false)?.f_reshape([-1, heads * batch.segments])?;
-        let segment_keys = layout.split(&of_heads, heads)?;
-        let segment_keys =
-            segment_keys.iter().map(|keys| keys.f_transpose(1, 2)).collect::<Result<_, _>>()?;
+        let segments = layout.split(&batch.token_types.f_unsqueeze(1)?.f_repeat([1, heads])?, heads)?;
+        let same_segment = (segments.iter().zip(&layout.rectangles))
+            .map(|(segments, rectangle)| {
+                let own = segments.f_view([-1, heads, rectangle.length as i64, 1])?.f_narrow(1, 0, 1)?;
+                Ok(own.f_eq_tensor(&own.f_transpose(2, 3)?)?.f_to_kind(kind)?)
+            })
+            .collect::<Result<_>>()?;
         let forbidden = (layout.rectangles.iter())
             .map(|rectangle| settings.visible.forbidden(rectangle.length as i64, (kind, device)))
             .collect::<Result<_>>()?;
@@ -99,8 +99,7 @@ impl Pairs {
             sinusoids: [ahead?, behind?],
             rows,
             positions: batch.positions.shallow_clone(),
-            segments,
-            segment_keys,
+            same_segment,
             forbidden,
         })
     }
@@ -237,11 +236,14 @@ impl RelativeAttention {
         let [content, distance, segment] = self.biases.each_ref().map(|bias| bias.add(pass, &query));
         let distances = pairs.layout.split(&distance?.f_mul_scalar(scale)?, heads)?;
         let distance_keys = pairs.distance_keys(pass, &self.distance, heads)?;
-        let segments = self.segment_queries(pass, pairs, &segment?, scale)?;
+        let segments =
+            pairs.layout.split(&self.segment_scores(pass, &segment?)?.f_mul_scalar(scale)?, heads)?;
         let terms = |number: usize, rectangle: &Rectangle, _: &Tensor, _: &Tensor| {
+            let length = rectangle.length as i64;
             let scores = distances[number].f_bmm(&distance_keys[number].f_transpose(1, 2)?)?;
-            let scores = of_pairs(&scores, rectangle.length as i64)?;
-            let scores = scores.f_baddbmm(&segments[number], &pairs.segment_keys[number], 1, 1)?;
+            let scores = of_pairs(&scores, heads, length)?;
+            let segments = segments[number].f_view([-1, heads, length, 1])?;
+            let scores = scores.f_addcmul(&segments, &pairs.same_segment[number])?.f_flatten(0, 1)?;
             match &pairs.forbidden[number] {
                 None => Ok(scores),
                 Some(forbidden) => Ok(scores.f_add(forbidden)?),
@@ -252,28 +254,25 @@ impl RelativeAttention {
         self.output.forward(pass, &pass.attention_with_terms(&attention, &terms)?)
     }
 
-    /// Returns for each token and segment what pairs with a key in this segment score, for each rectangle as
-    /// `[examples · heads, length, segments]`, from q + r_s `[tokens, hidden]`.
-    ///
-    /// Softmax does not see what all keys of a query score, so a key of another segment scores zero, and one of the same
-    /// the difference to that.
-    fn segment_queries(&self, pass: &Pass, pairs: &Pairs, query: &Tensor, scale: f64) -> Result<Vec<Tensor>> {
+    /// Returns how much more a key of the same segment scores than one of another, `[tokens, heads]`, from q + r_s,
+    /// `[tokens, hidden]`: what all keys of a query score, softmax does not see.
+    fn segment_scores(&self, pass: &Pass, query: &Tensor) -> Result<Tensor> {
         let heads = self.settings.heads;
         let score = |vector: &Vector| -> Result<Tensor> {
             let products = vector.multiply(pass, query)?.f_view([-1, heads, self.settings.hidden / heads])?;
-            Ok(products.f_sum_dim_intlist(-1i64, true, query.kind())?)
+            Ok(products.f_sum_dim_intlist(-1i64, false, query.kind())?)
         };
         let [same, different] = [score(&self.segments[0])?, score(&self.segments[1])?];
-        let scores = same.f_sub(&different)?.f_mul_scalar(scale)?.f_mul(&pairs.segments)?;
-        pairs.layout.split(&scores.f_flatten(1, -1)?, heads)
+        Ok(same.f_sub(&different)?)
     }
 }
 
-/// Returns the scores of pairs of tokens, `[_, length, length]`, out of those of distances, `[_, length, 2 · length]`, from
-/// length − 1 down: a view in which each row begins one number further left than the one before.
-fn of_pairs(scores: &Tensor, length: i64) -> Result<Tensor> {
-    let (size, row) = ([scores.size()[0], length, length], 2 * length);
-    Ok(scores.f_as_strided(size, [row * length, row - 1, 1], length - 1)?)
+/// Returns the scores of pairs of tokens, `[examples, heads, length, length]`, out of those of distances,
+/// `[examples · heads, length, 2 · length]`, from length − 1 down: a view in which each row begins one number further left
+/// than the one before.
+fn of_pairs(scores: &Tensor, heads: i64, length: i64) -> Result<Tensor> {
+    let (size, row) = ([scores.size()[0] / heads, heads, length, length], 2 * length);
+    Ok(scores.f_as_strided(size, [heads * row * length, row * length, row - 1, 1], length - 1)?)
 }
 
 #[cfg(test)]
@@ -301,7 +300,7 @@ mod tests {
             let rows = heads * rectangle.examples.len() as i64;
             let keys = laid_out.narrow(0, start, 2 * rows * length).view([rows, 1, 2 * length]);
             start += 2 * rows * length;
-            let scores = of_pairs(&keys.repeat([1, length, 1]), length).unwrap();
+            let scores = of_pairs(&keys.repeat([1, length, 1]), heads, length).unwrap().flatten(0, 1);
             for row in 0..rows {
                 let own = lengths[rectangle.examples[(row / heads) as usize]];
                 for (query, key) in (0..own).flat_map(|query| (0..own).map(move |key| (query, key))) {
