@@ -62,6 +62,7 @@ scaling: build  ## measure how time and memory grow, and draw docs/scaling.svg; 
 fixtures: .venv/developer  ## compute the reference numbers of the tests again
 	@.venv/bin/python scripts/make_fixtures.py
 	@.venv/bin/python scripts/make_metric_fixtures.py
+	@.venv/bin/python scripts/make_tokenizer_fixtures.py
 
 data:           ## generate the miniature data sets again
 	@$(PYTHON) scripts/make_miniature_data.py

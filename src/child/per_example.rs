@@ -23,7 +23,9 @@ use super::network::MaskScope;
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::libtorch::{GradientHook, elements, elements_mut};
-use crate::model::{Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows, Vector};
+use crate::model::{
+    Convolution, Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows, Vector,
+};
 
 /// Sums over examples of f_b = (∂ loss_b / ∂w)², element by element.
 #[derive(Debug)]
@@ -261,6 +263,25 @@ impl LayerObserver for SquaredGradients<'_> {
                 let (input, width) = (input.f_to_kind(Kind::Float)?, [input.size()[1]]);
                 let normalised = input.f_layer_norm(width, None::<Tensor>, None::<Tensor>, epsilon, true)?;
                 add_squared_vector(sums, &gradient, Some(&normalised), &examples)?;
+            }
+            bias.map_or(Ok(()), |sums| add_squared_vector(sums, &gradient, None, &examples))
+        })
+    }
+
+    fn convolution(&self, layer: &Convolution, windows: &Tensor, output: &Tensor) -> Result<()> {
+        let Some((weight, bias)) = self.sums_of_both(layer.weight, Some(layer.bias))? else { return Ok(()) };
+        let (examples, windows, groups) = (self.by_token.clone(), windows.f_detach()?, layer.groups);
+        self.hook(output, move |gradient| {
+            if let Some(sums) = weight {
+                let [inputs, outputs] = [&windows, &gradient].map(|rows| rows.size()[1] / groups);
+                for group in 0..groups {
+                    // A matrix of its own, whose columns are numbers of tokens.
+                    let sums = sums.lines(group * outputs, outputs)?;
+                    let sums = sums.try_map(|sums| Ok(sums.f_view([outputs, inputs])?))?;
+                    let gradient = gradient.f_narrow(1, group * outputs, outputs)?.f_contiguous()?;
+                    let windows = windows.f_narrow(1, group * inputs, inputs)?;
+                    add_squared_products(sums, &gradient, &windows, &examples)?;
+                }
             }
             bias.map_or(Ok(()), |sums| add_squared_vector(sums, &gradient, None, &examples))
         })

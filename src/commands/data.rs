@@ -17,6 +17,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::BinaryBytes;
 
 use super::progress::TransferDisplay;
+use super::signals::end_at_once;
 use super::{DataArguments, show};
 
 #[derive(Args)]
@@ -168,12 +169,7 @@ fn fetch(arguments: &FetchArguments) -> Result<ExitCode> {
         Error::configuration("there is no home folder to keep downloads in; name a folder with --to")
     })?;
     let options = FetchOptions { to, endpoint: arguments.endpoint.clone() };
-    // Everything is on the disk at every moment, so the program may simply end.
-    ctrlc::set_handler(|| {
-        eprintln!("\ninterrupted: the same command goes on from here");
-        std::process::exit(130);
-    })
-    .context("cannot listen for Ctrl-C")?;
+    end_at_once()?;
     for (card, download) in downloads {
         fetch_one(card, download, &options)?;
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use child_tuning::analysis::compare;
 use child_tuning::error::Error;
 use child_tuning::experiment::results::{self, ResultsFile};
@@ -21,6 +21,7 @@ use tch::Device;
 use super::jobs::{JobsArguments, WorkerPlace, worker_pool};
 use super::model::fetch_model;
 use super::progress::Display;
+use super::signals::stop_between_batches;
 use super::{ComputeArguments, DataArguments, show};
 
 /// What to do with which experiments.
@@ -100,12 +101,13 @@ impl ExperimentArguments {
 pub fn run(arguments: RunArguments) -> Result<ExitCode> {
     let RunArguments { experiment, compute, jobs, worker } = arguments;
     if let Some(place) = worker {
-        return place.serve(|| experiment.plans(), &stop_on_signals()?);
+        return place.serve(|| experiment.plans(), &stop_between_batches(Arc::new(AtomicBool::new(true)))?);
     }
     let device = compute.device()?;
-    // Before signals wait for the end of a batch: a download may end at any moment.
+    let is_training = Arc::new(AtomicBool::new(false));
+    let interrupted = stop_between_batches(is_training.clone())?;
     experiment.fetch_models()?;
-    let interrupted = stop_on_signals()?;
+    is_training.store(true, Ordering::Relaxed);
     let plans = experiment.plans()?;
     let places = jobs.places(&compute, &plans)?;
     let mut pool = (places.len() > 1).then(|| worker_pool(&places));
@@ -260,19 +262,6 @@ fn duration(seconds: f64) -> String {
         _ => seconds.next_multiple_of(3600),
     };
     humantime::format_duration(Duration::from_secs(rounded)).to_string()
-}
-
-/// Makes Ctrl-C and a polite kill end the current run between two batches; a second Ctrl-C ends at once.
-fn stop_on_signals() -> Result<Arc<AtomicBool>> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = interrupted.clone();
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    })
-    .context("cannot listen for Ctrl-C")?;
-    Ok(interrupted)
 }
 
 fn show_comparison(path: &Path) -> Result<()> {

@@ -12,6 +12,7 @@ mod jobs;
 mod model;
 mod predict;
 mod progress;
+mod signals;
 
 use std::fmt::Display;
 use std::io::Write;

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use child_tuning::error::Error;
 use child_tuning::hub::{CachedModel, Hub, HubEvent, ModelId, ModelPlace, Snapshot, place_of};
 use child_tuning::model::ModelConfig;
@@ -12,6 +12,7 @@ use indicatif::BinaryBytes;
 
 use super::progress::TransferDisplay;
 use super::show;
+use super::signals::end_at_once;
 
 #[derive(Args)]
 pub struct ModelArguments {
@@ -55,12 +56,7 @@ pub fn model(arguments: ModelArguments) -> Result<ExitCode> {
 }
 
 fn fetch(models: &[ModelId]) -> Result<ExitCode> {
-    // Everything is on the disk at every moment, so the program may simply end.
-    ctrlc::set_handler(|| {
-        eprintln!("\ninterrupted: the same command goes on from here");
-        std::process::exit(130);
-    })
-    .context("cannot listen for Ctrl-C")?;
+    end_at_once()?;
     for id in models {
         let Snapshot { commit, folder, .. } = fetch_model(id)?;
         show(format_args!("{id}: commit {commit}, in {}", folder.display()))?;

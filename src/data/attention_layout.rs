@@ -43,12 +43,7 @@ impl AttentionLayout {
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn new(lengths: &[usize], heads: usize, width: usize, kind: Kind, device: Device) -> Result<Self> {
-        let groups = if device.is_cuda() {
-            let longest = lengths.iter().copied().max().unwrap_or(0);
-            vec![((0..lengths.len()).collect(), longest)]
-        } else {
-            groups(lengths, RECTANGLE_COST / width.max(1))
-        };
+        let groups = groups_on(lengths, width, device);
         let mut first_rows = vec![(0, 0); lengths.len()];
         let (mut rows, mut rectangles) = (0, Vec::with_capacity(groups.len()));
         for (examples, length) in groups {
@@ -66,6 +61,16 @@ impl AttentionLayout {
             }
         }
         Ok(Self { rectangles, places: upload(&places, device)? })
+    }
+
+    /// Returns how many positions the rectangles of examples have, and how many pairs of positions of one example: what
+    /// memory attention takes goes by them.
+    pub fn area(lengths: &[usize], width: usize, device: Device) -> (usize, usize) {
+        let add = |(positions, pairs): (usize, usize), (examples, length): (Vec<usize>, usize)| {
+            let own = examples.len() * length;
+            (positions + own, pairs + own * length)
+        };
+        groups_on(lengths, width, device).into_iter().fold((0, 0), add)
     }
 
     /// Lays packed rows `[tokens, heads · head_size]` out; returns each rectangle as `[examples · heads, length, head_size]`.
@@ -131,6 +136,16 @@ fn bias(
     Ok(Some(bias.f_view([-1, 1, length as i64])?))
 }
 
+/// Returns the examples of each rectangle, and its length: on a GPU there is one, whose shape changes less from batch to
+/// batch.
+fn groups_on(lengths: &[usize], width: usize, device: Device) -> Vec<(Vec<usize>, usize)> {
+    if device.is_cuda() {
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        return vec![((0..lengths.len()).collect(), longest)];
+    }
+    groups(lengths, RECTANGLE_COST / width.max(1))
+}
+
 /// Cuts the examples, longest first, into groups whose squares cost least together, where each group costs
 /// `group_cost` more. Returns the examples of each and its length.
 fn groups(lengths: &[usize], group_cost: usize) -> Vec<(Vec<usize>, usize)> {
@@ -177,6 +192,8 @@ mod tests {
         assert_eq!(groups(&[100, 20, 97, 16], usize::MAX / 8), [(vec![0, 2, 1, 3], 112)]);
         assert_eq!(groups(&[7], 10), [(vec![0], 16)]);
         assert_eq!(groups(&[], 10), []);
+        let area = AttentionLayout::area(&[100, 20, 97, 16], RECTANGLE_COST / 500, Device::Cpu);
+        assert_eq!(area, (2 * 112 + 32 + 16, 2 * 112 * 112 + 32 * 32 + 16 * 16));
     }
 
     #[test]

@@ -2,32 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-use tokenizers::models::wordpiece::WordPiece;
-use tokenizers::normalizers::BertNormalizer;
-use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
-use tokenizers::processors::bert::BertProcessing;
 use tokenizers::utils::truncation::{
     TruncationDirection, TruncationParams, TruncationStrategy, truncate_encodings,
 };
-use tokenizers::{AddedToken, Encoding, Model, PostProcessor, Tokenizer};
+use tokenizers::{Encoding, PostProcessor, Tokenizer};
 
 use super::sheet::Example;
+use super::tokenizer::{FILES, load};
 use crate::error::{Error, Result};
-
-/// Every file that a tokenizer of the supported families may bring along.
-pub(crate) const FILES: [&str; 10] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
-];
 
 /// How many examples are in work at once: whole encodings carry far more than their ids.
 const CHUNK: usize = 1024;
@@ -44,51 +26,31 @@ pub struct Encoded {
 /// The tokenizer of a model folder.
 pub struct TokenEncoder {
     tokenizer: Tokenizer,
+    /// At which end a text is cut that is too long.
+    cut: TruncationDirection,
     folder: PathBuf,
     vocabulary_size: usize,
 }
 
-/// The keys of `tokenizer_config.json` that shape a WordPiece tokenizer; what is missing is as
-/// in transformers' `BertTokenizer`.
-#[derive(Deserialize)]
-#[serde(default)]
-struct WordPieceConfig {
-    do_lower_case: bool,
-    strip_accents: Option<bool>,
-    tokenize_chinese_chars: bool,
-}
-
-impl Default for WordPieceConfig {
-    fn default() -> Self {
-        WordPieceConfig { do_lower_case: true, strip_accents: None, tokenize_chinese_chars: true }
-    }
-}
-
 impl TokenEncoder {
-    /// Reads the tokenizer of a Hugging Face folder: its `tokenizer.json`, or else a WordPiece
-    /// vocabulary in `vocab.txt`. Truncation and padding stored in the former are dropped.
+    /// Reads the tokenizer of a Hugging Face folder: its `tokenizer.json`, or else a WordPiece vocabulary in `vocab.txt`,
+    /// a byte-level BPE in `vocab.json` and `merges.txt`, or a SentencePiece model in `spiece.model` (XLNet) or `spm.model`
+    /// (DeBERTa v2 and v3), with the settings and special tokens of the files beside it. Truncation and padding stored in
+    /// the first are dropped.
     ///
     /// # Errors
     ///
-    /// [`Error::Model`] if the folder has neither file or one that cannot be understood.
+    /// [`Error::Model`] if the folder lacks a file that its family needs, or has one that cannot be understood.
     pub fn from_folder(folder: &Path) -> Result<TokenEncoder> {
-        let (json, vocabulary) = (folder.join("tokenizer.json"), folder.join("vocab.txt"));
-        let mut tokenizer = if json.exists() {
-            Tokenizer::from_file(&json).map_err(|error| Error::model(&json, error.to_string()))?
-        } else if vocabulary.exists() {
-            wordpiece(folder, &vocabulary)?
-        } else {
-            return Err(Error::model(
-                folder,
-                "has neither tokenizer.json nor vocab.txt; in Python, \
-                 AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes the former",
-            ));
-        };
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|error| Error::model(folder, error.to_string()))?;
-        let largest = tokenizer.get_vocab(true).into_values().max();
+        let loaded = load(folder)?;
+        let largest = loaded.tokenizer.get_vocab(true).into_values().max();
         let vocabulary_size = largest.map_or(0, |id| id as usize + 1);
-        Ok(TokenEncoder { tokenizer, folder: folder.to_path_buf(), vocabulary_size })
+        Ok(TokenEncoder {
+            tokenizer: loaded.tokenizer,
+            cut: loaded.cut,
+            folder: folder.to_path_buf(),
+            vocabulary_size,
+        })
     }
 
     /// Returns the largest token id plus one.
@@ -98,8 +60,8 @@ impl TokenEncoder {
 
     /// Encodes a text or a pair in at most `max_length` tokens, special tokens counted.
     ///
-    /// Tokens are cut off at the end of the longer text first, as with transformers'
-    /// `truncation="longest_first"`.
+    /// Tokens are cut off at the end of the longer text first, or at its start if the folder's `truncation_side` says so,
+    /// as with transformers' `truncation="longest_first"`.
     ///
     /// # Errors
     ///
@@ -166,7 +128,7 @@ impl TokenEncoder {
         let limit = TruncationParams {
             max_length: max_length - special,
             strategy: TruncationStrategy::LongestFirst,
-            direction: TruncationDirection::Right,
+            direction: self.cut,
             stride: 0,
         };
         let (first, second) = truncate_encodings(first, second, &limit).map_err(|error| self.fault(error))?;
@@ -177,49 +139,6 @@ impl TokenEncoder {
     fn fault(&self, error: impl std::fmt::Display) -> Error {
         Error::model(&self.folder, format!("the tokenizer failed: {error}"))
     }
-}
-
-/// Builds BERT's tokenizer from its vocabulary, as transformers' `BertTokenizer` does.
-fn wordpiece(folder: &Path, path: &Path) -> Result<Tokenizer> {
-    let fault = |message: String| Error::model(path, message);
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let vocabulary = WordPiece::read_bytes(&bytes).map_err(|error| fault(error.to_string()))?;
-    let config = wordpiece_config(&folder.join("tokenizer_config.json"))?;
-    let model = WordPiece::builder()
-        .vocab(vocabulary)
-        .unk_token("[UNK]".to_string())
-        .build()
-        .map_err(|error| fault(error.to_string()))?;
-    let special = |token: &str| match model.token_to_id(token) {
-        Some(id) => Ok((token.to_string(), id)),
-        None => Err(fault(format!("lacks the special token {token}"))),
-    };
-    let (separator, classifier, _) = (special("[SEP]")?, special("[CLS]")?, special("[UNK]")?);
-    let known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        .into_iter()
-        .filter(|token| model.token_to_id(token).is_some())
-        .map(|token| AddedToken::from(token, true));
-    let known: Vec<_> = known.collect();
-    let mut tokenizer = Tokenizer::new(model);
-    tokenizer
-        .with_normalizer(Some(BertNormalizer::new(
-            true,
-            config.tokenize_chinese_chars,
-            config.strip_accents,
-            config.do_lower_case,
-        )))
-        .with_pre_tokenizer(Some(BertPreTokenizer))
-        .with_post_processor(Some(BertProcessing::new(separator, classifier)))
-        .add_special_tokens(&known);
-    Ok(tokenizer)
-}
-
-fn wordpiece_config(path: &Path) -> Result<WordPieceConfig> {
-    if !path.exists() {
-        return Ok(WordPieceConfig::default());
-    }
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-    serde_json::from_str(&text).map_err(|error| Error::model(path, error.to_string()))
 }
 
 #[cfg(test)]

@@ -17,12 +17,12 @@ mod reader;
 mod sheet;
 mod table;
 mod task;
+mod tokenizer;
 
 pub use attention_layout::{AttentionLayout, Rectangle};
 pub use batch::{BatchShape, EncodedDataset, PackedBatch, Targets};
 pub use check::{InTrain, Lengths, Scores, SplitCheck, TokenLengths, check_splits, read_present};
 pub use custom::{CustomObjective, CustomTask};
-pub(crate) use encode::FILES as TOKENIZER_FILES;
 pub use encode::{Encoded, TokenEncoder};
 pub use fetch::{
     Download, FetchEvent, FetchOptions, Fetched, cache_folder, downloads_of, fetched_data_folder,
@@ -36,3 +36,4 @@ pub use reader::{Dataset, holds, read_file, read_split};
 pub use sheet::Example;
 pub use table::Format;
 pub use task::{Objective, Split, TaskCard};
+pub(crate) use tokenizer::{FILES as TOKENIZER_FILES, VOCABULARIES as TOKENIZER_VOCABULARIES};

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::machine;
 use super::resident::Tokens;
 use super::run::Run;
+use super::training_set::training_set;
 use crate::data::EncodedDataset;
 use crate::error::Result;
 use crate::model::{Classifier, Labels, ModelShape};
@@ -22,6 +23,8 @@ const EFFICIENCY: f64 = 0.75;
 const STEP_BYTES: f64 = 64.0;
 /// Seconds that a step takes besides: hundreds of small kernels.
 const STEP_SECONDS: f64 = 0.004;
+/// Batches whose memory is estimated, of each epoch and in all: the largest of more is hardly larger.
+const BATCHES_LOOKED_AT: usize = 200;
 
 /// Cost of one run.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -58,6 +61,8 @@ impl Speed {
             let seconds = repeated(device, || Ok(left.f_matmul(&right)?))?;
             Ok(2.0 * (rows * width * width) as f64 / seconds)
         };
+        let operations = [rate(Precision::Float32)?, rate(Precision::Tf32)?, rate(Precision::Bf16)?];
+        let held_before = if device.is_cuda() { 0 } else { machine::resident_memory().unwrap_or(0) };
         let elements = 16 << 20;
         let source = Tensor::f_ones([elements], (Kind::Float, device))?;
         let mut target = source.f_zeros_like()?;
@@ -65,12 +70,7 @@ impl Speed {
             target.f_copy_(&source)?;
             Ok(target.shallow_clone())
         })?;
-        Ok(Self {
-            operations: [rate(Precision::Float32)?, rate(Precision::Tf32)?, rate(Precision::Bf16)?],
-            bytes: 8.0 * elements as f64 / copied,
-            device,
-            held_before: if device.is_cuda() { 0 } else { machine::resident_memory().unwrap_or(0) },
-        })
+        Ok(Self { operations, bytes: 8.0 * elements as f64 / copied, device, held_before })
     }
 
     fn operations(&self, precision: Precision) -> f64 {
@@ -148,14 +148,46 @@ fn memory(run: &Run, train: &EncodedDataset, speed: &Speed) -> Result<f64> {
         None => shape.weights,
     };
     let memory = MemoryUse::new(&shape, settings, trained, speed.device);
-    let mut lengths: Vec<usize> = train.inputs.iter().map(|input| input.ids.len()).collect();
-    lengths.sort_unstable();
-    let size = settings.micro_batch.at_most(settings.batch_size);
-    // Among the batches of a run there is one of rather long examples: the upper third stands for it.
-    let upper = &lengths[lengths.len() * 2 / 3..];
-    let batch: Vec<usize> =
-        (0..size.min(lengths.len())).map(|place| upper[place * upper.len() / size]).collect();
-    Ok(speed.held_before as f64 + memory.fixed + memory.of_pass(&batch).max(scoring_bytes(&shape)))
+    let passes = lengths_of_passes(run, train)?;
+    let largest = passes.iter().map(|lengths| memory.of_pass(lengths)).fold(0.0, f64::max);
+    let training = memory.fixed + largest.max(scoring_bytes(&shape));
+    Ok(speed.held_before as f64 + training.max(fisher_bytes(run, &shape, train, speed.device)?))
+}
+
+/// Bytes of the pass that a method begins with, if it does, over batches of examples of similar length.
+fn fisher_bytes(run: &Run, shape: &ModelShape, train: &EncodedDataset, device: Device) -> Result<f64> {
+    let settings = &run.hyperparameters;
+    let passed = run.method.examples_passed(run.training_examples());
+    if passed == 0 {
+        return Ok(0.0);
+    }
+    let mut lengths = lengths(&*training_set(train, run)?);
+    lengths.sort_unstable_by(|left, right| right.cmp(left));
+    lengths.truncate(passed.min(settings.batch_size));
+    let memory = MemoryUse::of_fisher_pass(shape, settings.precision, device);
+    Ok(memory.fixed + memory.of_pass(&lengths))
+}
+
+fn lengths(data: &EncodedDataset) -> Vec<usize> {
+    data.inputs.iter().map(|input| input.ids.len()).collect()
+}
+
+/// Returns the lengths of the examples of each pass, for the first batches that the run will train on.
+fn lengths_of_passes(run: &Run, train: &EncodedDataset) -> Result<Vec<Vec<usize>>> {
+    let settings = &run.hyperparameters;
+    let lengths: Vec<usize> = training_set(train, run)?.inputs.iter().map(|input| input.ids.len()).collect();
+    let steps = (run.total_steps() as usize).min(BATCHES_LOOKED_AT);
+    let epochs = steps.div_ceil(lengths.len().div_ceil(settings.batch_size).max(1));
+    let pass = settings.micro_batch.at_most(settings.batch_size);
+    let mut passes = Vec::new();
+    for epoch in 0..epochs {
+        let order = settings.order.of_epoch(lengths.len(), run.seed, epoch);
+        for batch in order.chunks(settings.batch_size).take(BATCHES_LOOKED_AT) {
+            let of_pass = |numbers: &[usize]| numbers.iter().map(|&number| lengths[number]).collect();
+            passes.extend(batch.chunks(pass).map(of_pass));
+        }
+    }
+    Ok(passes)
 }
 
 /// Operations of one forward pass over a data set.

@@ -3,15 +3,12 @@
 use std::path::Path;
 
 use super::id::is_name;
+use crate::data::TOKENIZER_VOCABULARIES;
 use crate::error::{Error, Result};
 use crate::model::{FORMATS, shard_names};
 
 /// What says what a model is.
 pub(super) const CONFIG: &str = "config.json";
-
-/// The files of a tokenizer one of which is enough to make tokens.
-const VOCABULARIES: [&str; 6] =
-    ["tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "spm.model", "sentencepiece.bpe.model"];
 
 /// Returns what a folder lacks of a model that can be loaded; nothing if it lacks nothing.
 pub(super) fn missing(folder: &Path) -> Option<&'static str> {
@@ -24,9 +21,9 @@ pub(super) fn missing(folder: &Path) -> Option<&'static str> {
     if !has_tokenizer(folder) { Some("a tokenizer") } else { None }
 }
 
-/// Returns whether a folder has a file that makes tokens.
+/// Returns whether a folder has files that make tokens.
 pub(super) fn has_tokenizer(folder: &Path) -> bool {
-    VOCABULARIES.iter().any(|name| folder.join(name).is_file())
+    TOKENIZER_VOCABULARIES.iter().any(|names| names.iter().all(|name| folder.join(name).is_file()))
 }
 
 /// Returns the files that hold the weights in a folder: those that loading takes
@@ -84,10 +81,12 @@ mod tests {
             missing(&["config.json", "pytorch_model.bin", "tokenizer_config.json"]),
             Some("a tokenizer")
         );
-        for name in VOCABULARIES {
-            assert_eq!(missing(&["config.json", "model.safetensors", name]), None);
-            assert!(TOKENIZER_FILES.contains(&name), "{name} would not be loaded");
+        for names in TOKENIZER_VOCABULARIES {
+            assert_eq!(missing(&[&["config.json", "model.safetensors"], names].concat()), None);
+            assert!(names.iter().all(|name| TOKENIZER_FILES.contains(name)), "{names:?} would not be loaded");
         }
+        let half = ["config.json", "model.safetensors", "vocab.json"];
+        assert_eq!(missing(&half), Some("a tokenizer"));
     }
 
     #[test]

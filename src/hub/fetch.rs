@@ -62,7 +62,7 @@ impl Hub {
         }
         if !has_tokenizer(&fetch.folder) {
             return Err(
-                fetch.lacks("no tokenizer (tokenizer.json, vocab.txt, vocab.json or a SentencePiece model)")
+                fetch.lacks("no tokenizer (tokenizer.json, vocab.txt, vocab.json with merges.txt, spiece.model or spm.model)")
             );
         }
         fetch.bring_weights(&commit)?;

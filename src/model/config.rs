@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::classifier::Network;
 use super::params::ParameterTable;
-use super::{bert, distilbert, electra, roberta, xlnet};
+use super::{bert, deberta_v2, distilbert, electra, roberta, xlnet};
 use crate::error::{Error, Result};
 
 /// Makes a family's network from its config: declares the parameters and returns the arithmetic. The second argument
@@ -18,6 +18,7 @@ pub type Build = fn(&ModelConfig, i64, &mut ParameterTable) -> Result<Box<dyn Ne
 /// The families that run, by `model_type`. A new family is a file beside `bert.rs` and a line here.
 pub const FAMILIES: &[(&str, Build)] = &[
     ("bert", bert::build),
+    ("deberta-v2", deberta_v2::build),
     ("distilbert", distilbert::build),
     ("electra", electra::build),
     ("roberta", roberta::build),
@@ -125,6 +126,18 @@ impl ModelConfig {
         self.get(key).map(positive).transpose()
     }
 
+    /// Returns a positive integer, if the key is there and neither null nor an integer below 1, as configs say that there is
+    /// none of something.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is something else.
+    pub fn count_if_any(&self, key: &str) -> Result<Option<i64>> {
+        let integer = |value: &Value| {
+            value.as_i64().ok_or_else(|| self.error(format!("`{key}` must be an integer, not {value}")))
+        };
+        Ok(self.get(key).map(integer).transpose()?.filter(|&integer| integer > 0))
+    }
+
     /// Returns the number of a token, or a default where the key is missing or null.
     ///
     /// # Errors
@@ -184,6 +197,31 @@ impl ModelConfig {
             None => Ok(default),
             Some(value) => {
                 value.as_str().ok_or_else(|| self.error(format!("`{key}` must be a text, not {value}")))
+            }
+        }
+    }
+
+    /// Returns the words of a list, or of a text in lower case with `|` between them, without empty ones; none where the key
+    /// is missing or null.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is something else, or has a word that is not among the known ones.
+    pub fn words(&self, key: &str, known: &[&str]) -> Result<Vec<String>> {
+        let no_words = |value: &Value| self.error(format!("`{key}` must be words, not {value}"));
+        let mut words: Vec<String> = match self.get(key) {
+            None => Vec::new(),
+            Some(Value::String(text)) => text.split('|').map(|word| word.trim().to_lowercase()).collect(),
+            Some(value) => {
+                let list = value.as_array().ok_or_else(|| no_words(value))?;
+                let word = |word: &Value| word.as_str().map(str::to_owned).ok_or_else(|| no_words(value));
+                list.iter().map(word).collect::<Result<_>>()?
+            }
+        };
+        words.retain(|word| !word.is_empty());
+        match words.iter().find(|word| !known.contains(&word.as_str())) {
+            None => Ok(words),
+            Some(word) => {
+                Err(self.error(format!("`{key}: {word}` is not supported, only {}", known.join(", "))))
             }
         }
     }

@@ -5,6 +5,7 @@ use std::cell::{Cell, RefCell};
 use tch::Tensor;
 
 use super::checkpointing::Segment;
+use super::convolution::Convolution;
 use super::dropout::Dropout;
 use super::layer_norm::LayerNorm;
 use super::layers::{Embedding, Linear, Vector};
@@ -39,6 +40,12 @@ pub trait LayerObserver {
     /// # Errors
     /// Whatever the observer finds wrong ends the pass.
     fn layer_norm(&self, layer: &LayerNorm, input: &Tensor, output: &Tensor) -> Result<()>;
+
+    /// Called after a convolution over tokens, with what each output is made of, `[tokens, width · kernel]`.
+    ///
+    /// # Errors
+    /// Whatever the observer finds wrong ends the pass.
+    fn convolution(&self, layer: &Convolution, windows: &Tensor, output: &Tensor) -> Result<()>;
 
     /// Called after an embedding: `[rows]` indices to `[rows, width]`.
     ///

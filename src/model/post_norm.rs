@@ -130,9 +130,9 @@ pub(super) struct Layers {
 }
 
 /// One Transformer layer.
-struct Layer {
-    query: Linear,
-    key: Linear,
+pub(super) struct Layer {
+    pub query: Linear,
+    pub key: Linear,
     value: Linear,
     attention_output: Linear,
     attention_norm: LayerNorm,
@@ -162,6 +162,16 @@ impl Layers {
             pass.segment(&states, |pass, states| layer.forward(pass, &self.settings, states))
         };
         self.layers.iter().try_fold(embedded, run)
+    }
+
+    /// Iterates over the layers, for families whose attention differs.
+    pub fn iter(&self) -> impl Iterator<Item = &Layer> {
+        self.layers.iter()
+    }
+
+    /// Returns what the config says of them.
+    pub fn settings(&self) -> &LayerSettings {
+        &self.settings
     }
 }
 
@@ -198,11 +208,33 @@ impl Layer {
 
     /// Runs the layer: `[tokens, hidden]` to the same.
     fn forward(&self, pass: &Pass, settings: &LayerSettings, states: &Tensor) -> Result<Tensor> {
-        let [query, key, value] =
-            [&self.query, &self.key, &self.value].map(|linear| linear.forward(pass, states));
+        let [query, key, value] = self.projections(pass, states)?;
         let heads = settings.sizes.heads;
-        let context = pass.attention(&query?, &key?, &value?, heads, settings.attention_dropout)?;
-        let attended = self.attention_output.forward(pass, &context)?;
+        let context = pass.attention(&query, &key, &value, heads, settings.attention_dropout)?;
+        self.after_attention(pass, settings, states, &context)
+    }
+
+    /// Computes query, key and value of the states, all `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn projections(&self, pass: &Pass, states: &Tensor) -> Result<[Tensor; 3]> {
+        let project = |linear: &Linear| linear.forward(pass, states);
+        Ok([project(&self.query)?, project(&self.key)?, project(&self.value)?])
+    }
+
+    /// Runs what follows attention, given what it returned for the states: all are `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn after_attention(
+        &self,
+        pass: &Pass,
+        settings: &LayerSettings,
+        states: &Tensor,
+        context: &Tensor,
+    ) -> Result<Tensor> {
+        let attended = self.attention_output.forward(pass, context)?;
         let attended =
             pass.dropout(&attended, settings.attention_output_dropout, Rows::Tokens)?.f_add(states)?;
         let states = self.attention_norm.forward(pass, &attended)?;

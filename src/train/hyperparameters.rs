@@ -6,6 +6,7 @@ use serde::de::{Unexpected, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::model::Precision;
+use crate::random::{self, Key, Purpose};
 
 /// How gradients become steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +44,16 @@ pub enum Order {
     Shuffled,
     /// As in the file.
     Sequential,
+}
+
+impl Order {
+    /// Returns the numbers of the training examples in the order of an epoch, from 0.
+    pub fn of_epoch(self, examples: usize, seed: u64, epoch: usize) -> Vec<usize> {
+        match self {
+            Order::Shuffled => random::permutation(examples, Key::derive(seed, Purpose::Order, epoch as u64)),
+            Order::Sequential => (0..examples).collect(),
+        }
+    }
 }
 
 /// The weights that are scored at the end.

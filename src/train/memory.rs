@@ -5,6 +5,7 @@ use std::fs;
 use tch::Device;
 
 use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, OptimizerRule};
+use crate::data::AttentionLayout;
 use crate::error::Result;
 use crate::libtorch::device_memory;
 use crate::model::{ModelShape, Precision};
@@ -17,59 +18,99 @@ const FLOAT: f64 = 4.0;
 pub struct MemoryUse {
     /// Weights, gradients, moments and copies of weights, whatever the batch.
     pub fixed: f64,
-    /// What backward needs of one token: a number for each hidden unit and each time that something is kept of it.
+    /// What backward needs of one token.
     per_token: f64,
+    /// What attention keeps of one position of its rectangles.
+    per_position: f64,
     /// What attention keeps of one pair of positions of one example.
     per_pair: f64,
+    /// The width of the states that attention reads.
+    hidden: usize,
+    device: Device,
 }
 
 impl MemoryUse {
-    /// Estimates the memory of a run. `trained` is the number of weights with moments.
+    /// Estimates the memory of training. `trained` is the number of weights with moments.
     pub fn new(shape: &ModelShape, settings: &Hyperparameters, trained: usize, device: Device) -> Self {
         let frozen = settings.freeze == Freeze::Encoder;
         let half = settings.precision == Precision::Bf16 && !frozen;
-        let (weights, size) = (shape.weights as f64, if half { 2.0 } else { FLOAT });
-        // The values, and those to start from for the next seed.
-        let mut fixed = 2.0 * FLOAT * weights;
+        let weights = FLOAT * shape.weights as f64;
+        let mut fixed = held(shape, half);
         if settings.optimizer == OptimizerRule::Adamw {
             fixed += 2.0 * FLOAT * trained as f64;
         }
         if settings.checkpoint == Checkpoint::Best {
-            fixed += FLOAT * weights;
-        }
-        if half {
-            fixed += 2.0 * shape.layer_weights as f64;
+            fixed += weights;
         }
         if frozen {
-            return Self { fixed, per_token: 0.0, per_pair: 0.0 };
+            let (per_token, per_position, per_pair) = (0.0, 0.0, 0.0);
+            return Self { fixed, per_token, per_position, per_pair, hidden: shape.hidden, device };
         }
         if !settings.release_gradients {
-            fixed += FLOAT * weights;
+            fixed += weights;
         }
-        // The largest gradient on its way: that of the embedding table, which backward makes anew.
-        fixed += FLOAT * shape.embedding_weights as f64;
+        if device.is_cuda() {
+            // The largest gradient on its way: that of the embedding table, which backward makes anew. On the CPU it
+            // consists of the rows that the batch uses.
+            fixed += FLOAT * shape.embedding_weights as f64;
+        }
+        Self::with_activations(shape, fixed, half, settings.gradient_checkpointing, device)
+    }
+
+    /// Estimates the memory of a pass for the Fisher information of single examples.
+    pub fn of_fisher_pass(shape: &ModelShape, precision: Precision, device: Device) -> Self {
+        let half = precision == Precision::Bf16;
+        let sums = FLOAT * shape.weights as f64;
+        Self::with_activations(shape, held(shape, half) + sums, half, false, device)
+    }
+
+    fn with_activations(
+        shape: &ModelShape,
+        fixed: f64,
+        half: bool,
+        checkpointed: bool,
+        device: Device,
+    ) -> Self {
         let (hidden, intermediate) = (shape.hidden as f64, shape.intermediate as f64);
+        let (heads, layers) = (shape.heads as f64, shape.layers as f64);
+        let size = if half { 2.0 } else { FLOAT };
         let flash = device.is_cuda() && half;
-        // Of a layer: its input, query, key, value, context and its projection's dropout, two inputs and an output of
-        // normalisations, the feed-forward layer before and after its activation, and its dropout. On the CPU query,
-        // key and value are kept padded, which is counted here as half as many tokens again.
-        let padded = if flash { 4.0 } else { 6.0 };
-        let layer = size * (hidden * (7.0 + padded) + 2.0 * intermediate);
-        // Of attention in the open: probabilities, the pattern of dropout, and their product.
-        let pair = if device.is_cuda() { 0.0 } else { 3.0 * size * shape.heads as f64 };
-        let layers = shape.layers as f64;
-        let (kept, whole) = match settings.gradient_checkpointing {
+        // Of a layer: its input, the context that its projection reads, an input and an output of the normalisation
+        // between, the input of the one at the end, and the feed-forward layer before and after its activation. Libtorch's
+        // dropout on a GPU keeps its pattern, a byte for each number.
+        let dropouts = if device.is_cuda() { 2.0 * hidden } else { 0.0 };
+        let token = size * (hidden * 5.0 + 2.0 * intermediate) + dropouts;
+        // Query, key and value, laid out in rectangles unless attention reads packed tokens.
+        let (token, position) = match flash {
+            true => (token + size * 3.0 * hidden, 0.0),
+            false => (token, size * 3.0 * hidden),
+        };
+        // Of attention in the open: the probabilities before and after dropout.
+        let (pair, pair_gradients) = match device.is_cuda() {
+            true => (0.0, 0.0),
+            false => (2.0 * size * heads, 3.0 * size * heads),
+        };
+        let (kept, whole) = match checkpointed {
             true => (size * hidden * layers, 1.0),
             false => (0.0, layers),
         };
-        Self { fixed, per_token: kept + whole * layer, per_pair: whole * pair }
+        // And the gradients of one layer while backward is in it.
+        let token_gradients = size * (3.0 * hidden + 2.0 * intermediate);
+        Self {
+            fixed,
+            per_token: kept + whole * token + token_gradients,
+            per_position: whole * position,
+            per_pair: whole * pair + pair_gradients,
+            hidden: shape.hidden,
+            device,
+        }
     }
 
     /// Returns the bytes of activations of a pass over examples of the given lengths.
     pub fn of_pass(&self, lengths: &[usize]) -> f64 {
-        let longest = lengths.iter().copied().max().unwrap_or(0) as f64;
         let tokens = lengths.iter().sum::<usize>() as f64;
-        tokens * self.per_token + lengths.len() as f64 * longest * longest * self.per_pair
+        let (positions, pairs) = AttentionLayout::area(lengths, self.hidden, self.device);
+        tokens * self.per_token + positions as f64 * self.per_position + pairs as f64 * self.per_pair
     }
 
     /// Returns the largest number of examples, at most `batch_size`, whose activations fit into `bytes` whichever
@@ -83,6 +124,12 @@ impl MemoryUse {
         }
         examples
     }
+}
+
+/// Bytes of the values, of those to start from for the next seed, and of the encoder's copy in bfloat16.
+fn held(shape: &ModelShape, half: bool) -> f64 {
+    let copy = if half { 2.0 * shape.layer_weights as f64 } else { 0.0 };
+    2.0 * FLOAT * shape.weights as f64 + copy
 }
 
 /// Returns the bytes of memory that this process may still take: of the device on CUDA; elsewhere of the machine, within

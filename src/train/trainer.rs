@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::libtorch::release_cached_memory;
 use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared};
 use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Precision, Trainable, loss};
-use crate::random::{self, Key, Purpose};
+use crate::random::Purpose;
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
 const STEPS_BETWEEN_LOOKS: u64 = 20;
@@ -340,12 +340,7 @@ impl<'a> Trainer<'a> {
 
     /// Trains one epoch, or what the schedule has left of it.
     fn epoch(&mut self, epoch: usize, control: &mut Control) -> Result<()> {
-        let order = match self.hyperparameters.order {
-            Order::Shuffled => {
-                random::permutation(self.data.len(), Key::derive(self.seed, Purpose::Order, epoch as u64))
-            }
-            Order::Sequential => (0..self.data.len()).collect(),
-        };
+        let order = self.hyperparameters.order.of_epoch(self.data.len(), self.seed, epoch);
         let on_gpu = self.classifier.parameters.device().is_cuda();
         let mut last_loss = f64::NAN;
         for examples in order.chunks(self.hyperparameters.batch_size) {
@@ -404,8 +399,7 @@ fn fitting_micro_batch(
     let memory = MemoryUse::new(&shape, hyperparameters, 0, device);
     let lengths: Vec<usize> = data.inputs.iter().map(|input| input.ids.len()).collect();
     // Some of it for others, and for what the estimate does not know.
-    let share = 0.8 * available as f64 - 4.0 * shape.embedding_weights as f64;
-    Ok(memory.micro_batch(&lengths, batch_size, share))
+    Ok(memory.micro_batch(&lengths, batch_size, 0.8 * available as f64))
 }
 
 fn lock(optimizer: &Mutex<Optimizer>) -> MutexGuard<'_, Optimizer> {

@@ -1,5 +1,7 @@
 //! Models of the Hub in experiments: fetched before the first run, found in the cache, recorded in the results.
 
+use std::process::{Command, Stdio};
+
 use crate::hub_server::{COMMIT, HubServer, Repository, hexadecimal, large, repository, small};
 use crate::support::{Answer, LIMIT, Workplace};
 use sha2::{Digest, Sha256};
@@ -156,4 +158,22 @@ fn what_cannot_be_fetched_is_refused_in_one_line() {
         output.status.code() == Some(2) && text.contains("HF_ENDPOINT `hf-mirror.example` is no address"),
         "{text}"
     );
+}
+
+#[test]
+fn an_interrupted_download_says_that_it_can_be_gone_on_with() {
+    let workplace = Workplace::new();
+    workplace.experiment("model: owner/tiny");
+    // A server that takes the first question and never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let mut command = workplace.command(&["run", "experiment.yaml", "--threads", "1"]);
+    command.env("HF_ENDPOINT", endpoint).env("HF_HUB_OFFLINE", "0").stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    let _question = silent.accept().unwrap();
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{message}");
+    assert!(message.contains("interrupted: the same command goes on from here"), "{message}");
 }

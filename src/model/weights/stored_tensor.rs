@@ -102,6 +102,9 @@ impl StoredTensor {
 
     /// Copies the elements, in row-major order and as float32, to a tensor `[count]` on any device.
     ///
+    /// Goes along the dimension whose elements lie furthest apart, some at a time, so that each part is read once and no more
+    /// than it is in memory, also of a tensor that is stored transposed.
+    ///
     /// # Errors
     /// Fails if they are of no floating type, or any of them is NaN or infinite.
     pub(super) fn copy_to(&self, name: &str, file: &WeightsFile, target: &Tensor) -> Result<()> {
@@ -109,55 +112,41 @@ impl StoredTensor {
             let element = &self.element.name;
             file.fault(format!("tensor {name} has type {element}; weights must be floating point"))
         })?;
-        let width = self.element.width;
-        let mut gathered = Vec::new();
-        for start in (0..self.count).step_by(BLOCK as usize) {
-            let length = BLOCK.min(self.count - start);
-            // Mapped anew for each block, so that what was read before does not stay in memory.
-            let mapped;
-            let bytes: &[u8] = match &self.strides {
-                Some(strides) => {
-                    mapped = file.map(self.span.clone())?;
-                    gathered.clear();
-                    self.gather(&mapped, strides, start, length, &mut gathered);
-                    &gathered
-                }
-                None => {
-                    let first = self.span.start + start * width;
-                    mapped = file.map(first..first + length * width)?;
-                    &mapped
-                }
-            };
-            let block = Tensor::f_from_data_size(bytes, &[length as i64], kind)?.f_to_kind(Kind::Float)?;
-            if i64::try_from(block.f_isfinite()?.f_all()?)? == 0 {
+        if self.count == 0 {
+            return Ok(());
+        }
+        let (mut shape, strides) = match &self.strides {
+            Some(strides) => (self.shape.clone(), strides.clone()),
+            None => (vec![self.count as i64], vec![1]),
+        };
+        let target = target.f_view(shape.as_slice())?;
+        let furthest = (0..shape.len()).max_by_key(|&axis| if shape[axis] > 1 { strides[axis] } else { 0 });
+        // A tensor without dimensions lies in order, and is one of one dimension here.
+        let axis = furthest.unwrap_or_default();
+        let (size, stride, width) = (shape[axis] as u64, strides[axis], self.element.width);
+        let steps = |shape: &[i64]| -> u64 {
+            shape.iter().zip(&strides).map(|(&size, stride)| (size as u64 - 1) * stride).sum()
+        };
+        shape[axis] = 1;
+        // Elements that lie between the first and the last of one line, and how many there are.
+        let (line_span, line_count) = (steps(&shape) + 1, self.count / size);
+        let lines = (BLOCK.saturating_sub(line_span) / stride.max(1) + 1).min((BLOCK / line_count).max(1));
+        let signed: Vec<i64> = strides.iter().map(|&stride| stride as i64).collect();
+        for start in (0..size).step_by(lines as usize) {
+            shape[axis] = lines.min(size - start) as i64;
+            let (first, elements) = (self.span.start + start * stride * width, steps(&shape) + 1);
+            // Mapped anew for each part, so that what was read before does not stay in memory.
+            let mapped = file.map(first..first + elements * width)?;
+            let part = Tensor::f_from_data_size(&mapped, &[elements as i64], kind)?;
+            let part =
+                part.f_as_strided(shape.as_slice(), signed.as_slice(), None)?.f_to_kind(Kind::Float)?;
+            if i64::try_from(part.f_isfinite()?.f_all()?)? == 0 {
                 return Err(file.fault(format!(
                     "tensor {name} holds NaN or infinite values; the checkpoint is damaged"
                 )));
             }
-            target.f_narrow(0, start as i64, length as i64)?.f_copy_(&block)?;
+            target.f_narrow(axis as i64, start as i64, shape[axis])?.f_copy_(&part)?;
         }
         Ok(())
-    }
-
-    /// Appends the bytes of the elements `start` and on, counted in row-major order; `map` holds the span.
-    fn gather(&self, map: &[u8], strides: &[u64], start: u64, length: u64, bytes: &mut Vec<u8>) {
-        let width = self.element.width as usize;
-        let mut index = vec![0u64; self.shape.len()];
-        let mut rest = start;
-        for (index, &size) in index.iter_mut().zip(&self.shape).rev() {
-            *index = rest % size as u64;
-            rest /= size as u64;
-        }
-        for _ in 0..length {
-            let place = index.iter().zip(strides).map(|(index, stride)| index * stride).sum::<u64>() as usize;
-            bytes.extend_from_slice(&map[place * width..(place + 1) * width]);
-            for (index, &size) in index.iter_mut().zip(&self.shape).rev() {
-                *index += 1;
-                if *index < size as u64 {
-                    break;
-                }
-                *index = 0;
-            }
-        }
     }
 }

@@ -1,0 +1,40 @@
+//! What Ctrl-C and a polite kill do.
+
+use std::process::exit;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+
+/// The exit code of a command that was interrupted.
+const INTERRUPTED: i32 = 130;
+
+/// Makes a signal end work whose every state on the disk can be gone on from: downloads.
+pub fn end_at_once() -> Result<()> {
+    listen(end)
+}
+
+/// Returns what a signal sets, for the current run to end between two batches; a second one ends at once. Until
+/// `is_training` is set signals do what [`end_at_once`] makes them do.
+pub fn stop_between_batches(is_training: Arc<AtomicBool>) -> Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let flag = interrupted.clone();
+    listen(move || {
+        if !is_training.load(Ordering::Relaxed) {
+            end();
+        }
+        if flag.swap(true, Ordering::Relaxed) {
+            exit(INTERRUPTED);
+        }
+    })?;
+    Ok(interrupted)
+}
+
+fn listen(handler: impl FnMut() + Send + 'static) -> Result<()> {
+    ctrlc::set_handler(handler).context("cannot listen for Ctrl-C")
+}
+
+fn end() {
+    eprintln!("\ninterrupted: the same command goes on from here");
+    exit(INTERRUPTED);
+}

@@ -1,0 +1,7 @@
+//! Tokenizers against transformers' own: with small vocabularies whose tokens are on file, and, where Python is there,
+//! with real vocabularies and real sentences.
+
+mod answers;
+mod python;
+mod refusals;
+mod support;
