@@ -39,6 +39,8 @@ SCORE = {"num_labels": 1, "id2label": {0: "score"}, "label2id": {"score": 0}, "p
 BERT_SIZES = dict(vocab_size=VOCABULARY, hidden_size=12, num_attention_heads=3, num_hidden_layers=2, intermediate_size=20)
 MODERNBERT = dict(pad_token_id=3, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
 
+XLNET_SIZES = dict(vocab_size=VOCABULARY, d_model=12, n_head=2, n_layer=2, d_inner=20)
+
 # Name of the folder, config, and how many kinds of token types its examples have.
 MODELS = [
     (
@@ -255,6 +257,36 @@ MODELS = [
         ),
         1,
     ),
+    (
+        "xlnet_pair",
+        transformers.XLNetConfig(**XLNET_SIZES, **CLASSES, clamp_len=6, layer_norm_eps=1e-6, mem_len=None),
+        3,
+    ),
+    (
+        "xlnet_mean",
+        transformers.XLNetConfig(
+            **{**XLNET_SIZES, "n_head": 1, "n_layer": 1},
+            ff_activation="relu",
+            summary_type="mean",
+            summary_use_proj=False,
+            summary_activation="",
+            untie_r=True,
+        ),
+        2,
+    ),
+    (
+        "xlnet_uni",
+        transformers.XLNetConfig(
+            **{**XLNET_SIZES, "d_model": 8, "d_inner": 10},
+            **SCORE,
+            attn_type="uni",
+            ff_activation="gelu_new",
+            summary_type="first",
+            summary_activation="relu",
+            summary_first_dropout=0.2,
+        ),
+        1,
+    ),
 ]
 
 
@@ -292,24 +324,38 @@ def random_examples(config, token_types, seed):
     return {**inputs, "labels": labels}
 
 
+def takes_examples_alone(config):
+    """Returns whether a padded batch is no reference: XLNet's summaries of what is on the left are of padding then, and its
+    one-sided attention does not take a batch's mask."""
+    return config.model_type == "xlnet" and (config.summary_type in ("first", "mean") or config.attn_type == "uni")
+
+
 def reference(model, inputs):
     """Returns logits, loss, gradients and per-example squared gradients of the examples."""
     known = inspect.signature(model.forward).parameters
     taken = {name: array for name, array in inputs.items() if name in known}
-    output = model(**taken)
+
+    def alone(row):
+        own = inputs["attention_mask"][row].bool()
+        inputs_alone = {name: array[row : row + 1] for name, array in taken.items()}
+        return model(**{name: array if name == "labels" else array[:, own] for name, array in inputs_alone.items()})
+
+    if takes_examples_alone(model.config):
+        outputs = [alone(row) for row in range(len(LENGTHS))]
+        logits, loss = torch.cat([output.logits for output in outputs]), sum(output.loss for output in outputs) / len(LENGTHS)
+    else:
+        output = model(**taken)
+        logits, loss = output.logits, output.loss
     model.zero_grad()
-    output.loss.backward()
-    found = {"logits": output.logits.detach(), "loss": output.loss.detach().reshape(1)}
+    loss.backward()
+    found = {"logits": logits.detach(), "loss": loss.detach().reshape(1)}
     none = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         found[f"gradient/{name}"] = none[name] if parameter.grad is None else parameter.grad.clone()
     squares = none
-    for row, length in enumerate(LENGTHS):
-        own = inputs["attention_mask"][row].bool()
-        alone = {name: array[row : row + 1] for name, array in taken.items()}
-        alone = {name: array if name == "labels" else array[:, own] for name, array in alone.items()}
+    for row in range(len(LENGTHS)):
         model.zero_grad()
-        model(**alone).loss.backward()
+        alone(row).loss.backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 squares[name] += parameter.grad**2 / len(LENGTHS)

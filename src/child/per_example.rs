@@ -23,7 +23,9 @@ use super::network::MaskScope;
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::libtorch::{GradientHook, elements, elements_mut};
-use crate::model::{Convolution, Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows};
+use crate::model::{
+    Convolution, Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows, Vector,
+};
 
 /// Sums over examples of f_b = (∂ loss_b / ∂w)², element by element.
 #[derive(Debug)]
@@ -236,13 +238,17 @@ impl LayerObserver for SquaredGradients<'_> {
     fn linear(&self, layer: &Linear, input: &Tensor, output: &Tensor) -> Result<()> {
         let Some((weight, bias)) = self.sums_of_both(layer.weight, layer.bias)? else { return Ok(()) };
         let (examples, input) = (self.examples(layer.rows, output), input.f_detach()?);
+        let input_first = layer.input_first;
         let uses = self.uses.begin(layer.weight);
         self.hook(output, move |gradient| {
             let Some(Use { input, gradient, examples }) = uses.end(Use { input, gradient, examples })? else {
                 return Ok(());
             };
             if let Some(sums) = weight {
-                add_squared_products(sums, &gradient, &input, &examples)?;
+                let sums = sums.try_map(|sums| Ok(sums.f_flatten(1, -1)?))?;
+                // dYᵀX where a line of the matrix belongs to an output, XᵀdY where it belongs to an input.
+                let [lines, columns] = if input_first { [&input, &gradient] } else { [&gradient, &input] };
+                add_squared_products(sums, lines, columns, &examples)?;
             }
             bias.map_or(Ok(()), |sums| add_squared_vector(sums, &gradient, None, &examples))
         })
@@ -285,6 +291,15 @@ impl LayerObserver for SquaredGradients<'_> {
         let Some(sums) = self.sums_of(layer.table)? else { return Ok(()) };
         let (examples, indices) = (self.examples(layer.rows, output), indices.shallow_clone());
         self.hook(output, move |gradient| add_squared_entries(sums, &gradient, &indices, &examples))
+    }
+
+    fn vector(&self, vector: &Vector, factor: Option<&Tensor>, output: &Tensor) -> Result<()> {
+        let Some(sums) = self.sums_of(vector.parameter)? else { return Ok(()) };
+        let own = |sums: &Tensor| Ok(sums.f_view([-1, vector.width])?.f_select(0, vector.number)?);
+        let (sums, examples) = (sums.try_map(own)?, self.examples(vector.rows, output));
+        let in_float = |factor: &Tensor| factor.f_detach()?.f_to_kind(Kind::Float)?.f_contiguous();
+        let factor = factor.map(in_float).transpose()?;
+        self.hook(output, move |gradient| add_squared_vector(sums, &gradient, factor.as_ref(), &examples))
     }
 }
 

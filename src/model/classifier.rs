@@ -38,6 +38,12 @@ pub trait Network: Send {
 
     /// Returns the prefix of the body's tensors in a checkpoint with a head, such as `bert.`.
     fn body_prefix(&self) -> &'static str;
+
+    /// Returns whether attention reads packed tokens where flash attention runs, so that a pass asks nothing of the lengths
+    /// of the examples: what is recorded of one then holds for others of its shape.
+    fn reads_packed_tokens(&self) -> bool {
+        true
+    }
 }
 
 /// The sizes that a family's config gives, under names of its own.
@@ -322,6 +328,11 @@ impl Classifier {
             )));
         }
         Ok(())
+    }
+
+    /// Returns whether a pass on a GPU may be recorded ([`Network::reads_packed_tokens`]).
+    pub fn reads_packed_tokens(&self) -> bool {
+        self.network.reads_packed_tokens()
     }
 
     /// Returns what the outputs mean.

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::classifier::Network;
 use super::params::ParameterTable;
-use super::{bert, deberta_v2, distilbert, electra, modernbert, roberta};
+use super::{bert, deberta_v2, distilbert, electra, modernbert, roberta, xlnet};
 use crate::error::{Error, Result};
 
 /// Makes a family's network from its config: declares the parameters and returns the arithmetic. The second argument
@@ -23,6 +23,7 @@ pub const FAMILIES: &[(&str, Build)] = &[
     ("electra", electra::build),
     ("modernbert", modernbert::build),
     ("roberta", roberta::build),
+    ("xlnet", xlnet::build),
 ];
 
 /// A model's `config.json`, with the overrides of the experiment.

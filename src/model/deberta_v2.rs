@@ -143,6 +143,10 @@ impl Network for DebertaV2 {
     fn body_prefix(&self) -> &'static str {
         "deberta."
     }
+
+    fn reads_packed_tokens(&self) -> bool {
+        matches!(self.attention, SelfAttention::Plain { .. }) && self.convolution.is_none()
+    }
 }
 
 impl DebertaV2 {

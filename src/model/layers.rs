@@ -9,12 +9,14 @@ use crate::error::{Error, Result};
 /// y = x Wᵀ + b, or y = x Wᵀ.
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
-    /// `[out, in]`.
+    /// `[out, in]`, or `[in, out]` where `input_first`; the second may be cut into heads, `[_, heads, head_size]`.
     pub weight: ParameterId,
     /// `[out]`.
     pub bias: Option<ParameterId>,
     /// What the rows of its input stand for.
     pub rows: Rows,
+    /// Whether the weight is stored with its inputs first.
+    pub input_first: bool,
 }
 
 impl Linear {
@@ -30,6 +32,7 @@ impl Linear {
             weight: table.declare(format!("{name}.weight"), &[output, input], ParameterKind::Weight, place),
             bias: Some(table.declare(format!("{name}.bias"), &[output], ParameterKind::Bias, place)),
             rows,
+            input_first: false,
         }
     }
 
@@ -42,7 +45,20 @@ impl Linear {
         rows: Rows,
     ) -> Self {
         let weight = table.declare(format!("{name}.weight"), &[output, input], ParameterKind::Weight, place);
-        Self { weight, bias: None, rows }
+        Self { weight, bias: None, rows, input_first: false }
+    }
+
+    /// Declares the layer as `{name}` alone, `[width, heads, head_size]`, without a bias, for rows of tokens: from `width` to
+    /// the heads where `input_first`, else from the heads to `width`.
+    pub fn declare_heads(
+        table: &mut ParameterTable,
+        name: &str,
+        shape: [i64; 3],
+        input_first: bool,
+        place: ParameterPlace,
+    ) -> Self {
+        let weight = table.declare(name, &shape, ParameterKind::Weight, place);
+        Self { weight, bias: None, rows: Rows::Tokens, input_first }
     }
 
     /// Applies the layer to `[rows, in]`, in the type of its weights.
@@ -58,9 +74,14 @@ impl Linear {
     /// # Errors
     /// Fails if shapes do not match.
     pub fn forward_rows(&self, pass: &Pass, input: &Tensor, rows: Rows) -> Result<Tensor> {
-        let weight = pass.weight(self.weight);
+        let weight = pass.weight(self.weight).f_flatten(1, -1)?;
+        let weight = if self.input_first { weight.f_transpose(0, 1)? } else { weight };
         let input = input.f_to_kind(weight.kind())?;
-        let output = input.f_linear(weight, self.bias.map(|bias| pass.weight(bias)))?;
+        let mut output = input.f_linear(&weight, self.bias.map(|bias| pass.weight(bias)))?;
+        if pass.is_observed() && !output.requires_grad() {
+            // Of an input that no parameter has part in.
+            output = output.f_set_requires_grad(true)?;
+        }
         pass.observe(|observer| observer.linear(&Self { rows, ..*self }, &input, &output))?;
         Ok(output)
     }
@@ -98,6 +119,46 @@ impl Embedding {
         }
         pass.observe(|observer| observer.embedding(self, indices, &output))?;
         Ok(output)
+    }
+}
+
+/// One of the vectors that a parameter holds side by side, which rows are added to or multiplied by, number by number.
+#[derive(Clone, Copy, Debug)]
+pub struct Vector {
+    /// `[vectors, width]`, both in any number of dimensions.
+    pub parameter: ParameterId,
+    /// Which of the vectors it is.
+    pub number: i64,
+    /// Its length.
+    pub width: i64,
+    /// What the rows stand for.
+    pub rows: Rows,
+}
+
+impl Vector {
+    /// Adds the vector to each row: `[rows, width]` to the same.
+    ///
+    /// # Errors
+    /// Fails if shapes do not match.
+    pub fn add(&self, pass: &Pass, input: &Tensor) -> Result<Tensor> {
+        let output = input.f_add(&self.values(pass, input.kind())?)?;
+        pass.observe(|observer| observer.vector(self, None, &output))?;
+        Ok(output)
+    }
+
+    /// Multiplies each row by the vector: `[rows, width]` to the same.
+    ///
+    /// # Errors
+    /// Fails if shapes do not match.
+    pub fn multiply(&self, pass: &Pass, input: &Tensor) -> Result<Tensor> {
+        let output = input.f_mul(&self.values(pass, input.kind())?)?;
+        pass.observe(|observer| observer.vector(self, Some(input), &output))?;
+        Ok(output)
+    }
+
+    fn values(&self, pass: &Pass, kind: Kind) -> Result<Tensor> {
+        let vectors = pass.weight(self.parameter).f_view([-1, self.width])?;
+        Ok(vectors.f_select(0, self.number)?.f_to_kind(kind)?)
     }
 }
 

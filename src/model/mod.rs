@@ -23,6 +23,8 @@ mod precision;
 mod roberta;
 mod rotary;
 mod weights;
+mod xlnet;
+mod xlnet_attention;
 
 pub(crate) use checkpoint::publish;
 pub use checkpoint::{LoadReport, ModelFolder};
@@ -31,7 +33,7 @@ pub use config::{FAMILIES, ModelConfig};
 pub use convolution::Convolution;
 pub use dropout::Dropout;
 pub use layer_norm::LayerNorm;
-pub use layers::{Embedding, Linear, loss};
+pub use layers::{Embedding, Linear, Vector, loss};
 pub use params::{
     FreshWeights, Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters,
     Trainable, TrainableGroup,

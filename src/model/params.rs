@@ -20,7 +20,7 @@ pub const ALIGNMENT: usize = random::GROUP;
 /// What a parameter is to its layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParameterKind {
-    /// The matrix of a linear layer, `[out, in]`.
+    /// The matrix of a linear layer, `[out, in]` or `[in, out]`; the second may be cut into heads.
     Weight,
     /// The bias of a linear layer, `[out]`.
     Bias,

@@ -8,7 +8,7 @@ use super::checkpointing::Segment;
 use super::convolution::Convolution;
 use super::dropout::Dropout;
 use super::layer_norm::LayerNorm;
-use super::layers::{Embedding, Linear};
+use super::layers::{Embedding, Linear, Vector};
 use super::params::ParameterId;
 use crate::data::PackedBatch;
 use crate::error::Result;
@@ -52,6 +52,13 @@ pub trait LayerObserver {
     /// # Errors
     /// Whatever the observer finds wrong ends the pass.
     fn embedding(&self, layer: &Embedding, indices: &Tensor, output: &Tensor) -> Result<()>;
+
+    /// Called after a vector has been added to each row of `output`, or has multiplied each row of `factor` to give it; both
+    /// are `[rows, width]`.
+    ///
+    /// # Errors
+    /// Whatever the observer finds wrong ends the pass.
+    fn vector(&self, vector: &Vector, factor: Option<&Tensor>, output: &Tensor) -> Result<()>;
 }
 
 /// One forward pass over a batch: the weights it uses and what happens along the way.

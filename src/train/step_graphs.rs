@@ -40,14 +40,22 @@ struct Recorded {
 
 impl StepGraphs {
     /// Prepares recording, if the run asks for it and its device has it: bfloat16 on a GPU with flash attention, since padded
-    /// attention has a shape for each batch. `warm_up` says how often a shape runs before it is recorded ([`WARM_UP`]).
+    /// attention has a shape for each batch, and a family that uses it. `warm_up` says how often a shape runs before it is recorded ([`WARM_UP`]).
     ///
     /// # Errors
     /// Fails if the program was built without the headers of CUDA.
-    pub fn prepare(settings: &Hyperparameters, warm_up: usize, device: Device) -> Result<Option<Self>> {
+    pub fn prepare(
+        settings: &Hyperparameters,
+        warm_up: usize,
+        classifier: &Classifier,
+    ) -> Result<Option<Self>> {
+        let device = classifier.parameters.device();
         let Device::Cuda(index) = device else { return Ok(None) };
         let asked = settings.cuda_graphs && settings.freeze == Freeze::Nothing;
         if !asked || settings.precision != Precision::Bf16 || !flash_attention_runs(device) {
+            return Ok(None);
+        }
+        if !classifier.reads_packed_tokens() {
             return Ok(None);
         }
         let _stream = OwnStream::enter(index)?;

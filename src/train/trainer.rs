@@ -148,7 +148,7 @@ impl<'a> Trainer<'a> {
         warm_up: usize,
     ) -> Result<Self> {
         // First, since autograd notes on which stream a leaf is used at first.
-        let graphs = StepGraphs::prepare(hyperparameters, warm_up, classifier.parameters.device())?;
+        let graphs = StepGraphs::prepare(hyperparameters, warm_up, classifier)?;
         classifier.keep_start()?;
         let child = prepared.mask.as_ref().and_then(|mask| mask.child());
         if let (Outside::Prune, Some(child)) = (prepared.outside, child) {
