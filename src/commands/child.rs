@@ -100,7 +100,7 @@ impl From<By> for Parts {
 struct MeasuredRun {
     run: String,
     task: String,
-    method: &'static str,
+    method: String,
     method_config: String,
     seed: u64,
 }
@@ -152,7 +152,7 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
                     let about = MeasuredRun {
                         run: run.id.clone(),
                         task: run.task.card.name.clone(),
-                        method: run.method.name(),
+                        method: run.method.name().to_owned(),
                         method_config: run.method.options(),
                         seed: run.seed,
                     };

@@ -14,7 +14,7 @@ use super::run::Run;
 use super::training_set::training_set;
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Labels, ModelShape};
+use crate::model::{Classifier, Labels, ModelShape, Parameter};
 use crate::train::{MemoryUse, Precision};
 
 /// Share of the rate of one large matrix product that training reaches in all.
@@ -139,13 +139,15 @@ fn memory(run: &Run, train: &EncodedDataset, speed: &Speed) -> Result<f64> {
     let settings = &run.hyperparameters;
     let (config, labels) = (&run.model.folder.config, Labels::from(&run.task.card.objective));
     let shape = Classifier::shape(config, &labels)?;
+    let trains = |parameter: &Parameter| run.method.trains(parameter, shape.layers);
+    let trainable = Classifier::count(config, &labels, trains)?;
     let trained = match run.method.fixed_share() {
         _ if run.is_frozen() => shape.hidden * labels.outputs() as usize,
         Some((share, scope)) => {
-            let maskable = Classifier::count(config, &labels, |parameter| scope.covers(parameter))?;
-            shape.weights - ((1.0 - share) * maskable as f64) as usize
+            let maskable = |parameter: &Parameter| trains(parameter) && scope.covers(parameter);
+            trainable - ((1.0 - share) * Classifier::count(config, &labels, maskable)? as f64) as usize
         }
-        None => shape.weights,
+        None => trainable,
     };
     let memory = MemoryUse::new(&shape, settings, trained, speed.device);
     let passes = lengths_of_passes(run, train)?;

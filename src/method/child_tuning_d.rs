@@ -158,7 +158,7 @@ impl Source {
 }
 
 impl Method for ChildTuningD {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "child_tuning_d"
     }
 
@@ -169,6 +169,10 @@ impl Method for ChildTuningD {
     }
 
     fn is_child_tuning(&self) -> bool {
+        true
+    }
+
+    fn has_mask(&self) -> bool {
         true
     }
 

@@ -53,7 +53,7 @@ impl MethodOptions for Options {
 }
 
 impl Method for ChildTuningF {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "child_tuning_f"
     }
 
@@ -71,12 +71,8 @@ impl Method for ChildTuningF {
         true
     }
 
-    fn examples_passed(&self, _available: usize) -> usize {
-        0
-    }
-
-    fn has_fixed_mask(&self) -> bool {
-        false
+    fn has_mask(&self) -> bool {
+        true
     }
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {

@@ -1,12 +1,16 @@
 //! Fine-tuning methods: what happens to gradients between backward and the optimizer.
 //!
-//! A method is one file and one name in `registry.rs`. It reads its options from YAML, and before training turns them into
-//! a [`Prepared`] plan: the gradient mask, where it meets clipping, and what weight decay may touch.
+//! A method is one file and one name in `registry.rs`. It reads its options from YAML, says which parameters train, and before
+//! training turns its options into a [`Prepared`] plan: the gradient mask, where it meets clipping, and what weight decay may
+//! touch. A list of methods is one method, [`composed`] of them.
 
+mod bitfit;
 mod child_tuning_d;
 mod child_tuning_f;
+mod composed;
 mod fisher_pass;
 mod registry;
+mod top_layers;
 mod vanilla;
 
 pub use registry::{METHODS, MethodSpec};
@@ -18,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::{GradientMask, MaskScope, Uncertainty};
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Parameters, Precision};
+use crate::model::{Classifier, Parameter, ParameterPlace, Parameters, Precision};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,19 +69,35 @@ pub enum Outside {
 /// A fine-tuning method with all its options settled.
 pub trait Method: Send + Sync {
     /// Returns its name in YAML and results.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &str;
 
     /// Returns its options as canonical text, such as `p=0.3 scope=backbone`; equal texts are equal methods.
     fn options(&self) -> String;
 
     /// Returns whether it is one of the paper's; the released code trains those without warm-up.
-    fn is_child_tuning(&self) -> bool;
+    fn is_child_tuning(&self) -> bool {
+        false
+    }
 
     /// Returns how many of the training examples [`Method::prepare`] passes over.
-    fn examples_passed(&self, available: usize) -> usize;
+    fn examples_passed(&self, _available: usize) -> usize {
+        0
+    }
 
-    /// Returns whether [`Method::prepare`] gives a mask that stays the same for the whole run.
-    fn has_fixed_mask(&self) -> bool;
+    /// Returns whether [`Method::prepare`] gives a mask on the gradients.
+    fn has_mask(&self) -> bool {
+        false
+    }
+
+    /// Returns whether that mask stays the same for the whole run.
+    fn has_fixed_mask(&self) -> bool {
+        false
+    }
+
+    /// Returns whether a parameter trains, in a model with so many encoder layers; the others keep every bit.
+    fn trains(&self, _parameter: &Parameter, _layers: usize) -> bool {
+        true
+    }
 
     /// Returns the share of the weights in a scope that train where the mask is fixed, as far as it is known beforehand: the
     /// others have no moments.
@@ -98,6 +118,15 @@ pub trait Method: Send + Sync {
     /// # Errors
     /// Fails if libtorch refuses an operation or the user asks to stop.
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared>;
+}
+
+/// Returns the number of encoder layers that parameters belong to.
+pub(crate) fn layers<'a>(parameters: impl Iterator<Item = &'a Parameter>) -> usize {
+    let layer = |parameter: &Parameter| match parameter.place {
+        ParameterPlace::EncoderLayer(layer) => layer + 1,
+        _ => 0,
+    };
+    parameters.map(layer).max().unwrap_or(0)
 }
 
 /// What a method may use to prepare a run.
@@ -130,6 +159,8 @@ pub struct Prepared {
     pub outside: Outside,
     /// Factor on the learning rate of the run.
     pub learning_rate_factor: f64,
+    /// Which parameters train, in the order of declaration; all where there is none.
+    pub trains: Vec<bool>,
     /// How uncertain the mask is, where it was chosen by a part of the training data.
     pub fisher: Option<Uncertainty>,
 }
@@ -143,6 +174,7 @@ impl Default for Prepared {
             decay: DecayScope::All,
             outside: Outside::Freeze,
             learning_rate_factor: 1.0,
+            trains: Vec::new(),
             fisher: None,
         }
     }

@@ -4,9 +4,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
-use super::{Method, Preset, child_tuning_d, child_tuning_f, vanilla};
+use super::{Method, Preset, bitfit, child_tuning_d, child_tuning_f, composed, top_layers, vanilla};
 use crate::error::Result;
 use crate::spelling::suggestion;
 
@@ -19,7 +19,7 @@ pub trait MethodOptions: fmt::Debug + Send + Sync {
     fn resolve(&self, preset: Preset) -> Result<Vec<Arc<dyn Method>>>;
 }
 
-/// A method as typed: `vanilla`, or `child_tuning_f: {p: 0.3}`.
+/// A method as typed: `vanilla`, `child_tuning_f: {p: 0.3}`, or several at once, `[child_tuning_d: {p: 0.3}, bitfit]`.
 #[derive(Clone, Debug)]
 pub struct MethodSpec(Arc<dyn MethodOptions>);
 
@@ -48,7 +48,7 @@ macro_rules! registry {
     };
 }
 
-registry!(vanilla, child_tuning_f, child_tuning_d);
+registry!(vanilla, child_tuning_f, child_tuning_d, bitfit, top_layers);
 
 impl MethodSpec {
     /// Returns plain fine-tuning, as if it had been typed.
@@ -77,7 +77,18 @@ impl<'de> Visitor<'de> for SpecVisitor {
     type Value = MethodSpec;
 
     fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        write!(formatter, "a method ({}), alone or with its options", METHODS.join(", "))
+        write!(formatter, "a method ({}), alone or with its options, or a list of them", METHODS.join(", "))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<MethodSpec, A::Error> {
+        let mut parts = Vec::new();
+        while let Some(part) = list.next_element_seed(Part)? {
+            parts.push(part);
+        }
+        if parts.is_empty() {
+            return Err(A::Error::custom("a list within `method` names no method"));
+        }
+        Ok(MethodSpec(Arc::new(composed::Options(parts))))
     }
 
     fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<MethodSpec, E> {
@@ -93,6 +104,33 @@ impl<'de> Visitor<'de> for SpecVisitor {
                 "`{second}` stands in the entry of `{name}`; give each method its own `- ` and indent its options"
             ))),
         }
+    }
+}
+
+/// A method of a list that is one method.
+struct Part;
+
+impl<'de> DeserializeSeed<'de> for Part {
+    type Value = MethodSpec;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<MethodSpec, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Part {
+    type Value = MethodSpec;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a method; there is no list of methods within a composed method")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<MethodSpec, E> {
+        SpecVisitor.visit_str(name)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<MethodSpec, A::Error> {
+        SpecVisitor.visit_map(map)
     }
 }
 

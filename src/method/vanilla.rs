@@ -31,7 +31,7 @@ struct Vanilla {
 }
 
 impl Method for Vanilla {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "vanilla"
     }
 
@@ -40,18 +40,6 @@ impl Method for Vanilla {
             1.0 => String::new(),
             factor => format!("learning_rate_factor={factor}"),
         }
-    }
-
-    fn is_child_tuning(&self) -> bool {
-        false
-    }
-
-    fn examples_passed(&self, _available: usize) -> usize {
-        0
-    }
-
-    fn has_fixed_mask(&self) -> bool {
-        false
     }
 
     fn prepare(&self, _: &mut Preparation) -> Result<Prepared> {

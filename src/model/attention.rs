@@ -14,6 +14,11 @@ use crate::libtorch::flash_attention;
 /// are multiples of 8.
 const FLASH_HEAD_SIZES: RangeInclusive<i64> = 8..=192;
 
+/// Returns whether flash attention takes heads of a size.
+pub(super) fn takes_head_size(head_size: i64) -> bool {
+    FLASH_HEAD_SIZES.contains(&head_size) && head_size % 8 == 0
+}
+
 /// What attention computes with, and how.
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
@@ -77,8 +82,7 @@ impl Pass<'_> {
         let head_size = query.size()[1] / heads;
         if let Some(lengths) = self.batch.flash_lengths()
             && query.kind() == Kind::BFloat16
-            && FLASH_HEAD_SIZES.contains(&head_size)
-            && head_size % 8 == 0
+            && takes_head_size(head_size)
         {
             let split = |rows: &Tensor| rows.f_view([-1, heads, head_size]);
             let (query, key, value) = (split(query)?, split(key)?, split(value)?);

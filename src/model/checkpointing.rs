@@ -59,8 +59,10 @@ impl<'a> Pass<'a> {
             let output = (segment.arithmetic)(self, &input)?;
             backward_from(&output, &segment.output.f_grad()?)?;
             drop(output);
-            // Into the leaf before this segment, or the graph of what is not a segment.
-            backward_from(&segment.input, &input.f_grad()?)?;
+            // Into the leaf before this segment, or the graph of what is not a segment, if anything there trains.
+            if segment.input.requires_grad() {
+                backward_from(&segment.input, &input.f_grad()?)?;
+            }
         }
         Ok(())
     }

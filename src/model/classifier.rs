@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use super::attention::takes_head_size;
 use super::checkpoint::{self, LoadReport, ModelFolder};
 use super::config::ModelConfig;
 use super::layers::Linear;
@@ -119,6 +120,9 @@ pub struct ModelShape {
     pub intermediate: usize,
     /// Attention heads of a layer.
     pub heads: usize,
+    /// Whether attention reads packed tokens where flash attention runs ([`Network::reads_packed_tokens`]), with heads of a
+    /// size that it takes.
+    pub reads_packed_tokens: bool,
 }
 
 /// A model for one task.
@@ -212,7 +216,8 @@ impl Classifier {
     /// Fails if the family does not run here or the config is incomplete.
     pub fn shape(config: &ModelConfig, labels: &Labels) -> Result<ModelShape> {
         let mut table = ParameterTable::default();
-        let sizes = config.family()?(config, labels.outputs(), &mut table)?.sizes();
+        let network = config.family()?(config, labels.outputs(), &mut table)?;
+        let sizes = network.sizes();
         let layer = |parameter: &Parameter| match parameter.place {
             ParameterPlace::EncoderLayer(layer) => layer + 1,
             _ => 0,
@@ -229,6 +234,7 @@ impl Classifier {
             hidden: sizes.hidden as usize,
             intermediate: sizes.intermediate as usize,
             heads: sizes.heads as usize,
+            reads_packed_tokens: network.reads_packed_tokens() && takes_head_size(sizes.hidden / sizes.heads),
         })
     }
 
@@ -328,11 +334,6 @@ impl Classifier {
             )));
         }
         Ok(())
-    }
-
-    /// Returns whether a pass on a GPU may be recorded ([`Network::reads_packed_tokens`]).
-    pub fn reads_packed_tokens(&self) -> bool {
-        self.network.reads_packed_tokens()
     }
 
     /// Returns what the outputs mean.

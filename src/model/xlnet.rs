@@ -2,8 +2,9 @@
 //!
 //! The arithmetic, the names and the places of dropout are those of transformers' `XLNetForSequenceClassification` for an
 //! example alone. In a batch its `first` and `mean` summaries see the padding before shorter examples, and `attn_type: uni`
-//! fails on the mask; here no example depends on its batch. There are no memories of earlier texts, so what a config says of them (`mem_len`, `reuse_len`,
-//! `use_mems_eval`, `use_mems_train`) changes nothing; `untie_r` does not either, as the biases of each layer are stored.
+//! fails on the mask; here no example depends on its batch. There are no memories of earlier texts, so what a config says of
+//! them (`mem_len`, `reuse_len`, `use_mems_eval`, `use_mems_train`) changes nothing; `untie_r` does not either, as the
+//! biases of each layer are stored.
 
 use std::rc::Rc;
 

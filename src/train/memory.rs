@@ -74,7 +74,7 @@ impl MemoryUse {
         let (hidden, intermediate) = (shape.hidden as f64, shape.intermediate as f64);
         let (heads, layers) = (shape.heads as f64, shape.layers as f64);
         let size = if half { 2.0 } else { FLOAT };
-        let flash = device.is_cuda() && half;
+        let flash = device.is_cuda() && half && shape.reads_packed_tokens;
         // Of a layer: its input, the context that its projection reads, an input and an output of the normalisation
         // between, the input of the one at the end, and the feed-forward layer before and after its activation. Libtorch's
         // dropout on a GPU keeps its pattern, a byte for each number.
@@ -165,6 +165,7 @@ mod tests {
         hidden: 8,
         intermediate: 32,
         heads: 2,
+        reads_packed_tokens: true,
     };
 
     #[test]

@@ -40,7 +40,8 @@ struct Recorded {
 
 impl StepGraphs {
     /// Prepares recording, if the run asks for it and its device has it: bfloat16 on a GPU with flash attention, since padded
-    /// attention has a shape for each batch, and a family that uses it. `warm_up` says how often a shape runs before it is recorded ([`WARM_UP`]).
+    /// attention has a shape for each batch, and a model that uses it. `warm_up` says how often a shape runs before it is
+    /// recorded ([`WARM_UP`]).
     ///
     /// # Errors
     /// Fails if the program was built without the headers of CUDA.
@@ -55,7 +56,7 @@ impl StepGraphs {
         if !asked || settings.precision != Precision::Bf16 || !flash_attention_runs(device) {
             return Ok(None);
         }
-        if !classifier.reads_packed_tokens() {
+        if !classifier.own_shape()?.reads_packed_tokens {
             return Ok(None);
         }
         let _stream = OwnStream::enter(index)?;

@@ -1,5 +1,6 @@
 //! The training loop of one run.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use crate::child::{GradientHooks, GradientMask};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::libtorch::release_cached_memory;
-use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared};
+use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared, layers};
 use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Precision, Trainable, loss};
 use crate::random::Purpose;
 
@@ -82,7 +83,12 @@ pub fn prepare(
     control: &mut Control,
 ) -> Result<Prepared> {
     let (mut done, total) = (0, method.examples_passed(data.len()));
-    method.prepare(&mut Preparation {
+    let trains: Vec<bool> = {
+        let parameters = || classifier.parameters.iter().map(|(_, parameter)| parameter);
+        let layers = layers(parameters());
+        parameters().map(|parameter| method.trains(parameter, layers)).collect()
+    };
+    let prepared = method.prepare(&mut Preparation {
         classifier,
         data,
         seed,
@@ -94,7 +100,8 @@ pub fn prepare(
             (control.report)(Event::Prepared(Progress::new(done, total)));
             control.check()
         },
-    })
+    })?;
+    Ok(Prepared { trains, ..prepared })
 }
 
 /// A run in progress: a model, its data, and what the next step needs.
@@ -156,7 +163,14 @@ impl<'a> Trainer<'a> {
         }
         let frozen = hyperparameters.freeze == Freeze::Encoder;
         let parameters = &mut classifier.parameters;
-        let trainable = parameters.trainable(|parameter| !frozen || parameter.place == ParameterPlace::Head);
+        let chosen: HashSet<&str> = (parameters.iter().zip(&prepared.trains))
+            .filter(|(_, trains)| **trains)
+            .map(|((_, parameter), _)| parameter.name.as_str())
+            .collect();
+        let trainable = parameters.trainable(|parameter| {
+            let is_chosen = prepared.trains.is_empty() || chosen.contains(parameter.name.as_str());
+            is_chosen && (!frozen || parameter.place == ParameterPlace::Head)
+        });
         let mask = prepared.mask.as_ref();
         let optimizer = Optimizer::new(parameters, &trainable, hyperparameters, mask, prepared.decay)?;
         let optimizer = Arc::new(Mutex::new(optimizer));
@@ -251,7 +265,7 @@ impl<'a> Trainer<'a> {
     fn accumulate(&mut self, examples: &[usize]) -> Result<Tensor> {
         let parameters = &self.classifier.parameters;
         let device = parameters.device();
-        let weights = parameters.compute_weights(pass_precision(self.hyperparameters).kind())?;
+        let weights = self.weights()?;
         if let Some(graphs) = self.graphs.as_mut().filter(|_| examples.len() <= self.micro_batch) {
             let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, 0, device);
             return graphs.run(self.classifier, &weights, &self.hooks, (self.data, examples), dropout);
@@ -270,6 +284,19 @@ impl<'a> Trainer<'a> {
             mean_loss = mean_loss.f_add(&loss.f_detach()?)?;
         }
         Ok(mean_loss)
+    }
+
+    /// Returns the weights of a pass; those that do not train ask for no gradient, so that backward ends where all below are
+    /// such.
+    fn weights(&self) -> Result<Vec<Tensor>> {
+        let parameters = &self.classifier.parameters;
+        let weights = parameters.compute_weights(pass_precision(self.hyperparameters).kind())?;
+        let settled =
+            |((_, parameter), weight): ((_, &Parameter), Tensor)| match self.trainable.holds(parameter) {
+                true => Ok(weight),
+                false => Ok(weight.f_detach()?),
+            };
+        parameters.iter().zip(weights).map(settled).collect()
     }
 
     /// Halves the micro-batch, if a step can be taken again with smaller ones.

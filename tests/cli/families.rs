@@ -102,16 +102,18 @@ fn make_model(workplace: &Workplace, (name, config, files): &Family) {
 
 /// Loads folders and computes the logits of the examples in a file, a line of JSON for each folder.
 const REFERENCE: &str = "
-import json, sys, torch
+import inspect, json, sys, torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 pairs = [line.rstrip('\\n').split('\\t')[1:3] for line in open(sys.argv[1], encoding='utf-8')][1:]
 model, info = AutoModelForSequenceClassification.from_pretrained(sys.argv[2], output_loading_info=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+known = inspect.signature(model.forward).parameters
+def logits_of(pair):
+    # XLNet's tokenizer leaves token types out in transformers 5 unless it is asked for them.
+    tokens = tokenizer(*pair, truncation=True, max_length=40, return_tensors='pt', return_token_type_ids=True)
+    return model.eval()(**{name: values for name, values in tokens.items() if name in known}).logits[0].tolist()
 with torch.no_grad():
-    logits = [
-        model.eval()(**tokenizer(*pair, truncation=True, max_length=40, return_tensors='pt')).logits[0].tolist()
-        for pair in pairs
-    ]
+    logits = [logits_of(pair) for pair in pairs]
 bad = sum((sorted(map(str, info[kind])) for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), [])
 print(json.dumps({'logits': logits, 'bad_keys': bad}))
 ";

@@ -6,6 +6,7 @@ mod bert;
 mod families;
 mod fisher;
 mod fixture;
+mod methods;
 mod optimizer;
 mod step_variance;
 mod training;

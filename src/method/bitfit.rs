@@ -1,0 +1,43 @@
+//! BitFit (Ben-Zaken et al., 2022): only biases train, and the task's head.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::registry::MethodOptions;
+use super::{Method, Preparation, Prepared, Preset};
+use crate::error::Result;
+use crate::model::{Parameter, ParameterKind, ParameterPlace};
+
+/// The options as typed in YAML: there are none.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Options {}
+
+/// Trains the biases of all layers, those of normalisations and of the pooler among them, and the whole head.
+struct BitFit;
+
+impl MethodOptions for Options {
+    fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
+        Ok(vec![Arc::new(BitFit)])
+    }
+}
+
+impl Method for BitFit {
+    fn name(&self) -> &str {
+        "bitfit"
+    }
+
+    fn options(&self) -> String {
+        String::new()
+    }
+
+    fn trains(&self, parameter: &Parameter, _layers: usize) -> bool {
+        let is_bias = matches!(parameter.kind, ParameterKind::Bias | ParameterKind::LayerNormBias);
+        is_bias || parameter.place == ParameterPlace::Head
+    }
+
+    fn prepare(&self, _: &mut Preparation) -> Result<Prepared> {
+        Ok(Prepared::default())
+    }
+}

@@ -1,0 +1,149 @@
+//! Several methods at once, such as a child network of the biases alone.
+//!
+//! What each of them changes is changed: a weight trains if all let it train, factors on the learning rate multiply, and the
+//! one that has a mask gives it. Methods of which both have a mask do not go together.
+
+use std::sync::Arc;
+
+use super::registry::{MethodOptions, MethodSpec};
+use super::{Method, Preparation, Prepared, Preset};
+use crate::child::MaskScope;
+use crate::error::{Error, Result};
+use crate::model::{Parameter, Parameters};
+
+/// The methods as typed: a list within the list of methods.
+#[derive(Debug)]
+pub struct Options(pub Vec<MethodSpec>);
+
+/// Methods that train together, in the order of their names.
+struct Composed {
+    name: String,
+    parts: Vec<Arc<dyn Method>>,
+}
+
+impl MethodOptions for Options {
+    fn resolve(&self, preset: Preset) -> Result<Vec<Arc<dyn Method>>> {
+        let mut grid: Vec<Vec<Arc<dyn Method>>> = vec![Vec::new()];
+        for spec in &self.0 {
+            let points = spec.resolve(preset)?;
+            let with = |own: &Vec<Arc<dyn Method>>| {
+                points.iter().map(|point| [own.clone(), vec![point.clone()]].concat()).collect::<Vec<_>>()
+            };
+            grid = grid.iter().flat_map(with).collect();
+        }
+        grid.into_iter().map(|parts| Ok(Arc::new(Composed::new(parts)?) as Arc<dyn Method>)).collect()
+    }
+}
+
+impl Composed {
+    /// Puts methods together; their order makes no difference, so that it makes no other run either.
+    fn new(mut parts: Vec<Arc<dyn Method>>) -> Result<Self> {
+        parts.sort_by(|left, right| left.name().cmp(right.name()));
+        let refuse = |left: &dyn Method, right: &dyn Method, why: &str| {
+            let (left, right) = (left.name(), right.name());
+            Err(Error::configuration(format!("method: {left} and {right} do not go together: {why}")))
+        };
+        let twice = parts.iter().zip(parts.iter().skip(1)).find(|(left, right)| left.name() == right.name());
+        if let Some((left, right)) = twice {
+            return refuse(left.as_ref(), right.as_ref(), "they are one method; remove one of them");
+        }
+        let masked: Vec<_> = parts.iter().filter(|part| part.has_mask()).collect();
+        if let [left, right, ..] = masked[..] {
+            return refuse(
+                left.as_ref(),
+                right.as_ref(),
+                "both have a mask on the gradients; keep one of them",
+            );
+        }
+        let name = parts.iter().map(|part| part.name()).collect::<Vec<_>>().join("+");
+        Ok(Self { name, parts })
+    }
+}
+
+impl Method for Composed {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn options(&self) -> String {
+        let text = |part: &Arc<dyn Method>| format!("{}({})", part.name(), part.options());
+        self.parts.iter().map(text).collect::<Vec<_>>().join(" ")
+    }
+
+    fn is_child_tuning(&self) -> bool {
+        self.parts.iter().any(|part| part.is_child_tuning())
+    }
+
+    fn examples_passed(&self, available: usize) -> usize {
+        self.parts.iter().map(|part| part.examples_passed(available)).sum()
+    }
+
+    fn has_mask(&self) -> bool {
+        self.parts.iter().any(|part| part.has_mask())
+    }
+
+    fn has_fixed_mask(&self) -> bool {
+        self.parts.iter().any(|part| part.has_fixed_mask())
+    }
+
+    fn fixed_share(&self) -> Option<(f64, MaskScope)> {
+        self.parts.iter().find_map(|part| part.fixed_share())
+    }
+
+    fn trains(&self, parameter: &Parameter, layers: usize) -> bool {
+        self.parts.iter().all(|part| part.trains(parameter, layers))
+    }
+
+    fn check(&self, parameters: &Parameters) -> Result<()> {
+        self.parts.iter().try_for_each(|part| part.check(parameters))
+    }
+
+    fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
+        let mut all = Prepared::default();
+        for part in &self.parts {
+            let own = part.prepare(preparation)?;
+            let learning_rate_factor = all.learning_rate_factor * own.learning_rate_factor;
+            let masked = if part.has_mask() { own } else { all };
+            all = Prepared { learning_rate_factor, ..masked };
+        }
+        Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolved(text: &str) -> Result<Vec<(String, String)>> {
+        let spec: MethodSpec = serde_yaml::from_str(text).unwrap();
+        let methods = spec.resolve(Preset::Paper)?;
+        Ok(methods.iter().map(|method| (method.name().to_owned(), method.options())).collect())
+    }
+
+    #[test]
+    fn a_list_is_one_method_whatever_its_order_and_a_grid_of_all_options() {
+        let one = resolved("[bitfit, {child_tuning_f: {p: [0.2, 0.3]}}]").unwrap();
+        assert_eq!(one, resolved("[{child_tuning_f: {p: [0.2, 0.3]}}, bitfit]").unwrap());
+        let options =
+            |p: &str| format!("bitfit() child_tuning_f(p={p} rescale=true scope=all clip=after_mask)");
+        let name = "bitfit+child_tuning_f".to_owned();
+        assert_eq!(one, [(name.clone(), options("0.2")), (name, options("0.3"))]);
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused_by_name() {
+        for (text, parts) in [
+            ("[child_tuning_f, child_tuning_d]", ["child_tuning_d and child_tuning_f", "both have a mask"]),
+            ("[bitfit, bitfit]", ["bitfit and bitfit", "they are one method"]),
+        ] {
+            let message = resolved(text).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+        }
+        for (text, part) in
+            [("[]", "names no method"), ("[[bitfit]]", "no list of methods within a composed method")]
+        {
+            let message = serde_yaml::from_str::<MethodSpec>(text).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        }
+    }
+}

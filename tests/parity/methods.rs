@@ -1,0 +1,106 @@
+//! Methods that train a part of the model, alone and together with child networks.
+
+use child_tuning::method::{Method, MethodSpec, Preset};
+use child_tuning::model::{Classifier, Parameter, ParameterKind, ParameterPlace};
+use child_tuning::train::{Hyperparameters, Trained};
+use tch::Tensor;
+
+use crate::fixture::{classifier, dataset, part, tensors};
+use crate::optimizer::hyperparameters;
+use crate::training::run;
+
+fn method(text: &str) -> std::sync::Arc<dyn Method> {
+    serde_yaml::from_str::<MethodSpec>(text).unwrap().resolve(Preset::Paper).unwrap().remove(0)
+}
+
+/// One step with dropout and without clipping, which would mix the gradients of all parameters.
+fn one_step(text: &str, checkpointing: bool) -> (Classifier, Trained) {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    let mut classifier = classifier("bert_pair");
+    let settings = Hyperparameters {
+        epochs: 1.0,
+        batch_size: 5,
+        max_gradient_norm: None,
+        weight_decay: 0.01,
+        gradient_checkpointing: checkpointing,
+        ..hyperparameters()
+    };
+    let trained = run(&mut classifier, &data, method(text).as_ref(), &settings, 3);
+    assert_eq!(trained.step, 1);
+    (classifier, trained)
+}
+
+fn values(classifier: &Classifier, name: &str) -> Tensor {
+    part(&classifier.parameters, classifier.parameters.values(), name)
+}
+
+/// A weight that trains gets the bits that it gets under `whole`, and all others keep those of the start.
+fn assert_trains(text: &str, whole: &str, trains: impl Fn(&Parameter) -> bool) {
+    let mut start = classifier("bert_pair");
+    start.reset(3).unwrap();
+    let (expected, _) = one_step(whole, false);
+    for checkpointing in [false, true] {
+        let (found, trained) = one_step(text, checkpointing);
+        let mut count = 0;
+        for (_, parameter) in found.parameters.iter() {
+            let reference = if trains(parameter) { &expected } else { &start };
+            let name = &parameter.name;
+            assert_eq!(values(&found, name), values(reference, name), "{text} {name}");
+            count += if trains(parameter) { parameter.count() } else { 0 };
+        }
+        assert_eq!(trained.trainable, count, "{text}");
+        assert!(count > 0 && count < found.parameters.count(), "{text}");
+    }
+}
+
+fn is_bias(parameter: &Parameter) -> bool {
+    let bias = matches!(parameter.kind, ParameterKind::Bias | ParameterKind::LayerNormBias);
+    bias || parameter.place == ParameterPlace::Head
+}
+
+/// For a model of three layers.
+fn is_above(parameter: &Parameter, first: usize) -> bool {
+    match parameter.place {
+        ParameterPlace::EncoderLayer(layer) => layer >= first,
+        ParameterPlace::Embeddings => false,
+        ParameterPlace::Pooler | ParameterPlace::Head => true,
+    }
+}
+
+#[test]
+fn bitfit_trains_biases_and_head_as_vanilla_does() {
+    assert_trains("bitfit", "vanilla", is_bias);
+    let moments = |text: &str| one_step(text, false).1.optimizer_bytes;
+    assert!(moments("bitfit") * 10 < moments("vanilla"));
+}
+
+#[test]
+fn the_top_layers_train_as_in_vanilla() {
+    for k in 0..=2 {
+        assert_trains(&format!("top_layers: {{k: {k}}}"), "vanilla", |own| is_above(own, 3 - k));
+    }
+    let all = one_step("top_layers: {k: 3}", false).0;
+    let vanilla = one_step("vanilla", false).0;
+    let name = "bert.encoder.layer.0.intermediate.dense.weight";
+    assert_eq!(values(&all, name), values(&vanilla, name));
+}
+
+#[test]
+fn composed_methods_change_what_each_of_them_changes() {
+    assert_trains("[bitfit, top_layers: {k: 1}]", "vanilla", |own| is_bias(own) && is_above(own, 2));
+    for child in ["child_tuning_f: {p: 0.4}", "child_tuning_d: {p: 0.4, mask: {scope: all}}"] {
+        assert_trains(&format!("[bitfit, {{{child}}}]"), child, is_bias);
+    }
+    assert_trains(
+        "[bitfit, vanilla: {learning_rate_factor: 2}]",
+        "vanilla: {learning_rate_factor: 2}",
+        is_bias,
+    );
+}
+
+#[test]
+fn more_layers_than_there_are_is_refused() {
+    let classifier = classifier("bert_pair");
+    let error = method("top_layers: {k: 4}").check(&classifier.parameters).unwrap_err().to_string();
+    assert!(error.contains("`k` is 4, but the model has 3 layers"), "{error}");
+}
