@@ -9,7 +9,7 @@ use crate::child::{GradientHooks, GradientMask};
 use crate::data::{EncodedDataset, LabelMap, TaskCard};
 use crate::error::{Error, Result};
 use crate::method::Prepared;
-use crate::model::{Classifier, Labels, Pass, loss};
+use crate::model::{Classifier, Labels, ModelConfig, Pass, loss};
 use crate::train::{
     Hyperparameters, MicroBatch, Order, Precision, Scored, Trainer, Warmup, evaluate, predict,
 };
@@ -29,15 +29,19 @@ pub(super) struct Pair {
 
 impl Pair {
     pub fn new(shape: &Shape, labels: Labels, device: Device) -> Result<Self> {
+        Self::of(&shape.config(0.0, SPREAD), shape.vocabulary, labels, device)
+    }
+
+    pub fn of(config: &ModelConfig, vocabulary: u32, labels: Labels, device: Device) -> Result<Self> {
         let model = |device| -> Result<Classifier> {
-            let mut model = Classifier::untrained(shape.config(0.0, SPREAD), labels.clone(), device)?;
+            let mut model = Classifier::untrained(config.clone(), labels.clone(), device)?;
             model.reset(SEED)?;
             Ok(model)
         };
         // The first eight are all of one length: the way without padding.
         let lengths: Vec<usize> =
             (0..10 * BATCH).map(|i| if i < BATCH { 24 } else { 3 + i * 7 % 41 }).collect();
-        let data = random_data(&lengths, shape.vocabulary, &labels);
+        let data = random_data(&lengths, vocabulary, &labels);
         Ok(Self { reference: model(Device::Cpu)?, subject: model(device)?, data })
     }
 }
@@ -183,7 +187,7 @@ pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Resul
 }
 
 /// Passes in every precision against float32 on the CPU, and flash attention against padded attention.
-fn check_passes(
+pub(super) fn check_passes(
     checks: &mut Checks,
     pair: &mut Pair,
     numbers: &[usize],

@@ -166,7 +166,11 @@ fn step_gradients(
     Ok(left)
 }
 
-fn check_fisher(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> String) -> Result<()> {
+pub(super) fn check_fisher(
+    checks: &mut Checks,
+    pair: &mut Pair,
+    name: &impl Fn(&str) -> String,
+) -> Result<()> {
     let Pair { reference, subject, data } = pair;
     for (estimator, word) in [(Estimator::PerExample, "per example"), (Estimator::Batch, "of batches")] {
         let expected = fisher(reference, data, estimator)?;

@@ -4,6 +4,7 @@
 //! and the released optimizer. On the CPU itself the same suite runs CPU against CPU.
 
 mod agreement;
+mod families;
 mod graphs;
 mod masks;
 mod peer;
@@ -16,7 +17,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-pub use random_model::{Shape, measured_method, random_data};
+pub use random_model::{Shape, family_config, measured_method, random_data};
 pub use report::Report;
 pub use speed::{FisherTimes, Speed, SpeedRow};
 
@@ -123,6 +124,8 @@ pub fn verify(options: Options, show: &mut dyn FnMut(&Check), note: &mut dyn FnM
         note(&format!("{}: recorded steps", shape.name));
         graphs::check(&mut checks, shape, options.device)?;
     }
+    note("every family: passes and Fisher information");
+    families::check(&mut checks, options.device)?;
     let checks = checks.list;
     let (speeds, fisher) = speed::measure(options, note)?;
     note("the Python peer");

@@ -63,6 +63,66 @@ impl Shape {
     }
 }
 
+/// Returns the config of a small model of a family, with something of all that is particular to it.
+pub fn family_config(family: &str, vocabulary: u32, dropout: f64) -> ModelConfig {
+    let common = json!({
+        "model_type": family,
+        "vocab_size": vocabulary,
+        "pad_token_id": 1,
+        "initializer_range": 0.1,
+    });
+    let of_bert = json!({
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    });
+    let own = match family {
+        "distilbert" => vec![json!({
+            "dim": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 96,
+            "max_position_embeddings": 512,
+            "dropout": dropout,
+            "attention_dropout": dropout,
+            "seq_classif_dropout": dropout,
+        })],
+        "xlnet" => vec![json!({
+            "d_model": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "d_inner": 96,
+            "dropout": dropout,
+            "summary_last_dropout": dropout,
+        })],
+        "electra" => vec![of_bert, json!({"embedding_size": 48})],
+        "deberta-v2" => vec![
+            of_bert,
+            json!({
+                "embedding_size": 48,
+                "relative_attention": true,
+                "pos_att_type": ["p2c", "c2p"],
+                "position_buckets": 16,
+                "share_att_key": true,
+                "norm_rel_ebd": "layer_norm",
+                "conv_kernel_size": 3,
+            }),
+        ],
+        "modernbert" => vec![
+            of_bert,
+            json!({"local_attention": 16, "global_attn_every_n_layers": 2, "attention_dropout": dropout}),
+        ],
+        _ => vec![of_bert],
+    };
+    let parts = [common].into_iter().chain(own);
+    ModelConfig::from_values(parts.filter_map(|part| part.as_object().cloned()).flatten().collect())
+}
+
 /// Makes a data set with examples of the given lengths, from random tokens, with random targets.
 pub fn random_data(lengths: &[usize], vocabulary: u32, labels: &Labels) -> EncodedDataset {
     let number =

@@ -3,97 +3,33 @@
 use std::process::Command;
 
 use child_tuning::data::TokenEncoder;
-use child_tuning::model::{Classifier, FAMILIES, Labels, ModelConfig};
+use child_tuning::model::{Classifier, FAMILIES, Labels};
+use child_tuning::verify::family_config;
 use serde_json::{Value, json};
 use tch::Device;
 
 use crate::support::{Workplace, project};
 
-/// A family's config without `model_type` and `vocab_size`, and the files of its tokenizer among the fixtures.
-type Family = (&'static str, fn() -> Value, &'static [&'static str]);
-
-const SIZES: fn() -> Value = || {
-    json!({
-        "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24,
-        "max_position_embeddings": 80, "type_vocab_size": 2, "layer_norm_eps": 1e-5,
-    })
-};
-
-const MODELS: &[Family] = &[
-    ("bert", SIZES, &["tokenizers/vocab.txt"]),
-    (
-        "distilbert",
-        || json!({"dim": 16, "n_heads": 2, "n_layers": 2, "hidden_dim": 24, "max_position_embeddings": 80}),
-        &["tokenizers/vocab.txt"],
-    ),
-    (
-        "electra",
-        || {
-            let mut config = SIZES();
-            config["embedding_size"] = 8.into();
-            config
-        },
-        &["tokenizers/vocab.txt"],
-    ),
-    (
-        "roberta",
-        || {
-            let mut config = SIZES();
-            config["type_vocab_size"] = 1.into();
-            config
-        },
-        &["tokenizers/vocab.json", "tokenizers/merges.txt"],
-    ),
-    (
-        "deberta-v2",
-        || {
-            let mut config = SIZES();
-            config["relative_attention"] = true.into();
-            config["pos_att_type"] = json!(["p2c", "c2p"]);
-            config["position_buckets"] = 8.into();
-            config["share_att_key"] = true.into();
-            config["norm_rel_ebd"] = "layer_norm".into();
-            config["type_vocab_size"] = 0.into();
-            config
-        },
-        &["tokenizers/spm.model"],
-    ),
-    (
-        "modernbert",
-        || {
-            let mut config = SIZES();
-            config["local_attention"] = 16.into();
-            config["global_attn_every_n_layers"] = 2.into();
-            config["pad_token_id"] = 0.into();
-            config
-        },
-        &["bert_pair/tokenizer.json", "bert_pair/tokenizer_config.json"],
-    ),
-    (
-        "xlnet",
-        || {
-            json!({
-                "d_model": 16, "n_head": 2, "d_head": 8, "n_layer": 2, "d_inner": 24, "ff_activation": "gelu",
-                "summary_type": "last", "summary_use_proj": true, "summary_activation": "tanh",
-            })
-        },
-        &["tokenizers/spiece.model"],
-    ),
+/// The files of each family's tokenizer among the fixtures.
+const TOKENIZERS: &[(&str, &[&str])] = &[
+    ("bert", &["tokenizers/vocab.txt"]),
+    ("distilbert", &["tokenizers/vocab.txt"]),
+    ("electra", &["tokenizers/vocab.txt"]),
+    ("roberta", &["tokenizers/vocab.json", "tokenizers/merges.txt"]),
+    ("deberta-v2", &["tokenizers/spm.model"]),
+    ("modernbert", &["bert_pair/tokenizer.json", "bert_pair/tokenizer_config.json"]),
+    ("xlnet", &["tokenizers/spiece.model"]),
 ];
 
 /// Makes a folder with a family's tokenizer and a model with random weights.
-fn make_model(workplace: &Workplace, (name, config, files): &Family) {
+fn make_model(workplace: &Workplace, family: &str, files: &[&str]) {
     for file in files.iter().map(|file| project("tests/fixtures").join(file)) {
         let name = file.file_name().unwrap().to_str().unwrap();
         workplace.write(&format!("start/{name}"), std::fs::read(&file).unwrap());
     }
-    let mut config = config();
-    config["model_type"] = (*name).into();
-    workplace.write("start/config.json", config.to_string());
+    workplace.write("start/config.json", json!({"model_type": family}).to_string());
     let encoder = TokenEncoder::from_folder(&workplace.path("start")).unwrap();
-    config["vocab_size"] = encoder.vocabulary_size().into();
-    config["initializer_range"] = 0.2.into();
-    let config = ModelConfig::from_values(config.as_object().cloned().unwrap());
+    let config = family_config(family, encoder.vocabulary_size() as u32, 0.1);
     let labels = Labels::Classes(vec!["a".into(), "b".into(), "c".into()]);
     let mut model = Classifier::untrained(config, labels, Device::Cpu).unwrap();
     model.reset(1).unwrap();
@@ -136,11 +72,10 @@ fn transformers(workplace: &Workplace, examples: &str, folder: &str) -> Option<V
 
 #[test]
 fn every_family_trains_from_its_own_vocabulary_and_predicts_what_transformers_does() {
-    assert_eq!(MODELS.len(), FAMILIES.len());
-    for family in MODELS {
-        let name = family.0;
+    assert_eq!(TOKENIZERS.len(), FAMILIES.len());
+    for (name, files) in TOKENIZERS {
         let workplace = Workplace::with_models(&[]);
-        make_model(&workplace, family);
+        make_model(&workplace, name, files);
         workplace.experiment(
             "model: start\nmethod: [vanilla, child_tuning_f, {child_tuning_d: {p: 0.2}}]\nsave: saved\n\
              train: {epochs: 1, batch_size: 8, examples: 32, max_length: 40, learning_rate: 1e-3}",
