@@ -2,7 +2,7 @@
 //!
 //! A method is one file and one name in `registry.rs`. It reads its options from YAML, says which parameters train, and before
 //! training turns its options into a [`Prepared`] plan: the gradient mask, where it meets clipping, and what weight decay may
-//! touch. A list of methods is one method, [`composed`] of them.
+//! touch. A list of methods is one method, composed of them.
 
 mod bitfit;
 mod child_tuning_d;
