@@ -15,6 +15,7 @@ mod vanilla;
 
 pub use registry::{METHODS, MethodSpec};
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::{GradientMask, MaskScope, Uncertainty};
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Parameter, ParameterPlace, Parameters, Precision};
+use crate::model::{Classifier, Parameter, Parameters, Precision};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,15 +121,6 @@ pub trait Method: Send + Sync {
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared>;
 }
 
-/// Returns the number of encoder layers that parameters belong to.
-pub(crate) fn layers<'a>(parameters: impl Iterator<Item = &'a Parameter>) -> usize {
-    let layer = |parameter: &Parameter| match parameter.place {
-        ParameterPlace::EncoderLayer(layer) => layer + 1,
-        _ => 0,
-    };
-    parameters.map(layer).max().unwrap_or(0)
-}
-
 /// What a method may use to prepare a run.
 pub struct Preparation<'a> {
     /// The model, reset for the run's seed.
@@ -159,8 +151,8 @@ pub struct Prepared {
     pub outside: Outside,
     /// Factor on the learning rate of the run.
     pub learning_rate_factor: f64,
-    /// Which parameters train, in the order of declaration; all where there is none.
-    pub trains: Vec<bool>,
+    /// The names of the parameters that do not train.
+    pub frozen: HashSet<String>,
     /// How uncertain the mask is, where it was chosen by a part of the training data.
     pub fisher: Option<Uncertainty>,
 }
@@ -174,7 +166,7 @@ impl Default for Prepared {
             decay: DecayScope::All,
             outside: Outside::Freeze,
             learning_rate_factor: 1.0,
-            trains: Vec::new(),
+            frozen: HashSet::new(),
             fisher: None,
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{Method, Preparation, Prepared, Preset, layers};
+use super::{Method, Preparation, Prepared, Preset};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, ParameterPlace, Parameters};
 use crate::values::OneOrMany;
@@ -51,7 +51,7 @@ impl Method for TopLayers {
     }
 
     fn check(&self, parameters: &Parameters) -> Result<()> {
-        let layers = layers(parameters.iter().map(|(_, parameter)| parameter));
+        let layers = parameters.iter().map(|(_, parameter)| parameter.layer()).max().unwrap_or(0);
         if self.k <= layers {
             return Ok(());
         }

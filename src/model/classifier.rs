@@ -9,7 +9,7 @@ use super::attention::takes_head_size;
 use super::checkpoint::{self, LoadReport, ModelFolder};
 use super::config::ModelConfig;
 use super::layers::Linear;
-use super::params::{Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters};
+use super::params::{Parameter, ParameterId, ParameterKind, ParameterTable, Parameters};
 use super::pass::Pass;
 use crate::data::{LabelMap, Objective, TaskCard, TokenEncoder};
 use crate::error::{Error, Result};
@@ -218,19 +218,15 @@ impl Classifier {
         let mut table = ParameterTable::default();
         let network = config.family()?(config, labels.outputs(), &mut table)?;
         let sizes = network.sizes();
-        let layer = |parameter: &Parameter| match parameter.place {
-            ParameterPlace::EncoderLayer(layer) => layer + 1,
-            _ => 0,
-        };
         let count = |chosen: &dyn Fn(&Parameter) -> bool| {
             table.iter().filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
         };
         Ok(ModelShape {
             weights: count(&|_| true),
             embedding_weights: count(&|parameter| parameter.kind == ParameterKind::Embedding),
-            layer_weights: count(&|parameter| layer(parameter) > 0),
-            matrix_weights: count(&|own| layer(own) > 0 && own.kind == ParameterKind::Weight),
-            layers: table.iter().map(layer).max().unwrap_or(0),
+            layer_weights: count(&|parameter| parameter.layer() > 0),
+            matrix_weights: count(&|own| own.layer() > 0 && own.kind == ParameterKind::Weight),
+            layers: table.iter().map(Parameter::layer).max().unwrap_or(0),
             hidden: sizes.hidden as usize,
             intermediate: sizes.intermediate as usize,
             heads: sizes.heads as usize,

@@ -12,6 +12,7 @@ mod disentangled;
 mod distilbert;
 mod dropout;
 mod electra;
+mod fresh_weights;
 mod head;
 mod layer_norm;
 mod layers;
@@ -32,11 +33,12 @@ pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network, Sizes};
 pub use config::{FAMILIES, ModelConfig};
 pub use convolution::Convolution;
 pub use dropout::Dropout;
+pub use fresh_weights::FreshWeights;
 pub use layer_norm::LayerNorm;
 pub use layers::{Embedding, Linear, Vector, loss};
 pub use params::{
-    FreshWeights, Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters,
-    Trainable, TrainableGroup,
+    Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
+    TrainableGroup,
 };
 pub use pass::{LayerObserver, Pass, Rows};
 pub use precision::Precision;

@@ -10,8 +10,8 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use super::fresh_weights::FreshWeights;
 use crate::error::{Error, Result};
-use crate::libtorch::elements_mut;
 use crate::random::{self, Key, Purpose};
 
 /// Ranges start at multiples of this many elements: a cache line, and one group of random numbers.
@@ -45,21 +45,6 @@ pub enum ParameterPlace {
     Head,
 }
 
-/// The distribution that the weights of a matrix or a table are drawn from where training starts from new ones.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum FreshWeights {
-    /// Normal, with the config's `initializer_range` as standard deviation.
-    #[default]
-    Normal,
-    /// Normal with a standard deviation, on condition that it is at most `cutoff` of them away from zero.
-    TruncatedNormal {
-        /// That of the whole normal distribution.
-        standard_deviation: f64,
-        /// Positive.
-        cutoff: f64,
-    },
-}
-
 /// Names one parameter of a model; valid for the table that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ParameterId(usize);
@@ -89,6 +74,14 @@ pub struct Parameter {
 }
 
 impl Parameter {
+    /// Returns the number of the encoder layer that it belongs to, from 1 at the input; 0 if to none.
+    pub fn layer(&self) -> usize {
+        match self.place {
+            ParameterPlace::EncoderLayer(layer) => layer + 1,
+            _ => 0,
+        }
+    }
+
     /// Returns whether weight decay applies: to matrices and embeddings, not to biases and layer normalisations.
     pub fn decays(&self) -> bool {
         matches!(self.kind, ParameterKind::Weight | ParameterKind::Embedding)
@@ -403,15 +396,7 @@ impl Parameters {
                     .bytes()
                     .fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte)));
                 let key = Key::derive(seed, Purpose::Head, 0);
-                match parameter.fresh {
-                    FreshWeights::Normal => {
-                        random::fill_normal(elements_mut(&mut values)?, initializer_range, key, stream);
-                    }
-                    FreshWeights::TruncatedNormal { standard_deviation, cutoff } => {
-                        values =
-                            truncated_normal(&parameter.shape, [standard_deviation, cutoff], key, stream)?;
-                    }
-                }
+                values = parameter.fresh.draw(&parameter.shape, initializer_range, key, stream)?;
             }
             ParameterKind::LayerNormWeight => values = values.f_ones_like()?,
             ParameterKind::Bias | ParameterKind::LayerNormBias => {}
@@ -462,21 +447,6 @@ impl HalfCopy {
 fn leaf(flat: &Tensor, start: usize, shape: &[i64]) -> Result<Tensor> {
     let part = flat.f_narrow(0, start as i64, shape.iter().product())?;
     Ok(part.f_view(shape)?.f_detach()?.f_set_requires_grad(true)?)
-}
-
-/// Draws numbers from a normal distribution that is cut off at so many standard deviations: by its quantiles.
-fn truncated_normal(
-    shape: &[i64],
-    [standard_deviation, cutoff]: [f64; 2],
-    key: Key,
-    stream: u32,
-) -> Result<Tensor> {
-    let mut uniform = vec![0f64; shape.iter().product::<i64>() as usize];
-    random::fill_uniform(&mut uniform, key, stream);
-    let most = Tensor::from(cutoff / std::f64::consts::SQRT_2).f_erf()?;
-    let shares = Tensor::from_slice(&uniform).f_mul_scalar(2.0)?.f_sub_scalar(1.0)?.f_mul(&most)?;
-    let deviates = shares.f_erfinv()?.f_mul_scalar(std::f64::consts::SQRT_2)?.f_clamp(-cutoff, cutoff)?;
-    Ok(deviates.f_mul_scalar(standard_deviation)?.f_to_kind(Kind::Float)?.f_view(shape)?)
 }
 
 #[cfg(test)]

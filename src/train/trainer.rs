@@ -1,6 +1,5 @@
 //! The training loop of one run.
 
-use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -18,7 +17,7 @@ use crate::child::{GradientHooks, GradientMask};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::libtorch::release_cached_memory;
-use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared, layers};
+use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared};
 use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Precision, Trainable, loss};
 use crate::random::Purpose;
 
@@ -83,11 +82,9 @@ pub fn prepare(
     control: &mut Control,
 ) -> Result<Prepared> {
     let (mut done, total) = (0, method.examples_passed(data.len()));
-    let trains: Vec<bool> = {
-        let parameters = || classifier.parameters.iter().map(|(_, parameter)| parameter);
-        let layers = layers(parameters());
-        parameters().map(|parameter| method.trains(parameter, layers)).collect()
-    };
+    let parameters = || classifier.parameters.iter().map(|(_, parameter)| parameter);
+    let layers = parameters().map(Parameter::layer).max().unwrap_or(0);
+    let frozen = parameters().filter(|own| !method.trains(own, layers)).map(|own| own.name.clone()).collect();
     let prepared = method.prepare(&mut Preparation {
         classifier,
         data,
@@ -101,7 +98,7 @@ pub fn prepare(
             control.check()
         },
     })?;
-    Ok(Prepared { trains, ..prepared })
+    Ok(Prepared { frozen, ..prepared })
 }
 
 /// A run in progress: a model, its data, and what the next step needs.
@@ -163,13 +160,8 @@ impl<'a> Trainer<'a> {
         }
         let frozen = hyperparameters.freeze == Freeze::Encoder;
         let parameters = &mut classifier.parameters;
-        let chosen: HashSet<&str> = (parameters.iter().zip(&prepared.trains))
-            .filter(|(_, trains)| **trains)
-            .map(|((_, parameter), _)| parameter.name.as_str())
-            .collect();
         let trainable = parameters.trainable(|parameter| {
-            let is_chosen = prepared.trains.is_empty() || chosen.contains(parameter.name.as_str());
-            is_chosen && (!frozen || parameter.place == ParameterPlace::Head)
+            !prepared.frozen.contains(&parameter.name) && (!frozen || parameter.place == ParameterPlace::Head)
         });
         let mask = prepared.mask.as_ref();
         let optimizer = Optimizer::new(parameters, &trainable, hyperparameters, mask, prepared.decay)?;
