@@ -41,6 +41,14 @@ pub enum Purpose {
     RandomChild = 9,
     /// The choice of the examples that the Fisher pass takes.
     FisherExamples = 10,
+    /// Noise on activations; the index is the optimizer step.
+    Noise = 11,
+    /// The weights that Mixout puts back; the index is the optimizer step.
+    Mixout = 12,
+    /// Dropout in further passes of a step; the index is the optimizer step.
+    SecondDropout = 13,
+    /// Noise in further passes of a step; the index is the optimizer step.
+    SecondNoise = 14,
 }
 
 impl Key {

@@ -4,9 +4,14 @@
 //! earlier micro-batches of the step left and sums the squares for the global norm. Work is cut at fixed places, so that
 //! no bit depends on the number of threads.
 
+use std::ops::Range;
+
 use multiversion::multiversion;
 use rayon::prelude::*;
+use tch::Tensor;
 
+use crate::error::Result;
+use crate::libtorch::elements;
 use crate::random::{self, GROUP, Key};
 
 /// Elements that one thread works on at a time: small enough to stay in its cache.
@@ -167,6 +172,18 @@ pub fn deposit(place: &mut [f32], gradient: Gradient, mask: StepMask, first_grou
         })
         .collect();
     squares.iter().sum()
+}
+
+/// Returns the norm of the elements in some ranges of a flat buffer on the CPU, `[total]` in float32.
+///
+/// # Errors
+/// Fails if the buffer is none.
+pub fn norm_of_spans(buffer: &Tensor, spans: &[Range<usize>]) -> Result<f64> {
+    let values: &[f32] = elements(buffer)?;
+    let squares = |span: &Range<usize>| -> f64 {
+        values[span.clone()].par_chunks(CHUNK).map(sum_of_squares).collect::<Vec<_>>().iter().sum()
+    };
+    Ok(spans.iter().map(squares).sum::<f64>().sqrt())
 }
 
 /// Multiplies a part of the flat buffer by the mask, in place.

@@ -18,7 +18,7 @@ pub use cut::{Choice, Cut, Threshold};
 pub use fisher::{Estimator, FisherBatch, FisherInformation, FisherOptions, Spread, fisher_information};
 pub use hooks::{GradientHooks, GradientMask};
 pub use mask_file::{MaskFile, read_mask, write_mask};
-pub use masking::{StepMask, mask_in_place};
+pub use masking::{StepMask, mask_in_place, norm_of_spans};
 pub use network::{ChildNetwork, MaskScope, TensorMask};
 pub use overlap::{Overlap, Part, Parts, mask_names, overlaps};
 pub use uncertainty::{Uncertainty, uncertainty};

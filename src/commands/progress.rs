@@ -118,6 +118,7 @@ impl Display {
         let (progress, message) = match event {
             Event::Encoded(progress) => (progress, "examples through the frozen encoder".to_owned()),
             Event::Prepared(progress) => (progress, "examples for the mask".to_owned()),
+            Event::FirstTraining(progress) => (progress, "steps of the first training".to_owned()),
             Event::Step { progress, loss } => {
                 place.steps.1 = progress.done;
                 (progress, format!("steps, loss {loss:.4}"))

@@ -2,7 +2,7 @@
 
 use super::spec::TrainSpec;
 use crate::error::{Error, Result};
-use crate::method::{Method, Preset};
+use crate::method::{Method, Parts, Preset};
 use crate::train::{AdamWForm, Freeze, Hyperparameters, MicroBatch, Precision, Warmup};
 use crate::values::OneOrMany;
 
@@ -51,18 +51,33 @@ impl GridPoint {
         if let Some(obstacle) = recording_obstacle(&hyperparameters) {
             return Err(Error::configuration(format!("train.cuda_graphs records passes, but {obstacle}")));
         }
-        if hyperparameters.release_gradients {
-            let whole = hyperparameters.micro_batch == MicroBatch::Examples(batch_size);
-            let obstacle = match (hyperparameters.max_gradient_norm, whole) {
-                (Some(_), _) => "clipping needs all gradients at once: set `train.max_gradient_norm: 0`",
-                (_, false) => "micro-batches add up in them: leave `train.micro_batch` out",
-                (None, true) => return Ok(hyperparameters),
-            };
+        let parts = method.parts();
+        if hyperparameters.cuda_graphs && !parts.has_plain_passes() {
+            return Err(Error::configuration(format!(
+                "train.cuda_graphs records the passes of plain fine-tuning; {} has others: leave it out",
+                method.name()
+            )));
+        }
+        if let Some(obstacle) = release_obstacle(&hyperparameters, &parts) {
             return Err(Error::configuration(format!(
                 "train.release_gradients frees each gradient as soon as it is used, but {obstacle}"
             )));
         }
         Ok(hyperparameters)
+    }
+}
+
+/// Returns why gradients that are to be released in backward cannot be.
+fn release_obstacle(hyperparameters: &Hyperparameters, parts: &Parts) -> Option<&'static str> {
+    let whole = hyperparameters.micro_batch == MicroBatch::Examples(hyperparameters.batch_size);
+    match hyperparameters.max_gradient_norm {
+        _ if !hyperparameters.release_gradients => None,
+        Some(_) => Some("clipping needs all gradients at once: set `train.max_gradient_norm: 0`"),
+        None if !whole => Some("micro-batches add up in them: leave `train.micro_batch` out"),
+        None if !(parts.has_plain_passes() && parts.pulls.is_empty()) => {
+            Some("the method has more than one use for them: leave it out")
+        }
+        None => None,
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{Method, Preparation, Prepared, Preset};
+use super::{Method, Preset};
 use crate::error::Result;
 use crate::model::{Parameter, ParameterKind, ParameterPlace};
 
@@ -35,9 +35,5 @@ impl Method for BitFit {
     fn trains(&self, parameter: &Parameter, _layers: usize) -> bool {
         let is_bias = matches!(parameter.kind, ParameterKind::Bias | ParameterKind::LayerNormBias);
         is_bias || parameter.place == ParameterPlace::Head
-    }
-
-    fn prepare(&self, _: &mut Preparation) -> Result<Prepared> {
-        Ok(Prepared::default())
     }
 }

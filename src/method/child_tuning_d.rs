@@ -187,6 +187,10 @@ impl Method for ChildTuningD {
         true
     }
 
+    fn prunes(&self) -> bool {
+        self.outside == Outside::Prune
+    }
+
     fn fixed_share(&self) -> Option<(f64, MaskScope)> {
         match &self.source {
             Source::Fisher { cut, .. } | Source::Random(cut) => Some((cut.p, cut.scope)),

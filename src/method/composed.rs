@@ -1,15 +1,15 @@
 //! Several methods at once, such as a child network of the biases alone.
 //!
-//! What each of them changes is changed: a weight trains if all let it train, factors on the learning rate multiply, and the
-//! one that has a mask gives it. Methods of which both have a mask do not go together.
+//! What each of them changes is changed: a weight trains if all let it train, factors on the learning rate multiply, terms of the
+//! loss add up, and the one that has a mask gives it. Methods of which both have a mask do not go together.
 
 use std::sync::Arc;
 
 use super::registry::{MethodOptions, MethodSpec};
-use super::{Method, Preparation, Prepared, Preset};
+use super::{Method, Parts, Preparation, Prepared, Preset};
 use crate::child::MaskScope;
 use crate::error::{Error, Result};
-use crate::model::{Parameter, Parameters};
+use crate::model::{Classifier, Parameter, Parameters};
 
 /// The methods as typed: a list within the list of methods.
 #[derive(Debug)]
@@ -55,6 +55,16 @@ impl Composed {
                 "both have a mask on the gradients; keep one of them",
             );
         }
+        let pulls = |part: &&Arc<dyn Method>| !part.parts().pulls.is_empty();
+        if let (Some(pruning), Some(pulling)) =
+            (parts.iter().find(|part| part.prunes()), parts.iter().find(pulls))
+        {
+            return refuse(
+                pruning.as_ref(),
+                pulling.as_ref(),
+                "`outside: prune` sets weights to zero that the other pulls back",
+            );
+        }
         let name = parts.iter().map(|part| part.name()).collect::<Vec<_>>().join("+");
         Ok(Self { name, parts })
     }
@@ -94,19 +104,29 @@ impl Method for Composed {
         self.parts.iter().all(|part| part.trains(parameter, layers))
     }
 
+    fn rate(&self, parameter: &Parameter, layers: usize) -> f64 {
+        self.parts.iter().map(|part| part.rate(parameter, layers)).product()
+    }
+
+    fn parts(&self) -> Parts {
+        self.parts.iter().fold(Parts::default(), |all, part| all.and(part.parts()))
+    }
+
+    fn prunes(&self) -> bool {
+        self.parts.iter().any(|part| part.prunes())
+    }
+
     fn check(&self, parameters: &Parameters) -> Result<()> {
         self.parts.iter().try_for_each(|part| part.check(parameters))
     }
 
+    fn begin(&self, classifier: &mut Classifier, seed: u64) -> Result<()> {
+        self.parts.iter().try_for_each(|part| part.begin(classifier, seed))
+    }
+
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
-        let mut all = Prepared::default();
-        for part in &self.parts {
-            let own = part.prepare(preparation)?;
-            let learning_rate_factor = all.learning_rate_factor * own.learning_rate_factor;
-            let masked = if part.has_mask() { own } else { all };
-            all = Prepared { learning_rate_factor, ..masked };
-        }
-        Ok(all)
+        let masked = self.parts.iter().find(|part| part.has_mask());
+        masked.map_or(Ok(Prepared::default()), |part| part.prepare(preparation))
     }
 }
 

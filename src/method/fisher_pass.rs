@@ -82,7 +82,7 @@ impl FisherPass {
     /// # Errors
     /// Fails if libtorch refuses an operation or the user asks to stop.
     pub fn information(&self, preparation: &mut Preparation, scope: MaskScope) -> Result<FisherInformation> {
-        let Preparation { classifier, data, seed, batch_size, precision, shuffled, progress } = preparation;
+        let Preparation { classifier, data, seed, batch_size, precision, shuffled, host } = preparation;
         let device = classifier.parameters.device();
         let of_batches = self.estimator == Estimator::Batch;
         let examples = self.examples(data.len());
@@ -116,6 +116,6 @@ impl FisherPass {
             clip: self.clip,
             spread: examples < data.len() && !of_batches,
         };
-        fisher_information(classifier, batches, &options, scope, progress)
+        fisher_information(classifier, batches, &options, scope, &mut |examples| host.progress(examples))
     }
 }

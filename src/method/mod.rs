@@ -1,21 +1,33 @@
-//! Fine-tuning methods: what happens to gradients between backward and the optimizer.
+//! Fine-tuning methods: what is done otherwise than in plain fine-tuning.
 //!
-//! A method is one file and one name in `registry.rs`. It reads its options from YAML, says which parameters train, and before
-//! training turns its options into a [`Prepared`] plan: the gradient mask, where it meets clipping, and what weight decay may
-//! touch. A list of methods is one method, composed of them.
+//! A method is one file and one name in `registry.rs`. It reads its options from YAML, says which parameters train and how fast,
+//! which [`Parts`] it adds to the training step, and before training turns its options into a [`Prepared`] plan: the gradient
+//! mask, where it meets clipping, and what weight decay may touch. A list of methods is one method, composed of them.
 
 mod bitfit;
 mod child_tuning_d;
 mod child_tuning_f;
 mod composed;
+mod divergence;
 mod fisher_pass;
+mod hype;
+mod l2_sp;
+mod layer_wise_rates;
+mod parts;
+mod passes;
+mod prior_weight_decay;
+mod r_drop;
+mod recadam;
 mod registry;
+mod reinitialised_layers;
 mod top_layers;
 mod vanilla;
 
+pub use parts::{DecayOrder, Parts, Penalty, Pull, PullStrength, TrainingPoint, WeightTransform};
+pub use passes::{PassSettings, Passes};
 pub use registry::{METHODS, MethodSpec};
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -100,6 +112,21 @@ pub trait Method: Send + Sync {
         true
     }
 
+    /// Returns the factor on the learning rate of a parameter that trains, in a model with so many encoder layers.
+    fn rate(&self, _parameter: &Parameter, _layers: usize) -> f64 {
+        1.0
+    }
+
+    /// Returns what it adds to the training step of one run.
+    fn parts(&self) -> Parts {
+        Parts::default()
+    }
+
+    /// Returns whether weights outside a mask are set to zero.
+    fn prunes(&self) -> bool {
+        false
+    }
+
     /// Returns the share of the weights in a scope that train where the mask is fixed, as far as it is known beforehand: the
     /// others have no moments.
     fn fixed_share(&self) -> Option<(f64, MaskScope)> {
@@ -114,11 +141,42 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
-    /// Does what comes before training. The model's weights are as before afterwards.
+    /// Changes the weights that training starts from, in a model that was reset for the run's seed.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    fn begin(&self, _classifier: &mut Classifier, _seed: u64) -> Result<()> {
+        Ok(())
+    }
+
+    /// Does what comes before training, after [`Method::begin`]. The model's weights are as before afterwards.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation or the user asks to stop.
-    fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared>;
+    fn prepare(&self, _preparation: &mut Preparation) -> Result<Prepared> {
+        Ok(Prepared::default())
+    }
+}
+
+/// What a method may ask of whoever trains, before training.
+pub trait PreparationHost {
+    /// Notes that a batch of so many examples was passed over.
+    ///
+    /// # Errors
+    /// An error ends the preparation: the user asked to stop.
+    fn progress(&mut self, examples: usize) -> Result<()>;
+
+    /// Trains a model as the run will, but without masks.
+    ///
+    /// # Errors
+    /// As training: if it diverges, the user asks to stop, or libtorch refuses an operation.
+    fn fine_tune(&mut self, classifier: &mut Classifier) -> Result<()>;
+
+    /// Puts a model back to where training starts, bit for bit.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    fn rewind(&mut self, classifier: &mut Classifier) -> Result<()>;
 }
 
 /// What a method may use to prepare a run.
@@ -135,8 +193,8 @@ pub struct Preparation<'a> {
     pub precision: Precision,
     /// Whether examples are taken in another order than the file's.
     pub shuffled: bool,
-    /// Told after each batch how many examples it had; an error ends the preparation.
-    pub progress: &'a mut dyn FnMut(usize) -> Result<()>,
+    /// Whoever trains.
+    pub host: &'a mut dyn PreparationHost,
 }
 
 /// What training does differently from plain fine-tuning.
@@ -149,10 +207,12 @@ pub struct Prepared {
     pub decay: DecayScope,
     /// What becomes of the weights outside a fixed mask.
     pub outside: Outside,
-    /// Factor on the learning rate of the run.
-    pub learning_rate_factor: f64,
+    /// What the method adds to the training step.
+    pub parts: Parts,
     /// The names of the parameters that do not train.
     pub frozen: HashSet<String>,
+    /// Factors on the learning rate by the name of the parameter; 1 for those that are not there.
+    pub rates: HashMap<String, f64>,
     /// How uncertain the mask is, where it was chosen by a part of the training data.
     pub fisher: Option<Uncertainty>,
 }
@@ -165,8 +225,9 @@ impl Default for Prepared {
             clip: ClipOrder::AfterMask,
             decay: DecayScope::All,
             outside: Outside::Freeze,
-            learning_rate_factor: 1.0,
+            parts: Parts::default(),
             frozen: HashSet::new(),
+            rates: HashMap::new(),
             fisher: None,
         }
     }

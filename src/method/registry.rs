@@ -6,7 +6,10 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
-use super::{Method, Preset, bitfit, child_tuning_d, child_tuning_f, composed, top_layers, vanilla};
+use super::{
+    Method, Preset, bitfit, child_tuning_d, child_tuning_f, composed, hype, l2_sp, layer_wise_rates,
+    prior_weight_decay, r_drop, recadam, reinitialised_layers, top_layers, vanilla,
+};
 use crate::error::Result;
 use crate::spelling::suggestion;
 
@@ -48,7 +51,20 @@ macro_rules! registry {
     };
 }
 
-registry!(vanilla, child_tuning_f, child_tuning_d, bitfit, top_layers);
+registry!(
+    vanilla,
+    child_tuning_f,
+    child_tuning_d,
+    bitfit,
+    top_layers,
+    reinitialised_layers,
+    layer_wise_rates,
+    l2_sp,
+    prior_weight_decay,
+    recadam,
+    r_drop,
+    hype,
+);
 
 impl MethodSpec {
     /// Returns plain fine-tuning, as if it had been typed.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{Method, Preparation, Prepared, Preset};
+use super::{Method, Preset};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, ParameterPlace, Parameters};
 use crate::values::OneOrMany;
@@ -51,14 +51,18 @@ impl Method for TopLayers {
     }
 
     fn check(&self, parameters: &Parameters) -> Result<()> {
-        let layers = parameters.iter().map(|(_, parameter)| parameter.layer()).max().unwrap_or(0);
-        if self.k <= layers {
-            return Ok(());
-        }
-        Err(Error::configuration(format!("top_layers: `k` is {}, but the model has {layers} layers", self.k)))
+        check_count("top_layers: `k`", self.k, parameters)
     }
+}
 
-    fn prepare(&self, _: &mut Preparation) -> Result<Prepared> {
-        Ok(Prepared::default())
+/// Refuses more layers than a model has; `what` names method and key.
+///
+/// # Errors
+/// Fails if there are fewer than `count`.
+pub fn check_count(what: &str, count: usize, parameters: &Parameters) -> Result<()> {
+    let layers = parameters.layers();
+    if count <= layers {
+        return Ok(());
     }
+    Err(Error::configuration(format!("{what} is {count}, but the model has {layers} layers")))
 }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{Method, Preparation, Prepared, Preset};
+use super::{Method, Preset};
 use crate::error::Result;
+use crate::model::Parameter;
 use crate::values::{OneOrMany, Positive};
 
 /// The options as typed in YAML.
@@ -42,7 +43,7 @@ impl Method for Vanilla {
         }
     }
 
-    fn prepare(&self, _: &mut Preparation) -> Result<Prepared> {
-        Ok(Prepared { learning_rate_factor: self.learning_rate_factor, ..Prepared::default() })
+    fn rate(&self, _: &Parameter, _layers: usize) -> f64 {
+        self.learning_rate_factor
     }
 }

@@ -19,7 +19,20 @@ pub(super) struct Segment<'a> {
 }
 
 impl<'a> Pass<'a> {
-    /// Runs a segment of the network, such as a layer: `[tokens, hidden]` to the same.
+    /// Runs a layer of the encoder as a segment of the network, with this pass's noise: `[tokens, hidden]` to the same.
+    ///
+    /// # Errors
+    /// Whatever the arithmetic finds wrong.
+    pub fn layer(
+        &self,
+        states: &Tensor,
+        arithmetic: impl Fn(&Pass<'a>, &Tensor) -> Result<Tensor> + 'a,
+    ) -> Result<Tensor> {
+        let layer = self.next_layer();
+        self.segment(states, move |pass, states| arithmetic(pass, &pass.noisy(states, layer)?))
+    }
+
+    /// Runs a segment of the network, such as a layer: `[rows, width]` to the same.
     ///
     /// If the pass is checkpointed, nothing but the input is kept of it until [`Pass::backward`] gets there.
     ///
@@ -46,12 +59,20 @@ impl<'a> Pass<'a> {
         Ok(output)
     }
 
-    /// Computes the gradients of a loss that came out of this pass, those of the segments last to first.
+    /// Computes the gradients of a loss that came out of this pass.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn backward(&self, loss: &Tensor) -> Result<()> {
         loss.f_backward()?;
+        self.backward_through_segments()
+    }
+
+    /// Goes backward through the segments of a checkpointed pass, last to first, after backward through what follows them.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn backward_through_segments(&self) -> Result<()> {
         let Some(segments) = self.segments() else { return Ok(()) };
         while let Some(segment) = pop(segments) {
             let input = segment.input.f_detach()?.f_set_requires_grad(true)?;

@@ -137,6 +137,8 @@ pub struct Classifier {
     /// The values to go back to, copied before they first change: a model that only predicts is in memory once.
     start: Option<Tensor>,
     fresh: Vec<ParameterId>,
+    /// Those that were drawn anew since the last reset, although the checkpoint has them.
+    redrawn: Vec<ParameterId>,
     initializer_range: f64,
 }
 
@@ -158,7 +160,8 @@ impl Classifier {
         parameters.mark_unchanged();
         let fresh = report.fresh.iter().filter_map(|name| parameters.find(name)).collect();
         let initializer_range = config.number_or("initializer_range", 0.02)?;
-        Ok(Self { parameters, report, network, config, labels, start: None, fresh, initializer_range })
+        let (start, redrawn) = Default::default();
+        Ok(Self { parameters, report, network, config, labels, start, fresh, redrawn, initializer_range })
     }
 
     /// Loads a fine-tuned model folder to be scored on a task, or to predict its examples: with the task's labels in the
@@ -207,7 +210,8 @@ impl Classifier {
         let fresh = parameters.iter().map(|(id, _)| id).collect();
         let initializer_range = config.number_or("initializer_range", 0.02)?;
         let report = LoadReport::default();
-        Ok(Self { parameters, report, network, config, labels, start: None, fresh, initializer_range })
+        let (start, redrawn) = Default::default();
+        Ok(Self { parameters, report, network, config, labels, start, fresh, redrawn, initializer_range })
     }
 
     /// Returns the sizes of a model for a task, from its config alone.
@@ -284,7 +288,39 @@ impl Classifier {
         for &id in &self.fresh {
             self.parameters.initialise(id, seed, self.initializer_range)?;
         }
+        self.redrawn.clear();
         Ok(())
+    }
+
+    /// Draws the chosen parameters anew until the next reset, as if the checkpoint lacked them.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses.
+    pub fn reinitialise(&mut self, seed: u64, chosen: impl Fn(&Parameter) -> bool) -> Result<()> {
+        let ids = self.parameters.iter().filter(|(_, parameter)| chosen(parameter)).map(|(id, _)| id);
+        for id in ids.collect::<Vec<_>>() {
+            self.parameters.initialise(id, seed, self.initializer_range)?;
+            self.redrawn.push(id);
+        }
+        Ok(())
+    }
+
+    /// Returns whether a parameter's values were drawn and not taken from the checkpoint.
+    pub fn is_new(&self, id: ParameterId) -> bool {
+        self.fresh.contains(&id) || self.redrawn.contains(&id)
+    }
+
+    /// Returns the values that the checkpoint brought, `[total]` in float32; nothing before [`Classifier::keep_start`].
+    pub fn start(&self) -> Option<&Tensor> {
+        self.start.as_ref()
+    }
+
+    /// Returns the width of the embeddings of words.
+    pub fn embedding_width(&self) -> i64 {
+        let entries = self.network.sizes().vocabulary;
+        let is_words = |own: &Parameter| own.kind == ParameterKind::Embedding && own.shape[0] == entries;
+        let words = self.parameters.iter().map(|(_, parameter)| parameter).find(|own| is_words(own));
+        words.map_or(0, |words| words.shape[1])
     }
 
     /// Computes the logits of a pass in float32, `[examples, outputs]`.

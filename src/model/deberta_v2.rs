@@ -161,7 +161,7 @@ impl DebertaV2 {
         let run = |states: Tensor, (number, layer): (usize, &'a Layer)| {
             let attend = attend.clone();
             let convolution = self.convolution.as_ref().filter(|_| number == 0);
-            pass.segment(&states, move |pass, states| {
+            pass.layer(&states, move |pass, states| {
                 let context = attend(pass, (number, layer), states)?;
                 let output = layer.after_attention(pass, self.layers.settings(), states, &context)?;
                 match convolution {
@@ -215,7 +215,7 @@ impl Embeddings {
 
     /// Embeds the packed tokens: `[tokens, hidden]`.
     fn forward(&self, pass: &Pass) -> Result<Tensor> {
-        let mut sum = self.words.forward(pass, &pass.batch.input_ids)?;
+        let mut sum = pass.words(&self.words)?;
         if let Some(positions) = &self.positions {
             sum = sum.f_add(&positions.forward(pass, &pass.batch.positions)?)?;
         }

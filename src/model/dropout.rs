@@ -23,7 +23,11 @@ impl Dropout {
     /// Makes the pattern of a step (or of a batch of the Fisher pass, by `purpose`), for a pass over the examples from
     /// `first_slot` on.
     pub fn new(seed: u64, purpose: Purpose, step: u64, first_slot: usize, device: Device) -> Self {
-        let key = Key::derive(seed, purpose, step);
+        Self::of_key(Key::derive(seed, purpose, step), first_slot, device)
+    }
+
+    /// Makes the pattern of a key, for a pass over the examples from `first_slot` on.
+    pub fn of_key(key: Key, first_slot: usize, device: Device) -> Self {
         if device.is_cuda() {
             // Masks draw from the same generator, so it is seeded for every pass.
             tch::manual_seed((key.of_part(first_slot as u64).as_u64() >> 1) as i64);
@@ -45,10 +49,7 @@ impl Dropout {
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn tokens(&self, rows: &Tensor, probability: f64, site: u32, batch: &PackedBatch) -> Result<Tensor> {
-        let counters: Vec<_> = (batch.lengths.iter().zip(&batch.slots))
-            .flat_map(|(&length, &slot)| (0..length as u32).map(move |position| [position, slot, site]))
-            .collect();
-        self.apply(rows, probability, counters)
+        self.apply(rows, probability, token_counters(batch, site))
     }
 
     /// Drops elements of one row an example, `[examples, width]`.
@@ -118,6 +119,13 @@ impl Dropout {
         let dropped = rows.drop_elements(&input.detach())?;
         with_backward(dropped, &[input], move |gradient| Ok(vec![rows.drop_elements(gradient)?]))
     }
+}
+
+/// Returns the counters of the packed tokens of a batch: position, example and place in the network.
+pub(super) fn token_counters(batch: &PackedBatch, site: u32) -> Vec<[u32; 3]> {
+    (batch.lengths.iter().zip(&batch.slots))
+        .flat_map(|(&length, &slot)| (0..length as u32).map(move |position| [position, slot, site]))
+        .collect()
 }
 
 /// Which elements of a row are kept, given its counter: those whose random number is at most `limit`.

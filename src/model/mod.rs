@@ -17,6 +17,7 @@ mod head;
 mod layer_norm;
 mod layers;
 mod modernbert;
+mod noise;
 mod params;
 mod pass;
 mod post_norm;
@@ -36,11 +37,12 @@ pub use dropout::Dropout;
 pub use fresh_weights::FreshWeights;
 pub use layer_norm::LayerNorm;
 pub use layers::{Embedding, Linear, Vector, loss};
+pub use noise::{Noise, NoiseKind};
 pub use params::{
     Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
-    TrainableGroup,
+    TrainableGroup, Treatment,
 };
-pub use pass::{LayerObserver, Pass, Rows};
+pub use pass::{LayerObserver, Pass, Rows, Shift};
 pub use precision::Precision;
 pub use weights::{ElementType, StoredTensor, Weights};
 pub(crate) use weights::{FORMATS, shard_names};

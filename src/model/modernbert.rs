@@ -228,7 +228,7 @@ fn mean_of_examples(pass: &Pass, rows: &Tensor) -> Result<Tensor> {
 impl Network for ModernBert {
     fn features<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor> {
         let settings = &self.settings;
-        let embedded = self.words.forward(pass, &pass.batch.input_ids)?;
+        let embedded = pass.words(&self.words)?;
         let embedded = self.embedding_norm.forward(pass, &embedded)?;
         let embedded = pass.dropout(&embedded, settings.embedding_dropout, Rows::Tokens)?;
         let packed = pass.batch.flash_lengths().is_some() && embedded.kind() == Kind::BFloat16;
@@ -245,7 +245,7 @@ impl Network for ModernBert {
         let rotations = [global?, local?];
         let run = |states: Tensor, layer: &'a Layer| {
             let rotation = rotations[layer.reach].clone();
-            pass.segment(&states, move |pass, states| layer.forward(pass, settings, &rotation, states))
+            pass.layer(&states, move |pass, states| layer.forward(pass, settings, &rotation, states))
         };
         let states = self.layers.iter().try_fold(embedded, run)?;
         let dense = self.dense.forward(pass, &self.pooled(pass, &states)?)?;

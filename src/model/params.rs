@@ -146,9 +146,9 @@ impl ParameterTable {
 }
 
 /// The parameters that a run trains, as ranges of the flat buffers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Trainable {
-    /// Ranges without a gap between two parameters, each with weight decay or without, in order.
+    /// Ranges without a gap between two parameters, each of one treatment, in order.
     pub groups: Vec<TrainableGroup>,
     /// The same ranges, joined wherever one begins at the end of another.
     pub spans: Vec<Range<usize>>,
@@ -159,18 +159,42 @@ pub struct Trainable {
 impl Trainable {
     /// Returns whether a parameter is among those that train.
     pub fn holds(&self, parameter: &Parameter) -> bool {
-        let range = &parameter.range;
-        self.spans.iter().any(|span| span.start <= range.start && range.end <= span.end)
+        self.treatment(parameter).is_some()
+    }
+
+    /// Returns how a parameter is treated, if it trains.
+    pub fn treatment(&self, parameter: &Parameter) -> Option<Treatment> {
+        let own = &parameter.range;
+        let holds = |group: &&TrainableGroup| group.range.start <= own.start && own.end <= group.range.end;
+        self.groups.iter().find(holds).map(|group| group.treatment)
     }
 }
 
-/// Parameters side by side that are all with weight decay, or all without.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Parameters side by side that the optimizer treats alike.
+#[derive(Clone, Debug, PartialEq)]
 pub struct TrainableGroup {
     /// Their elements.
     pub range: Range<usize>,
+    /// How they are treated.
+    pub treatment: Treatment,
+}
+
+/// How the optimizer treats a parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Treatment {
+    /// Factor on the learning rate.
+    pub rate: f64,
     /// Whether weight decay applies.
     pub decays: bool,
+    /// Whether there are values that training started from and may be held near to; a new head has none.
+    pub pretrained: bool,
+}
+
+impl Treatment {
+    /// Returns how plain fine-tuning treats a parameter.
+    pub fn plain(parameter: &Parameter) -> Self {
+        Self { rate: 1.0, decays: parameter.decays(), pretrained: true }
+    }
 }
 
 /// The parameters of one model: values, gradients, and the leaves of the autograd graph.
@@ -293,21 +317,27 @@ impl Parameters {
         Ok(copy)
     }
 
-    /// Returns the ranges of the parameters that are chosen.
+    /// Returns the ranges of the parameters that are chosen, treated as in plain fine-tuning.
     pub fn trainable(&self, chosen: impl Fn(&Parameter) -> bool) -> Trainable {
-        let mut parameters: Vec<&Parameter> =
-            self.parameters.iter().filter(|parameter| chosen(parameter)).collect();
-        parameters.sort_by_key(|parameter| parameter.range.start);
-        let count = parameters.iter().map(|parameter| parameter.count()).sum();
+        self.trainable_as(|parameter| chosen(parameter).then(|| Treatment::plain(parameter)))
+    }
+
+    /// Returns the ranges of the parameters that are treated in some way; the others do not train.
+    pub fn trainable_as(&self, treatment: impl Fn(&Parameter) -> Option<Treatment>) -> Trainable {
+        let mut parameters: Vec<(&Parameter, Treatment)> = (self.parameters.iter())
+            .filter_map(|parameter| treatment(parameter).map(|treatment| (parameter, treatment)))
+            .collect();
+        parameters.sort_by_key(|(parameter, _)| parameter.range.start);
+        let count = parameters.iter().map(|(parameter, _)| parameter.count()).sum();
         let (mut groups, mut spans): (Vec<TrainableGroup>, Vec<Range<usize>>) = Default::default();
-        for parameter in parameters {
+        for (parameter, treatment) in parameters {
             // With the gap behind it, which holds zeros and stays zero.
             let (start, end) = (parameter.range.start, parameter.range.end.next_multiple_of(ALIGNMENT));
             match groups.last_mut() {
-                Some(group) if group.range.end == start && group.decays == parameter.decays() => {
+                Some(group) if group.range.end == start && group.treatment == treatment => {
                     group.range.end = end;
                 }
-                _ => groups.push(TrainableGroup { range: start..end, decays: parameter.decays() }),
+                _ => groups.push(TrainableGroup { range: start..end, treatment }),
             }
             match spans.last_mut() {
                 Some(span) if span.end == start => span.end = end,
@@ -320,6 +350,11 @@ impl Parameters {
     /// Returns the length of the flat buffers, gaps included.
     pub fn buffer_len(&self) -> usize {
         self.values.numel()
+    }
+
+    /// Returns the number of encoder layers.
+    pub fn layers(&self) -> usize {
+        self.parameters.iter().map(Parameter::layer).max().unwrap_or(0)
     }
 
     /// Returns the number of weights, without the gaps of the buffer.
@@ -462,7 +497,10 @@ mod tests {
         table.declare("head bias", &[2], ParameterKind::Bias, ParameterPlace::Head);
         let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
         assert_eq!(parameters.buffer_len(), 128 + 64 + 64 + 64);
-        let group = |range, decays| TrainableGroup { range, decays };
+        let group = |range, decays| TrainableGroup {
+            range,
+            treatment: Treatment { rate: 1.0, decays, pretrained: true },
+        };
         let all = parameters.trainable(|_| true);
         assert_eq!(all.groups, [group(0..192, true), group(192..320, false)]);
         assert_eq!((&all.spans[..], all.count), (std::slice::from_ref(&(0..320)), 70 + 10 + 20 + 2));

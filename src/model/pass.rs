@@ -9,9 +9,14 @@ use super::convolution::Convolution;
 use super::dropout::Dropout;
 use super::layer_norm::LayerNorm;
 use super::layers::{Embedding, Linear, Vector};
+use super::noise::Noise;
 use super::params::ParameterId;
 use crate::data::PackedBatch;
 use crate::error::Result;
+use crate::random::Key;
+
+/// The place of noise that enters the first layer; those before are for noise on embeddings.
+const FIRST_LAYER_SITE: u32 = 16;
 
 /// What the rows of an activation stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +28,14 @@ pub enum Rows {
     /// Rows that are the same for all examples, such as those of relative positions: `[rows, width]`. Where gradients of
     /// single examples are asked for they stand there once an example, `[examples · rows, width]`; see [`Pass::shared`].
     Shared,
+}
+
+/// What is added to the embeddings of words.
+pub struct Shift {
+    /// `[tokens, width]`.
+    pub by: Tensor,
+    /// Whether the table of words gets no gradient from this pass.
+    pub of_constants: bool,
 }
 
 /// Sees every layer with parameters as a forward pass runs it; for gradients of single examples.
@@ -67,8 +80,13 @@ pub struct Pass<'a> {
     /// The batch that runs through the model.
     pub batch: &'a PackedBatch,
     pub(super) dropout: Option<Dropout>,
+    /// Noise on what enters each layer.
+    noise: Option<(Noise, Key)>,
+    shift: Option<Shift>,
     observer: Option<&'a dyn LayerObserver>,
     sites: Cell<u32>,
+    /// Layers that have been entered.
+    layers: Cell<u32>,
     /// What has been run of a checkpointed pass, first to last.
     segments: Option<RefCell<Vec<Segment<'a>>>>,
 }
@@ -76,12 +94,24 @@ pub struct Pass<'a> {
 impl<'a> Pass<'a> {
     /// Starts a pass for evaluation, or with `dropout` for training.
     pub fn new(weights: &'a [Tensor], batch: &'a PackedBatch, dropout: Option<Dropout>) -> Self {
-        Self { weights, batch, dropout, observer: None, sites: Cell::new(0), segments: None }
+        let (noise, shift, observer, segments) = Default::default();
+        let (sites, layers) = Default::default();
+        Self { weights, batch, dropout, noise, shift, observer, sites, layers, segments }
     }
 
     /// Keeps of each segment of the network its input only; [`Pass::backward`] computes the rest again.
     pub fn checkpointed(self) -> Self {
         Self { segments: Some(RefCell::default()), ..self }
+    }
+
+    /// Adds noise to the hidden states that enter each layer of the encoder.
+    pub fn with_noise(self, noise: Noise, key: Key) -> Self {
+        Self { noise: Some((noise, key)), ..self }
+    }
+
+    /// Shifts the embeddings of words.
+    pub fn shifted(self, shift: Shift) -> Self {
+        Self { shift: Some(shift), ..self }
     }
 
     /// Lets an observer see the layers. The weights must not require gradients: the graph then starts at the
@@ -93,6 +123,32 @@ impl<'a> Pass<'a> {
     /// Returns a parameter's value in the type that this pass computes in.
     pub fn weight(&self, id: ParameterId) -> &Tensor {
         &self.weights[id.index()]
+    }
+
+    /// Looks up the words of the batch, as which the table is given: `[tokens, width]`.
+    ///
+    /// # Errors
+    /// Fails if an id is out of range.
+    pub fn words(&self, table: &Embedding) -> Result<Tensor> {
+        let words = table.forward(self, &self.batch.input_ids)?;
+        let Some(Shift { by, of_constants }) = &self.shift else { return Ok(words) };
+        let words = if *of_constants { words.f_detach()? } else { words };
+        Ok(words.f_add(&by.f_to_kind(words.kind())?)?)
+    }
+
+    /// Adds noise to what enters a layer, if this pass has noise.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub(super) fn noisy(&self, states: &Tensor, layer: u32) -> Result<Tensor> {
+        let Some((noise, key)) = self.noise else { return Ok(states.shallow_clone()) };
+        let drawn = noise.tokens(key, FIRST_LAYER_SITE + layer, states.size()[1], self.batch)?;
+        Ok(states.f_add(&drawn.f_to_kind(states.kind())?)?)
+    }
+
+    /// Numbers the layers in the order of the forward pass.
+    pub(super) fn next_layer(&self) -> u32 {
+        self.layers.replace(self.layers.get() + 1)
     }
 
     /// Applies dropout to activations, if this pass trains.

@@ -47,7 +47,7 @@ impl Embeddings {
     /// # Errors
     /// Fails if an index is out of range.
     pub fn forward(&self, pass: &Pass, positions: &Tensor) -> Result<Tensor> {
-        let mut sum = self.words.forward(pass, &pass.batch.input_ids)?;
+        let mut sum = pass.words(&self.words)?;
         if let Some(token_types) = &self.token_types {
             sum = sum.f_add(&token_types.forward(pass, &pass.batch.token_types)?)?;
         }
@@ -159,7 +159,7 @@ impl Layers {
     /// Fails if libtorch cannot allocate.
     pub fn forward<'a>(&'a self, pass: &Pass<'a>, embedded: Tensor) -> Result<Tensor> {
         let run = |states: Tensor, layer: &'a Layer| {
-            pass.segment(&states, |pass, states| layer.forward(pass, &self.settings, states))
+            pass.layer(&states, |pass, states| layer.forward(pass, &self.settings, states))
         };
         self.layers.iter().try_fold(embedded, run)
     }

@@ -203,13 +203,13 @@ impl Layer {
 
 impl Network for XlNet {
     fn features<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor> {
-        let embedded = self.words.forward(pass, &pass.batch.input_ids)?;
+        let embedded = pass.words(&self.words)?;
         let embedded = pass.dropout(&embedded, self.dropout, Rows::Tokens)?;
         let kind = self.layers[0].attention.kind(pass);
         let pairs = Rc::new(Pairs::new(pass, &self.attention, kind)?);
         let run = |states: Tensor, layer: &'a Layer| {
             let pairs = pairs.clone();
-            pass.segment(&states, move |pass, states| layer.forward(pass, &pairs, states))
+            pass.layer(&states, move |pass, states| layer.forward(pass, &pairs, states))
         };
         let states = self.layers.iter().try_fold(embedded, run)?;
         self.summary.forward(pass, &states, self.dropout)

@@ -9,7 +9,7 @@ use super::adamw_host::StepConstants;
 use crate::child::GradientMask;
 use crate::error::Result;
 use crate::libtorch::{FusedAdamW, FusedGroup};
-use crate::model::TrainableGroup;
+use crate::model::{TrainableGroup, Treatment};
 
 /// The moments of the weights that train, on a device.
 pub struct DeviceMoments {
@@ -22,7 +22,7 @@ pub struct DeviceMoments {
 
 struct Group {
     range: Range<usize>,
-    decays: bool,
+    treatment: Treatment,
     /// Places of the members in the range, int32; `None` where all are.
     members: Option<Tensor>,
     first_moments: Tensor,
@@ -48,7 +48,7 @@ impl DeviceMoments {
             let zeros = || Tensor::f_zeros([count], (Kind::Float, device));
             Ok(Group {
                 range,
-                decays: group.decays,
+                treatment: group.treatment,
                 members,
                 first_moments: zeros()?,
                 second_moments: zeros()?,
@@ -72,7 +72,7 @@ impl DeviceMoments {
     }
 
     /// Updates the weights with their gradients divided by `divisor`, both the part of the flat buffer that begins at
-    /// `start`; whole groups only.
+    /// `start`; whole groups only. `constants` are those of a treatment.
     ///
     /// # Errors
     /// Fails if libtorch refuses.
@@ -82,12 +82,13 @@ impl DeviceMoments {
         gradients: &Tensor,
         start: usize,
         divisor: Option<&Tensor>,
-        constants: &StepConstants,
+        step: u64,
+        constants: impl Fn(Treatment) -> StepConstants,
     ) -> Result<()> {
-        self.step = self.step.f_fill_(constants.step as f64)?;
+        self.step = self.step.f_fill_(step as f64)?;
         let end = start + gradients.numel();
         for group in self.groups.iter().filter(|group| group.range.start >= start && group.range.end <= end) {
-            let constants = if group.decays { *constants } else { constants.without_decay() };
+            let constants = constants(group.treatment);
             let part = |flat: &Tensor| {
                 flat.f_narrow(0, (group.range.start - start) as i64, group.range.len() as i64)
             };

@@ -11,7 +11,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use crate::child::{ChildNetwork, GradientMask};
-use crate::model::Parameter;
+use crate::model::{Parameter, Treatment};
 use crate::random::GROUP;
 
 /// Elements that one thread works on at a time.
@@ -48,7 +48,7 @@ pub struct HostMoments {
 #[derive(Clone, Debug)]
 struct Piece {
     range: Range<usize>,
-    decays: bool,
+    treatment: Treatment,
     /// Number of weights that have moments.
     members: usize,
 }
@@ -63,19 +63,20 @@ struct Work<'a> {
 }
 
 impl HostMoments {
-    /// Makes zero moments for parameters, given in the order of the flat buffer; with a fixed mask only for its members.
+    /// Makes zero moments for parameters, given in the order of the flat buffer with their treatment; with a fixed mask only
+    /// for its members.
     pub fn new<'a>(
-        parameters: impl Iterator<Item = &'a Parameter>,
+        parameters: impl Iterator<Item = (&'a Parameter, Treatment)>,
         mask: Option<Arc<GradientMask>>,
         decays_outside: bool,
     ) -> Self {
         let child = mask.as_ref().and_then(|mask| mask.child());
         let mut pieces = Vec::new();
-        for parameter in parameters {
+        for (parameter, treatment) in parameters {
             for start in parameter.range.clone().step_by(PIECE) {
                 let range = start..parameter.range.end.min(start + PIECE);
                 let members = child.map_or(range.len(), |child| count(child, &range));
-                pieces.push(Piece { range, decays: parameter.decays(), members });
+                pieces.push(Piece { range, treatment, members });
             }
         }
         let total = pieces.iter().map(|piece| piece.members).sum();
@@ -88,14 +89,14 @@ impl HostMoments {
     }
 
     /// Updates the weights `values` with their gradients times `factor`, both the part of the flat buffer that begins at
-    /// `start`; whole parameters only.
+    /// `start`; whole parameters only. `constants` are those of a treatment.
     pub fn apply(
         &mut self,
         values: &mut [f32],
         gradients: &[f32],
         start: usize,
         factor: f32,
-        constants: &StepConstants,
+        constants: impl Fn(Treatment) -> StepConstants + Sync,
     ) {
         let child = self.mask.as_ref().and_then(|mask| mask.child());
         let decays_outside = self.decays_outside;
@@ -116,20 +117,12 @@ impl HostMoments {
             work.push(Work { piece, values: own, gradients, first: own_first, second: own_second });
         }
         work.into_par_iter().for_each_init(Default::default, |gathered, work| {
-            let constants = if work.piece.decays { *constants } else { constants.without_decay() };
-            let constants = ElementConstants::new(&constants, factor);
+            let constants = ElementConstants::new(&constants(work.piece.treatment), factor);
             match child.filter(|_| work.piece.members < work.values.len()) {
                 Some(child) => update_members(work, child, decays_outside, &constants, gathered),
                 None => update(work.values, work.gradients, work.first, work.second, &constants),
             }
         });
-    }
-}
-
-impl StepConstants {
-    /// Returns the same step for weights that do not decay.
-    pub fn without_decay(self) -> Self {
-        Self { decay_before: 1.0, decay_after: 1.0, ..self }
     }
 }
 
@@ -269,9 +262,10 @@ mod tests {
         parameters
     }
 
-    fn in_order(parameters: &Parameters) -> Vec<&Parameter> {
-        let mut list: Vec<_> = parameters.iter().map(|(_, parameter)| parameter).collect();
-        list.sort_by_key(|parameter| parameter.range.start);
+    fn in_order(parameters: &Parameters) -> Vec<(&Parameter, Treatment)> {
+        let mut list: Vec<_> =
+            parameters.iter().map(|(_, parameter)| (parameter, Treatment::plain(parameter))).collect();
+        list.sort_by_key(|(parameter, _)| parameter.range.start);
         list
     }
 
@@ -280,15 +274,17 @@ mod tests {
         Arc::new(GradientMask::Fixed(ChildNetwork::random(parameters, &cut, 5).unwrap()))
     }
 
-    fn constants(step: u64, decay: f64, after: bool) -> StepConstants {
-        let decays = [decay, 1.0];
-        StepConstants {
-            step,
-            learning_rate: 0.01,
-            betas: (0.9, 0.999),
-            epsilon: 1e-8,
-            decay_before: decays[usize::from(after)],
-            decay_after: decays[usize::from(!after)],
+    fn constants(step: u64, decay: f64, after: bool) -> impl Fn(Treatment) -> StepConstants {
+        move |treatment| {
+            let decays = [if treatment.decays { decay } else { 1.0 }, 1.0];
+            StepConstants {
+                step,
+                learning_rate: 0.01,
+                betas: (0.9, 0.999),
+                epsilon: 1e-8,
+                decay_before: decays[usize::from(after)],
+                decay_after: decays[usize::from(!after)],
+            }
         }
     }
 
@@ -312,7 +308,7 @@ mod tests {
             let gradients = gradients(parameters, step, mask);
             let mut values = parameters.values_to_change();
             let values: &mut [f32] = elements_mut(&mut values).unwrap();
-            moments.apply(values, &gradients, 0, 0.7, &constants(step, decay, after));
+            moments.apply(values, &gradients, 0, 0.7, constants(step, decay, after));
         }
         let values: &[f32] = elements(parameters.values()).unwrap();
         (values.iter().map(|value| value.to_bits()).collect(), moments.bytes())
@@ -368,15 +364,20 @@ mod tests {
                 let gradients = gradients(&parameters, step, &mask);
                 let mut values = parameters.values_to_change();
                 let values: &mut [f32] = elements_mut(&mut values).unwrap();
-                let constants = constants(step, 0.99, false);
                 if !apart {
-                    moments.apply(values, &gradients, 0, 1.0, &constants);
+                    moments.apply(values, &gradients, 0, 1.0, constants(step, 0.99, false));
                     continue;
                 }
-                for parameter in list.iter().rev() {
+                for (parameter, _) in list.iter().rev() {
                     let range = parameter.range.clone();
                     let part = &mut values[range.clone()];
-                    moments.apply(part, &gradients[range.clone()], range.start, 1.0, &constants);
+                    moments.apply(
+                        part,
+                        &gradients[range.clone()],
+                        range.start,
+                        1.0,
+                        constants(step, 0.99, false),
+                    );
                 }
             }
             parameters.values_copy().unwrap()
@@ -404,7 +405,7 @@ mod tests {
             for step in 1..=10 {
                 let gradients = Tensor::from_slice(&gradients(&start, step, &mask)) * 0.7;
                 let values = start.values_to_change();
-                moments.apply(&values, &gradients, 0, None, &constants(step, 0.99, after)).unwrap();
+                moments.apply(&values, &gradients, 0, None, step, constants(step, 0.99, after)).unwrap();
             }
             for (id, parameter) in start.iter() {
                 let part = |flat: &Tensor| start.part(flat, id).unwrap();

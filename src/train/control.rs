@@ -14,6 +14,8 @@ pub enum Event {
     Encoded(Progress),
     /// A method passed over examples before training.
     Prepared(Progress),
+    /// An optimizer step ended of the training that a method begins with, whose weights it takes back.
+    FirstTraining(Progress),
     /// An optimizer step ended.
     Step {
         /// Steps done, of all steps.

@@ -7,11 +7,14 @@ mod evaluate;
 mod hyperparameters;
 mod memory;
 mod optimizer;
+mod prepare;
+mod pull;
 mod rule;
 mod schedule;
 mod sgd;
 mod step_graphs;
 mod step_variance;
+mod step_weights;
 mod trainer;
 
 pub use crate::model::Precision;
@@ -22,8 +25,9 @@ pub use hyperparameters::{
 };
 pub use memory::{MemoryUse, available_memory};
 pub use optimizer::AdamW;
+pub use prepare::prepare;
 pub use rule::{Clip, Optimizer};
 pub use schedule::Schedule;
 pub use sgd::Sgd;
 pub use step_variance::{StepVariance, step_variance};
-pub use trainer::{Trained, Trainer, prepare, train};
+pub use trainer::{Trained, Trainer, train};

@@ -12,7 +12,7 @@ use crate::child::GradientMask;
 use crate::error::Result;
 use crate::libtorch::{elements, elements_mut};
 use crate::method::DecayScope;
-use crate::model::{Parameter, Parameters, Trainable};
+use crate::model::{Parameters, Trainable, Treatment};
 
 /// AdamW with bias correction (Loshchilov and Hutter, 2019).
 ///
@@ -30,6 +30,8 @@ pub struct AdamW {
     weight_decay: f64,
     step: u64,
     learning_rate: f64,
+    /// Factor on the update, without decay, of weights that have pretrained values.
+    pretrained_factor: f64,
     moments: Moments,
 }
 
@@ -57,12 +59,10 @@ impl AdamW {
         let moments = if parameters.device().is_cuda() {
             Moments::Device(DeviceMoments::new(&trainable.groups, mask, decays_outside, parameters.device())?)
         } else {
-            let mut list: Vec<&Parameter> = parameters
-                .iter()
-                .map(|(_, parameter)| parameter)
-                .filter(|own| trainable.holds(own))
-                .collect();
-            list.sort_by_key(|parameter| parameter.range.start);
+            let treated = |parameter| Some((parameter, trainable.treatment(parameter)?));
+            let mut list: Vec<_> =
+                parameters.iter().filter_map(|(_, parameter)| treated(parameter)).collect();
+            list.sort_by_key(|(parameter, _)| parameter.range.start);
             Moments::Host(HostMoments::new(list.into_iter(), mask, decays_outside))
         };
         Ok(Self {
@@ -72,6 +72,7 @@ impl AdamW {
             weight_decay: hyperparameters.weight_decay,
             step: 0,
             learning_rate: 0.0,
+            pretrained_factor: 1.0,
             moments,
         })
     }
@@ -84,10 +85,10 @@ impl AdamW {
         }
     }
 
-    /// Starts a step.
-    pub fn begin_step(&mut self, learning_rate: f64) {
+    /// Starts a step. `pretrained_factor` is on the update, without decay, of weights that have pretrained values.
+    pub fn begin_step(&mut self, learning_rate: f64, pretrained_factor: f64) {
         self.step += 1;
-        self.learning_rate = learning_rate;
+        (self.learning_rate, self.pretrained_factor) = (learning_rate, pretrained_factor);
     }
 
     /// Updates weights with their gradients, both the part of the flat buffer that begins at `start`.
@@ -101,28 +102,30 @@ impl AdamW {
         start: usize,
         clip: &Clip,
     ) -> Result<()> {
-        let constants = self.constants();
+        let Self { form, betas, epsilon, weight_decay, step, learning_rate, pretrained_factor, .. } = *self;
+        let legacy = form == AdamWForm::HfLegacy;
+        let root = (1.0 - betas.1.powi(step as i32)).sqrt();
+        let constants = |treatment: Treatment| {
+            let rate = learning_rate * treatment.rate;
+            let decay = if treatment.decays { 1.0 - rate * weight_decay } else { 1.0 };
+            StepConstants {
+                step,
+                learning_rate: rate * if treatment.pretrained { pretrained_factor } else { 1.0 },
+                betas,
+                epsilon: if legacy { epsilon / root } else { epsilon },
+                decay_before: if legacy { 1.0 } else { decay },
+                decay_after: if legacy { decay } else { 1.0 },
+            }
+        };
         match &mut self.moments {
             Moments::Host(moments) => {
                 let (values, gradients) = (elements_mut(values)?, elements(gradients)?);
-                moments.apply(values, gradients, start, clip.factor(), &constants);
+                moments.apply(values, gradients, start, clip.factor(), constants);
                 Ok(())
             }
-            Moments::Device(moments) => moments.apply(values, gradients, start, clip.divisor(), &constants),
-        }
-    }
-
-    fn constants(&self) -> StepConstants {
-        let decay = 1.0 - self.learning_rate * self.weight_decay;
-        let legacy = self.form == AdamWForm::HfLegacy;
-        let root = (1.0 - self.betas.1.powi(self.step as i32)).sqrt();
-        StepConstants {
-            step: self.step,
-            learning_rate: self.learning_rate,
-            betas: self.betas,
-            epsilon: if legacy { self.epsilon / root } else { self.epsilon },
-            decay_before: if legacy { 1.0 } else { decay },
-            decay_after: if legacy { decay } else { 1.0 },
+            Moments::Device(moments) => {
+                moments.apply(values, gradients, start, clip.divisor(), step, constants)
+            }
         }
     }
 }

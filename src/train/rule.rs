@@ -75,11 +75,12 @@ impl Optimizer {
         }
     }
 
-    /// Starts a step.
-    pub fn begin_step(&mut self, learning_rate: f64) {
+    /// Starts a step. `pretrained_factor` is on the update, without decay, of weights that have pretrained values
+    /// ([`Treatment::pretrained`](crate::model::Treatment)).
+    pub fn begin_step(&mut self, learning_rate: f64, pretrained_factor: f64) {
         match self {
-            Optimizer::AdamW(adamw) => adamw.begin_step(learning_rate),
-            Optimizer::Sgd(sgd) => sgd.begin_step(learning_rate),
+            Optimizer::AdamW(adamw) => adamw.begin_step(learning_rate, pretrained_factor),
+            Optimizer::Sgd(sgd) => sgd.begin_step(learning_rate, pretrained_factor),
         }
     }
 

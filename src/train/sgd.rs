@@ -9,7 +9,7 @@ use super::rule::Clip;
 use crate::child::GradientMask;
 use crate::error::Result;
 use crate::method::DecayScope;
-use crate::model::{Trainable, TrainableGroup};
+use crate::model::{Trainable, TrainableGroup, Treatment};
 
 /// Plain SGD: w ← (1 − ηλ) w, then w ← w − η g. No momentum, no state.
 ///
@@ -18,6 +18,8 @@ use crate::model::{Trainable, TrainableGroup};
 pub struct Sgd {
     weight_decay: f64,
     learning_rate: f64,
+    /// Factor on the update, without decay, of weights that have pretrained values.
+    pretrained_factor: f64,
     groups: Vec<TrainableGroup>,
     /// The child network that decay is kept to, if it is.
     decayed: Option<Arc<GradientMask>>,
@@ -36,14 +38,15 @@ impl Sgd {
         Self {
             weight_decay: hyperparameters.weight_decay,
             learning_rate: 0.0,
+            pretrained_factor: 1.0,
             groups: trainable.groups.clone(),
             decayed: mask.filter(|_| decay == DecayScope::Child).filter(fixed).cloned(),
         }
     }
 
-    /// Starts a step.
-    pub fn begin_step(&mut self, learning_rate: f64) {
-        self.learning_rate = learning_rate;
+    /// Starts a step. `pretrained_factor` is on the update, without decay, of weights that have pretrained values.
+    pub fn begin_step(&mut self, learning_rate: f64, pretrained_factor: f64) {
+        (self.learning_rate, self.pretrained_factor) = (learning_rate, pretrained_factor);
     }
 
     /// Updates weights with their gradients, both the part of the flat buffer that begins at `start`.
@@ -64,14 +67,17 @@ impl Sgd {
             }
             let part = |flat: &Tensor| flat.f_narrow(0, (first - start) as i64, (last - first) as i64);
             let mut weights = part(values)?;
-            if group.decays && self.weight_decay != 0.0 {
-                let shrink = 1.0 - self.learning_rate * self.weight_decay;
+            let Treatment { rate, decays, pretrained } = group.treatment;
+            let learning_rate = self.learning_rate * rate;
+            if decays && self.weight_decay != 0.0 {
+                let shrink = 1.0 - learning_rate * self.weight_decay;
                 match self.decayed.as_ref().and_then(|mask| mask.child()) {
                     Some(child) => child.scale_members(&mut weights, first, shrink)?,
                     None => weights.f_mul_scalar_(shrink).map(|_| ())?,
                 }
             }
-            let _ = weights.f_sub_(&part(&gradients)?.f_mul_scalar(self.learning_rate)?)?;
+            let length = learning_rate * if pretrained { self.pretrained_factor } else { 1.0 };
+            let _ = weights.f_sub_(&part(&gradients)?.f_mul_scalar(length)?)?;
         }
         Ok(())
     }
@@ -100,7 +106,13 @@ mod tests {
 
     fn sgd(parameters: &Parameters, mask: Option<GradientMask>) -> Sgd {
         let groups = parameters.trainable(|_| true).groups;
-        Sgd { weight_decay: 0.5, learning_rate: 0.1, groups, decayed: mask.map(Arc::new) }
+        Sgd {
+            weight_decay: 0.5,
+            learning_rate: 0.1,
+            pretrained_factor: 1.0,
+            groups,
+            decayed: mask.map(Arc::new),
+        }
     }
 
     fn values(parameters: &Parameters, name: &str) -> Vec<f32> {

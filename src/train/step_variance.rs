@@ -17,7 +17,7 @@ use tch::{Kind, Tensor};
 
 use super::control::{Control, Event, Progress};
 use super::hyperparameters::Hyperparameters;
-use super::trainer::prepare;
+use super::prepare::prepare;
 use crate::child::{
     Estimator, FisherBatch, FisherOptions, GradientHooks, GradientMask, MaskScope, fisher_information,
 };
@@ -68,7 +68,7 @@ pub struct StepVariance {
 /// step is taken as −η times the masked gradient and not added to the weights, whose last bits would swallow small steps.
 ///
 /// # Errors
-/// Fails if the method's mask is a fixed one, on request ([`Error::Interrupted`]), or if libtorch refuses an operation.
+/// Fails if the method has a fixed mask or changes more than a mask does, on request ([`Error::Interrupted`]), or if libtorch refuses an operation.
 pub fn step_variance(
     classifier: &mut Classifier,
     data: &EncodedDataset,
@@ -86,7 +86,10 @@ pub fn step_variance(
             return Err(Error::configuration("Theorem 1 is about masks that are drawn at every step"));
         }
     };
-    let learning_rate = hyperparameters.learning_rate * prepared.learning_rate_factor;
+    if !(prepared.parts.has_plain_passes() && prepared.parts.pulls.is_empty() && prepared.rates.is_empty()) {
+        return Err(Error::configuration("Theorem 1 is about steps that masks alone change"));
+    }
+    let learning_rate = hyperparameters.learning_rate;
     let batch_size = hyperparameters.batch_size.min(data.len());
     let moments = Moments::new(classifier, data, scope, batch_size, control)?;
     let step_length = learning_rate * scale;

@@ -8,17 +8,24 @@ use tch::{Kind, Tensor};
 
 use super::control::{Control, Event, Progress};
 use super::evaluate::{Evaluation, Scored, evaluate};
-use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, MicroBatch, Order};
+use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, MicroBatch};
 use super::memory::{MemoryUse, available_memory};
+use super::prepare::prepare;
+use super::pull::Pulls;
 use super::rule::{Clip, Optimizer};
 use super::schedule::Schedule;
 use super::step_graphs::{self, StepGraphs};
-use crate::child::{GradientHooks, GradientMask};
+use super::step_weights::StepWeights;
+use crate::child::{GradientHooks, GradientMask, norm_of_spans};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::libtorch::release_cached_memory;
-use crate::method::{ClipOrder, Method, Outside, Preparation, Prepared};
-use crate::model::{Classifier, Dropout, Parameter, ParameterPlace, Pass, Precision, Trainable, loss};
+use crate::method::{
+    ClipOrder, Method, Outside, PassSettings, Passes, Prepared, PullStrength, TrainingPoint,
+};
+use crate::model::{
+    Classifier, Dropout, Parameter, ParameterPlace, Parameters, Precision, Trainable, Treatment, loss,
+};
 use crate::random::Purpose;
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
@@ -69,38 +76,6 @@ pub fn train(
     run.run(dev, prepare_time, control)
 }
 
-/// Does what a method does before training, such as choosing a child network.
-///
-/// # Errors
-/// [`Error::Interrupted`] on request, or a libtorch error.
-pub fn prepare(
-    classifier: &mut Classifier,
-    data: &EncodedDataset,
-    method: &dyn Method,
-    hyperparameters: &Hyperparameters,
-    seed: u64,
-    control: &mut Control,
-) -> Result<Prepared> {
-    let (mut done, total) = (0, method.examples_passed(data.len()));
-    let parameters = || classifier.parameters.iter().map(|(_, parameter)| parameter);
-    let layers = parameters().map(Parameter::layer).max().unwrap_or(0);
-    let frozen = parameters().filter(|own| !method.trains(own, layers)).map(|own| own.name.clone()).collect();
-    let prepared = method.prepare(&mut Preparation {
-        classifier,
-        data,
-        seed,
-        batch_size: hyperparameters.batch_size,
-        precision: hyperparameters.precision,
-        shuffled: hyperparameters.order == Order::Shuffled,
-        progress: &mut |examples| {
-            done += examples;
-            (control.report)(Event::Prepared(Progress::new(done, total)));
-            control.check()
-        },
-    })?;
-    Ok(Prepared { frozen, ..prepared })
-}
-
 /// A run in progress: a model, its data, and what the next step needs.
 pub struct Trainer<'a> {
     classifier: &'a mut Classifier,
@@ -108,6 +83,9 @@ pub struct Trainer<'a> {
     hyperparameters: &'a Hyperparameters,
     prepared: Prepared,
     trainable: Trainable,
+    pulls: Pulls,
+    /// Whether the mask acts on what the hooks have collected, and not in them.
+    masks_late: bool,
     /// Shared with the hooks of a run that updates each parameter in backward.
     optimizer: Arc<Mutex<Optimizer>>,
     schedule: Schedule,
@@ -147,27 +125,33 @@ impl<'a> Trainer<'a> {
         classifier: &'a mut Classifier,
         data: &'a EncodedDataset,
         hyperparameters: &'a Hyperparameters,
-        prepared: Prepared,
+        mut prepared: Prepared,
         seed: u64,
         warm_up: usize,
     ) -> Result<Self> {
         // First, since autograd notes on which stream a leaf is used at first.
-        let graphs = StepGraphs::prepare(hyperparameters, warm_up, classifier)?;
+        let graphs = match prepared.parts.has_plain_passes() {
+            true => StepGraphs::prepare(hyperparameters, warm_up, classifier)?,
+            false => None,
+        };
         classifier.keep_start()?;
         let child = prepared.mask.as_ref().and_then(|mask| mask.child());
         if let (Outside::Prune, Some(child)) = (prepared.outside, child) {
             child.prune(&classifier.parameters)?;
         }
-        let frozen = hyperparameters.freeze == Freeze::Encoder;
+        let trainable = trainable(classifier, hyperparameters, &prepared);
         let parameters = &mut classifier.parameters;
-        let trainable = parameters.trainable(|parameter| {
-            !prepared.frozen.contains(&parameter.name) && (!frozen || parameter.place == ParameterPlace::Head)
-        });
+        let (pulls, weight_decay) =
+            Pulls::new(std::mem::take(&mut prepared.parts.pulls), hyperparameters.weight_decay);
+        let settings = Hyperparameters { weight_decay, ..hyperparameters.clone() };
         let mask = prepared.mask.as_ref();
-        let optimizer = Optimizer::new(parameters, &trainable, hyperparameters, mask, prepared.decay)?;
+        let optimizer = Optimizer::new(parameters, &trainable, &settings, mask, prepared.decay)?;
         let optimizer = Arc::new(Mutex::new(optimizer));
         let weights = parameters.compute_weights(pass_precision(hyperparameters).kind())?;
         let trains = |parameter: &Parameter| trainable.holds(parameter);
+        // A replay does not mask, since each parameter's mask seeds the generator, which cannot be recorded; and the mask is
+        // on what pulls add, too.
+        let masks_late = graphs.is_some() || pulls.reach_gradients();
         let hooks = if hyperparameters.release_gradients {
             parameters.free_gradients();
             // With a version of its own: autograd refuses to go on where a weight that it has noted has another version,
@@ -179,12 +163,12 @@ impl<'a> Trainer<'a> {
                 lock(&optimizer).apply(&mut values, gradient, range.start, &Clip::Factor(1.0))
             })?
         } else {
-            let mask = mask.filter(|_| prepared.clip == ClipOrder::AfterMask && graphs.is_none());
+            let mask = mask.filter(|_| prepared.clip == ClipOrder::AfterMask && !masks_late);
             GradientHooks::collect(parameters, &weights, trains, mask)?
         };
         let total = hyperparameters.total_steps(data.len());
         let warmup = hyperparameters.warmup.steps(total);
-        let learning_rate = hyperparameters.learning_rate * prepared.learning_rate_factor;
+        let learning_rate = hyperparameters.learning_rate;
         let micro_batch = match hyperparameters.micro_batch {
             MicroBatch::Examples(examples) => examples,
             MicroBatch::Auto => fitting_micro_batch(classifier, data, hyperparameters)?,
@@ -192,6 +176,8 @@ impl<'a> Trainer<'a> {
         Ok(Self {
             optimizer,
             trainable,
+            pulls,
+            masks_late,
             schedule: Schedule { learning_rate, warmup, total },
             micro_batch,
             classifier,
@@ -216,7 +202,8 @@ impl<'a> Trainer<'a> {
         if let Some(mask) = &self.prepared.mask {
             mask.begin_step(self.step);
         }
-        lock(&self.optimizer).begin_step(self.schedule.at(self.step));
+        let (learning_rate, pull) = (self.schedule.at(self.step), self.pulls.at(self.step));
+        lock(&self.optimizer).begin_step(learning_rate, pull.update_factor);
         let mean_loss = loop {
             self.hooks.begin_step();
             match self.accumulate(examples) {
@@ -224,27 +211,42 @@ impl<'a> Trainer<'a> {
                 outcome => break outcome?,
             }
         };
-        let parameters = &self.classifier.parameters;
-        let mut values = parameters.values_to_change();
-        if !self.hyperparameters.release_gradients {
+        if self.hyperparameters.release_gradients {
+            // Each parameter was updated in backward, through a view that its copies do not know of.
+            let _ = self.classifier.parameters.values_to_change();
+        } else {
             self.hooks.end_step()?;
-            let mask = self.prepared.mask.as_ref();
-            // A replay does not mask: each parameter's mask seeds the generator, which cannot be recorded.
-            if let Some(mask) =
-                mask.filter(|_| self.graphs.is_some() && self.prepared.clip == ClipOrder::AfterMask)
-            {
-                mask.apply_to_all(parameters)?;
-            }
-            let clip = self.clip()?;
-            if let Some(mask) = mask.filter(|_| self.prepared.clip == ClipOrder::BeforeMask) {
-                mask.apply_to_all(parameters)?;
-            }
-            lock(&self.optimizer).apply(&mut values, parameters.gradients()?, 0, &clip)?;
+            self.update(learning_rate, &pull)?;
         }
         self.step += 1;
         self.examples += examples.len() as u64;
         self.tokens += self.data.tokens_of(examples) as u64;
         Ok(mean_loss)
+    }
+
+    /// Updates the weights with the gradients that the hooks have collected.
+    fn update(&mut self, learning_rate: f64, pull: &PullStrength) -> Result<()> {
+        let (parameters, trainable) = (&self.classifier.parameters, &self.trainable);
+        let mut values = parameters.values_to_change();
+        let start = self.classifier.start().unwrap_or(&values).shallow_clone();
+        let gradients = parameters.gradients()?;
+        Pulls::on_gradients(pull, trainable, [gradients, &values, &start])?;
+        let mask = self.prepared.mask.as_ref();
+        if let Some(mask) = mask.filter(|_| self.masks_late && self.prepared.clip == ClipOrder::AfterMask) {
+            mask.apply_to_all(parameters)?;
+        }
+        let clip = self.clip()?;
+        if let Some(mask) = mask.filter(|_| self.prepared.clip == ClipOrder::BeforeMask) {
+            mask.apply_to_all(parameters)?;
+        }
+        Pulls::before_update(pull, learning_rate, trainable, &values, &start)?;
+        lock(&self.optimizer).apply(&mut values, gradients, 0, &clip)?;
+        self.pulls.after_update(pull, learning_rate, trainable, &values, &start)
+    }
+
+    /// Returns the parameters as they are now.
+    pub fn parameters(&self) -> &Parameters {
+        &self.classifier.parameters
     }
 
     /// Returns the bytes of the optimizer's state.
@@ -255,40 +257,51 @@ impl<'a> Trainer<'a> {
     /// Runs examples forward and backward, micro-batch by micro-batch; the hooks collect what comes out. Returns their mean
     /// loss, on the device.
     fn accumulate(&mut self, examples: &[usize]) -> Result<Tensor> {
-        let parameters = &self.classifier.parameters;
-        let device = parameters.device();
-        let weights = self.weights()?;
+        let device = self.classifier.parameters.device();
         if let Some(graphs) = self.graphs.as_mut().filter(|_| examples.len() <= self.micro_batch) {
+            let weights = weights(self.classifier, &self.trainable, self.hyperparameters)?;
             let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, 0, device);
             return graphs.run(self.classifier, &weights, &self.hooks, (self.data, examples), dropout);
         }
+        let parts = &self.prepared.parts;
         let mut mean_loss = Tensor::f_zeros([], (Kind::Float, device))?;
         for (part, micro_batch) in examples.chunks(self.micro_batch).enumerate() {
             let first_slot = part * self.micro_batch;
             let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
-            let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, first_slot, device);
-            let mut pass = Pass::new(&weights, &batch, Some(dropout));
-            if self.hyperparameters.gradient_checkpointing {
-                pass = pass.checkpointed();
+            let weights = self.weights()?;
+            let settings = PassSettings {
+                seed: self.seed,
+                step: self.step,
+                first_slot,
+                dropout: parts.dropout,
+                hidden_noise: parts.hidden_noise,
+                checkpointing: self.hyperparameters.gradient_checkpointing,
+            };
+            let passes =
+                Passes::new(self.classifier, &weights.used, (&batch, &targets), examples.len(), settings);
+            let logits = passes.logits()?;
+            let mut total = loss(&logits, &targets, examples.len())?;
+            for penalty in &parts.penalties {
+                total = total.f_add(&penalty.term(&passes, &logits)?)?;
             }
-            let loss = loss(&self.classifier.logits(&pass)?, &targets, examples.len())?;
-            pass.backward(&loss)?;
-            mean_loss = mean_loss.f_add(&loss.f_detach()?)?;
+            passes.backward(&total)?;
+            weights.backward()?;
+            mean_loss = mean_loss.f_add(&total.f_detach()?)?;
         }
         Ok(mean_loss)
     }
 
-    /// Returns the weights of a pass; those that do not train ask for no gradient, so that backward ends where all below are
-    /// such.
-    fn weights(&self) -> Result<Vec<Tensor>> {
+    /// Returns the weights of the passes over a micro-batch, as the method's transforms make them.
+    fn weights(&self) -> Result<StepWeights> {
+        let mut used = weights(self.classifier, &self.trainable, self.hyperparameters)?;
         let parameters = &self.classifier.parameters;
-        let weights = parameters.compute_weights(pass_precision(self.hyperparameters).kind())?;
-        let settled =
-            |((_, parameter), weight): ((_, &Parameter), Tensor)| match self.trainable.holds(parameter) {
-                true => Ok(weight),
-                false => Ok(weight.f_detach()?),
-            };
-        parameters.iter().zip(weights).map(settled).collect()
+        let start = self.classifier.start().unwrap_or(parameters.values());
+        let at = TrainingPoint { parameters, start, seed: self.seed, step: self.step };
+        let leaves: Vec<Tensor> = used.iter().map(Tensor::shallow_clone).collect();
+        for transform in &self.prepared.parts.weights {
+            transform.apply(&mut used, &at)?;
+        }
+        StepWeights::new(used, &leaves, self.hyperparameters.gradient_checkpointing)
     }
 
     /// Halves the micro-batch, if a step can be taken again with smaller ones.
@@ -307,10 +320,14 @@ impl<'a> Trainer<'a> {
     fn clip(&self) -> Result<Clip> {
         let Some(limit) = self.hyperparameters.max_gradient_norm else { return Ok(Clip::Factor(1.0)) };
         let parameters = &self.classifier.parameters;
-        if !parameters.device().is_cuda() {
-            return Ok(Clip::Factor((limit / (self.hooks.norm() + 1e-6)).min(1.0) as f32));
-        }
         let gradients = parameters.gradients()?;
+        if !parameters.device().is_cuda() {
+            let norm = match self.pulls.reach_gradients() {
+                true => norm_of_spans(gradients, &self.trainable.spans)?,
+                false => self.hooks.norm(),
+            };
+            return Ok(Clip::Factor((limit / (norm + 1e-6)).min(1.0) as f32));
+        }
         let norm =
             |span: &Range<usize>| gradients.f_narrow(0, span.start as i64, span.len() as i64)?.f_norm();
         let norms = self.trainable.spans.iter().map(norm).collect::<Result<Vec<_>, _>>()?;
@@ -318,7 +335,16 @@ impl<'a> Trainer<'a> {
         Ok(Clip::Divisor(norm.f_add_scalar(1e-6)?.f_div_scalar(limit)?.f_clamp_min(1.0)?))
     }
 
-    fn run(mut self, dev: Option<Scored>, prepare_time: Duration, control: &mut Control) -> Result<Trained> {
+    /// Trains to the end, and leaves the weights to be scored in the model.
+    ///
+    /// # Errors
+    /// As for [`train`].
+    pub fn run(
+        mut self,
+        dev: Option<Scored>,
+        prepare_time: Duration,
+        control: &mut Control,
+    ) -> Result<Trained> {
         let mut train_time = Duration::ZERO;
         let mut selection = Selection::default();
         let epochs = self.hyperparameters.epochs.ceil() as usize;
@@ -343,6 +369,7 @@ impl<'a> Trainer<'a> {
             self.classifier.parameters.restore(&best.values)?;
             step = best.step;
         }
+        self.settle()?;
         let per_epoch = self.hyperparameters.steps_per_epoch(self.data.len());
         Ok(Trained {
             epoch: step as f64 / per_epoch as f64,
@@ -387,14 +414,69 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn score(&self, dev: Scored, control: &mut Control) -> Result<Evaluation> {
+    fn score(&mut self, dev: Scored, control: &mut Control) -> Result<Evaluation> {
+        let training = self.settle()?;
         let mut done = 0;
-        evaluate(self.classifier, dev, self.hyperparameters.precision, |examples| {
+        let evaluation = evaluate(self.classifier, dev, self.hyperparameters.precision, |examples| {
             done += examples;
             (control.report)(Event::Evaluated(Progress::new(done, dev.data.len())));
             control.check()
-        })
+        })?;
+        training.map_or(Ok(()), |training| self.classifier.parameters.restore(&training))?;
+        Ok(evaluation)
     }
+
+    /// Writes the weights that the model is scored and kept with, where they are not those that train; returns these then.
+    fn settle(&mut self) -> Result<Option<Tensor>> {
+        let transforms = &self.prepared.parts.weights;
+        if !transforms.iter().any(|transform| transform.settles()) {
+            return Ok(None);
+        }
+        let parameters = &self.classifier.parameters;
+        let training = parameters.values_copy()?;
+        let start = self.classifier.start().unwrap_or(parameters.values());
+        transforms.iter().try_for_each(|transform| transform.settle(parameters, start))?;
+        Ok(Some(training))
+    }
+}
+
+/// Returns which parameters train, and how.
+fn trainable(classifier: &Classifier, hyperparameters: &Hyperparameters, prepared: &Prepared) -> Trainable {
+    let frozen = hyperparameters.freeze == Freeze::Encoder;
+    let parameters = &classifier.parameters;
+    let new: Vec<&str> = match prepared.parts.pulls.is_empty() {
+        true => Vec::new(),
+        false => parameters
+            .iter()
+            .filter(|(id, _)| classifier.is_new(*id))
+            .map(|(_, parameter)| parameter.name.as_str())
+            .collect(),
+    };
+    parameters.trainable_as(|parameter| {
+        let trains = !prepared.frozen.contains(&parameter.name)
+            && (!frozen || parameter.place == ParameterPlace::Head);
+        trains.then(|| Treatment {
+            rate: prepared.rates.get(&parameter.name).copied().unwrap_or(1.0),
+            pretrained: !new.contains(&parameter.name.as_str()),
+            ..Treatment::plain(parameter)
+        })
+    })
+}
+
+/// Returns the weights of a pass; those that do not train ask for no gradient, so that backward ends where all below are
+/// such.
+fn weights(
+    classifier: &Classifier,
+    trainable: &Trainable,
+    hyperparameters: &Hyperparameters,
+) -> Result<Vec<Tensor>> {
+    let parameters = &classifier.parameters;
+    let weights = parameters.compute_weights(pass_precision(hyperparameters).kind())?;
+    let settled = |((_, parameter), weight): ((_, &Parameter), Tensor)| match trainable.holds(parameter) {
+        true => Ok(weight),
+        false => Ok(weight.f_detach()?),
+    };
+    parameters.iter().zip(weights).map(settled).collect()
 }
 
 /// The number type of the passes; the head alone is float32 always.

@@ -8,5 +8,6 @@ mod fisher;
 mod fixture;
 mod methods;
 mod optimizer;
+mod references;
 mod step_variance;
 mod training;

@@ -46,7 +46,7 @@ fn ten_steps_agree_with_both_references() {
             for name in names {
                 part(&parameters, gradients, name).copy_(&reference[&format!("gradient/{step}/{name}")]);
             }
-            optimizer.begin_step(learning_rate);
+            optimizer.begin_step(learning_rate, 1.0);
             optimizer.apply(&mut parameters.values_to_change(), gradients, 0, &Clip::Factor(1.0)).unwrap();
             for name in names {
                 let found = part(&parameters, parameters.values(), name);

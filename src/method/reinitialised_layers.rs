@@ -1,0 +1,58 @@
+//! Re-initialised top layers (Zhang et al., 2021, "Revisiting few-sample BERT fine-tuning"): the topmost layers, and the pooler,
+//! start from new weights.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::registry::MethodOptions;
+use super::{Method, Preset, top_layers};
+use crate::error::Result;
+use crate::model::{Classifier, Parameter, ParameterPlace, Parameters};
+use crate::values::OneOrMany;
+
+/// The options as typed in YAML.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    layers: Option<OneOrMany<usize>>,
+    pooler: Option<bool>,
+}
+
+/// Draws layers anew, by the run's seed.
+struct ReinitialisedLayers {
+    layers: usize,
+    pooler: bool,
+}
+
+impl MethodOptions for Options {
+    fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
+        let pooler = self.pooler.unwrap_or(true);
+        let counts = self.layers.as_ref().map_or(&[1][..], |counts| &counts.0);
+        let method = |&layers: &usize| Arc::new(ReinitialisedLayers { layers, pooler }) as Arc<dyn Method>;
+        Ok(counts.iter().map(method).collect())
+    }
+}
+
+impl Method for ReinitialisedLayers {
+    fn name(&self) -> &str {
+        "reinitialised_layers"
+    }
+
+    fn options(&self) -> String {
+        format!("layers={} pooler={}", self.layers, self.pooler)
+    }
+
+    fn check(&self, parameters: &Parameters) -> Result<()> {
+        top_layers::check_count("reinitialised_layers: `layers`", self.layers, parameters)
+    }
+
+    fn begin(&self, classifier: &mut Classifier, seed: u64) -> Result<()> {
+        let layers = classifier.parameters.layers();
+        classifier.reinitialise(seed, |parameter: &Parameter| match parameter.place {
+            ParameterPlace::EncoderLayer(layer) => layer + self.layers >= layers,
+            ParameterPlace::Pooler => self.pooler,
+            ParameterPlace::Embeddings | ParameterPlace::Head => false,
+        })
+    }
+}

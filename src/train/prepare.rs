@@ -1,0 +1,95 @@
+//! What a method does before training.
+
+use std::time::Duration;
+
+use super::control::{Control, Event, Progress};
+use super::hyperparameters::{Hyperparameters, Order};
+use super::trainer::Trainer;
+use crate::data::EncodedDataset;
+use crate::error::Result;
+use crate::method::{Method, Preparation, PreparationHost, Prepared};
+use crate::model::Classifier;
+
+/// Does what a method does before training, such as choosing a child network.
+///
+/// # Errors
+/// [`Error::Interrupted`](crate::error::Error::Interrupted) on request, or a libtorch error.
+pub fn prepare(
+    classifier: &mut Classifier,
+    data: &EncodedDataset,
+    method: &dyn Method,
+    hyperparameters: &Hyperparameters,
+    seed: u64,
+    control: &mut Control,
+) -> Result<Prepared> {
+    method.begin(classifier, seed)?;
+    let total = method.examples_passed(data.len());
+    let prepared = method.prepare(&mut Preparation {
+        classifier,
+        data,
+        seed,
+        batch_size: hyperparameters.batch_size,
+        precision: hyperparameters.precision,
+        shuffled: hyperparameters.order == Order::Shuffled,
+        host: &mut Host { method, data, hyperparameters, seed, control, done: 0, total },
+    })?;
+    let plain = without_mask(method, classifier);
+    Ok(Prepared { parts: plain.parts, frozen: plain.frozen, rates: plain.rates, ..prepared })
+}
+
+/// Returns what a method changes in a run besides masks.
+fn without_mask(method: &dyn Method, classifier: &Classifier) -> Prepared {
+    let layers = classifier.parameters.layers();
+    let (mut frozen, mut rates) =
+        <(std::collections::HashSet<_>, std::collections::HashMap<_, _>)>::default();
+    for (_, parameter) in classifier.parameters.iter() {
+        if !method.trains(parameter, layers) {
+            frozen.insert(parameter.name.clone());
+        }
+        let rate = method.rate(parameter, layers);
+        if rate != 1.0 {
+            rates.insert(parameter.name.clone(), rate);
+        }
+    }
+    Prepared { parts: method.parts(), frozen, rates, ..Prepared::default() }
+}
+
+/// What a method may ask for.
+struct Host<'h, 'c> {
+    method: &'h dyn Method,
+    data: &'h EncodedDataset,
+    hyperparameters: &'h Hyperparameters,
+    seed: u64,
+    control: &'h mut Control<'c>,
+    done: usize,
+    total: usize,
+}
+
+impl PreparationHost for Host<'_, '_> {
+    fn progress(&mut self, examples: usize) -> Result<()> {
+        self.done += examples;
+        (self.control.report)(Event::Prepared(Progress::new(self.done, self.total)));
+        self.control.check()
+    }
+
+    fn fine_tune(&mut self, classifier: &mut Classifier) -> Result<()> {
+        let prepared = without_mask(self.method, classifier);
+        let trainer = Trainer::new(classifier, self.data, self.hyperparameters, prepared, self.seed)?;
+        let report = &mut self.control.report;
+        let mut control = Control {
+            interrupted: self.control.interrupted,
+            report: &mut |event| {
+                report(match event {
+                    Event::Step { progress, .. } => Event::FirstTraining(progress),
+                    other => other,
+                });
+            },
+        };
+        trainer.run(None, Duration::ZERO, &mut control).map(|_| ())
+    }
+
+    fn rewind(&mut self, classifier: &mut Classifier) -> Result<()> {
+        classifier.reset(self.seed)?;
+        self.method.begin(classifier, self.seed)
+    }
+}

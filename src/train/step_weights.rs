@@ -1,0 +1,48 @@
+//! The weights that the passes over one micro-batch use.
+
+use tch::Tensor;
+
+use crate::error::Result;
+
+/// The weights of passes, some of which may be functions of those that train.
+pub struct StepWeights {
+    /// What the passes use, one for each parameter.
+    pub used: Vec<Tensor>,
+    /// Functions of weights, and the leaves that checkpointed passes use in their place.
+    cut: Vec<(Tensor, Tensor)>,
+}
+
+impl StepWeights {
+    /// Takes weights, `used` instead of the leaves that train. Checkpointed passes go backward layer by layer, and so more
+    /// than once through what layers share: their graph begins at leaves, and [`StepWeights::backward`] goes on from there.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn new(mut used: Vec<Tensor>, leaves: &[Tensor], checkpointing: bool) -> Result<Self> {
+        let mut cut = Vec::new();
+        if checkpointing {
+            for (weight, leaf) in used.iter_mut().zip(leaves) {
+                if weight.requires_grad() && weight.data_ptr() != leaf.data_ptr() {
+                    let own = weight.f_detach()?.f_set_requires_grad(true)?;
+                    cut.push((std::mem::replace(weight, own.shallow_clone()), own));
+                }
+            }
+        }
+        Ok(Self { used, cut })
+    }
+
+    /// Goes on backward, from the weights that checkpointed passes used to those that train.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn backward(&self) -> Result<()> {
+        for (weight, own) in &self.cut {
+            let gradient = own.f_grad()?;
+            if gradient.defined() {
+                // The derivative of Σ weight · gradient.
+                weight.f_mul(&gradient)?.f_sum(weight.kind())?.f_backward()?;
+            }
+        }
+        Ok(())
+    }
+}

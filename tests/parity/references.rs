@@ -1,0 +1,139 @@
+//! Ten training steps of other methods, held to those that PyTorch takes from the methods' definitions
+//! (`scripts/method_fixtures.py`).
+
+use std::sync::atomic::AtomicBool;
+
+use child_tuning::method::{MethodSpec, Preset};
+use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder};
+use child_tuning::train::{Control, Hyperparameters, MicroBatch, Order, Trainer, prepare};
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use crate::fixture::{assert_close, dataset, part, path, tensors};
+use crate::optimizer::hyperparameters;
+
+const STEPS: usize = 10;
+
+/// A fixture's model with another share of its hidden states dropped, and no attention.
+fn with_dropout(folder: &str, dropout: f64) -> Classifier {
+    let mut folder = ModelFolder::open(&path(folder)).unwrap();
+    let overrides = json!({"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0});
+    folder.config = folder.config.with_overrides(overrides.as_object().unwrap()).unwrap();
+    let labels = match folder.config.labels().unwrap() {
+        names if names.len() == 1 => Labels::Score,
+        names => Labels::Classes(names),
+    };
+    Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu).unwrap()
+}
+
+fn settings(examples: usize, micro_batch: usize) -> Hyperparameters {
+    Hyperparameters {
+        epochs: STEPS as f64,
+        batch_size: examples,
+        micro_batch: MicroBatch::Examples(micro_batch),
+        order: Order::Sequential,
+        learning_rate: 1e-3,
+        epsilon: 1e-4,
+        weight_decay: 0.01,
+        max_gradient_norm: Some(1.0),
+        ..hyperparameters()
+    }
+}
+
+/// A method held to a reference. `tolerance` is relative to the loss, and to the largest weight of a tensor.
+struct Case {
+    file: &'static str,
+    method: &'static str,
+    model: &'static str,
+    dropout: f64,
+    tolerance: f64,
+}
+
+impl Case {
+    fn new(file: &'static str, method: &'static str) -> Self {
+        Self { file, method, model: "bert_pair", dropout: 0.0, tolerance: 1e-6 }
+    }
+
+    fn check(&self) {
+        let reference = tensors(&format!("methods/{}.safetensors", self.file));
+        let losses = Vec::<f64>::try_from(&reference["losses"]).unwrap();
+        let data = dataset(&tensors(&format!("{}/reference.safetensors", self.model)));
+        let examples: Vec<usize> = (0..data.len()).collect();
+        for (micro_batch, checkpointing) in [(data.len(), false), (data.len(), true), (2, false)] {
+            let mut classifier = with_dropout(self.model, self.dropout);
+            classifier.reset(3).unwrap();
+            let spec: MethodSpec = serde_yaml::from_str(self.method).unwrap();
+            let method = spec.resolve(Preset::Paper).unwrap().remove(0);
+            let settings = Hyperparameters {
+                gradient_checkpointing: checkpointing,
+                ..settings(data.len(), micro_batch)
+            };
+            let interrupted = AtomicBool::new(false);
+            let mut control = Control { interrupted: &interrupted, report: &mut |_| {} };
+            let prepared =
+                prepare(&mut classifier, &data, method.as_ref(), &settings, 3, &mut control).unwrap();
+            let mut trainer = Trainer::new(&mut classifier, &data, &settings, prepared, 3).unwrap();
+            let what = format!("{} micro-batch {micro_batch} checkpointing {checkpointing}", self.file);
+            for (step, expected) in losses.iter().enumerate() {
+                let loss = f64::try_from(trainer.step(&examples).unwrap()).unwrap();
+                let difference = (loss - expected).abs() / expected.abs().max(1.0);
+                assert!(difference < self.tolerance, "{what} step {step}: {loss} instead of {expected}");
+                for (name, expected) in &reference {
+                    if let Some(name) = name.strip_prefix(&format!("step{}.", step + 1)) {
+                        let parameters = trainer.parameters();
+                        let found = part(parameters, parameters.values(), name);
+                        assert_close(&format!("{what} {name}"), &found, expected, self.tolerance, true);
+                    }
+                }
+            }
+        }
+    }
+
+    /// How far the weights of the reference are from those of plain fine-tuning.
+    fn distance_from_vanilla(&self) -> f64 {
+        let [own, vanilla] =
+            [self.file, "vanilla"].map(|file| tensors(&format!("methods/{file}.safetensors")));
+        let distance = |(name, weights): (&String, &Tensor)| {
+            let difference = vanilla.get(name).filter(|_| name.starts_with("step10."))? - weights;
+            Some(f64::try_from(difference.abs().max().to_kind(Kind::Double)).unwrap())
+        };
+        own.iter().filter_map(distance).fold(0.0, f64::max)
+    }
+}
+
+#[test]
+fn plain_fine_tuning() {
+    Case::new("vanilla", "vanilla").check();
+    Case { dropout: 0.1, ..Case::new("vanilla_dropout", "vanilla") }.check();
+}
+
+#[test]
+fn pulls_towards_the_pretrained_weights() {
+    for case in [
+        Case::new("l2_sp", "l2_sp: {alpha: 0.3}"),
+        Case::new("prior_weight_decay", "prior_weight_decay: {strength: 50}"),
+        Case::new("recadam", "recadam: {k: 0.5, t0: 5, gamma: 50}"),
+    ] {
+        case.check();
+        assert!(case.distance_from_vanilla() > 20.0 * case.tolerance, "{}", case.file);
+    }
+}
+
+#[test]
+fn layer_wise_learning_rates() {
+    Case::new("layer_wise_rates", "layer_wise_rates: {decay: 0.7}").check();
+}
+
+#[test]
+fn noise_on_hidden_states() {
+    Case::new("hype_normal", "hype: {scale: 0.05}").check();
+    Case::new("hype_uniform", "hype: {scale: 0.05, noise: uniform}").check();
+}
+
+#[test]
+fn two_passes_with_different_dropout() {
+    let case = Case { dropout: 0.1, ..Case::new("r_drop", "r_drop: {alpha: 1.5}") };
+    case.check();
+    let regression = "bert_regression";
+    Case { file: "r_drop_regression", model: regression, ..case }.check();
+}
