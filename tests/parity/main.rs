@@ -3,6 +3,7 @@
 //! The references are files under `tests/fixtures`, written by `scripts/make_fixtures.py`.
 
 mod bert;
+mod criteria;
 mod families;
 mod fisher;
 mod fixture;
