@@ -123,8 +123,9 @@ pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecas
     match run.is_frozen() {
         true => seconds += forward_operations(&shape, &train) / rate + steps * STEP_SECONDS / 10.0,
         false => {
-            seconds += steps * (STEP_BYTES * weights / speed.bytes + STEP_SECONDS);
-            seconds += 3.0 * epoch * settings.epochs / rate;
+            let mut training = steps * (STEP_BYTES * weights / speed.bytes + STEP_SECONDS);
+            training += 3.0 * epoch * settings.epochs / rate;
+            seconds += if run.method.fine_tunes_first() { 2.0 * training } else { training };
             // A pass whose weight gradients are float32 always.
             let passed = run.method.examples_passed(run.training_examples()) as f64;
             let pass = epoch * (2.0 / rate + 1.0 / speed.operations(Precision::Float32));

@@ -88,6 +88,10 @@ impl Method for Composed {
         self.parts.iter().map(|part| part.examples_passed(available)).sum()
     }
 
+    fn fine_tunes_first(&self) -> bool {
+        self.parts.iter().any(|part| part.fine_tunes_first())
+    }
+
     fn has_mask(&self) -> bool {
         self.parts.iter().any(|part| part.has_mask())
     }

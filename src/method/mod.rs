@@ -102,6 +102,11 @@ pub trait Method: Send + Sync {
         0
     }
 
+    /// Returns whether [`Method::prepare`] fine-tunes the model once before.
+    fn fine_tunes_first(&self) -> bool {
+        false
+    }
+
     /// Returns whether [`Method::prepare`] gives a mask on the gradients.
     fn has_mask(&self) -> bool {
         false
@@ -133,7 +138,7 @@ pub trait Method: Send + Sync {
     }
 
     /// Returns the share of the weights in a scope that train where the mask is fixed, as far as it is known beforehand: the
-    /// others have no moments.
+    /// others never have moments.
     fn fixed_share(&self) -> Option<(f64, MaskScope)> {
         None
     }

@@ -81,6 +81,10 @@ impl Method for SparseMask {
         }
     }
 
+    fn fine_tunes_first(&self) -> bool {
+        matches!(&self.source, Source::Chosen { criterion, .. } if criterion.fine_tunes())
+    }
+
     fn has_fixed_mask(&self) -> bool {
         true
     }
@@ -91,8 +95,9 @@ impl Method for SparseMask {
 
     fn fixed_share(&self) -> Option<(f64, MaskScope)> {
         match &self.source {
-            Source::Chosen { cut, .. } => Some((cut.p, cut.scope)),
-            Source::File { .. } => None,
+            // With a budget slightly fewer, by the head.
+            Source::Chosen { cut, .. } if !self.fine_tunes_first() => Some((cut.p, cut.scope)),
+            Source::Chosen { .. } | Source::File { .. } => None,
         }
     }
 

@@ -1,11 +1,11 @@
 //! Child networks by other criteria than Child-Tuning_D's, against plain loops in float64.
 
-use child_tuning::child::ChildNetwork;
+use child_tuning::child::{ChildNetwork, Cut, MaskScope, Threshold, write_mask};
 use child_tuning::method::{Method, MethodSpec, Preset};
 use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder, ParameterPlace, Parameters};
 use child_tuning::train::{Hyperparameters, MicroBatch, Order, Trained};
 use serde_json::{Map, Value};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{classifier, dataset, part, path, tensors};
 use crate::optimizer::hyperparameters;
@@ -108,7 +108,8 @@ fn masks_have_the_bits_of_plain_loops() {
     }
 }
 
-const ALL: [&str; 6] = [
+const ALL: [&str; 7] = [
+    "lt_sft: {p: 0.1}",
     "fish_mask: {p: 0.03, examples: 3}",
     "fish_mask: {p: 0.03, estimator: expected}",
     "sift: {examples: 3, p: 0.1}",
@@ -161,7 +162,7 @@ fn with_p_of_one_every_criterion_is_vanilla_bit_for_bit() {
         classifier.parameters.values_copy().unwrap()
     };
     let vanilla = weights("vanilla");
-    for name in ["fish_mask", "sift", "magnitude_mask"] {
+    for name in ["fish_mask", "sift", "magnitude_mask", "lt_sft"] {
         for options in ["{p: 1}", "{p: 1, mask: {scope: all}}"] {
             assert_eq!(weights(&format!("{name}: {options}")), vanilla, "{name} {options}");
         }
@@ -189,6 +190,65 @@ fn the_gradients_of_sift_are_those_of_the_first_step() {
         }
     }
     assert!(least >= most && most > 0.0, "{least} {most}");
+}
+
+/// Training, rewinding and training again; the values of what trains the second time.
+#[test]
+fn lt_sft_takes_what_moved_farthest_and_trains_it_from_the_same_start() {
+    let reference = tensors("criteria/lt_sft.safetensors");
+    let share = reference["share"].double_value(&[0]);
+    let mut classifier = without_dropout();
+    let trained = trained(&mut classifier, &format!("lt_sft: {{p: {share}}}"), &plain_steps(10.0));
+    assert_eq!(trained.step, 10);
+    let mask = trained.mask.unwrap();
+    let child = mask.child().unwrap();
+    assert_eq!(assert_mask("lt_sft", child, &reference), child.tensors().len());
+    assert_eq!(child.kept(), (share * child.maskable() as f64).round() as usize);
+    let mut start = without_dropout();
+    start.reset(7).unwrap();
+    for (_, parameter) in classifier.parameters.iter() {
+        let name = &parameter.name;
+        let flat =
+            |model: &Classifier| part(&model.parameters, model.parameters.values(), name).reshape([-1]);
+        let (found, before) = (flat(&classifier), flat(&start));
+        let kept = match child.tensors().iter().find(|tensor| tensor.name == *name) {
+            Some(tensor) => Tensor::from_slice(&child.bits(tensor).collect::<Vec<_>>()),
+            None => Tensor::ones([parameter.count() as i64], (Kind::Bool, Device::Cpu)),
+        };
+        let outside = kept.logical_not();
+        assert_eq!(found.masked_select(&outside), before.masked_select(&outside), "{name}");
+        let expected = reference[&format!("after/{name}")].reshape([-1]);
+        if expected.numel() > 0 {
+            // Of steps of up to 1e-3, ten of them.
+            let difference = (found.masked_select(&kept) - expected).abs().max().double_value(&[]);
+            assert!(difference < 2e-6, "{name}: off by {difference:e}");
+        }
+    }
+}
+
+/// The weights that LT-SFT's mask is of, found by training, and the training after it, by a mask file.
+#[test]
+fn lt_sft_rewinds_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("mask.safetensors");
+    let mut classifier = classifier("bert_pair");
+    let first = trained(&mut classifier, "lt_sft: {p: 0.1}", &settings());
+    let mask = first.mask.unwrap();
+    write_mask(&file, mask.child().unwrap(), &[]).unwrap();
+    let found = classifier.parameters.values_copy().unwrap();
+
+    // The same steps, without a training before them.
+    let text = format!("child_tuning_d: {{mask: {{file: {}}}}}", file.display());
+    let _ = trained(&mut classifier, &text, &settings());
+    assert_eq!(classifier.parameters.values(), &found);
+
+    classifier.reset(7).unwrap();
+    let start = classifier.parameters.values_copy().unwrap();
+    let _ = trained(&mut classifier, "vanilla", &settings());
+    let changes = (classifier.parameters.values() - start).abs();
+    let cut = Cut::highest(0.1, MaskScope::Backbone, Threshold::Global);
+    let expected = ChildNetwork::from_scores(&classifier.parameters, &changes, &cut).unwrap();
+    assert_eq!(mask.child().unwrap().sha256(), expected.sha256());
 }
 
 #[test]

@@ -12,6 +12,10 @@ impl Criterion for Change {
         String::new()
     }
 
+    fn fine_tunes(&self) -> bool {
+        true
+    }
+
     fn scores(&self, preparation: &mut Preparation, _scope: MaskScope) -> Result<Scores> {
         let Preparation { classifier, host, .. } = preparation;
         host.fine_tune(classifier)?;

@@ -32,6 +32,11 @@ pub trait Criterion: Send + Sync {
         0
     }
 
+    /// Returns whether [`Criterion::scores`] fine-tunes the model first.
+    fn fine_tunes(&self) -> bool {
+        false
+    }
+
     /// Scores every weight in the scope by a number of at least zero; what is said of the others is not looked at. The
     /// model's weights are as before afterwards.
     ///
