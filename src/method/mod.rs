@@ -23,6 +23,9 @@ mod r_drop;
 mod recadam;
 mod registry;
 mod reinitialised_layers;
+// The example of docs/methods.md.
+#[cfg(test)]
+mod saliency_mask;
 mod sift;
 mod sparse_mask;
 mod top_layers;

@@ -229,3 +229,82 @@ macro_rules! criterion_options {
     };
 }
 pub(super) use criterion_options;
+
+#[cfg(test)]
+mod tests {
+    use super::super::registry::MethodOptions;
+    use super::super::{MethodSpec, Preset, saliency_mask};
+    use super::*;
+
+    fn texts(method: &str) -> Result<Vec<String>> {
+        let spec: MethodSpec = serde_yaml::from_str(method).unwrap();
+        Ok(spec.resolve(Preset::Paper)?.iter().map(|method| method.options()).collect())
+    }
+
+    /// The texts are part of the run ids.
+    #[test]
+    fn equal_texts_are_equal_methods() {
+        let end = "decay=child clip=after_mask";
+        let fish = |fisher: &str| {
+            format!(
+                "fisher={fisher} fisher.dropout=false fisher.examples=1024 scope=backbone threshold=budget"
+            )
+        };
+        for (method, expected) in [
+            ("fish_mask", format!("p=0.005 {} {end}", fish("per_example"))),
+            ("fish_mask: {estimator: expected, p: 0.1}", format!("p=0.1 {} {end}", fish("expected"))),
+            (
+                "sift",
+                format!("p=0.008 examples=32 dropout=true scope=backbone threshold=per_tensor {end}"),
+            ),
+            (
+                "sift: {examples: 8, dropout: false, mask: {scope: linear, threshold: percentile}}",
+                format!("p=0.008 examples=8 dropout=false scope=linear threshold=percentile {end}"),
+            ),
+            ("magnitude_mask", format!("p=0.01 scope=backbone threshold=per_tensor {end}")),
+            (
+                "magnitude_mask: {mask: {choose: lowest}, outside: prune, decay_scope: all, clip: before_mask}",
+                "p=0.01 choose=lowest scope=backbone threshold=per_tensor outside=prune decay=all clip=before_mask"
+                    .into(),
+            ),
+            ("lt_sft", format!("p=0.01 scope=backbone threshold=global {end}")),
+        ] {
+            assert_eq!(texts(method).unwrap(), [expected], "{method}");
+        }
+        assert_eq!(texts("sift: {p: [0.1, 0.2]}").unwrap().len(), 2);
+    }
+
+    #[test]
+    fn what_does_not_go_together_names_the_method() {
+        for (method, parts) in [
+            (
+                "lt_sft: {mask: {choose: lowest, threshold: percentile}}",
+                ["lt_sft: `mask.choose: lowest`", "`percentile`"],
+            ),
+            ("[sift, fish_mask]", ["fish_mask and sift", "both have a mask"]),
+            ("[lt_sft, {child_tuning_d: {p: 0.1}}]", ["child_tuning_d and lt_sft", "both have a mask"]),
+        ] {
+            let message = texts(method).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+        }
+        assert!(serde_yaml::from_str::<MethodSpec>("magnitude_mask: {examples: 3}").is_err());
+        assert!(serde_yaml::from_str::<MethodSpec>("sift: {mask: {choose: random}}").is_err());
+    }
+
+    /// The example of the docs is a file that compiles, whole and unchanged.
+    #[test]
+    fn the_criterion_of_the_docs_is_a_method() {
+        let docs = include_str!("../../docs/methods.md");
+        assert!(docs.contains(concat!("```rust\n", include_str!("saliency_mask.rs"), "```\n")));
+        let options: saliency_mask::Options = serde_yaml::from_str("{p: 0.2, examples: 64}").unwrap();
+        let method = options.resolve(Preset::Paper).unwrap().remove(0);
+        assert_eq!(
+            (method.name(), method.options().as_str(), method.examples_passed(10)),
+            (
+                "saliency_mask",
+                "p=0.2 examples=64 scope=backbone threshold=global decay=child clip=after_mask",
+                10
+            )
+        );
+    }
+}
