@@ -9,7 +9,7 @@ use super::registry::{MethodOptions, MethodSpec};
 use super::{Method, Parts, Preparation, Prepared, Preset};
 use crate::child::MaskScope;
 use crate::error::{Error, Result};
-use crate::model::{Classifier, Parameter, Parameters};
+use crate::model::{Classifier, ModelShape, Parameter, Parameters};
 
 /// The methods as typed: a list within the list of methods.
 #[derive(Debug)]
@@ -118,6 +118,10 @@ impl Method for Composed {
 
     fn prunes(&self) -> bool {
         self.parts.iter().any(|part| part.prunes())
+    }
+
+    fn state_bytes(&self, shape: &ModelShape, number: usize) -> usize {
+        self.parts.iter().map(|part| part.state_bytes(shape, number)).sum()
     }
 
     fn check(&self, parameters: &Parameters) -> Result<()> {

@@ -43,7 +43,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::{GradientMask, MaskScope, Uncertainty};
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Parameter, Parameters, Precision};
+use crate::model::{Classifier, ModelShape, Parameter, Parameters, Precision};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,6 +144,13 @@ pub trait Method: Send + Sync {
     /// others never have moments.
     fn fixed_share(&self) -> Option<(f64, MaskScope)> {
         None
+    }
+
+    /// Returns the bytes of what it keeps in training besides weights, gradients and optimizer state, in a model of a shape;
+    /// passes have numbers of `number` bytes.
+    fn state_bytes(&self, shape: &ModelShape, _number: usize) -> usize {
+        // A bit a weight.
+        if self.has_fixed_mask() { shape.weights.div_ceil(8) } else { 0 }
     }
 
     /// Checks that the method fits a model, before anything trains.

@@ -49,6 +49,16 @@ impl Parts {
         self
     }
 
+    /// Returns the number of forward passes over each example of a step.
+    pub fn passes(&self) -> usize {
+        1 + self.penalties.iter().map(|penalty| penalty.further_passes()).sum::<usize>()
+    }
+
+    /// Returns the number of passes that backward goes through at once.
+    pub fn passes_held(&self) -> usize {
+        1 + self.penalties.len()
+    }
+
     /// Returns whether a step runs as in plain fine-tuning up to its gradients.
     pub fn has_plain_passes(&self) -> bool {
         self.penalties.is_empty() && self.weights.is_empty() && self.hidden_noise.is_none() && self.dropout

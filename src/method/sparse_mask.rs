@@ -96,8 +96,8 @@ impl Method for SparseMask {
     fn fixed_share(&self) -> Option<(f64, MaskScope)> {
         match &self.source {
             // With a budget slightly fewer, by the head.
-            Source::Chosen { cut, .. } if !self.fine_tunes_first() => Some((cut.p, cut.scope)),
-            Source::Chosen { .. } | Source::File { .. } => None,
+            Source::Chosen { cut, .. } => Some((cut.p, cut.scope)),
+            Source::File { .. } => None,
         }
     }
 

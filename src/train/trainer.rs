@@ -51,6 +51,8 @@ pub struct Trained {
     pub optimizer_bytes: usize,
     /// Weights that the optimizer may change, those outside a fixed child network among them.
     pub trainable: usize,
+    /// The same without those outside a fixed child network.
+    pub changing: usize,
 }
 
 /// Trains a model, which was reset for the run's seed, and leaves the weights to be scored in it.
@@ -171,7 +173,9 @@ impl<'a> Trainer<'a> {
         let learning_rate = hyperparameters.learning_rate;
         let micro_batch = match hyperparameters.micro_batch {
             MicroBatch::Examples(examples) => examples,
-            MicroBatch::Auto => fitting_micro_batch(classifier, data, hyperparameters)?,
+            MicroBatch::Auto => {
+                fitting_micro_batch(classifier, data, hyperparameters, prepared.parts.passes_held())?
+            }
         };
         Ok(Self {
             optimizer,
@@ -380,8 +384,21 @@ impl<'a> Trainer<'a> {
             tokens: self.tokens,
             optimizer_bytes: self.optimizer_bytes(),
             trainable: self.trainable.count,
+            changing: self.changing(),
             mask: self.prepared.mask,
         })
+    }
+
+    /// Counts the weights that change: those that train, without those outside a fixed child network.
+    fn changing(&self) -> usize {
+        let child = self.prepared.mask.as_ref().and_then(|mask| mask.child());
+        let members = |parameter: &Parameter| {
+            let tensors = child.map(|child| child.tensors()).unwrap_or_default();
+            let tensor = tensors.iter().find(|tensor| tensor.name == parameter.name);
+            tensor.map_or(parameter.count(), |tensor| tensor.kept)
+        };
+        let parameters = self.classifier.parameters.iter().map(|(_, parameter)| parameter);
+        parameters.filter(|parameter| self.trainable.holds(parameter)).map(members).sum()
     }
 
     /// Trains one epoch, or what the schedule has left of it.
@@ -492,12 +509,13 @@ fn fitting_micro_batch(
     classifier: &Classifier,
     data: &EncodedDataset,
     hyperparameters: &Hyperparameters,
+    passes_held: usize,
 ) -> Result<usize> {
     let device = classifier.parameters.device();
     let batch_size = hyperparameters.batch_size;
     let Some(available) = available_memory(device)? else { return Ok(batch_size) };
     let shape = classifier.own_shape()?;
-    let memory = MemoryUse::new(&shape, hyperparameters, 0, device);
+    let memory = MemoryUse::new(&shape, hyperparameters, 0, device).with_method(0, passes_held);
     let lengths: Vec<usize> = data.inputs.iter().map(|input| input.ids.len()).collect();
     // Some of it for others, and for what the estimate does not know.
     Ok(memory.micro_batch(&lengths, batch_size, 0.8 * available as f64))
