@@ -65,7 +65,9 @@ impl Composed {
                 "`outside: prune` sets weights to zero that the other pulls back",
             );
         }
-        let name = parts.iter().map(|part| part.name()).collect::<Vec<_>>().join("+");
+        // Vanilla changes the learning rate at most: the name is that of what it goes with.
+        let others: Vec<_> = parts.iter().map(|part| part.name()).filter(|&name| name != "vanilla").collect();
+        let name = if others.is_empty() { "vanilla".to_owned() } else { others.join("+") };
         Ok(Self { name, parts })
     }
 }
@@ -159,10 +161,22 @@ mod tests {
     }
 
     #[test]
+    fn vanilla_gives_its_learning_rate_and_not_its_name() {
+        let found = resolved("[bitfit, {vanilla: {learning_rate_factor: 50}}]").unwrap();
+        let options = "bitfit() vanilla(learning_rate_factor=50)".to_owned();
+        assert_eq!(found, [("bitfit".to_owned(), options)]);
+        assert_eq!(resolved("[vanilla]").unwrap()[0].0, "vanilla");
+    }
+
+    #[test]
     fn what_does_not_go_together_is_refused_by_name() {
         for (text, parts) in [
             ("[child_tuning_f, child_tuning_d]", ["child_tuning_d and child_tuning_f", "both have a mask"]),
             ("[bitfit, bitfit]", ["bitfit and bitfit", "they are one method"]),
+            (
+                "[l2_sp, {child_tuning_d: {outside: prune}}]",
+                ["child_tuning_d and l2_sp", "`outside: prune` sets weights to zero"],
+            ),
         ] {
             let message = resolved(text).unwrap_err().to_string();
             assert!(parts.iter().all(|part| message.contains(part)), "{message}");
