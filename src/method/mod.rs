@@ -16,10 +16,13 @@ mod layer_wise_rates;
 mod parts;
 mod passes;
 mod prior_weight_decay;
+mod r3f;
+mod r4f;
 mod r_drop;
 mod recadam;
 mod registry;
 mod reinitialised_layers;
+mod smart;
 mod top_layers;
 mod vanilla;
 

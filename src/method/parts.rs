@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use super::passes::Passes;
 use crate::error::Result;
-use crate::model::{Noise, Parameters};
+use crate::model::{Noise, ParameterId, Parameters};
 
 /// The parts that a method adds to the training step. Each is made for one run and may keep state from step to step.
 ///
@@ -97,6 +97,8 @@ pub struct TrainingPoint<'a> {
     pub parameters: &'a Parameters,
     /// The values of all parameters that the checkpoint brought, `[total]` in float32.
     pub start: &'a Tensor,
+    /// The matrix of the head's last layer.
+    pub output: ParameterId,
     /// The run's seed.
     pub seed: u64,
     /// The number of the optimizer step, from 0.

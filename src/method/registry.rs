@@ -8,7 +8,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess,
 
 use super::{
     Method, Preset, bitfit, child_tuning_d, child_tuning_f, composed, hype, l2_sp, layer_wise_rates,
-    prior_weight_decay, r_drop, recadam, reinitialised_layers, top_layers, vanilla,
+    prior_weight_decay, r_drop, r3f, r4f, recadam, reinitialised_layers, smart, top_layers, vanilla,
 };
 use crate::error::Result;
 use crate::spelling::suggestion;
@@ -63,6 +63,9 @@ registry!(
     prior_weight_decay,
     recadam,
     r_drop,
+    r3f,
+    r4f,
+    smart,
     hype,
 );
 

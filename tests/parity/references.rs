@@ -137,3 +137,23 @@ fn two_passes_with_different_dropout() {
     let regression = "bert_regression";
     Case { file: "r_drop_regression", model: regression, ..case }.check();
 }
+
+#[test]
+fn a_second_pass_with_noise_on_the_words() {
+    Case::new("r3f_uniform", "r3f: {lambda: 2, epsilon: 0.02}").check();
+    Case::new("r3f_normal", "r3f: {lambda: 2, epsilon: 0.02, noise: normal}").check();
+    let regression = Case::new("r3f_regression_mse", "r3f: {lambda: 2, epsilon: 0.02, regression: mse}");
+    Case { model: "bert_regression", ..regression }.check();
+}
+
+#[test]
+fn a_head_divided_by_its_largest_singular_value() {
+    Case::new("r4f", "r4f: {epsilon: 0.02}").check();
+}
+
+#[test]
+fn a_pass_at_the_shift_that_moves_predictions_most() {
+    let case = Case::new("smart", "smart: {step_size: 0.1, noise: 0.01, radius: 0.05}");
+    case.check();
+    Case { file: "smart_regression", model: "bert_regression", ..case }.check();
+}
