@@ -61,7 +61,8 @@ pub trait Penalty: Send {
     fn further_passes(&self) -> usize;
 
     /// Computes the term for the examples of a micro-batch, divided by the number of examples of the step: a float32 scalar.
-    /// `logits` are those of the first pass, `[examples, outputs]` in float32, with their graph.
+    /// `logits` are those of the first pass, `[examples, outputs]` in float32; as all of [`Passes`] they are leaves of the loss's
+    /// graph.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.

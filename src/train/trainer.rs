@@ -302,7 +302,7 @@ impl<'a> Trainer<'a> {
         for transform in &self.prepared.parts.weights {
             transform.apply(&mut used, &at)?;
         }
-        StepWeights::new(used, &leaves, self.hyperparameters.gradient_checkpointing)
+        StepWeights::new(used, &leaves)
     }
 
     /// Halves the micro-batch, if a step can be taken again with smaller ones.
