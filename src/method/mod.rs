@@ -19,6 +19,8 @@ mod magnitude_mask;
 mod parts;
 mod passes;
 mod prior_weight_decay;
+mod r3f;
+mod r4f;
 mod r_drop;
 mod recadam;
 mod registry;
@@ -27,6 +29,7 @@ mod reinitialised_layers;
 #[cfg(test)]
 mod saliency_mask;
 mod sift;
+mod smart;
 mod sparse_mask;
 mod top_layers;
 mod vanilla;

@@ -64,6 +64,9 @@ registry!(
     prior_weight_decay,
     recadam,
     r_drop,
+    r3f,
+    r4f,
+    smart,
     hype,
 );
 

@@ -300,12 +300,13 @@ impl<'a> Trainer<'a> {
         let mut used = weights(self.classifier, &self.trainable, self.hyperparameters)?;
         let parameters = &self.classifier.parameters;
         let start = self.classifier.start().unwrap_or(parameters.values());
-        let at = TrainingPoint { parameters, start, seed: self.seed, step: self.step };
+        let output = self.classifier.output_weight();
+        let at = TrainingPoint { parameters, start, output, seed: self.seed, step: self.step };
         let leaves: Vec<Tensor> = used.iter().map(Tensor::shallow_clone).collect();
         for transform in &self.prepared.parts.weights {
             transform.apply(&mut used, &at)?;
         }
-        StepWeights::new(used, &leaves, self.hyperparameters.gradient_checkpointing)
+        StepWeights::new(used, &leaves)
     }
 
     /// Halves the micro-batch, if a step can be taken again with smaller ones.
@@ -357,9 +358,11 @@ impl<'a> Trainer<'a> {
             self.epoch(epoch, control)?;
             train_time += started.elapsed();
             let Some(dev) = dev else { continue };
+            let training = self.settle()?;
             let evaluation = self.score(dev, control)?;
             (control.report)(Event::Epoch { epoch: epoch + 1, headline: evaluation.headline });
             selection.consider(&self, evaluation.headline)?;
+            training.map_or(Ok(()), |training| self.classifier.parameters.restore(&training))?;
             if self
                 .hyperparameters
                 .early_stopping
@@ -369,11 +372,13 @@ impl<'a> Trainer<'a> {
             }
         }
         let mut step = self.step;
-        if let (Checkpoint::Best, Some(best)) = (self.hyperparameters.checkpoint, selection.best) {
-            self.classifier.parameters.restore(&best.values)?;
-            step = best.step;
+        match (self.hyperparameters.checkpoint, selection.best) {
+            (Checkpoint::Best, Some(best)) => {
+                self.classifier.parameters.restore(&best.values)?;
+                step = best.step;
+            }
+            _ => drop(self.settle()?),
         }
-        self.settle()?;
         let per_epoch = self.hyperparameters.steps_per_epoch(self.data.len());
         Ok(Trained {
             epoch: step as f64 / per_epoch as f64,
@@ -432,15 +437,12 @@ impl<'a> Trainer<'a> {
     }
 
     fn score(&mut self, dev: Scored, control: &mut Control) -> Result<Evaluation> {
-        let training = self.settle()?;
         let mut done = 0;
-        let evaluation = evaluate(self.classifier, dev, self.hyperparameters.precision, |examples| {
+        evaluate(self.classifier, dev, self.hyperparameters.precision, |examples| {
             done += examples;
             (control.report)(Event::Evaluated(Progress::new(done, dev.data.len())));
             control.check()
-        })?;
-        training.map_or(Ok(()), |training| self.classifier.parameters.restore(&training))?;
-        Ok(evaluation)
+        })
     }
 
     /// Writes the weights that the model is scored and kept with, where they are not those that train; returns these then.
@@ -534,6 +536,7 @@ struct Selection {
 
 struct Best {
     headline: f64,
+    /// The weights that were scored.
     values: Tensor,
     step: u64,
 }

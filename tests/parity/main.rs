@@ -9,6 +9,7 @@ mod fisher;
 mod fixture;
 mod methods;
 mod optimizer;
+mod penalties;
 mod references;
 mod step_variance;
 mod training;
