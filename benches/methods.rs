@@ -108,7 +108,9 @@ fn main() -> anyhow::Result<()> {
         precision: arguments.precision,
         ..Hyperparameters::default()
     };
-    println!("| method | passes | step / vanilla's | lowest | highest | per pass |\n|---|---|---|---|---|---|");
+    println!(
+        "| method | passes | step / vanilla's | lowest | highest | per pass |\n|---|---|---|---|---|---|"
+    );
     for (text, passes) in METHODS.iter().filter(|(text, _)| text.contains(&arguments.only)) {
         let (mut own, mut plain) = (model()?, model()?);
         let mut own = trainer(text, &mut own, &data, &settings)?;
