@@ -140,12 +140,18 @@ fn memory(run: &Run, train: &EncodedDataset, speed: &Speed) -> Result<f64> {
     let (config, labels) = (&run.model.folder.config, Labels::from(&run.task.card.objective));
     let shape = Classifier::shape(config, &labels)?;
     let trains = |parameter: &Parameter| run.method.trains(parameter, shape.layers);
-    let trainable = Classifier::count(config, &labels, trains)?;
+    let declared = Classifier::declared(config, &labels)?;
+    let further = run.method.further_weights(declared.as_slice());
+    let count = |chosen: &dyn Fn(&Parameter) -> bool| -> usize {
+        let all = declared.iter().chain(further.iter());
+        all.filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
+    };
+    let trainable = count(&trains);
     let trained = match run.method.fixed_share() {
         _ if run.is_frozen() => shape.hidden * labels.outputs() as usize,
         Some((share, scope)) => {
             let maskable = |parameter: &Parameter| trains(parameter) && scope.covers(parameter);
-            trainable - ((1.0 - share) * Classifier::count(config, &labels, maskable)? as f64) as usize
+            trainable - ((1.0 - share) * count(&maskable) as f64) as usize
         }
         None => trainable,
     };

@@ -13,6 +13,7 @@ mod fisher_pass;
 mod hype;
 mod l2_sp;
 mod layer_wise_rates;
+mod lora;
 mod mixout;
 mod parts;
 mod passes;
@@ -36,7 +37,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::{GradientMask, MaskScope, Uncertainty};
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Parameter, Parameters, Precision};
+use crate::model::{Classifier, Parameter, ParameterTable, Parameters, Precision};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +119,16 @@ pub trait Method: Send + Sync {
         1.0
     }
 
+    /// Returns whether it adds weights to a model ([`Method::further_weights`]).
+    fn adds_weights(&self) -> bool {
+        false
+    }
+
+    /// Returns the weights that it adds to a model that declares the given ones, for the time of a run.
+    fn further_weights(&self, _declared: &[Parameter]) -> ParameterTable {
+        ParameterTable::default()
+    }
+
     /// Returns what it adds to the training step of one run.
     fn parts(&self) -> Parts {
         Parts::default()
@@ -142,7 +153,7 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
-    /// Changes the weights that training starts from, in a model that was reset for the run's seed.
+    /// Changes the weights that training starts from, in a model that was reset for the run's seed, and adds its own.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.

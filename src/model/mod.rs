@@ -37,7 +37,7 @@ pub use dropout::Dropout;
 pub use fresh_weights::FreshWeights;
 pub use layer_norm::LayerNorm;
 pub use layers::{Embedding, Linear, Vector, loss};
-pub use noise::{Noise, NoiseKind};
+pub use noise::{Noise, NoiseKind, uniform_numbers};
 pub use params::{
     Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
     TrainableGroup, Treatment,

@@ -30,6 +30,8 @@ pub enum ParameterKind {
     LayerNormBias,
     /// A table of embeddings, `[entries, hidden]`.
     Embedding,
+    /// A factor of the low-rank change of a matrix, which a method adds.
+    LowRank,
 }
 
 /// The part of the model that a parameter belongs to.
@@ -86,7 +88,7 @@ impl Parameter {
 
     /// Returns whether weight decay applies: to matrices and embeddings, not to biases and layer normalisations.
     pub fn decays(&self) -> bool {
-        matches!(self.kind, ParameterKind::Weight | ParameterKind::Embedding)
+        matches!(self.kind, ParameterKind::Weight | ParameterKind::Embedding | ParameterKind::LowRank)
     }
 
     /// Returns the number of elements.
@@ -136,6 +138,11 @@ impl ParameterTable {
     /// Iterates over the parameters in the order of declaration.
     pub fn iter(&self) -> impl Iterator<Item = &Parameter> {
         self.parameters.iter()
+    }
+
+    /// Returns the parameters in the order of declaration.
+    pub fn as_slice(&self) -> &[Parameter] {
+        &self.parameters
     }
 
     /// Gives every parameter its range: those with weight decay first, so that each group is contiguous. Returns the
@@ -208,6 +215,8 @@ impl Treatment {
 /// The parameters of one model: values, gradients, and the leaves of the autograd graph.
 pub struct Parameters {
     parameters: Vec<Parameter>,
+    /// How many of them the model declares: others may come behind them, for a time.
+    declared: usize,
     by_name: HashMap<String, usize>,
     values: Tensor,
     leaves: Vec<Tensor>,
@@ -237,13 +246,61 @@ impl Parameters {
     pub fn allocate(mut table: ParameterTable, device: Device) -> Result<Self> {
         let total = table.place();
         let values = Tensor::f_zeros([total as i64], (Kind::Float, device))?;
-        let parameters = table.parameters;
+        let declared = table.parameters.len();
+        Self::over(values, table.parameters, declared)
+    }
+
+    /// Makes parameters of values, with leaves and all else that belongs to them.
+    fn over(values: Tensor, parameters: Vec<Parameter>, declared: usize) -> Result<Self> {
         let leaf = |parameter: &Parameter| leaf(&values, parameter.range.start, &parameter.shape);
         let leaves = parameters.iter().map(leaf).collect::<Result<_>>()?;
         let by_name =
             parameters.iter().enumerate().map(|(index, parameter)| (parameter.name.clone(), index)).collect();
         let (gradients, half, changed) = Default::default();
-        Ok(Self { parameters, by_name, values, leaves, gradients, half, changed })
+        Ok(Self { parameters, declared, by_name, values, leaves, gradients, half, changed })
+    }
+
+    /// Appends zeroed parameters to those that the model declares, until [`Parameters::shrink`]. All values move: leaves and
+    /// buffers of before are no longer those of these parameters.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn extend(&mut self, mut further: ParameterTable) -> Result<()> {
+        let own = self.buffer_len();
+        let values = resized(&self.values, own + further.place())?;
+        for parameter in &mut further.parameters {
+            parameter.range = own + parameter.range.start..own + parameter.range.end;
+        }
+        self.rebuild(values, [self.parameters.clone(), further.parameters].concat())
+    }
+
+    /// Removes what [`Parameters::extend`] has appended; all values move again.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn shrink(&mut self) -> Result<()> {
+        if self.parameters.len() == self.declared {
+            return Ok(());
+        }
+        let own = self.declared().to_vec();
+        let length = own.iter().map(|parameter| parameter.range.end.next_multiple_of(ALIGNMENT)).max();
+        self.rebuild(resized(&self.values, length.unwrap_or(0))?, own)
+    }
+
+    fn rebuild(&mut self, values: Tensor, parameters: Vec<Parameter>) -> Result<()> {
+        let changed = self.changed.clone();
+        *self = Self { changed, ..Self::over(values, parameters, self.declared)? };
+        Ok(())
+    }
+
+    /// Returns the parameters that the model itself declares, in the order of declaration.
+    pub fn declared(&self) -> &[Parameter] {
+        &self.parameters[..self.declared]
+    }
+
+    /// Returns whether the model itself declares a parameter.
+    pub fn declares(&self, id: ParameterId) -> bool {
+        id.0 < self.declared
     }
 
     /// Iterates over the parameters with their name tags, in the order of declaration.
@@ -442,7 +499,7 @@ impl Parameters {
                 values = parameter.fresh.draw(&parameter.shape, initializer_range, key, stream)?;
             }
             ParameterKind::LayerNormWeight => values = values.f_ones_like()?,
-            ParameterKind::Bias | ParameterKind::LayerNormBias => {}
+            ParameterKind::Bias | ParameterKind::LayerNormBias | ParameterKind::LowRank => {}
         }
         self.set(id, &values)
     }
@@ -484,6 +541,17 @@ impl HalfCopy {
         self.stale.set(false);
         Ok(())
     }
+}
+
+/// Copies a flat buffer to one of another length; what is new in it is zero.
+///
+/// # Errors
+/// Fails if libtorch cannot allocate.
+pub(super) fn resized(flat: &Tensor, length: usize) -> Result<Tensor> {
+    let both = flat.numel().min(length) as i64;
+    let copy = Tensor::f_zeros([length as i64], (flat.kind(), flat.device()))?;
+    copy.f_narrow(0, 0, both)?.f_copy_(&flat.f_narrow(0, 0, both)?)?;
+    Ok(copy)
 }
 
 /// Makes a leaf of the autograd graph out of the elements of a flat buffer from `start` on.

@@ -370,6 +370,8 @@ impl<'a> Trainer<'a> {
             step = best.step;
         }
         self.settle()?;
+        // Without what the method has added to the model.
+        self.classifier.shrink()?;
         let per_epoch = self.hyperparameters.steps_per_epoch(self.data.len());
         Ok(Trained {
             epoch: step as f64 / per_epoch as f64,
