@@ -263,6 +263,20 @@ mod tests {
     }
 
     #[test]
+    fn a_matrix_that_is_stored_with_its_inputs_first_changes_by_the_transpose() {
+        let mut table = ParameterTable::default();
+        table.declare("q.weight", &[4, 3], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        let heads = table.declare("q", &[3, 2, 2], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        table.store_input_first(heads);
+        let [a, b] = [[2, 3], [4, 2]].map(|shape| Tensor::randn(shape, (tch::Kind::Float, Device::Cpu)));
+        let [plain, heads] =
+            [0, 1].map(|place| LowRankUpdates(0.5).update(&a, &b, &table.as_slice()[place]).unwrap());
+        assert_eq!(table.as_slice().iter().map(sizes).collect::<Vec<_>>(), [[3, 4]; 2]);
+        assert!(heads.view([3, 4]).transpose(0, 1).allclose(&plain, 1e-6, 1e-6, false));
+        assert!(plain.allclose(&(b.matmul(&a) * 0.5), 1e-6, 1e-6, false));
+    }
+
+    #[test]
     fn targets_that_are_not_there_are_refused_by_name() {
         let parameters = model(&["a.query.weight", "a.value.weight", "b.value.weight"]);
         let error = method("{targets: [value, bias]}").unwrap().check(&parameters).unwrap_err().to_string();

@@ -174,3 +174,28 @@ impl Factors {
         Ok(drawn.f_view(shape.as_slice())?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A column for each input, wherever inputs stand; the mean over M is the matrix.
+    #[test]
+    fn a_mask_has_a_number_for_each_input_or_weight_and_the_share_that_is_kept() {
+        for (input_first, mask, expected) in [
+            (false, MaskForm::InputNeuron, [1, 500, 1]),
+            (true, MaskForm::InputNeuron, [400, 1, 1]),
+            (false, MaskForm::Weight, [400, 500, 1]),
+        ] {
+            let key = Key::derive(1, Purpose::Mixout, 0);
+            let factors = Factors { q: 0.3, mask, key, shape: vec![400, 500, 1], input_first };
+            let drawn = factors.draw(Device::Cpu, 2.0).unwrap();
+            assert_eq!(drawn.size(), expected);
+            assert_eq!(drawn, factors.draw(Device::Cpu, 2.0).unwrap());
+            let kept = drawn.eq(2.0).sum(Kind::Int64).int64_value(&[]);
+            assert_eq!(kept + drawn.eq(0.0).sum(Kind::Int64).int64_value(&[]), drawn.numel() as i64);
+            let (share, count) = (kept as f64 / drawn.numel() as f64, drawn.numel() as f64);
+            assert!((share - 0.7).abs() < 5.0 * (0.3 * 0.7 / count).sqrt(), "{share}");
+        }
+    }
+}

@@ -13,6 +13,7 @@ mod distilbert;
 mod dropout;
 mod electra;
 mod fresh_weights;
+mod half_copy;
 mod head;
 mod layer_norm;
 mod layers;

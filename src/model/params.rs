@@ -11,6 +11,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::fresh_weights::FreshWeights;
+use super::half_copy::HalfCopy;
 use crate::error::{Error, Result};
 use crate::random::{self, Key, Purpose};
 
@@ -228,16 +229,6 @@ pub struct Parameters {
     changed: Cell<bool>,
 }
 
-/// The weights of the encoder in bfloat16, for all passes until the values change.
-struct HalfCopy {
-    flat: Tensor,
-    /// Ranges of the flat values, and where each of them begins in the copy.
-    runs: Vec<(Range<usize>, usize)>,
-    /// What a pass uses of each parameter: a leaf of the copy, or that of the float32 values.
-    leaves: Vec<Tensor>,
-    stale: Cell<bool>,
-}
-
 impl Parameters {
     /// Allocates zeroed values for the declared parameters.
     ///
@@ -331,7 +322,7 @@ impl Parameters {
     /// Returns the values of all parameters for changing them in place, `[total]` in float32.
     pub fn values_to_change(&self) -> Tensor {
         if let Some(half) = self.half.get() {
-            half.stale.set(true);
+            half.mark_stale();
         }
         self.changed.set(true);
         self.values.shallow_clone()
@@ -449,8 +440,7 @@ impl Parameters {
         }
         let half =
             self.half.get().ok_or_else(|| Error::Libtorch("there is no copy of the weights".into()))?;
-        half.refresh(&self.values)?;
-        Ok(half.leaves.iter().map(Tensor::shallow_clone).collect())
+        half.refreshed(&self.values)
     }
 
     /// Copies all values from a buffer of the same layout.
@@ -505,44 +495,6 @@ impl Parameters {
     }
 }
 
-impl HalfCopy {
-    fn new(parameters: &Parameters, kind: Kind) -> Result<Self> {
-        let computes = |parameter: &Parameter| {
-            let body = !matches!(parameter.place, ParameterPlace::Pooler | ParameterPlace::Head);
-            body && parameter.kind != ParameterKind::Embedding
-        };
-        let (mut runs, mut length) = (Vec::new(), 0);
-        for span in parameters.trainable(computes).spans {
-            runs.push((span.clone(), length));
-            length += span.len();
-        }
-        let flat = Tensor::f_zeros([length as i64], (kind, parameters.device()))?;
-        let place = |start: usize| {
-            let (run, offset) = runs.iter().rev().find(|(run, _)| run.start <= start)?;
-            Some(offset + start - run.start)
-        };
-        let leaves = parameters.iter().map(|(id, parameter)| match place(parameter.range.start) {
-            Some(start) if computes(parameter) => leaf(&flat, start, &parameter.shape),
-            _ => Ok(parameters.leaf(id).shallow_clone()),
-        });
-        Ok(Self { leaves: leaves.collect::<Result<_>>()?, flat, runs, stale: Cell::new(true) })
-    }
-
-    /// Copies the values, if they have changed since the last time.
-    fn refresh(&self, values: &Tensor) -> Result<()> {
-        if !self.stale.get() {
-            return Ok(());
-        }
-        let _guard = tch::no_grad_guard();
-        for (run, start) in &self.runs {
-            let source = values.f_narrow(0, run.start as i64, run.len() as i64)?;
-            self.flat.f_narrow(0, *start as i64, run.len() as i64)?.f_copy_(&source)?;
-        }
-        self.stale.set(false);
-        Ok(())
-    }
-}
-
 /// Copies a flat buffer to one of another length; what is new in it is zero.
 ///
 /// # Errors
@@ -555,7 +507,10 @@ pub(super) fn resized(flat: &Tensor, length: usize) -> Result<Tensor> {
 }
 
 /// Makes a leaf of the autograd graph out of the elements of a flat buffer from `start` on.
-fn leaf(flat: &Tensor, start: usize, shape: &[i64]) -> Result<Tensor> {
+///
+/// # Errors
+/// Fails if the buffer ends before.
+pub(super) fn leaf(flat: &Tensor, start: usize, shape: &[i64]) -> Result<Tensor> {
     let part = flat.f_narrow(0, start as i64, shape.iter().product())?;
     Ok(part.f_view(shape)?.f_detach()?.f_set_requires_grad(true)?)
 }

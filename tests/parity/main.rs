@@ -11,3 +11,4 @@ mod optimizer;
 mod references;
 mod step_variance;
 mod training;
+mod weights;
