@@ -428,6 +428,8 @@ class HyPe(Vanilla):
 class LoRA(Vanilla):
     """W = W0 + (alpha / rank) B A for the targets of all layers; A, B and the head train, A and B with decay.
 
+    A starts uniform in (-1, 1) / sqrt(in), as in PEFT, and B with zeros.
+
     The file has `<module>.lora_A` [rank, in] and `<module>.lora_B` [out, rank] of all of these modules, the merged W of
     those of WRITTEN, and the head.
     """
@@ -439,7 +441,7 @@ class LoRA(Vanilla):
         for name in self.targets:
             key = philox.of_part(philox.derive(SEED, philox.HEAD, 0), self.order.index(name))
             output, width = self.leaves[name].shape
-            numbers = philox.normal(key, [[3, 0, 0]], rank * width, 1 / rank)
+            numbers = philox.uniform(key, [[3, 0, 0]], rank * width, width**-0.5)
             self.leaves[self.pair(name)[0]] = float64(numbers).reshape(rank, width)
             self.leaves[self.pair(name)[1]] = torch.zeros(output, rank, dtype=torch.float64)
 

@@ -30,12 +30,18 @@ pub fn method_cost(run: &Run) -> Result<MethodCost> {
     let (config, labels) = (&run.model.folder.config, Labels::from(&run.task.card.objective));
     let shape = Classifier::shape(config, &labels)?;
     let trains = |parameter: &Parameter| run.method.trains(parameter, shape.layers);
-    let all = Classifier::count(config, &labels, trains)?;
+    let declared = Classifier::declared(config, &labels)?;
+    let further = run.method.further_weights(declared.as_slice());
+    let count = |chosen: &dyn Fn(&Parameter) -> bool| -> usize {
+        let all = declared.iter().chain(further.iter());
+        all.filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
+    };
+    let all = count(&trains);
     let trainable = match run.method.fixed_share() {
         _ if run.is_frozen() => shape.hidden * labels.outputs() as usize,
         Some((share, scope)) => {
             let maskable = |parameter: &Parameter| trains(parameter) && scope.covers(parameter);
-            all - ((1.0 - share) * Classifier::count(config, &labels, maskable)? as f64) as usize
+            all - ((1.0 - share) * count(&maskable) as f64) as usize
         }
         None => all,
     };

@@ -9,7 +9,7 @@ use super::registry::{MethodOptions, MethodSpec};
 use super::{Method, Parts, Preparation, Prepared, Preset};
 use crate::child::MaskScope;
 use crate::error::{Error, Result};
-use crate::model::{Classifier, ModelShape, Parameter, Parameters};
+use crate::model::{Classifier, ModelShape, Parameter, ParameterTable, Parameters};
 
 /// The methods as typed: a list within the list of methods.
 #[derive(Debug)]
@@ -53,6 +53,14 @@ impl Composed {
                 left.as_ref(),
                 right.as_ref(),
                 "both have a mask on the gradients; keep one of them",
+            );
+        }
+        let fixed = parts.iter().find(|part| part.has_fixed_mask());
+        if let (Some(fixed), Some(adding)) = (fixed, parts.iter().find(|part| part.adds_weights())) {
+            return refuse(
+                fixed.as_ref(),
+                adding.as_ref(),
+                "a fixed mask chooses among the model's own weights, and the other trains weights that it adds",
             );
         }
         let pulls = |part: &&Arc<dyn Method>| !part.parts().pulls.is_empty();
@@ -114,6 +122,15 @@ impl Method for Composed {
         self.parts.iter().map(|part| part.rate(parameter, layers)).product()
     }
 
+    fn adds_weights(&self) -> bool {
+        self.parts.iter().any(|part| part.adds_weights())
+    }
+
+    fn further_weights(&self, declared: &[Parameter]) -> ParameterTable {
+        let adding = self.parts.iter().find(|part| part.adds_weights());
+        adding.map_or_else(ParameterTable::default, |part| part.further_weights(declared))
+    }
+
     fn parts(&self) -> Parts {
         self.parts.iter().fold(Parts::default(), |all, part| all.and(part.parts()))
     }
@@ -127,7 +144,16 @@ impl Method for Composed {
     }
 
     fn check(&self, parameters: &Parameters) -> Result<()> {
-        self.parts.iter().try_for_each(|part| part.check(parameters))
+        self.parts.iter().try_for_each(|part| part.check(parameters))?;
+        let further = self.further_weights(parameters.declared());
+        let trains = |own: &Parameter| self.trains(own, parameters.layers());
+        if self.adds_weights() && !further.iter().any(trains) {
+            let name = &self.name;
+            return Err(Error::configuration(format!(
+                "method: of {name}, one adds weights of which another lets none train; remove one of them"
+            )));
+        }
+        Ok(())
     }
 
     fn begin(&self, classifier: &mut Classifier, seed: u64) -> Result<()> {
@@ -172,6 +198,7 @@ mod tests {
     fn what_does_not_go_together_is_refused_by_name() {
         for (text, parts) in [
             ("[child_tuning_f, child_tuning_d]", ["child_tuning_d and child_tuning_f", "both have a mask"]),
+            ("[lora, child_tuning_d]", ["child_tuning_d and lora", "weights that it adds"]),
             ("[bitfit, bitfit]", ["bitfit and bitfit", "they are one method"]),
             (
                 "[l2_sp, {child_tuning_d: {outside: prune}}]",

@@ -14,8 +14,10 @@ mod fish_mask;
 mod hype;
 mod l2_sp;
 mod layer_wise_rates;
+mod lora;
 mod lt_sft;
 mod magnitude_mask;
+mod mixout;
 mod parts;
 mod passes;
 mod prior_weight_decay;
@@ -46,7 +48,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::{GradientMask, MaskScope, Uncertainty};
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, ModelShape, Parameter, Parameters, Precision};
+use crate::model::{Classifier, ModelShape, Parameter, ParameterTable, Parameters, Precision};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,6 +135,16 @@ pub trait Method: Send + Sync {
         1.0
     }
 
+    /// Returns whether it adds weights to a model ([`Method::further_weights`]).
+    fn adds_weights(&self) -> bool {
+        false
+    }
+
+    /// Returns the weights that it adds to a model that declares the given ones, for the time of a run.
+    fn further_weights(&self, _declared: &[Parameter]) -> ParameterTable {
+        ParameterTable::default()
+    }
+
     /// Returns what it adds to the training step of one run.
     fn parts(&self) -> Parts {
         Parts::default()
@@ -164,7 +176,7 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
-    /// Changes the weights that training starts from, in a model that was reset for the run's seed.
+    /// Changes the weights that training starts from, in a model that was reset for the run's seed, and adds its own.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.

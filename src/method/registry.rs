@@ -68,6 +68,8 @@ registry!(
     r4f,
     smart,
     hype,
+    mixout,
+    lora,
 );
 
 impl MethodSpec {

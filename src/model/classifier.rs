@@ -9,7 +9,7 @@ use super::attention::takes_head_size;
 use super::checkpoint::{self, LoadReport, ModelFolder};
 use super::config::ModelConfig;
 use super::layers::Linear;
-use super::params::{Parameter, ParameterId, ParameterKind, ParameterTable, Parameters};
+use super::params::{Parameter, ParameterId, ParameterKind, ParameterTable, Parameters, resized};
 use super::pass::Pass;
 use crate::data::{LabelMap, Objective, TaskCard, TokenEncoder};
 use crate::error::{Error, Result};
@@ -238,18 +238,14 @@ impl Classifier {
         })
     }
 
-    /// Counts the weights of the chosen parameters of a model for a task, from its config alone.
+    /// Returns the parameters of a model for a task, from its config alone, without places in a buffer.
     ///
     /// # Errors
     /// As for [`Classifier::shape`].
-    pub fn count(
-        config: &ModelConfig,
-        labels: &Labels,
-        chosen: impl Fn(&Parameter) -> bool,
-    ) -> Result<usize> {
+    pub fn declared(config: &ModelConfig, labels: &Labels) -> Result<ParameterTable> {
         let mut table = ParameterTable::default();
         config.family()?(config, labels.outputs(), &mut table)?;
-        Ok(table.iter().filter(|parameter| chosen(parameter)).map(Parameter::count).sum())
+        Ok(table)
     }
 
     /// Returns the sizes of the model.
@@ -275,12 +271,41 @@ impl Classifier {
         Ok(())
     }
 
+    /// Appends zeroed parameters to the model's own, until [`Classifier::shrink`] or the next reset. Only who knows of them
+    /// uses them.
+    ///
+    /// # Errors
+    /// As for [`Classifier::keep_start`].
+    pub fn extend(&mut self, further: ParameterTable) -> Result<()> {
+        self.keep_start()?;
+        self.parameters.extend(further)?;
+        self.resize_start()
+    }
+
+    /// Removes the parameters that [`Classifier::extend`] has appended.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn shrink(&mut self) -> Result<()> {
+        self.parameters.shrink()?;
+        self.resize_start()
+    }
+
+    fn resize_start(&mut self) -> Result<()> {
+        let length = self.parameters.buffer_len();
+        if let Some(start) = self.start.as_mut().filter(|start| start.numel() != length) {
+            *start = resized(start, length)?;
+        }
+        Ok(())
+    }
+
     /// Puts all weights back to the checkpoint's, with new values for the parameters that the checkpoint lacks.
     ///
     /// # Errors
     /// Fails if libtorch refuses, or the weights were changed without a call of [`Classifier::keep_start`] or of this
     /// function before.
     pub fn reset(&mut self, seed: u64) -> Result<()> {
+        self.shrink()?;
         match &self.start {
             Some(start) => self.parameters.restore(start)?,
             None => self.keep_start()?,
@@ -297,7 +322,8 @@ impl Classifier {
     /// # Errors
     /// Fails if libtorch refuses.
     pub fn reinitialise(&mut self, seed: u64, chosen: impl Fn(&Parameter) -> bool) -> Result<()> {
-        let ids = self.parameters.iter().filter(|(_, parameter)| chosen(parameter)).map(|(id, _)| id);
+        let own = self.parameters.iter().filter(|(id, _)| self.parameters.declares(*id));
+        let ids = own.filter(|(_, parameter)| chosen(parameter)).map(|(id, _)| id);
         for id in ids.collect::<Vec<_>>() {
             self.parameters.initialise(id, seed, self.initializer_range)?;
             self.redrawn.push(id);
@@ -307,7 +333,7 @@ impl Classifier {
 
     /// Returns whether a parameter's values were drawn and not taken from the checkpoint.
     pub fn is_new(&self, id: ParameterId) -> bool {
-        self.fresh.contains(&id) || self.redrawn.contains(&id)
+        self.fresh.contains(&id) || self.redrawn.contains(&id) || !self.parameters.declares(id)
     }
 
     /// Returns the values that the checkpoint brought, `[total]` in float32; nothing before [`Classifier::keep_start`].

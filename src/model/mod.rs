@@ -13,6 +13,7 @@ mod distilbert;
 mod dropout;
 mod electra;
 mod fresh_weights;
+mod half_copy;
 mod head;
 mod layer_norm;
 mod layers;
@@ -37,8 +38,8 @@ pub use dropout::Dropout;
 pub use fresh_weights::FreshWeights;
 pub use layer_norm::LayerNorm;
 pub use layers::{Embedding, Linear, Vector, loss};
-pub(crate) use noise::normal_rows;
 pub use noise::{Noise, NoiseKind};
+pub(crate) use noise::{normal_rows, uniform_numbers};
 pub use params::{
     Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
     TrainableGroup, Treatment,

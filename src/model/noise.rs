@@ -67,6 +67,16 @@ impl Noise {
     }
 }
 
+/// Draws the uniform numbers in (−bound, bound) of one row, `[count]` in float32 on the CPU.
+///
+/// # Errors
+/// Fails if libtorch cannot allocate.
+pub(crate) fn uniform_numbers(key: Key, row: [u32; 3], count: i64, bound: f64) -> Result<Tensor> {
+    let mut numbers = Tensor::f_empty([count], (Kind::Float, tch::Device::Cpu))?;
+    uniform_row(elements_mut(&mut numbers)?, key, row);
+    Ok(numbers.f_mul_scalar(bound)?)
+}
+
 /// Draws standard normal numbers for rows named by three numbers, `[rows, width]` in float32 on the CPU (Box–Muller): two of each
 /// pair of uniform ones.
 ///

@@ -11,6 +11,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::fresh_weights::FreshWeights;
+use super::half_copy::HalfCopy;
 use crate::error::{Error, Result};
 use crate::random::{self, Key, Purpose};
 
@@ -30,6 +31,8 @@ pub enum ParameterKind {
     LayerNormBias,
     /// A table of embeddings, `[entries, hidden]`.
     Embedding,
+    /// A factor of the low-rank change of a matrix, which a method adds.
+    LowRank,
 }
 
 /// The part of the model that a parameter belongs to.
@@ -71,6 +74,8 @@ pub struct Parameter {
     pub range: Range<usize>,
     /// Where new weights come from, if it is a matrix or a table.
     pub fresh: FreshWeights,
+    /// Whether it is a matrix whose first dimension is that of the inputs, not of the outputs.
+    pub input_first: bool,
 }
 
 impl Parameter {
@@ -84,7 +89,7 @@ impl Parameter {
 
     /// Returns whether weight decay applies: to matrices and embeddings, not to biases and layer normalisations.
     pub fn decays(&self) -> bool {
-        matches!(self.kind, ParameterKind::Weight | ParameterKind::Embedding)
+        matches!(self.kind, ParameterKind::Weight | ParameterKind::Embedding | ParameterKind::LowRank)
     }
 
     /// Returns the number of elements.
@@ -116,6 +121,7 @@ impl ParameterTable {
             place,
             range: 0..count,
             fresh: FreshWeights::default(),
+            input_first: false,
         });
         ParameterId(self.parameters.len() - 1)
     }
@@ -125,9 +131,19 @@ impl ParameterTable {
         self.parameters[id.0].fresh = fresh;
     }
 
+    /// Says that a matrix is stored with its inputs first.
+    pub fn store_input_first(&mut self, id: ParameterId) {
+        self.parameters[id.0].input_first = true;
+    }
+
     /// Iterates over the parameters in the order of declaration.
     pub fn iter(&self) -> impl Iterator<Item = &Parameter> {
         self.parameters.iter()
+    }
+
+    /// Returns the parameters in the order of declaration.
+    pub fn as_slice(&self) -> &[Parameter] {
+        &self.parameters
     }
 
     /// Gives every parameter its range: those with weight decay first, so that each group is contiguous. Returns the
@@ -200,6 +216,8 @@ impl Treatment {
 /// The parameters of one model: values, gradients, and the leaves of the autograd graph.
 pub struct Parameters {
     parameters: Vec<Parameter>,
+    /// How many of them the model declares: others may come behind them, for a time.
+    declared: usize,
     by_name: HashMap<String, usize>,
     values: Tensor,
     leaves: Vec<Tensor>,
@@ -211,16 +229,6 @@ pub struct Parameters {
     changed: Cell<bool>,
 }
 
-/// The weights of the encoder in bfloat16, for all passes until the values change.
-struct HalfCopy {
-    flat: Tensor,
-    /// Ranges of the flat values, and where each of them begins in the copy.
-    runs: Vec<(Range<usize>, usize)>,
-    /// What a pass uses of each parameter: a leaf of the copy, or that of the float32 values.
-    leaves: Vec<Tensor>,
-    stale: Cell<bool>,
-}
-
 impl Parameters {
     /// Allocates zeroed values for the declared parameters.
     ///
@@ -229,13 +237,61 @@ impl Parameters {
     pub fn allocate(mut table: ParameterTable, device: Device) -> Result<Self> {
         let total = table.place();
         let values = Tensor::f_zeros([total as i64], (Kind::Float, device))?;
-        let parameters = table.parameters;
+        let declared = table.parameters.len();
+        Self::over(values, table.parameters, declared)
+    }
+
+    /// Makes parameters of values, with leaves and all else that belongs to them.
+    fn over(values: Tensor, parameters: Vec<Parameter>, declared: usize) -> Result<Self> {
         let leaf = |parameter: &Parameter| leaf(&values, parameter.range.start, &parameter.shape);
         let leaves = parameters.iter().map(leaf).collect::<Result<_>>()?;
         let by_name =
             parameters.iter().enumerate().map(|(index, parameter)| (parameter.name.clone(), index)).collect();
         let (gradients, half, changed) = Default::default();
-        Ok(Self { parameters, by_name, values, leaves, gradients, half, changed })
+        Ok(Self { parameters, declared, by_name, values, leaves, gradients, half, changed })
+    }
+
+    /// Appends zeroed parameters to those that the model declares, until [`Parameters::shrink`]. All values move: leaves and
+    /// buffers of before are no longer those of these parameters.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn extend(&mut self, mut further: ParameterTable) -> Result<()> {
+        let own = self.buffer_len();
+        let values = resized(&self.values, own + further.place())?;
+        for parameter in &mut further.parameters {
+            parameter.range = own + parameter.range.start..own + parameter.range.end;
+        }
+        self.rebuild(values, [self.parameters.clone(), further.parameters].concat())
+    }
+
+    /// Removes what [`Parameters::extend`] has appended; all values move again.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn shrink(&mut self) -> Result<()> {
+        if self.parameters.len() == self.declared {
+            return Ok(());
+        }
+        let own = self.declared().to_vec();
+        let length = own.iter().map(|parameter| parameter.range.end.next_multiple_of(ALIGNMENT)).max();
+        self.rebuild(resized(&self.values, length.unwrap_or(0))?, own)
+    }
+
+    fn rebuild(&mut self, values: Tensor, parameters: Vec<Parameter>) -> Result<()> {
+        let changed = self.changed.clone();
+        *self = Self { changed, ..Self::over(values, parameters, self.declared)? };
+        Ok(())
+    }
+
+    /// Returns the parameters that the model itself declares, in the order of declaration.
+    pub fn declared(&self) -> &[Parameter] {
+        &self.parameters[..self.declared]
+    }
+
+    /// Returns whether the model itself declares a parameter.
+    pub fn declares(&self, id: ParameterId) -> bool {
+        id.0 < self.declared
     }
 
     /// Iterates over the parameters with their name tags, in the order of declaration.
@@ -266,7 +322,7 @@ impl Parameters {
     /// Returns the values of all parameters for changing them in place, `[total]` in float32.
     pub fn values_to_change(&self) -> Tensor {
         if let Some(half) = self.half.get() {
-            half.stale.set(true);
+            half.mark_stale();
         }
         self.changed.set(true);
         self.values.shallow_clone()
@@ -384,8 +440,7 @@ impl Parameters {
         }
         let half =
             self.half.get().ok_or_else(|| Error::Libtorch("there is no copy of the weights".into()))?;
-        half.refresh(&self.values)?;
-        Ok(half.leaves.iter().map(Tensor::shallow_clone).collect())
+        half.refreshed(&self.values)
     }
 
     /// Copies all values from a buffer of the same layout.
@@ -434,52 +489,28 @@ impl Parameters {
                 values = parameter.fresh.draw(&parameter.shape, initializer_range, key, stream)?;
             }
             ParameterKind::LayerNormWeight => values = values.f_ones_like()?,
-            ParameterKind::Bias | ParameterKind::LayerNormBias => {}
+            ParameterKind::Bias | ParameterKind::LayerNormBias | ParameterKind::LowRank => {}
         }
         self.set(id, &values)
     }
 }
 
-impl HalfCopy {
-    fn new(parameters: &Parameters, kind: Kind) -> Result<Self> {
-        let computes = |parameter: &Parameter| {
-            let body = !matches!(parameter.place, ParameterPlace::Pooler | ParameterPlace::Head);
-            body && parameter.kind != ParameterKind::Embedding
-        };
-        let (mut runs, mut length) = (Vec::new(), 0);
-        for span in parameters.trainable(computes).spans {
-            runs.push((span.clone(), length));
-            length += span.len();
-        }
-        let flat = Tensor::f_zeros([length as i64], (kind, parameters.device()))?;
-        let place = |start: usize| {
-            let (run, offset) = runs.iter().rev().find(|(run, _)| run.start <= start)?;
-            Some(offset + start - run.start)
-        };
-        let leaves = parameters.iter().map(|(id, parameter)| match place(parameter.range.start) {
-            Some(start) if computes(parameter) => leaf(&flat, start, &parameter.shape),
-            _ => Ok(parameters.leaf(id).shallow_clone()),
-        });
-        Ok(Self { leaves: leaves.collect::<Result<_>>()?, flat, runs, stale: Cell::new(true) })
-    }
-
-    /// Copies the values, if they have changed since the last time.
-    fn refresh(&self, values: &Tensor) -> Result<()> {
-        if !self.stale.get() {
-            return Ok(());
-        }
-        let _guard = tch::no_grad_guard();
-        for (run, start) in &self.runs {
-            let source = values.f_narrow(0, run.start as i64, run.len() as i64)?;
-            self.flat.f_narrow(0, *start as i64, run.len() as i64)?.f_copy_(&source)?;
-        }
-        self.stale.set(false);
-        Ok(())
-    }
+/// Copies a flat buffer to one of another length; what is new in it is zero.
+///
+/// # Errors
+/// Fails if libtorch cannot allocate.
+pub(super) fn resized(flat: &Tensor, length: usize) -> Result<Tensor> {
+    let both = flat.numel().min(length) as i64;
+    let copy = Tensor::f_zeros([length as i64], (flat.kind(), flat.device()))?;
+    copy.f_narrow(0, 0, both)?.f_copy_(&flat.f_narrow(0, 0, both)?)?;
+    Ok(copy)
 }
 
 /// Makes a leaf of the autograd graph out of the elements of a flat buffer from `start` on.
-fn leaf(flat: &Tensor, start: usize, shape: &[i64]) -> Result<Tensor> {
+///
+/// # Errors
+/// Fails if the buffer ends before.
+pub(super) fn leaf(flat: &Tensor, start: usize, shape: &[i64]) -> Result<Tensor> {
     let part = flat.f_narrow(0, start as i64, shape.iter().product())?;
     Ok(part.f_view(shape)?.f_detach()?.f_set_requires_grad(true)?)
 }

@@ -23,7 +23,7 @@ use crate::child::{
 };
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
-use crate::method::Method;
+use crate::method::{Method, Prepared};
 use crate::model::{Classifier, Parameters, Pass, loss};
 use crate::random::{self, Key, Purpose};
 
@@ -86,10 +86,10 @@ pub fn step_variance(
             return Err(Error::configuration("Theorem 1 is about masks that are drawn at every step"));
         }
     };
-    if !(prepared.parts.has_plain_passes() && prepared.parts.pulls.is_empty() && prepared.rates.is_empty()) {
+    let Some(rate) = shared_rate(&prepared, &classifier.parameters) else {
         return Err(Error::configuration("Theorem 1 is about steps that masks alone change"));
-    }
-    let learning_rate = hyperparameters.learning_rate;
+    };
+    let learning_rate = hyperparameters.learning_rate * rate;
     let batch_size = hyperparameters.batch_size.min(data.len());
     let moments = Moments::new(classifier, data, scope, batch_size, control)?;
     let step_length = learning_rate * scale;
@@ -205,6 +205,14 @@ impl Moments {
         let variance = self.mean_square.f_sub(&self.mean.f_square()?)?.f_clamp_min(0.0)?;
         Ok(variance.f_mul_scalar(remaining / batch_size)?)
     }
+}
+
+/// Returns the factor on the learning rate of all parameters, if it is one and nothing but masks changes the step besides.
+fn shared_rate(prepared: &Prepared, parameters: &Parameters) -> Option<f64> {
+    let mut rates = parameters.iter().map(|(_, own)| prepared.rates.get(&own.name).copied().unwrap_or(1.0));
+    let first = rates.next()?;
+    let plain = prepared.parts.has_plain_passes() && prepared.parts.pulls.is_empty();
+    (plain && rates.all(|rate| rate == first)).then_some(first)
 }
 
 /// Collects the gradients of all weights.

@@ -379,6 +379,9 @@ impl<'a> Trainer<'a> {
             }
             _ => drop(self.settle()?),
         }
+        let changing = self.changing();
+        // Without what the method has added to the model.
+        self.classifier.shrink()?;
         let per_epoch = self.hyperparameters.steps_per_epoch(self.data.len());
         Ok(Trained {
             epoch: step as f64 / per_epoch as f64,
@@ -389,7 +392,7 @@ impl<'a> Trainer<'a> {
             tokens: self.tokens,
             optimizer_bytes: self.optimizer_bytes(),
             trainable: self.trainable.count,
-            changing: self.changing(),
+            changing,
             mask: self.prepared.mask,
         })
     }

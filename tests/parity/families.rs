@@ -8,8 +8,10 @@ use child_tuning::child::{
     Estimator, FisherBatch, FisherOptions, GradientHooks, MaskScope, fisher_information,
 };
 use child_tuning::data::{EncodedDataset, TokenEncoder};
+use child_tuning::method::{MethodSpec, Preset};
 use child_tuning::model::{
-    Classifier, Dropout, FAMILIES, HeadStart, Labels, ModelFolder, ParameterPlace, Pass, Precision, loss,
+    Classifier, Dropout, FAMILIES, HeadStart, Labels, ModelFolder, Parameter, ParameterKind, ParameterPlace,
+    Pass, Precision, loss,
 };
 use child_tuning::random::Purpose;
 use child_tuning::train::{Hyperparameters, MicroBatch};
@@ -214,6 +216,43 @@ fn bf16_stays_near_float32() {
         };
         let (half, float) = (squares(Precision::Bf16), squares(Precision::Float32));
         assert_near(&format!("{} squares", fixture.name), &half, &float);
+    }
+}
+
+/// A step of LoRA changes matrices that it is for, and one of Mixout any, in every family.
+#[test]
+fn transformed_weights_train() {
+    for Fixture { name, data, mut model, .. } in fixtures() {
+        for text in ["lora", "mixout: {q: 0.3}", "mixout: {q: 0.3, mask: weight}"] {
+            let spec: MethodSpec = serde_yaml::from_str(text).unwrap();
+            let method = spec.resolve(Preset::Paper).unwrap().remove(0);
+            method.check(&model.parameters).unwrap();
+            let further = method.further_weights(model.parameters.declared());
+            let factors: Vec<&str> = further.iter().map(|own| own.name.as_str()).collect();
+            let settings = Hyperparameters { batch_size: data.len(), ..hyperparameters() };
+            let trained = run(&mut model, &data, method.as_ref(), &settings, 3);
+            let after = model.parameters.values_copy().unwrap();
+            assert!(after.isfinite().all().int64_value(&[]) == 1, "{name} {text}");
+            model.reset(3).unwrap();
+            let (mut changed, mut trainable) = (0, further.iter().map(Parameter::count).sum::<usize>());
+            for (id, parameter) in model.parameters.iter() {
+                let [new, old] = [&after, model.parameters.values()]
+                    .map(|values| model.parameters.part(values, id).unwrap());
+                let factor = format!("{}.lora_A", parameter.name.trim_end_matches(".weight"));
+                let may = text != "lora"
+                    || parameter.place == ParameterPlace::Head
+                    || factors.contains(&factor.as_str());
+                assert!(may || new == old, "{name} {text} {}", parameter.name);
+                if parameter.kind == ParameterKind::Weight && parameter.place != ParameterPlace::Head {
+                    changed += usize::from(new != old);
+                }
+                if text != "lora" || parameter.place == ParameterPlace::Head {
+                    trainable += parameter.count();
+                }
+            }
+            assert!(changed > 0, "{name} {text}");
+            assert_eq!(trained.trainable, trainable, "{name} {text}");
+        }
     }
 }
 

@@ -13,3 +13,4 @@ mod penalties;
 mod references;
 mod step_variance;
 mod training;
+mod weights;
