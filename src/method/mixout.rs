@@ -16,7 +16,7 @@ use super::{Method, Parts, Preset, TrainingPoint, WeightTransform};
 use crate::child::{StepMask, mask_in_place};
 use crate::error::Result;
 use crate::libtorch::{elements_mut, with_backward};
-use crate::model::{Parameter, ParameterId, ParameterKind};
+use crate::model::{ModelShape, Parameter, ParameterId, ParameterKind};
 use crate::random::{Bernoulli, Key, Purpose};
 use crate::values::{OneOrMany, PartialShare, yaml_name};
 
@@ -66,6 +66,11 @@ impl Method for Mixout {
 
     fn options(&self) -> String {
         format!("q={} mask={} dropout={}", self.q, yaml_name(&self.mask), self.dropout)
+    }
+
+    fn state_bytes(&self, shape: &ModelShape, number: usize) -> usize {
+        // In a step, the matrices that passes use and their gradients.
+        if self.q > 0.0 { 2 * number * shape.matrix_weights } else { 0 }
     }
 
     fn parts(&self) -> Parts {
