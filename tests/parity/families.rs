@@ -378,12 +378,13 @@ fn further_passes_of_micro_batches_add_up() {
             model.parameters.gradients().unwrap().copy()
         };
         let vanilla = gradient("vanilla", fixture.data.len());
-        for text in [smart, composed] {
+        // SMART's ascent enlarges what is rounded.
+        for (text, tolerance) in [(smart, 10.0 * TOLERANCE), (composed, TOLERANCE)] {
             let what = format!("{} {text}", fixture.name);
             let whole = gradient(text, fixture.data.len());
             assert!(whole.isfinite().all().double_value(&[]) == 1.0, "{what}");
             assert!((&whole - &vanilla).norm().double_value(&[]) > 0.01, "{what}");
-            assert_close(&what, &gradient(text, 1), &whole, TOLERANCE, true);
+            assert_close(&what, &gradient(text, 1), &whole, tolerance, true);
         }
     }
 }

@@ -174,11 +174,11 @@ fn a_head_divided_by_its_largest_singular_value() {
 }
 
 /// Where noise leaves the outputs of an example nearly as they are, by chance, the gradient by it is not far above rounding, and
-/// is divided by its largest number: the shift is then off by up to 1e-4 of its 5e-2 (in PyTorch's float32 too), the loss by 4e-6.
+/// is divided by its largest number: the shift is then off by up to 1e-4 of its 5e-2 (in PyTorch's float32 too), the loss by 1e-5.
 #[test]
 fn a_pass_at_the_shift_that_moves_predictions_most() {
     let text = "smart: {step_size: 0.1, noise: 0.01, radius: 0.05}";
-    let case = Case { tolerance: 1e-5, ..Case::new("smart", text) };
+    let case = Case { tolerance: 5e-5, ..Case::new("smart", text) };
     case.check();
     assert!(case.distance_from_vanilla() > 20.0 * case.tolerance);
     Case { file: "smart_regression", model: "bert_regression", ..case }.check();
