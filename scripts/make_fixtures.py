@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import released_optimizer  # noqa: E402  (a neighbour of this file)
+from dps_fixtures import write_dps  # noqa: E402
 from family_fixtures import write_families  # noqa: E402
 from method_fixtures import write_methods  # noqa: E402
 from tiny_bert import encode, random_classifier, tiny_config, write_json, write_model_folder  # noqa: E402
@@ -426,6 +427,7 @@ def main():
     write_weights(FIXTURES / "weights")
     write_families()
     write_methods()
+    write_dps()
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ impl FisherPass {
     /// # Errors
     /// Fails if libtorch refuses an operation or the user asks to stop.
     pub fn information(&self, preparation: &mut Preparation, scope: MaskScope) -> Result<FisherInformation> {
-        let Preparation { classifier, data, seed, batch_size, precision, shuffled, host } = preparation;
+        let Preparation { classifier, data, seed, batch_size, precision, shuffled, host, .. } = preparation;
         let device = classifier.parameters.device();
         let of_batches = self.estimator == Estimator::Batch;
         let examples = self.examples(data.len());

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
 use super::{
-    Method, Preset, bitfit, child_tuning_d, child_tuning_f, composed, hype, l2_sp, layer_wise_rates,
+    Method, Preset, bitfit, child_tuning_d, child_tuning_f, composed, dps, hype, l2_sp, layer_wise_rates,
     prior_weight_decay, r_drop, recadam, reinitialised_layers, top_layers, vanilla,
 };
 use crate::error::Result;
@@ -64,6 +64,7 @@ registry!(
     recadam,
     r_drop,
     hype,
+    dps,
 );
 
 impl MethodSpec {

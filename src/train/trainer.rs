@@ -200,7 +200,7 @@ impl<'a> Trainer<'a> {
     pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
         let _products = pass_precision(self.hyperparameters).matrix_products()?;
         if let Some(mask) = &self.prepared.mask {
-            mask.begin_step(self.step);
+            mask.begin_step(self.step)?;
         }
         let (learning_rate, pull) = (self.schedule.at(self.step), self.pulls.at(self.step));
         lock(&self.optimizer).begin_step(learning_rate, pull.update_factor);
@@ -230,8 +230,11 @@ impl<'a> Trainer<'a> {
         let mut values = parameters.values_to_change();
         let start = self.classifier.start().unwrap_or(&values).shallow_clone();
         let gradients = parameters.gradients()?;
-        Pulls::on_gradients(pull, trainable, [gradients, &values, &start])?;
         let mask = self.prepared.mask.as_ref();
+        if let Some(mask) = mask {
+            mask.observe(parameters)?;
+        }
+        Pulls::on_gradients(pull, trainable, [gradients, &values, &start])?;
         if let Some(mask) = mask.filter(|_| self.masks_late && self.prepared.clip == ClipOrder::AfterMask) {
             mask.apply_to_all(parameters)?;
         }
