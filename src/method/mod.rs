@@ -14,6 +14,7 @@ mod fisher_pass;
 mod hype;
 mod l2_sp;
 mod layer_wise_rates;
+mod mixout;
 mod parts;
 mod passes;
 mod prior_weight_decay;

@@ -8,7 +8,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess,
 
 use super::{
     Method, Preset, bitfit, child_tuning_d, child_tuning_f, composed, dps, hype, l2_sp, layer_wise_rates,
-    prior_weight_decay, r_drop, recadam, reinitialised_layers, top_layers, vanilla,
+    mixout, prior_weight_decay, r_drop, recadam, reinitialised_layers, top_layers, vanilla,
 };
 use crate::error::Result;
 use crate::spelling::suggestion;
@@ -65,6 +65,7 @@ registry!(
     r_drop,
     hype,
     dps,
+    mixout,
 );
 
 impl MethodSpec {

@@ -58,6 +58,9 @@ impl Linear {
         place: ParameterPlace,
     ) -> Self {
         let weight = table.declare(name, &shape, ParameterKind::Weight, place);
+        if input_first {
+            table.store_input_first(weight);
+        }
         Self { weight, bias: None, rows: Rows::Tokens, input_first }
     }
 

@@ -71,6 +71,8 @@ pub struct Parameter {
     pub range: Range<usize>,
     /// Where new weights come from, if it is a matrix or a table.
     pub fresh: FreshWeights,
+    /// Whether it is a matrix whose first dimension is that of the inputs, not of the outputs.
+    pub input_first: bool,
 }
 
 impl Parameter {
@@ -116,6 +118,7 @@ impl ParameterTable {
             place,
             range: 0..count,
             fresh: FreshWeights::default(),
+            input_first: false,
         });
         ParameterId(self.parameters.len() - 1)
     }
@@ -123,6 +126,11 @@ impl ParameterTable {
     /// Says where new weights of a parameter come from, if not from [`FreshWeights::Normal`].
     pub fn start_from(&mut self, id: ParameterId, fresh: FreshWeights) {
         self.parameters[id.0].fresh = fresh;
+    }
+
+    /// Says that a matrix is stored with its inputs first.
+    pub fn store_input_first(&mut self, id: ParameterId) {
+        self.parameters[id.0].input_first = true;
     }
 
     /// Iterates over the parameters in the order of declaration.

@@ -139,6 +139,17 @@ fn layer_wise_learning_rates() {
 }
 
 #[test]
+fn weights_mixed_with_the_pretrained_ones() {
+    for case in [
+        Case::new("mixout_input_neuron", "mixout: {q: 0.3}"),
+        Case::new("mixout_weight", "mixout: {q: 0.3, mask: weight}"),
+    ] {
+        case.check();
+        assert!(case.distance_from_vanilla() > 20.0 * case.tolerance, "{}", case.file);
+    }
+}
+
+#[test]
 fn noise_on_hidden_states() {
     Case::new("hype_normal", "hype: {scale: 0.05}").check();
     Case::new("hype_uniform", "hype: {scale: 0.05, noise: uniform}").check();
