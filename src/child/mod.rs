@@ -15,7 +15,7 @@ mod select;
 mod select_device;
 mod uncertainty;
 
-pub use adaptive::AdaptiveMask;
+pub use adaptive::{AdaptiveMask, Uses};
 pub use bernoulli::BernoulliMask;
 pub use cut::{Choice, Cut, Threshold};
 pub use fisher::{Estimator, FisherBatch, FisherInformation, FisherOptions, Spread, fisher_information};

@@ -299,7 +299,8 @@ impl<'a> Trainer<'a> {
         let mut used = weights(self.classifier, &self.trainable, self.hyperparameters)?;
         let parameters = &self.classifier.parameters;
         let start = self.classifier.start().unwrap_or(parameters.values());
-        let at = TrainingPoint { parameters, start, seed: self.seed, step: self.step };
+        let mask = self.prepared.mask.as_deref();
+        let at = TrainingPoint { parameters, start, seed: self.seed, step: self.step, mask };
         let leaves: Vec<Tensor> = used.iter().map(Tensor::shallow_clone).collect();
         for transform in &self.prepared.parts.weights {
             transform.apply(&mut used, &at)?;

@@ -165,7 +165,11 @@ fn two_passes_with_different_dropout() {
 
 #[test]
 fn child_networks_that_the_gradients_of_earlier_steps_choose() {
-    let case = Case::new("dps_dense", "dps: {p: 0.7, update_ratio: 0.2}");
-    case.check();
-    assert!(case.distance_from_vanilla() > 20.0 * case.tolerance);
+    for case in [
+        Case::new("dps_dense", "dps: {p: 0.7, update_ratio: 0.2}"),
+        Case::new("dps_mix", "dps: {form: mix, p: 0.7, update_ratio: 0.2}"),
+    ] {
+        case.check();
+        assert!(case.distance_from_vanilla() > 20.0 * case.tolerance, "{}", case.file);
+    }
 }
