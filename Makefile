@@ -1,7 +1,7 @@
 # Everything a user or a developer types. `make` alone lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build experiment gpu-experiment gpu-check bundle fetch test bench scaling fixtures data doctor clean
+.PHONY: help setup build experiment gpu-experiment gpu-check bundle fetch test bench bench-methods scaling fixtures data doctor clean
 
 EXPERIMENT ?= experiments/glue.yaml
 PYTHON ?= python3
@@ -54,6 +54,9 @@ test: .venv/developer  ## everything that CI runs: format, lints, docs, tests
 bench: build .venv/developer  ## measure speed against the Python peer, interleaved, in one table
 	@cargo build --release --locked --bench step --bench fisher --bench threshold
 	@.venv/bin/python benches/compare.py $(BENCH_OPTIONS)
+
+bench-methods: build  ## time a step of each method against one of plain fine-tuning; BENCH_OPTIONS="--precision bf16"
+	@cargo bench --locked --bench methods -- $(BENCH_OPTIONS)
 
 scaling: build  ## measure how time and memory grow, and draw docs/scaling.svg; BENCH_OPTIONS="--rounds 1"
 	@cargo build --release --locked --bench step --bench fisher

@@ -15,6 +15,7 @@ fixed seeds: a second run writes the same bytes. Steps, batches and examples cou
     weights/                                     see write_weights in weight_fixtures.py
     families/                                    see family_fixtures.py
     methods/                                     see method_fixtures.py; in float64
+    criteria/                                    see criterion_fixtures.py; in float64
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import released_optimizer  # noqa: E402  (a neighbour of this file)
+from criterion_fixtures import write_criteria  # noqa: E402
 from dps_fixtures import write_dps  # noqa: E402
 from family_fixtures import write_families  # noqa: E402
 from method_fixtures import write_methods  # noqa: E402
@@ -427,6 +429,7 @@ def main():
     write_weights(FIXTURES / "weights")
     write_families()
     write_methods()
+    write_criteria()
     write_dps()
 
 

@@ -361,7 +361,7 @@ class Smart(Vanilla):
         R = [KL(p' as a constant || p) + KL(p as a constant || p')] / examples
 
     with p the softmax of f(e), a constant in g, and p' that of f(e + z), then of f(e + d); the maximum is over the numbers
-    of a token. d is a constant; weights get no gradient from g, and that of R through both passes, e included.
+    of a token. In scores g and R are of squared differences, with the gradients of both sides in R. d is a constant; weights get no gradient from g, and that of R through both passes, e included.
 
     This is algorithm 1 of Jiang et al. (2020) with one step. R and its constants are those of the released code
     (namisan/mt-dnn, SymKlCriterion), and so are the sum in g and epsilon. That code's last version takes
@@ -369,20 +369,24 @@ class Smart(Vanilla):
     normalised: word embeddings are far smaller. Its first version takes d as here without z and bound.
     """
 
-    def __init__(self, alpha, step_size, deviation, radius, epsilon=1e-6):
-        super().__init__()
+    def __init__(self, alpha, step_size, deviation, radius, epsilon=1e-6, folder="bert_pair"):
+        super().__init__(folder)
         self.alpha, self.step_size, self.deviation = alpha, step_size, deviation
         self.radius, self.epsilon = radius, epsilon
 
     def loss(self, step, weights):
         clean = self.outputs(step, weights)
         shifted = self.outputs(step, weights, self.shift(step, weights, clean.detach()))
-        distance = divergence_from_constant(shifted, clean) + divergence_from_constant(clean, shifted)
+        if self.labels.dtype == torch.int64:
+            distance = divergence_from_constant(shifted, clean) + divergence_from_constant(clean, shifted)
+        else:
+            distance = squared_difference(shifted, clean)
         return self.task_loss(clean) + self.alpha * distance / self.examples
 
     def shift(self, step, weights, clean):
         noise = self.noise(philox.normal, step, 1, self.deviation, self.embedded(weights)).requires_grad_()
-        (ascent,) = torch.autograd.grad(divergence(self.outputs(step, weights, noise), clean), noise)
+        measure = divergence if self.labels.dtype == torch.int64 else squared_difference
+        (ascent,) = torch.autograd.grad(measure(self.outputs(step, weights, noise), clean), noise)
         largest = ascent.abs().amax(-1, keepdim=True)
         shift = noise.detach() + self.step_size * ascent / (largest + self.epsilon)
         return shift.clamp(-self.radius, self.radius)
@@ -473,6 +477,9 @@ CASES = {
     "r3f_regression_mse": lambda: R3F(strength=2, epsilon=0.02, draw=philox.uniform, folder="bert_regression"),
     "r4f": lambda: R4F(strength=1, epsilon=0.02, draw=philox.uniform),
     "smart": lambda: Smart(alpha=1, step_size=0.1, deviation=0.01, radius=0.05),
+    "smart_regression": lambda: Smart(
+        alpha=1, step_size=0.1, deviation=0.01, radius=0.05, folder="bert_regression"
+    ),
     "r_drop": lambda: RDrop(alpha=1.5),
     "r_drop_regression": lambda: RDrop(alpha=1.5, folder="bert_regression"),
     "hype_normal": lambda: HyPe(scale=0.05, draw=philox.normal),

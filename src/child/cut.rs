@@ -22,6 +22,9 @@ pub enum Threshold {
     PerTensor,
     /// Scores at or above numpy's linear (1 − p)-percentile of all tensors together, ties included: the released rule.
     Percentile,
+    /// As global, but round(p · N) counts the whole model, in which what the mask does not reach trains first: the rule of
+    /// FISH Mask.
+    Budget,
 }
 
 /// Which weights of the scope make a fixed child network.
@@ -33,14 +36,12 @@ pub enum Choice {
     Highest,
     /// Those with the lowest scores.
     Lowest,
-    /// A draw from the run's seed, whatever the scores.
-    Random,
 }
 
 /// A child network still to be cut out.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cut {
-    /// Share of the weights in the scope that it keeps.
+    /// Share of the weights in the scope that it keeps; with [`Threshold::Budget`], of the whole model.
     pub p: f64,
     /// The part of the model that it is cut out of.
     pub scope: MaskScope,
@@ -55,40 +56,69 @@ impl Cut {
     pub fn highest(p: f64, scope: MaskScope, threshold: Threshold) -> Self {
         Self { p, scope, threshold, choose: Choice::Highest }
     }
+
+    /// Checks that a budget leaves something to the mask.
+    ///
+    /// # Errors
+    /// Fails, naming `p`, if what the mask does not reach takes the whole budget.
+    pub fn check(&self, parameters: &Parameters) -> Result<()> {
+        let covered = parameters.iter().filter(|(_, parameter)| self.scope.covers(parameter));
+        self.common_count(parameters, covered.map(|(_, parameter)| parameter.count()).sum()).map(|_| ())
+    }
+
+    /// Returns how many of the weights in the scope it keeps, where all compete with all.
+    fn common_count(&self, parameters: &Parameters, maskable: usize) -> Result<usize> {
+        if self.threshold != Threshold::Budget {
+            return Ok(share(self.p, maskable));
+        }
+        let all = parameters.count();
+        let (budget, outside) = (share(self.p, all), all - maskable);
+        if budget > outside {
+            return Ok(budget - outside);
+        }
+        Err(Error::configuration(format!(
+            "`p: {}` of the model are {budget} weights, and the {outside} that `mask.scope` does not reach use them up; raise `p`",
+            self.p
+        )))
+    }
+}
+
+fn share(p: f64, total: usize) -> usize {
+    (p * total as f64).round() as usize
 }
 
 impl ChildNetwork {
     /// Cuts a child network out by scores, which have the layout of the flat parameter buffer.
     ///
     /// # Errors
-    /// Fails if a score is not a number, the scope is empty, or a percentile is asked for the lowest scores.
+    /// Fails if a score is not a number, the scope is empty, a budget leaves nothing to it, or a percentile is asked for the
+    /// lowest scores.
     pub fn from_scores(parameters: &Parameters, scores: &Tensor, cut: &Cut) -> Result<Self> {
         let mut child = Self::full(parameters, cut.scope)?;
+        let count = cut.common_count(parameters, child.maskable())?;
         if scores.device() == Device::Cpu {
             let scores: &[f32] = elements(scores)?;
             let tensors = child.tensors().iter();
             let slices = tensors.map(|tensor| &scores[tensor.start..tensor.start + tensor.count]);
-            child.cut(&HostScores(slices.collect()), cut)?;
+            child.cut(&HostScores(slices.collect()), cut, count)?;
         } else {
             let tensors = child.tensors().iter();
             let parts = tensors
                 .map(|tensor| Ok(scores.f_narrow(0, tensor.start as i64, tensor.count as i64)?))
                 .collect::<Result<_>>()?;
-            child.cut(&DeviceScores::new(parts), cut)?;
+            child.cut(&DeviceScores::new(parts), cut, count)?;
         }
         Ok(child)
     }
 
-    /// Sets the bits by the scores of each tensor.
-    fn cut(&mut self, scores: &dyn Scores, cut: &Cut) -> Result<()> {
+    /// Sets the bits by the scores of each tensor; `count` of them, where all tensors have one threshold.
+    fn cut(&mut self, scores: &dyn Scores, cut: &Cut, count: usize) -> Result<()> {
         let end = if cut.choose == Choice::Lowest { End::Smallest } else { End::Largest };
-        let share = |total: usize| (cut.p * total as f64).round() as usize;
         let counts = scores.counts();
         // One rule for all tensors together, or one anew for each.
         let mut common = match cut.threshold {
-            Threshold::Global => {
-                let total = counts.iter().sum();
-                Some(Selection::extreme(scores, 0..counts.len(), share(total), end)?)
+            Threshold::Global | Threshold::Budget => {
+                Some(Selection::extreme(scores, 0..counts.len(), count, end)?)
             }
             Threshold::PerTensor => None,
             Threshold::Percentile if end == End::Smallest => {
@@ -96,11 +126,12 @@ impl ChildNetwork {
             }
             Threshold::Percentile => Some(Selection::at_least(percentile(scores, 1.0 - cut.p)?)),
         };
-        for (index, &count) in counts.iter().enumerate() {
+        for (index, &total) in counts.iter().enumerate() {
             self.set_words(index, |words| match &mut common {
                 Some(selection) => scores.mark(index, selection, words),
                 None => {
-                    let mut own = Selection::extreme(scores, index..index + 1, share(count), end)?;
+                    let own = share(cut.p, total);
+                    let mut own = Selection::extreme(scores, index..index + 1, own, end)?;
                     scores.mark(index, &mut own, words)
                 }
             })?;
@@ -127,22 +158,19 @@ impl ChildNetwork {
         }
         Ok(())
     }
+}
 
-    /// Cuts a child network out by a draw from the seed.
-    ///
-    /// # Errors
-    /// Fails if the scope is empty.
-    pub fn random(parameters: &Parameters, cut: &Cut, seed: u64) -> Result<Self> {
-        let key = Key::derive(seed, Purpose::RandomChild, 0);
-        let mut scores = vec![0f32; parameters.buffer_len()];
-        scores.par_chunks_mut(GROUP).enumerate().for_each(|(group, scores)| {
-            for (score, number) in scores.iter_mut().zip(random::group(key, group as u32, [0; 3])) {
-                // As many bits as float32 holds exactly; of the few equal ones the earlier counts as higher.
-                *score = (number >> 8) as f32;
-            }
-        });
-        Self::from_scores(parameters, &Tensor::from_slice(&scores), cut)
-    }
+/// Draws scores from a seed, for each of so many weights: the same ones on every machine.
+pub fn random_scores(weights: usize, seed: u64) -> Tensor {
+    let key = Key::derive(seed, Purpose::RandomChild, 0);
+    let mut scores = vec![0f32; weights];
+    scores.par_chunks_mut(GROUP).enumerate().for_each(|(group, scores)| {
+        for (score, number) in scores.iter_mut().zip(random::group(key, group as u32, [0; 3])) {
+            // As many bits as float32 holds exactly; of the few equal ones the earlier counts as higher.
+            *score = (number >> 8) as f32;
+        }
+    });
+    Tensor::from_slice(&scores)
 }
 
 #[cfg(test)]
@@ -178,6 +206,26 @@ mod tests {
         assert!(child(Threshold::Percentile, &scores, 0.3).is_full());
     }
 
+    /// Of 205 weights, 5 in the head.
+    #[test]
+    fn a_budget_counts_what_the_mask_does_not_reach() {
+        let parameters = parameters();
+        let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
+        for (p, kept) in [(0.03, 1), (0.5, 98), (1.0, 200)] {
+            let cut = Cut::highest(p, MaskScope::Backbone, Threshold::Budget);
+            cut.check(&parameters).unwrap();
+            let child = ChildNetwork::from_scores(&parameters, &scores, &cut).unwrap();
+            assert_eq!(child.kept(), kept, "{p}");
+            let global = Cut::highest(kept as f64 / 200.0, MaskScope::Backbone, Threshold::Global);
+            let global = ChildNetwork::from_scores(&parameters, &scores, &global).unwrap();
+            assert_eq!(child.sha256(), global.sha256(), "{p}");
+        }
+        let cut = Cut::highest(0.02, MaskScope::Backbone, Threshold::Budget);
+        let message = cut.check(&parameters).unwrap_err().to_string();
+        assert!(message.contains("`p: 0.02` of the model are 4 weights, and the 5 that"), "{message}");
+        assert!(ChildNetwork::from_scores(&parameters, &scores, &cut).is_err());
+    }
+
     #[test]
     fn the_lowest_and_the_highest_half_are_the_whole() {
         let parameters = parameters();
@@ -206,7 +254,10 @@ mod tests {
         table.declare("weight", &[40_000], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
         let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
         let cut = Cut::highest(0.3, MaskScope::Backbone, Threshold::Global);
-        let random = |seed| ChildNetwork::random(&parameters, &cut, seed).unwrap();
+        let random = |seed| {
+            let scores = random_scores(parameters.buffer_len(), seed);
+            ChildNetwork::from_scores(&parameters, &scores, &cut).unwrap()
+        };
         let (first, second) = (random(1), random(2));
         assert_eq!((first.kept(), second.kept()), (12_000, 12_000));
         assert_eq!(first.sha256(), random(1).sha256());

@@ -153,7 +153,7 @@ mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::child::{Cut, MaskScope, Threshold};
+    use crate::child::{Cut, MaskScope, Threshold, random_scores};
     use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
 
     fn parameters(second: i64) -> Parameters {
@@ -197,12 +197,9 @@ mod tests {
     fn a_mask_of_another_model_or_with_other_bits_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("mask.safetensors");
-        let child = ChildNetwork::random(
-            &parameters(70),
-            &Cut::highest(0.4, MaskScope::Backbone, Threshold::Global),
-            1,
-        )
-        .unwrap();
+        let scores = random_scores(parameters(70).buffer_len(), 1);
+        let cut = Cut::highest(0.4, MaskScope::Backbone, Threshold::Global);
+        let child = ChildNetwork::from_scores(&parameters(70), &scores, &cut).unwrap();
         write_mask(&path, &child, &[]).unwrap();
         let mut file = read_mask(&path).unwrap();
         let refused = |file: &MaskFile, parameters: &Parameters| {

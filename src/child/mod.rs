@@ -17,7 +17,7 @@ mod uncertainty;
 
 pub use adaptive::{AdaptiveMask, Uses};
 pub use bernoulli::BernoulliMask;
-pub use cut::{Choice, Cut, Threshold};
+pub use cut::{Choice, Cut, Threshold, random_scores};
 pub use fisher::{Estimator, FisherBatch, FisherInformation, FisherOptions, Spread, fisher_information};
 pub use hooks::{GradientHooks, GradientMask};
 pub use mask_file::{MaskFile, read_mask, write_mask};

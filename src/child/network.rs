@@ -281,7 +281,7 @@ impl ChildNetwork {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cut::{Cut, Threshold};
+    use super::super::cut::{Cut, Threshold, random_scores};
     use super::*;
     use crate::model::ParameterTable;
 
@@ -295,7 +295,8 @@ mod tests {
 
     fn random(p: f64) -> ChildNetwork {
         let cut = Cut::highest(p, MaskScope::Backbone, Threshold::Global);
-        ChildNetwork::random(&parameters(), &cut, 1).unwrap()
+        let scores = random_scores(parameters().buffer_len(), 1);
+        ChildNetwork::from_scores(&parameters(), &scores, &cut).unwrap()
     }
 
     #[test]

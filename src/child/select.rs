@@ -148,7 +148,7 @@ fn bucket_of(histogram: &[usize], count: usize) -> (usize, usize) {
 
 /// The error of scores that cannot be put in order.
 pub(super) fn not_numbers() -> Error {
-    Error::Diverged("the scores that choose a child network have entries that are not numbers".into())
+    Error::Diverged("the scores that choose the child network have entries that are not numbers".into())
 }
 
 /// Scores in the memory of the host, one slice a tensor.

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use tch::{Device, Tensor};
 
 use super::cut::{Choice, Cut, Threshold};
-use super::fisher::{FisherInformation, Spread};
+use super::fisher::Spread;
 use super::network::{ChildNetwork, TensorMask};
 use crate::error::Result;
 use crate::libtorch::elements;
@@ -51,28 +51,31 @@ impl Spread {
 }
 
 /// Tells how uncertain an estimate from examples drawn from `available` ones is, and the child network that was cut out of
-/// it. `None` where the information does not hold how examples differ, and of one example alone.
+/// its `values`. `None` where it is not known how examples differ, and of one example alone.
 ///
 /// # Errors
 /// Fails if libtorch refuses an operation.
 pub fn uncertainty(
-    information: &FisherInformation,
+    values: &Tensor,
+    spread: Option<&Spread>,
     child: &ChildNetwork,
     cut: &Cut,
     available: usize,
 ) -> Result<Option<Uncertainty>> {
-    let Some(spread) = information.spread.as_ref().filter(|spread| spread.totals.len() > 1) else {
+    let Some(spread) = spread.filter(|spread| spread.totals.len() > 1) else {
         return Ok(None);
     };
-    let errors = spread.standard_errors(&information.values, available)?.f_to_device(Device::Cpu)?;
-    let values = information.values.f_to_device(Device::Cpu)?;
+    let errors = spread.standard_errors(values, available)?.f_to_device(Device::Cpu)?;
+    let values = values.f_to_device(Device::Cpu)?;
     let (values, errors): (&[f32], &[f32]) = (elements(&values)?, elements(&errors)?);
     let tensors: Vec<&TensorMask> = child.tensors().iter().collect();
     let undecided: usize = match cut.threshold {
         Threshold::PerTensor => {
             tensors.chunks(1).map(|own| undecided(child, own, cut.choose, values, errors)).sum()
         }
-        Threshold::Global | Threshold::Percentile => undecided(child, &tensors, cut.choose, values, errors),
+        Threshold::Global | Threshold::Percentile | Threshold::Budget => {
+            undecided(child, &tensors, cut.choose, values, errors)
+        }
     };
     Ok(Some(Uncertainty {
         examples: spread.totals.len(),

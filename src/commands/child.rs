@@ -10,11 +10,11 @@ use child_tuning::child::{MaskFile, Overlap, Part, Parts, Uncertainty, overlaps,
 use child_tuning::error::Error;
 use child_tuning::experiment::Runner;
 use clap::{Args, Subcommand, ValueEnum};
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use super::experiment::ExperimentArguments;
 use super::progress::Display;
+use super::table::table;
 use super::{ComputeArguments, show, write_whole};
 
 #[derive(Args)]
@@ -171,18 +171,6 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn table(header: Vec<String>) -> Table {
-    let mut table = Table::new();
-    let columns = header.len();
-    table.load_style(presets::NOTHING).set_header(header);
-    for column in 1..columns {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table
-}
-
 /// Writes a CSV with a row for each value.
 fn write_rows<T: Serialize>(target: &Path, rows: &[T]) -> Result<()> {
     let mut writer = csv::Writer::from_writer(Vec::new());
@@ -221,7 +209,7 @@ fn inspection(mask: &MaskFile, by_tensor: bool) -> String {
             lines.push(format!("{key:13} {value}"));
         }
     }
-    let mut table = table(["part", "weights", "in the child", "share"].map(str::to_owned).to_vec());
+    let mut table = table(&["part", "weights", "in the child", "share"], 1..4);
     for (part, (members, size)) in groups {
         table.add_row([part.to_string(), size.to_string(), members.to_string(), percent(members, size)]);
     }
@@ -241,8 +229,8 @@ fn matrices(pairs: &[Overlap]) -> String {
         .map(|pair| pair.second.as_str())
         .collect();
     let matrix = |title: &str, value: fn(&Overlap) -> Option<f64>| {
-        let header = std::iter::once(title).chain(names.iter().copied());
-        let mut table = table(header.map(str::to_owned).collect());
+        let header = [&[title], &names[..]].concat();
+        let mut table = table(&header, 1..header.len());
         for row in whole.chunks(names.len()) {
             let cells = row.iter().map(|pair| match value(pair) {
                 Some(ratio) => format!("{:.2} %", 100.0 * ratio),

@@ -13,11 +13,11 @@ use child_tuning::error::Error;
 use child_tuning::experiment::{data_roots, named_card};
 use child_tuning::hub::model_folder;
 use clap::{Args, Subcommand, ValueEnum};
-use comfy_table::{CellAlignment, Table, presets};
 use indicatif::BinaryBytes;
 
 use super::progress::TransferDisplay;
 use super::signals::end_at_once;
+use super::table::table;
 use super::{DataArguments, show};
 
 #[derive(Args)]
@@ -105,17 +105,6 @@ pub fn data(arguments: DataCommandArguments) -> Result<ExitCode> {
 
 fn builtin_cards() -> Vec<TaskCard> {
     TaskCard::builtin_names().into_iter().filter_map(TaskCard::builtin).collect()
-}
-
-fn table(header: &[&str], numbers: std::ops::Range<usize>) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(header);
-    for column in numbers {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table
 }
 
 fn list(roots: &[PathBuf]) -> Result<ExitCode> {

@@ -18,6 +18,7 @@ use child_tuning::hub::missing_models;
 use clap::Args;
 use tch::Device;
 
+use super::costs::show_costs;
 use super::jobs::{JobsArguments, WorkerPlace, worker_pool};
 use super::model::fetch_model;
 use super::progress::Display;
@@ -189,6 +190,7 @@ fn show_plan(plan: &Plan, device: Device, speed: &Speed, jobs: usize) -> Result<
             cost.add(run)?;
         }
     }
+    show_costs(runs.iter().map(|run| run.as_ref()))?;
     for note in &plan.notes {
         show(format_args!("note: {note}"))?;
     }

@@ -2,6 +2,7 @@
 
 mod child;
 mod compare;
+mod costs;
 mod data;
 mod doctor;
 mod evaluate;
@@ -13,6 +14,7 @@ mod model;
 mod predict;
 mod progress;
 mod signals;
+mod table;
 
 use std::fmt::Display;
 use std::io::Write;

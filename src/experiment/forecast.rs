@@ -8,13 +8,14 @@ use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 
+use super::cost::{MethodCost, method_cost};
 use super::machine;
 use super::resident::Tokens;
 use super::run::Run;
 use super::training_set::training_set;
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Labels, ModelShape, Parameter};
+use crate::model::{Classifier, Labels, ModelShape};
 use crate::train::{MemoryUse, Precision};
 
 /// Share of the rate of one large matrix product that training reaches in all.
@@ -114,6 +115,7 @@ pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecas
     let steps = run.total_steps() as f64;
     let rate = speed.operations(settings.precision);
     let weights = shape.weights as f64;
+    let cost = method_cost(run)?;
 
     let mut seconds = 0.0;
     for evaluated in run.evaluations.iter() {
@@ -123,33 +125,27 @@ pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecas
     match run.is_frozen() {
         true => seconds += forward_operations(&shape, &train) / rate + steps * STEP_SECONDS / 10.0,
         false => {
-            seconds += steps * (STEP_BYTES * weights / speed.bytes + STEP_SECONDS);
-            seconds += 3.0 * epoch * settings.epochs / rate;
+            let mut training = steps * (STEP_BYTES * weights / speed.bytes + STEP_SECONDS);
+            training += 3.0 * epoch * settings.epochs * cost.passes as f64 / rate;
+            seconds += if cost.fine_tunes_first { 2.0 * training } else { training };
             // A pass whose weight gradients are float32 always.
-            let passed = run.method.examples_passed(run.training_examples()) as f64;
+            let passed = cost.examples_prepared as f64;
             let pass = epoch * (2.0 / rate + 1.0 / speed.operations(Precision::Float32));
             seconds += pass * passed / run.training_examples().max(1) as f64;
         }
     }
-    Ok(Forecast { seconds, memory: memory(run, &train, speed)? })
+    Ok(Forecast { seconds, memory: memory(run, &cost, &train, speed)? })
 }
 
 /// Bytes that a run holds at most.
-fn memory(run: &Run, train: &EncodedDataset, speed: &Speed) -> Result<f64> {
+fn memory(run: &Run, cost: &MethodCost, train: &EncodedDataset, speed: &Speed) -> Result<f64> {
     let settings = &run.hyperparameters;
     let (config, labels) = (&run.model.folder.config, Labels::from(&run.task.card.objective));
     let shape = Classifier::shape(config, &labels)?;
-    let trains = |parameter: &Parameter| run.method.trains(parameter, shape.layers);
-    let trainable = Classifier::count(config, &labels, trains)?;
-    let trained = match run.method.fixed_share() {
-        _ if run.is_frozen() => shape.hidden * labels.outputs() as usize,
-        Some((share, scope)) => {
-            let maskable = |parameter: &Parameter| trains(parameter) && scope.covers(parameter);
-            trainable - ((1.0 - share) * Classifier::count(config, &labels, maskable)? as f64) as usize
-        }
-        None => trainable,
-    };
-    let memory = MemoryUse::new(&shape, settings, trained, speed.device);
+    // A first training has no mask.
+    let trained = if cost.fine_tunes_first { shape.weights } else { cost.trainable };
+    let memory = MemoryUse::new(&shape, settings, trained, speed.device)
+        .with_method(cost.method_bytes, run.method.parts().passes_held());
     let passes = lengths_of_passes(run, train)?;
     let largest = passes.iter().map(|lengths| memory.of_pass(lengths)).fold(0.0, f64::max);
     let training = memory.fixed + largest.max(scoring_bytes(&shape));

@@ -1,5 +1,6 @@
 //! Experiments: YAML as typed, the plan of runs it stands for, the runner, and the result CSV.
 
+mod cost;
 mod entries;
 mod execution;
 mod forecast;
@@ -24,6 +25,7 @@ mod training_set;
 mod transfer;
 mod worker;
 
+pub use cost::{MethodCost, method_cost};
 pub use entries::{Evaluated, ModelEntry, SplitEntry, TaskEntry, data_roots, named_card};
 pub use execution::{Executor, Summary, execute};
 pub use forecast::{Forecast, Speed, forecast};

@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use tch::Device;
 
+use super::cost::method_cost;
 use super::entries::SplitEntry;
 use super::machine;
 use super::plan::Plan;
@@ -79,6 +80,9 @@ pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, starte
         early_stopping: settings.early_stopping.map(|patience| patience as u64),
         label_noise: run.label_noise,
         headline: on.card.headline.name().to_owned(),
+        passes_per_step: run.method.parts().passes() as u64,
+        examples_prepared: run.method.examples_passed(run.training_examples()) as u64,
+        method_state_mb: method_cost(run).ok().map(|cost| cost.method_bytes as f64 / MEBIBYTE),
         examples_train: run.training_examples() as u64,
         examples_evaluated: on.dataset.examples.len() as u64,
         device: machine::device_name(device),
@@ -118,12 +122,11 @@ pub fn measured(row: &mut Row, outcome: &Outcome, (evaluation, evaluate_time): &
     row.tokens_per_second = Some(trained.tokens as f64 / seconds);
     row.peak_memory_mb = outcome.peak_memory.map(|bytes| bytes as f64 / MEBIBYTE);
     row.optimizer_state_mb = Some(trained.optimizer_bytes as f64 / MEBIBYTE);
-    row.trainable_parameters = Some(trained.trainable as u64);
+    row.trainable_parameters = Some(trained.changing as u64);
     if let Some(mask) = &trained.mask {
         row.child_share = Some(mask.share());
     }
     if let Some(child) = trained.mask.as_ref().and_then(|mask| mask.child()) {
-        row.trainable_parameters = Some((trained.trainable - child.maskable() + child.kept()) as u64);
         row.child_parameters = Some(child.kept() as u64);
         row.mask_sha256 = Some(child.sha256());
     }

@@ -4,17 +4,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::fisher_pass::{FisherPass, FisherSpec};
+use super::criterion::{Criterion, FisherSpec, Random};
 use super::registry::MethodOptions;
-use super::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared, Preset};
-use crate::child::{
-    ChildNetwork, Choice, Cut, GradientMask, MaskFile, MaskScope, Threshold, read_mask, uncertainty,
-};
+use super::sparse_mask::{Source, SparseMask, refuse_percentile};
+use super::{ClipOrder, DecayScope, Method, Outside, Preset};
+use crate::child::{Choice, Cut, MaskScope, Threshold, read_mask};
 use crate::error::{Error, Result};
-use crate::model::Parameters;
 use crate::values::{OneOrMany, Share, yaml_name};
+
+const NAME: &str = "child_tuning_d";
 
 /// The options as typed in YAML.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -33,27 +33,21 @@ pub struct Options {
 struct MaskSpec {
     scope: Option<MaskScope>,
     threshold: Option<Threshold>,
-    choose: Option<Choice>,
+    choose: Option<Choose>,
     file: Option<PathBuf>,
 }
 
-/// Child-Tuning_D.
-struct ChildTuningD {
-    source: Source,
-    outside: Outside,
-    decay: DecayScope,
-    clip: ClipOrder,
-}
-
-/// Where the child network comes from.
-#[derive(Clone)]
-enum Source {
-    /// The highest or lowest Fisher information.
-    Fisher { cut: Cut, pass: FisherPass },
+/// Which weights of the scope train.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Choose {
+    /// Those with the highest Fisher information, as in the paper.
+    #[default]
+    Highest,
+    /// Those with the lowest.
+    Lowest,
     /// A draw from the run's seed.
-    Random(Cut),
-    /// A mask file, with the hash of the mask.
-    File { mask: Arc<MaskFile>, sha256: String },
+    Random,
 }
 
 impl MethodOptions for Options {
@@ -65,11 +59,13 @@ impl MethodOptions for Options {
             None => self.chosen(&mask, preset)?,
         };
         let method = |source: Source| -> Arc<dyn Method> {
-            Arc::new(ChildTuningD {
+            Arc::new(SparseMask {
+                name: NAME,
                 source,
                 outside: self.outside.unwrap_or_default(),
                 decay: self.decay_scope.unwrap_or(if paper { DecayScope::Child } else { DecayScope::All }),
                 clip: self.clip.unwrap_or(if paper { ClipOrder::AfterMask } else { ClipOrder::BeforeMask }),
+                is_child_tuning: true,
             })
         };
         Ok(sources.into_iter().map(method).collect())
@@ -103,131 +99,36 @@ impl Options {
     /// Settles how a child network is chosen, for each `p`.
     fn chosen(&self, mask: &MaskSpec, preset: Preset) -> Result<Vec<Source>> {
         let paper = preset == Preset::Paper;
-        let choice = mask.choose.unwrap_or_default();
-        if choice != Choice::Highest && mask.threshold == Some(Threshold::Percentile) {
-            return Err(Error::configuration(format!(
-                "child_tuning_d: `mask.choose: {}` needs `mask.threshold: global` or `per_tensor`, not `percentile`",
-                yaml_name(&choice)
-            )));
+        let choose = mask.choose.unwrap_or_default();
+        if choose != Choose::Highest {
+            refuse_percentile(NAME, &yaml_name(&choose), mask.threshold)?;
         }
-        if choice == Choice::Random && self.fisher.is_some() {
+        if choose == Choose::Random && self.fisher.is_some() {
             return Err(Error::configuration(
                 "child_tuning_d: `mask.choose: random` looks at no Fisher information; remove `fisher`",
             ));
         }
         // The released percentile is a rule for the highest scores only.
-        let threshold = match choice {
-            Choice::Highest if !paper => Threshold::Percentile,
+        let threshold = match choose {
+            Choose::Highest if !paper => Threshold::Percentile,
             _ => Threshold::Global,
         };
         let scope = if paper { MaskScope::Backbone } else { MaskScope::EncoderLayers };
-        let pass = self.fisher.clone().unwrap_or_default().resolve(preset)?;
-        let source = |p: &Share| {
-            let cut = Cut {
+        let fisher = self.fisher.clone().unwrap_or_default().resolve(preset)?;
+        let criterion: Arc<dyn Criterion> = match choose {
+            Choose::Random => Arc::new(Random),
+            Choose::Highest | Choose::Lowest => Arc::new(fisher),
+        };
+        let source = |p: &Share| Source::Chosen {
+            criterion: criterion.clone(),
+            cut: Cut {
                 p: p.0,
                 scope: mask.scope.unwrap_or(scope),
                 threshold: mask.threshold.unwrap_or(threshold),
-                choose: choice,
-            };
-            match choice {
-                Choice::Random => Source::Random(cut),
-                _ => Source::Fisher { cut, pass },
-            }
+                choose: if choose == Choose::Lowest { Choice::Lowest } else { Choice::Highest },
+            },
         };
         Ok(self.p.as_ref().map_or(&[Share(0.3)][..], |p| &p.0).iter().map(source).collect())
-    }
-}
-
-impl Source {
-    /// Writes what it is made of, in the order in which earlier versions wrote it.
-    fn text(&self) -> String {
-        let scope =
-            |cut: &Cut| format!("scope={} threshold={}", yaml_name(&cut.scope), yaml_name(&cut.threshold));
-        match self {
-            Source::Fisher { cut, pass } => format!(
-                "p={} {}{} {}",
-                cut.p,
-                if cut.choose == Choice::Lowest { "choose=lowest " } else { "" },
-                pass.text(),
-                scope(cut)
-            ),
-            Source::Random(cut) => format!("p={} choose=random {}", cut.p, scope(cut)),
-            Source::File { sha256, .. } => format!("mask={sha256}"),
-        }
-    }
-}
-
-impl Method for ChildTuningD {
-    fn name(&self) -> &str {
-        "child_tuning_d"
-    }
-
-    fn options(&self) -> String {
-        let outside = if self.outside == Outside::Prune { " outside=prune" } else { "" };
-        let (decay, clip) = (yaml_name(&self.decay), yaml_name(&self.clip));
-        format!("{}{outside} decay={decay} clip={clip}", self.source.text())
-    }
-
-    fn is_child_tuning(&self) -> bool {
-        true
-    }
-
-    fn has_mask(&self) -> bool {
-        true
-    }
-
-    fn examples_passed(&self, available: usize) -> usize {
-        match &self.source {
-            Source::Fisher { pass, .. } => pass.examples(available),
-            Source::Random(_) | Source::File { .. } => 0,
-        }
-    }
-
-    fn has_fixed_mask(&self) -> bool {
-        true
-    }
-
-    fn prunes(&self) -> bool {
-        self.outside == Outside::Prune
-    }
-
-    fn fixed_share(&self) -> Option<(f64, MaskScope)> {
-        match &self.source {
-            Source::Fisher { cut, .. } | Source::Random(cut) => Some((cut.p, cut.scope)),
-            Source::File { .. } => None,
-        }
-    }
-
-    fn check(&self, parameters: &Parameters) -> Result<()> {
-        match &self.source {
-            Source::File { mask, .. } => mask.child_network(parameters).map(|_| ()),
-            Source::Fisher { .. } | Source::Random(_) => Ok(()),
-        }
-    }
-
-    fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
-        let mut fisher = None;
-        let child = match &self.source {
-            Source::Fisher { cut, pass } => {
-                let information = pass.information(preparation, cut.scope)?;
-                let parameters = &preparation.classifier.parameters;
-                let child = ChildNetwork::from_scores(parameters, &information.values, cut)?;
-                fisher = uncertainty(&information, &child, cut, preparation.data.len())?;
-                child
-            }
-            Source::Random(cut) => {
-                ChildNetwork::random(&preparation.classifier.parameters, cut, preparation.seed)?
-            }
-            Source::File { mask, .. } => mask.child_network(&preparation.classifier.parameters)?,
-        };
-        Ok(Prepared {
-            mask: Some(Arc::new(GradientMask::Fixed(child))),
-            clip: self.clip,
-            decay: self.decay,
-            outside: self.outside,
-            fisher,
-            ..Prepared::default()
-        })
     }
 }
 

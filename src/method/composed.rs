@@ -9,7 +9,7 @@ use super::registry::{MethodOptions, MethodSpec};
 use super::{Method, Parts, Preparation, Prepared, Preset};
 use crate::child::MaskScope;
 use crate::error::{Error, Result};
-use crate::model::{Classifier, Parameter, Parameters};
+use crate::model::{Classifier, ModelShape, Parameter, Parameters};
 
 /// The methods as typed: a list within the list of methods.
 #[derive(Debug)]
@@ -65,7 +65,9 @@ impl Composed {
                 "`outside: prune` sets weights to zero that the other pulls back",
             );
         }
-        let name = parts.iter().map(|part| part.name()).collect::<Vec<_>>().join("+");
+        // Vanilla changes the learning rate at most: the name is that of what it goes with.
+        let others: Vec<_> = parts.iter().map(|part| part.name()).filter(|&name| name != "vanilla").collect();
+        let name = if others.is_empty() { "vanilla".to_owned() } else { others.join("+") };
         Ok(Self { name, parts })
     }
 }
@@ -86,6 +88,10 @@ impl Method for Composed {
 
     fn examples_passed(&self, available: usize) -> usize {
         self.parts.iter().map(|part| part.examples_passed(available)).sum()
+    }
+
+    fn fine_tunes_first(&self) -> bool {
+        self.parts.iter().any(|part| part.fine_tunes_first())
     }
 
     fn has_mask(&self) -> bool {
@@ -118,6 +124,10 @@ impl Method for Composed {
 
     fn prunes(&self) -> bool {
         self.parts.iter().any(|part| part.prunes())
+    }
+
+    fn state_bytes(&self, shape: &ModelShape, number: usize) -> usize {
+        self.parts.iter().map(|part| part.state_bytes(shape, number)).sum()
     }
 
     fn check(&self, parameters: &Parameters) -> Result<()> {
@@ -155,10 +165,22 @@ mod tests {
     }
 
     #[test]
+    fn vanilla_gives_its_learning_rate_and_not_its_name() {
+        let found = resolved("[bitfit, {vanilla: {learning_rate_factor: 50}}]").unwrap();
+        let options = "bitfit() vanilla(learning_rate_factor=50)".to_owned();
+        assert_eq!(found, [("bitfit".to_owned(), options)]);
+        assert_eq!(resolved("[vanilla]").unwrap()[0].0, "vanilla");
+    }
+
+    #[test]
     fn what_does_not_go_together_is_refused_by_name() {
         for (text, parts) in [
             ("[child_tuning_f, child_tuning_d]", ["child_tuning_d and child_tuning_f", "both have a mask"]),
             ("[bitfit, bitfit]", ["bitfit and bitfit", "they are one method"]),
+            (
+                "[l2_sp, {child_tuning_d: {outside: prune}}]",
+                ["child_tuning_d and l2_sp", "`outside: prune` sets weights to zero"],
+            ),
         ] {
             let message = resolved(text).unwrap_err().to_string();
             assert!(parts.iter().all(|part| message.contains(part)), "{message}");

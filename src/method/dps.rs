@@ -17,7 +17,7 @@ use super::{
 };
 use crate::child::{AdaptiveMask, GradientMask, MaskScope, Uses};
 use crate::error::{Error, Result};
-use crate::model::Parameters;
+use crate::model::{ModelShape, Parameters};
 use crate::values::{OneOrMany, Share, yaml_name};
 
 /// The weights among which are chosen; all others train always.
@@ -115,6 +115,12 @@ impl Method for Dps {
             || Box::new(Mixing { q: self.unused(), ..Mixing::default() }) as Box<dyn WeightTransform>;
         let weights = if self.mixes() { vec![mixing()] } else { Vec::new() };
         Parts { weights, dropout: self.dropout, ..Parts::default() }
+    }
+
+    fn state_bytes(&self, shape: &ModelShape, number: usize) -> usize {
+        // A sum a matrix weight and a bit a weight; a mixed weight, and on which side of the cut it is; and the values to mix with.
+        let mixed = if self.mixes() { shape.matrix_weights * (number + 1) + shape.weights * 4 } else { 0 };
+        shape.matrix_weights * 4 + shape.weights.div_ceil(8) + mixed
     }
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {

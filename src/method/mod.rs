@@ -8,20 +8,31 @@ mod bitfit;
 mod child_tuning_d;
 mod child_tuning_f;
 mod composed;
+mod criterion;
 mod divergence;
 mod dps;
-mod fisher_pass;
+mod fish_mask;
 mod hype;
 mod l2_sp;
 mod layer_wise_rates;
+mod lt_sft;
+mod magnitude_mask;
 mod mixout;
 mod parts;
 mod passes;
 mod prior_weight_decay;
+mod r3f;
+mod r4f;
 mod r_drop;
 mod recadam;
 mod registry;
 mod reinitialised_layers;
+// The example of docs/methods.md.
+#[cfg(test)]
+mod saliency_mask;
+mod sift;
+mod smart;
+mod sparse_mask;
 mod top_layers;
 mod vanilla;
 
@@ -37,7 +48,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::{GradientMask, MaskScope, Uncertainty};
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Parameter, Parameters, Precision};
+use crate::model::{Classifier, ModelShape, Parameter, Parameters, Precision};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +110,11 @@ pub trait Method: Send + Sync {
         0
     }
 
+    /// Returns whether [`Method::prepare`] fine-tunes the model once before.
+    fn fine_tunes_first(&self) -> bool {
+        false
+    }
+
     /// Returns whether [`Method::prepare`] gives a mask on the gradients.
     fn has_mask(&self) -> bool {
         false
@@ -135,9 +151,16 @@ pub trait Method: Send + Sync {
     }
 
     /// Returns the share of the weights in a scope that train where the mask is fixed, as far as it is known beforehand: the
-    /// others have no moments.
+    /// others never have moments.
     fn fixed_share(&self) -> Option<(f64, MaskScope)> {
         None
+    }
+
+    /// Returns the bytes of what it keeps in training besides weights, gradients and optimizer state, in a model of a shape;
+    /// passes have numbers of `number` bytes.
+    fn state_bytes(&self, shape: &ModelShape, _number: usize) -> usize {
+        // A bit a weight.
+        if self.has_fixed_mask() { shape.weights.div_ceil(8) } else { 0 }
     }
 
     /// Checks that the method fits a model, before anything trains.

@@ -6,7 +6,7 @@ use tch::Tensor;
 use super::passes::Passes;
 use crate::child::GradientMask;
 use crate::error::Result;
-use crate::model::{Noise, Parameters};
+use crate::model::{Noise, ParameterId, Parameters};
 
 /// The parts that a method adds to the training step. Each is made for one run and may keep state from step to step.
 ///
@@ -50,6 +50,16 @@ impl Parts {
         self
     }
 
+    /// Returns the number of forward passes over each example of a step.
+    pub fn passes(&self) -> usize {
+        1 + self.penalties.iter().map(|penalty| penalty.further_passes()).sum::<usize>()
+    }
+
+    /// Returns the number of passes that backward goes through at once.
+    pub fn passes_held(&self) -> usize {
+        1 + self.penalties.len()
+    }
+
     /// Returns whether a step runs as in plain fine-tuning up to its gradients.
     pub fn has_plain_passes(&self) -> bool {
         self.penalties.is_empty() && self.weights.is_empty() && self.hidden_noise.is_none() && self.dropout
@@ -62,7 +72,8 @@ pub trait Penalty: Send {
     fn further_passes(&self) -> usize;
 
     /// Computes the term for the examples of a micro-batch, divided by the number of examples of the step: a float32 scalar.
-    /// `logits` are those of the first pass, `[examples, outputs]` in float32, with their graph.
+    /// `logits` are those of the first pass, `[examples, outputs]` in float32; as all of [`Passes`] they are leaves of the loss's
+    /// graph.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
@@ -98,6 +109,8 @@ pub struct TrainingPoint<'a> {
     pub parameters: &'a Parameters,
     /// The values of all parameters that the checkpoint brought, `[total]` in float32.
     pub start: &'a Tensor,
+    /// The matrix of the head's last layer.
+    pub output: ParameterId,
     /// The run's seed.
     pub seed: u64,
     /// The number of the optimizer step, from 0.

@@ -37,7 +37,15 @@ pub struct Passes<'a> {
     batch: &'a PackedBatch,
     settings: PassSettings,
     begun: Cell<u64>,
-    run: RefCell<Vec<Pass<'a>>>,
+    run: RefCell<Vec<Run<'a>>>,
+}
+
+/// A pass that was run.
+struct Run<'a> {
+    pass: Pass<'a>,
+    logits: Tensor,
+    /// The same as a leaf, which losses are made of.
+    leaf: Tensor,
 }
 
 impl<'a> Passes<'a> {
@@ -90,19 +98,25 @@ impl<'a> Passes<'a> {
         noise.tokens(key, site, self.classifier.embedding_width(), self.batch)
     }
 
-    /// Computes the gradients of a loss that came out of these passes.
+    /// Computes the gradients of a loss that came out of these passes, of one after the other: so they add up to the same bits
+    /// with and without checkpointing, and each graph goes when it is used.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn backward(&self, loss: &Tensor) -> Result<()> {
         loss.f_backward()?;
-        self.run.borrow().iter().try_for_each(Pass::backward_through_segments)
+        for Run { pass, logits, leaf } in self.run.take() {
+            // The derivative of Σ logits · gradient.
+            pass.backward(&logits.f_mul(&leaf.f_grad()?)?.f_sum(logits.kind())?)?;
+        }
+        Ok(())
     }
 
     fn run(&self, pass: Pass<'a>) -> Result<Tensor> {
         let logits = self.classifier.logits(&pass)?;
-        self.run.borrow_mut().push(pass);
-        Ok(logits)
+        let leaf = logits.f_detach()?.f_set_requires_grad(true)?;
+        self.run.borrow_mut().push(Run { pass, logits, leaf: leaf.shallow_clone() });
+        Ok(leaf)
     }
 
     fn begin(&self, weights: &'a [Tensor]) -> Pass<'a> {

@@ -6,10 +6,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
-use super::{
-    Method, Preset, bitfit, child_tuning_d, child_tuning_f, composed, dps, hype, l2_sp, layer_wise_rates,
-    mixout, prior_weight_decay, r_drop, recadam, reinitialised_layers, top_layers, vanilla,
-};
+use super::{Method, Preset, composed, vanilla};
 use crate::error::Result;
 use crate::spelling::suggestion;
 
@@ -34,7 +31,7 @@ macro_rules! registry {
 
         fn with_defaults(name: &str) -> Option<MethodSpec> {
             match name {
-                $(stringify!($method) => Some(MethodSpec(Arc::new($method::Options::default()))),)+
+                $(stringify!($method) => Some(MethodSpec(Arc::new(super::$method::Options::default()))),)+
                 _ => None,
             }
         }
@@ -42,7 +39,7 @@ macro_rules! registry {
         fn with_options<'de, A: MapAccess<'de>>(name: &str, map: &mut A) -> Result<MethodSpec, A::Error> {
             match name {
                 $(stringify!($method) => {
-                    let options: Option<$method::Options> = map.next_value()?;
+                    let options: Option<super::$method::Options> = map.next_value()?;
                     Ok(MethodSpec(Arc::new(options.unwrap_or_default())))
                 })+
                 _ => Err(unknown(name)),
@@ -55,6 +52,10 @@ registry!(
     vanilla,
     child_tuning_f,
     child_tuning_d,
+    fish_mask,
+    sift,
+    magnitude_mask,
+    lt_sft,
     bitfit,
     top_layers,
     reinitialised_layers,
@@ -63,6 +64,9 @@ registry!(
     prior_weight_decay,
     recadam,
     r_drop,
+    r3f,
+    r4f,
+    smart,
     hype,
     dps,
     mixout,

@@ -65,14 +65,6 @@ impl<'a> Pass<'a> {
     /// Fails if libtorch refuses an operation.
     pub fn backward(&self, loss: &Tensor) -> Result<()> {
         loss.f_backward()?;
-        self.backward_through_segments()
-    }
-
-    /// Goes backward through the segments of a checkpointed pass, last to first, after backward through what follows them.
-    ///
-    /// # Errors
-    /// Fails if libtorch refuses an operation.
-    pub fn backward_through_segments(&self) -> Result<()> {
         let Some(segments) = self.segments() else { return Ok(()) };
         while let Some(segment) = pop(segments) {
             let input = segment.input.f_detach()?.f_set_requires_grad(true)?;

@@ -315,6 +315,11 @@ impl Classifier {
         self.start.as_ref()
     }
 
+    /// Returns the matrix of the head's last layer, `[outputs, width]`.
+    pub fn output_weight(&self) -> ParameterId {
+        self.network.output().weight
+    }
+
     /// Returns the width of the embeddings of words.
     pub fn embedding_width(&self) -> i64 {
         let entries = self.network.sizes().vocabulary;

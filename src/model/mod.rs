@@ -37,6 +37,7 @@ pub use dropout::Dropout;
 pub use fresh_weights::FreshWeights;
 pub use layer_norm::LayerNorm;
 pub use layers::{Embedding, Linear, Vector, loss};
+pub(crate) use noise::normal_rows;
 pub use noise::{Noise, NoiseKind};
 pub use params::{
     Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,

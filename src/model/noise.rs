@@ -55,7 +55,7 @@ impl Noise {
         } else {
             let counters = token_counters(batch, site);
             match self.kind {
-                NoiseKind::Normal => normal(key, &counters, width)?,
+                NoiseKind::Normal => normal_rows(key, &counters, width)?,
                 NoiseKind::Uniform => {
                     let mut rows = Tensor::f_empty([tokens, width], options)?;
                     fill(&mut rows, width, &counters, |row, counter| uniform_row(row, key, counter))?;
@@ -67,8 +67,12 @@ impl Noise {
     }
 }
 
-/// Normal deviates of rows, `[rows, width]` (Box–Muller): two of each pair of uniform ones.
-fn normal(key: Key, counters: &[[u32; 3]], width: i64) -> Result<Tensor> {
+/// Draws standard normal numbers for rows named by three numbers, `[rows, width]` in float32 on the CPU (Box–Muller): two of each
+/// pair of uniform ones.
+///
+/// # Errors
+/// Fails if libtorch cannot allocate.
+pub(crate) fn normal_rows(key: Key, counters: &[[u32; 3]], width: i64) -> Result<Tensor> {
     let pairs = (width + 1) / 2;
     let mut uniform = Tensor::f_empty([counters.len() as i64, 2 * pairs], (Kind::Float, tch::Device::Cpu))?;
     fill(&mut uniform, 2 * pairs, counters, |row, counter| pair_row(row, key, counter))?;

@@ -247,7 +247,7 @@ mod tests {
 
     use super::super::adamw_device::DeviceMoments;
     use super::*;
-    use crate::child::{Cut, MaskScope, Threshold, mask_in_place};
+    use crate::child::{Cut, MaskScope, Threshold, mask_in_place, random_scores};
     use crate::libtorch::{elements, elements_mut};
     use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
 
@@ -271,7 +271,8 @@ mod tests {
 
     fn mask(parameters: &Parameters, p: f64) -> Arc<GradientMask> {
         let cut = Cut::highest(p, MaskScope::Backbone, Threshold::Global);
-        Arc::new(GradientMask::Fixed(ChildNetwork::random(parameters, &cut, 5).unwrap()))
+        let scores = random_scores(parameters.buffer_len(), 5);
+        Arc::new(GradientMask::Fixed(ChildNetwork::from_scores(parameters, &scores, &cut).unwrap()))
     }
 
     fn constants(step: u64, decay: f64, after: bool) -> impl Fn(Treatment) -> StepConstants {

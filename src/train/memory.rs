@@ -57,6 +57,18 @@ impl MemoryUse {
         Self::with_activations(shape, fixed, half, settings.gradient_checkpointing, device)
     }
 
+    /// Adds what a method keeps, and the activations of as many passes as a step goes backward through at once.
+    pub fn with_method(self, bytes: usize, passes: usize) -> Self {
+        let passes = passes as f64;
+        Self {
+            fixed: self.fixed + bytes as f64,
+            per_token: passes * self.per_token,
+            per_position: passes * self.per_position,
+            per_pair: passes * self.per_pair,
+            ..self
+        }
+    }
+
     /// Estimates the memory of a pass for the Fisher information of single examples.
     pub fn of_fisher_pass(shape: &ModelShape, precision: Precision, device: Device) -> Self {
         let half = precision == Precision::Bf16;

@@ -88,7 +88,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::child::{ChildNetwork, Cut, MaskScope, Threshold};
+    use crate::child::{ChildNetwork, Cut, MaskScope, Threshold, random_scores};
     use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
 
     /// Weights 0, 1, 2, …; the bias does not decay.
@@ -138,7 +138,8 @@ mod tests {
         let parameters = parameters();
         let before = values(&parameters, "weight");
         let cut = Cut::highest(0.5, MaskScope::All, Threshold::PerTensor);
-        let child = ChildNetwork::random(&parameters, &cut, 1).unwrap();
+        let scores = random_scores(parameters.buffer_len(), 1);
+        let child = ChildNetwork::from_scores(&parameters, &scores, &cut).unwrap();
         let bits: Vec<bool> = child.bits(&child.tensors()[0]).collect();
         let gradients = parameters.values().zeros_like();
         let mut flat = parameters.values_to_change();

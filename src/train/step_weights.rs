@@ -8,30 +8,28 @@ use crate::error::Result;
 pub struct StepWeights {
     /// What the passes use, one for each parameter.
     pub used: Vec<Tensor>,
-    /// Functions of weights, and the leaves that checkpointed passes use in their place.
+    /// Functions of weights, and the leaves that passes use in their place.
     cut: Vec<(Tensor, Tensor)>,
 }
 
 impl StepWeights {
-    /// Takes weights, `used` instead of the leaves that train. Checkpointed passes go backward layer by layer, and so more
-    /// than once through what layers share: their graph begins at leaves, and [`StepWeights::backward`] goes on from there.
+    /// Takes weights, `used` instead of the leaves that train. Passes go backward one by one, if checkpointed layer by layer, and
+    /// so more than once through what they share: their graph begins at leaves, and [`StepWeights::backward`] goes on from there.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn new(mut used: Vec<Tensor>, leaves: &[Tensor], checkpointing: bool) -> Result<Self> {
+    pub fn new(mut used: Vec<Tensor>, leaves: &[Tensor]) -> Result<Self> {
         let mut cut = Vec::new();
-        if checkpointing {
-            for (weight, leaf) in used.iter_mut().zip(leaves) {
-                if weight.requires_grad() && weight.data_ptr() != leaf.data_ptr() {
-                    let own = weight.f_detach()?.f_set_requires_grad(true)?;
-                    cut.push((std::mem::replace(weight, own.shallow_clone()), own));
-                }
+        for (weight, leaf) in used.iter_mut().zip(leaves) {
+            if weight.requires_grad() && weight.data_ptr() != leaf.data_ptr() {
+                let own = weight.f_detach()?.f_set_requires_grad(true)?;
+                cut.push((std::mem::replace(weight, own.shallow_clone()), own));
             }
         }
         Ok(Self { used, cut })
     }
 
-    /// Goes on backward, from the weights that checkpointed passes used to those that train.
+    /// Goes on backward, from the weights that passes used to those that train.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.

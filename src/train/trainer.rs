@@ -51,6 +51,8 @@ pub struct Trained {
     pub optimizer_bytes: usize,
     /// Weights that the optimizer may change, those outside a fixed child network among them.
     pub trainable: usize,
+    /// The same without those outside a fixed child network.
+    pub changing: usize,
 }
 
 /// Trains a model, which was reset for the run's seed, and leaves the weights to be scored in it.
@@ -171,7 +173,9 @@ impl<'a> Trainer<'a> {
         let learning_rate = hyperparameters.learning_rate;
         let micro_batch = match hyperparameters.micro_batch {
             MicroBatch::Examples(examples) => examples,
-            MicroBatch::Auto => fitting_micro_batch(classifier, data, hyperparameters)?,
+            MicroBatch::Auto => {
+                fitting_micro_batch(classifier, data, hyperparameters, prepared.parts.passes_held())?
+            }
         };
         Ok(Self {
             optimizer,
@@ -299,13 +303,14 @@ impl<'a> Trainer<'a> {
         let mut used = weights(self.classifier, &self.trainable, self.hyperparameters)?;
         let parameters = &self.classifier.parameters;
         let start = self.classifier.start().unwrap_or(parameters.values());
+        let output = self.classifier.output_weight();
         let mask = self.prepared.mask.as_deref();
-        let at = TrainingPoint { parameters, start, seed: self.seed, step: self.step, mask };
+        let at = TrainingPoint { parameters, start, output, seed: self.seed, step: self.step, mask };
         let leaves: Vec<Tensor> = used.iter().map(Tensor::shallow_clone).collect();
         for transform in &self.prepared.parts.weights {
             transform.apply(&mut used, &at)?;
         }
-        StepWeights::new(used, &leaves, self.hyperparameters.gradient_checkpointing)
+        StepWeights::new(used, &leaves)
     }
 
     /// Halves the micro-batch, if a step can be taken again with smaller ones.
@@ -357,9 +362,11 @@ impl<'a> Trainer<'a> {
             self.epoch(epoch, control)?;
             train_time += started.elapsed();
             let Some(dev) = dev else { continue };
+            let training = self.settle()?;
             let evaluation = self.score(dev, control)?;
             (control.report)(Event::Epoch { epoch: epoch + 1, headline: evaluation.headline });
             selection.consider(&self, evaluation.headline)?;
+            training.map_or(Ok(()), |training| self.classifier.parameters.restore(&training))?;
             if self
                 .hyperparameters
                 .early_stopping
@@ -369,11 +376,13 @@ impl<'a> Trainer<'a> {
             }
         }
         let mut step = self.step;
-        if let (Checkpoint::Best, Some(best)) = (self.hyperparameters.checkpoint, selection.best) {
-            self.classifier.parameters.restore(&best.values)?;
-            step = best.step;
+        match (self.hyperparameters.checkpoint, selection.best) {
+            (Checkpoint::Best, Some(best)) => {
+                self.classifier.parameters.restore(&best.values)?;
+                step = best.step;
+            }
+            _ => drop(self.settle()?),
         }
-        self.settle()?;
         let per_epoch = self.hyperparameters.steps_per_epoch(self.data.len());
         Ok(Trained {
             epoch: step as f64 / per_epoch as f64,
@@ -384,8 +393,21 @@ impl<'a> Trainer<'a> {
             tokens: self.tokens,
             optimizer_bytes: self.optimizer_bytes(),
             trainable: self.trainable.count,
+            changing: self.changing(),
             mask: self.prepared.mask,
         })
+    }
+
+    /// Counts the weights that change: those that train, without those outside a fixed child network.
+    fn changing(&self) -> usize {
+        let child = self.prepared.mask.as_ref().and_then(|mask| mask.child());
+        let members = |parameter: &Parameter| {
+            let tensors = child.map(|child| child.tensors()).unwrap_or_default();
+            let tensor = tensors.iter().find(|tensor| tensor.name == parameter.name);
+            tensor.map_or(parameter.count(), |tensor| tensor.kept)
+        };
+        let parameters = self.classifier.parameters.iter().map(|(_, parameter)| parameter);
+        parameters.filter(|parameter| self.trainable.holds(parameter)).map(members).sum()
     }
 
     /// Trains one epoch, or what the schedule has left of it.
@@ -419,15 +441,12 @@ impl<'a> Trainer<'a> {
     }
 
     fn score(&mut self, dev: Scored, control: &mut Control) -> Result<Evaluation> {
-        let training = self.settle()?;
         let mut done = 0;
-        let evaluation = evaluate(self.classifier, dev, self.hyperparameters.precision, |examples| {
+        evaluate(self.classifier, dev, self.hyperparameters.precision, |examples| {
             done += examples;
             (control.report)(Event::Evaluated(Progress::new(done, dev.data.len())));
             control.check()
-        })?;
-        training.map_or(Ok(()), |training| self.classifier.parameters.restore(&training))?;
-        Ok(evaluation)
+        })
     }
 
     /// Writes the weights that the model is scored and kept with, where they are not those that train; returns these then.
@@ -496,12 +515,13 @@ fn fitting_micro_batch(
     classifier: &Classifier,
     data: &EncodedDataset,
     hyperparameters: &Hyperparameters,
+    passes_held: usize,
 ) -> Result<usize> {
     let device = classifier.parameters.device();
     let batch_size = hyperparameters.batch_size;
     let Some(available) = available_memory(device)? else { return Ok(batch_size) };
     let shape = classifier.own_shape()?;
-    let memory = MemoryUse::new(&shape, hyperparameters, 0, device);
+    let memory = MemoryUse::new(&shape, hyperparameters, 0, device).with_method(0, passes_held);
     let lengths: Vec<usize> = data.inputs.iter().map(|input| input.ids.len()).collect();
     // Some of it for others, and for what the estimate does not know.
     Ok(memory.micro_batch(&lengths, batch_size, 0.8 * available as f64))
@@ -520,6 +540,7 @@ struct Selection {
 
 struct Best {
     headline: f64,
+    /// The weights that were scored.
     values: Tensor,
     step: u64,
 }

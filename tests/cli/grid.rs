@@ -41,6 +41,43 @@ fn a_grid_writes_one_row_a_run_and_a_second_start_runs_nothing() {
     assert_eq!(seeds[6..], ["4", "4"]);
 }
 
+/// In `plan` before training, and in the results after it.
+#[test]
+fn methods_show_what_they_cost() {
+    let workplace = Workplace::new();
+    workplace.experiment(
+        "method: [vanilla, r_drop, lt_sft, {child_tuning_d: {p: [0.1, 0.2]}}, [bitfit, child_tuning_d: {p: 0.1, mask: {scope: all}}]]\n\
+         seeds: [1]",
+    );
+    let text = workplace.call(&["plan", "experiment.yaml"]).with_code(0).stdout;
+    let lines = |start: &str| text.lines().filter(|line| line.trim_start().starts_with(start)).count();
+    let line = |start: &str| {
+        let line = text.lines().find(|line| line.trim_start().starts_with(start));
+        line.unwrap_or_else(|| panic!("{start}: {text}")).to_owned()
+    };
+    assert!(line("method ").ends_with("before training"), "{text}");
+    let [vanilla, r_drop, lt_sft] = ["vanilla ", "r_drop ", "lt_sft "].map(line);
+    assert!(vanilla.trim_end().ends_with(" 1") && r_drop.trim_end().ends_with(" 2"), "{text}");
+    assert!(lt_sft.ends_with("trains once more"), "{text}");
+    // Namesakes by the option in which they differ.
+    assert!(line("child_tuning_d p=0.1 ").contains(" passes over "), "{text}");
+    assert_eq!((lines("child_tuning_d p=0.2 "), lines("bitfit+child_tuning_d ")), (1, 1), "{text}");
+
+    workplace.run(&[]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    let row = |method: &str| rows.iter().find(|row| row["method"] == method).unwrap();
+    let number = |method: &str, column: &str| row(method)[column].parse::<f64>().unwrap();
+    assert_eq!((number("vanilla", "passes_per_step"), number("r_drop", "passes_per_step")), (1.0, 2.0));
+    for (method, passed) in [("vanilla", false), ("child_tuning_d", true), ("lt_sft", false)] {
+        let prepared = if passed { number(method, "examples_train") } else { 0.0 };
+        assert_eq!(number(method, "examples_prepared"), prepared, "{method}");
+        assert_eq!(number(method, "method_state_mb") > 0.0, method != "vanilla", "{method}");
+    }
+    let trainable = |method: &str| number(method, "trainable_parameters");
+    assert!(trainable("lt_sft") < 0.02 * trainable("vanilla"));
+    assert!(trainable("bitfit+child_tuning_d") < trainable("child_tuning_d"));
+}
+
 #[test]
 fn only_runs_what_was_chosen() {
     let workplace = Workplace::new();
@@ -145,7 +182,7 @@ fn a_row_says_where_it_comes_from() {
         assert!(!value.is_empty(), "{column} is empty");
     }
     let expected = [
-        ("schema_version", "3"),
+        ("schema_version", "4"),
         ("experiment", "provenance"),
         ("model", "bert_pair"),
         ("task", "rte"),

@@ -53,7 +53,7 @@ fn a_seed_gives_the_same_bits_for_any_number_of_threads_and_another_seed_does_no
         "dps: {form: mix, update_ratio: 0.2}",
         "[dps: {update_ratio: 0.2, dropout: true}, r_drop]",
         "[dps: {update_ratio: 0.2}, l2_sp]",
-        "[dps: {update_ratio: 0.2}, recadam, layer_wise_rates]",
+        "[dps: {update_ratio: 0.2}, recadam: {t0: 5, gamma: 50}, layer_wise_rates]",
         "[dps: {update_ratio: 0.2}, top_layers: {k: 1}]",
     ] {
         let first = threads(1, text, 1);
@@ -99,7 +99,7 @@ fn each_step(
     let examples: Vec<usize> = (0..data.len()).collect();
     for step in 0..10 {
         let before = trainer.parameters().values_copy().unwrap();
-        trainer.step(&examples).unwrap();
+        let _ = trainer.step(&examples).unwrap();
         let after = trainer.parameters().values_copy().unwrap();
         look(step, &mask, &table, [&before, &after]);
     }
@@ -129,7 +129,9 @@ fn count_outside(text: &str, settings: &Hyperparameters) -> (i64, i64) {
                 }
                 _ => {
                     assert!(members.is_none_or(|members| members.all().int64_value(&[]) == 1));
-                    assert!(count(&moves) > 0, "{} step {step}", parameter.name);
+                    // The biases of keys have no gradient but for rounding.
+                    let moves = count(&moves) > 0 || parameter.name.ends_with("key.bias");
+                    assert!(moves, "{} step {step}", parameter.name);
                 }
             }
         }

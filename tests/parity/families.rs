@@ -12,9 +12,13 @@ use child_tuning::model::{
     Classifier, Dropout, FAMILIES, HeadStart, Labels, ModelFolder, ParameterPlace, Pass, Precision, loss,
 };
 use child_tuning::random::Purpose;
+use child_tuning::train::{Hyperparameters, MicroBatch};
 use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{assert_close, dataset, part, path, tensors};
+use crate::optimizer::hyperparameters;
+use crate::penalties::method;
+use crate::training::run;
 
 /// Where the reference itself adds up in another order, numbers differ by so much of the largest.
 const TOLERANCE: f64 = 1e-5;
@@ -313,5 +317,34 @@ fn transformers_loads_what_is_saved() {
         let mut parts = line.splitn(3, ' ').skip(1);
         let difference: f64 = parts.next().unwrap().parse().unwrap();
         assert!(difference <= 1e-6 && parts.next() == Some("[]"), "{line}");
+    }
+}
+
+/// Further passes and noise reach every family, and are an example's own.
+#[test]
+fn further_passes_of_micro_batches_add_up() {
+    let smart = "smart: {step_size: 0.1, noise: 0.01, radius: 0.05}";
+    let composed = "[r3f: {epsilon: 0.05, regression: mse}, r_drop: {}, hype: {scale: 0.05}]";
+    for fixture in fixtures() {
+        let gradient = |text: &str, micro_batch: usize| {
+            let settings = Hyperparameters {
+                batch_size: fixture.data.len(),
+                micro_batch: MicroBatch::Examples(micro_batch),
+                ..hyperparameters()
+            };
+            let mut model = load(&fixture.folder, fixture.reference["logits"].size()[1]);
+            let before = model.parameters.values_copy().unwrap();
+            assert_eq!(run(&mut model, &fixture.data, method(text).as_ref(), &settings, 3).step, 1);
+            assert_ne!(model.parameters.values(), &before);
+            model.parameters.gradients().unwrap().copy()
+        };
+        let vanilla = gradient("vanilla", fixture.data.len());
+        for text in [smart, composed] {
+            let what = format!("{} {text}", fixture.name);
+            let whole = gradient(text, fixture.data.len());
+            assert!(whole.isfinite().all().double_value(&[]) == 1.0, "{what}");
+            assert!((&whole - &vanilla).norm().double_value(&[]) > 0.01, "{what}");
+            assert_close(&what, &gradient(text, 1), &whole, TOLERANCE, true);
+        }
     }
 }

@@ -4,11 +4,13 @@
 
 mod adaptive;
 mod bert;
+mod criteria;
 mod families;
 mod fisher;
 mod fixture;
 mod methods;
 mod optimizer;
+mod penalties;
 mod references;
 mod step_variance;
 mod training;

@@ -1,11 +1,13 @@
 //! Methods that train a part of the model, alone and together with child networks.
 
 use child_tuning::method::{Method, MethodSpec, Preset};
-use child_tuning::model::{Classifier, Parameter, ParameterKind, ParameterPlace};
-use child_tuning::train::{Hyperparameters, Trained};
-use tch::Tensor;
+use child_tuning::model::{
+    Classifier, HeadStart, Labels, ModelFolder, Parameter, ParameterKind, ParameterPlace,
+};
+use child_tuning::train::{Hyperparameters, OptimizerRule, Trained};
+use tch::{Device, Tensor};
 
-use crate::fixture::{classifier, dataset, part, tensors};
+use crate::fixture::{assert_close, classifier, dataset, part, path, tensors};
 use crate::optimizer::hyperparameters;
 use crate::training::run;
 
@@ -49,6 +51,8 @@ fn assert_trains(text: &str, whole: &str, trains: impl Fn(&Parameter) -> bool) {
             count += if trains(parameter) { parameter.count() } else { 0 };
         }
         assert_eq!(trained.trainable, count, "{text}");
+        let has_fixed_mask = method(text).has_fixed_mask();
+        assert_eq!(trained.changing < count, has_fixed_mask, "{text}: {}", trained.changing);
         assert!(count > 0 && count < found.parameters.count(), "{text}");
     }
 }
@@ -101,6 +105,80 @@ fn composed_methods_change_what_each_of_them_changes() {
 #[test]
 fn more_layers_than_there_are_is_refused() {
     let classifier = classifier("bert_pair");
-    let error = method("top_layers: {k: 4}").check(&classifier.parameters).unwrap_err().to_string();
-    assert!(error.contains("`k` is 4, but the model has 3 layers"), "{error}");
+    for (text, key) in [("top_layers: {k: 4}", "`k`"), ("reinitialised_layers: {layers: 4}", "`layers`")] {
+        let error = method(text).check(&classifier.parameters).unwrap_err().to_string();
+        assert!(error.contains(&format!("{key} is 4, but the model has 3 layers")), "{error}");
+    }
+}
+
+#[test]
+fn redrawn_layers_are_new_and_the_rest_is_the_checkpoint() {
+    let mut start = classifier("bert_pair");
+    start.reset(3).unwrap();
+    for (text, is_new) in [
+        ("reinitialised_layers", (|own| is_above(own, 2)) as fn(&Parameter) -> bool),
+        ("reinitialised_layers: {layers: 2}", |own| is_above(own, 1)),
+        ("reinitialised_layers: {layers: 2, pooler: false}", |own| {
+            is_above(own, 1) && own.place != ParameterPlace::Pooler
+        }),
+    ] {
+        let begun = |seed: u64| {
+            let mut classifier = classifier("bert_pair");
+            classifier.reset(seed).unwrap();
+            method(text).begin(&mut classifier, seed).unwrap();
+            classifier
+        };
+        let (mut found, other) = (begun(3), begun(4));
+        for (id, parameter) in start.parameters.iter() {
+            let name = &parameter.name;
+            let redrawn = is_new(parameter) && parameter.place != ParameterPlace::Head;
+            assert_eq!(found.is_new(id), redrawn, "{text} {name}");
+            assert_eq!(values(&found, name) == values(&start, name), !redrawn, "{text} {name}");
+            if redrawn && parameter.kind == ParameterKind::Weight {
+                assert_ne!(values(&found, name), values(&other, name), "{text} {name}");
+                // The config's `initializer_range` is 0.02; the bound is six standard errors of a deviation.
+                let deviation = f64::try_from(values(&found, name).std(true)).unwrap();
+                assert!(
+                    (deviation / 0.02 - 1.0).abs() < 6.0 / (2.0 * parameter.count() as f64).sqrt(),
+                    "{deviation}"
+                );
+            }
+        }
+        found.reset(3).unwrap();
+        assert_eq!(found.parameters.values(), start.parameters.values(), "{text}");
+    }
+    let nothing = one_step("reinitialised_layers: {layers: 0, pooler: false}", false).0;
+    assert_eq!(nothing.parameters.values(), one_step("vanilla", false).0.parameters.values());
+}
+
+/// One step of SGD without clipping from a head of its own.
+fn head_after_a_step(text: &str, weight_decay: f64) -> Tensor {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    let folder = ModelFolder::open(&path("bert_pair")).unwrap();
+    let labels = Labels::Classes(folder.config.labels().unwrap());
+    let mut classifier = Classifier::load(&folder, labels, HeadStart::Fresh, Device::Cpu).unwrap();
+    let settings = Hyperparameters {
+        epochs: 1.0,
+        batch_size: 5,
+        max_gradient_norm: None,
+        weight_decay,
+        learning_rate: 0.5,
+        optimizer: OptimizerRule::Sgd,
+        ..hyperparameters()
+    };
+    run(&mut classifier, &data, method(text).as_ref(), &settings, 3);
+    values(&classifier, "classifier.weight")
+}
+
+#[test]
+fn new_weights_are_pulled_towards_zero() {
+    let decayed = head_after_a_step("vanilla", 0.1);
+    assert_ne!(decayed, head_after_a_step("vanilla", 0.0));
+    // w − η (g + β w) is (1 − η β) w − η g.
+    for text in ["l2_sp: {beta: 0.1}", "prior_weight_decay: {strength: 0.1}"] {
+        assert_close(text, &head_after_a_step(text, 0.0), &decayed, 1e-6, false);
+    }
+    // Theirs takes the place of plain decay.
+    let replaced = head_after_a_step("prior_weight_decay: {strength: 0}", 0.1);
+    assert_eq!(replaced, head_after_a_step("vanilla", 0.0));
 }

@@ -41,7 +41,7 @@ pub fn child_bits(child: &ChildNetwork, name: &str) -> Vec<bool> {
 
 /// What is the same but for the order of sums differs by at most so much of the largest, forty times the spacing of float32.
 /// Found are up to 1.2e-6, by the products of some processors.
-const ROUNDING: f64 = 5e-6;
+pub const ROUNDING: f64 = 5e-6;
 
 pub fn method(text: &str) -> std::sync::Arc<dyn Method> {
     serde_yaml::from_str::<MethodSpec>(text).unwrap().resolve(Preset::Paper).unwrap().remove(0)

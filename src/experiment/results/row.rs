@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::text::{count, flag, number};
 
 /// The version of the columns below; a column that is added, dropped or given another meaning raises it.
-pub const SCHEMA_VERSION: u32 = 3;
+pub const SCHEMA_VERSION: u32 = 4;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -150,6 +150,10 @@ pub struct Row {
     #[serde(default, deserialize_with = "count")]
     pub step: Option<u64>,
 
+    /// Forward passes over each example of an optimizer step: 1, and those that the method adds.
+    pub passes_per_step: u64,
+    /// Examples that the method passes over before training.
+    pub examples_prepared: u64,
     /// Examples that were trained on; 0 if the run failed before they were read.
     pub examples_train: u64,
     /// Examples that were scored; 0 if the run failed before they were read.
@@ -175,6 +179,9 @@ pub struct Row {
     /// Optimizer state in MiB.
     #[serde(default, with = "number")]
     pub optimizer_state_mb: Option<f64>,
+    /// What the method keeps besides, in MiB, such as a mask.
+    #[serde(default, with = "number")]
+    pub method_state_mb: Option<f64>,
     /// Parameters that the optimizer may change, in weights.
     #[serde(default, deserialize_with = "count")]
     pub trainable_parameters: Option<u64>,
@@ -257,6 +264,8 @@ impl Default for Row {
             degenerate: None,
             epoch: None,
             step: None,
+            passes_per_step: 0,
+            examples_prepared: 0,
             examples_train: 0,
             examples_evaluated: 0,
             train_seconds: None,
@@ -266,6 +275,7 @@ impl Default for Row {
             tokens_per_second: None,
             peak_memory_mb: None,
             optimizer_state_mb: None,
+            method_state_mb: None,
             trainable_parameters: None,
             child_parameters: None,
             child_share: None,

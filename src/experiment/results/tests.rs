@@ -259,9 +259,9 @@ fn refuses_foreign_files_and_leaves_them_alone() {
     assert!(message(&shorter).contains("is the end of the line where `started_at` is due"));
     let longer = header.replace(",started_at", ",started_at,mood");
     assert!(message(&longer).contains("is `mood` where the end of the line is due"));
-    assert!(message("schema_version,shape\n4,round\n").contains("has schema version `4`"));
+    assert!(message("schema_version,shape\n5,round\n").contains("has schema version `5`"));
     let newer = format!("{header}4{}\n", ",x".repeat(header.matches(',').count()));
-    assert!(message(&newer).contains(":2: has schema version `4`"));
+    assert!(message(&newer).contains(":2: has schema version `5`"));
 }
 
 #[test]

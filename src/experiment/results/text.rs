@@ -234,10 +234,10 @@ mod tests {
     const REQUIRED: &str = "note,seed,learning_rate,epochs,batch_size,micro_batch,max_length,warmup,\
         weight_decay,schema_version,experiment,run,purpose,model_config,source_run,source_task,source_method,\
         source_config,evaluated_sha256,freeze,head,optimizer,beta1,beta2,label_noise,model,model_sha256,model_revision,task,evaluated_on,split,preset,method,\
-        method_config,epsilon,adamw,precision,order,checkpoint,status,headline,examples_train,examples_evaluated,device,torch,\
+        method_config,epsilon,adamw,precision,order,checkpoint,status,headline,passes_per_step,examples_prepared,examples_train,examples_evaluated,device,torch,\
         version,started_at";
-    const VALUES: &str = "mine,42,4e-5,3.0,16,1,128,0.1,0.01,3,e,0f,report,,,,,,d,nothing,keep,adamw,0.9,0.999,0,m,s,,rte,rte,validation,paper,vanilla,,1e-8,torch,\
-        bf16,shuffled,last,ok,accuracy,10,5,cpu,2.11.0,0.1.0,2026-01-01T00:00:00Z";
+    const VALUES: &str = "mine,42,4e-5,3.0,16,1,128,0.1,0.01,4,e,0f,report,,,,,,d,nothing,keep,adamw,0.9,0.999,0,m,s,,rte,rte,validation,paper,vanilla,,1e-8,torch,\
+        bf16,shuffled,last,ok,accuracy,1,0,10,5,cpu,2.11.0,0.1.0,2026-01-01T00:00:00Z";
 
     #[test]
     fn takes_any_order_missing_optional_columns_and_further_ones() {
@@ -265,11 +265,11 @@ mod tests {
             "{bad_step}"
         );
         let torn = parsed(&format!("{REQUIRED}\n{VALUES}\nmine,42")).unwrap_err().to_string();
-        assert!(torn.starts_with("results.csv:3: has 2 fields under 47 column names"), "{torn}");
-        let missing = parsed("schema_version\n3\n").unwrap_err().to_string();
+        assert!(torn.starts_with("results.csv:3: has 2 fields under 49 column names"), "{torn}");
+        let missing = parsed("schema_version\n4\n").unwrap_err().to_string();
         assert!(missing.starts_with("results.csv:2: ") && missing.contains("`experiment`"), "{missing}");
-        let newer = parsed("schema_version,unheard_of\n4,x\n").unwrap_err().to_string();
-        assert!(newer.starts_with("results.csv:2: has schema version `4`"), "{newer}");
+        let newer = parsed("schema_version,unheard_of\n5,x\n").unwrap_err().to_string();
+        assert!(newer.starts_with("results.csv:2: has schema version `5`"), "{newer}");
         assert_eq!(
             parsed("").unwrap_err().to_string(),
             "results.csv: is empty: a results file starts with a line of column names"

@@ -1,15 +1,16 @@
-//! The pass over the training data that Child-Tuning_D begins with: its options, and the examples it takes.
+//! Fisher information of the training data (section 3.2 of the paper): the options of its pass, and the examples it takes.
 
 use serde::Deserialize;
 
-use super::{Preparation, Preset};
-use crate::child::{Estimator, FisherBatch, FisherInformation, FisherOptions, MaskScope, fisher_information};
+use super::{Criterion, Preparation, Scores};
+use crate::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
 use crate::error::{Error, Result};
+use crate::method::Preset;
 use crate::model::{Dropout, Precision};
 use crate::random::{self, Key, Purpose};
 use crate::values::{Count, Positive, yaml_name};
 
-/// The options as typed in YAML.
+/// The options as typed in YAML, under `fisher`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FisherSpec {
@@ -25,7 +26,7 @@ impl FisherSpec {
     ///
     /// # Errors
     /// Fails if they contradict each other.
-    pub fn resolve(&self, preset: Preset) -> Result<FisherPass> {
+    pub fn resolve(&self, preset: Preset) -> Result<Fisher> {
         let paper = preset == Preset::Paper;
         let estimator =
             self.estimator.unwrap_or(if paper { Estimator::PerExample } else { Estimator::Batch });
@@ -35,7 +36,7 @@ impl FisherSpec {
                 "child_tuning_d: `fisher.clip` clips the gradient of a batch and needs `fisher.estimator: batch`",
             ));
         }
-        Ok(FisherPass {
+        Ok(Fisher {
             estimator,
             dropout: self.dropout.unwrap_or(!paper),
             clip: clip.or((!paper && estimator == Estimator::Batch).then_some(1.0)),
@@ -45,21 +46,24 @@ impl FisherSpec {
     }
 }
 
-/// A pass for Fisher information, with its options settled.
+/// The Fisher information of a weight, with all options settled.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct FisherPass {
-    estimator: Estimator,
-    dropout: bool,
-    clip: Option<f64>,
-    /// That of the run, where none is typed.
-    precision: Option<Precision>,
+pub struct Fisher {
+    /// What is squared and averaged.
+    pub estimator: Estimator,
+    /// Whether examples are seen with dropout.
+    pub dropout: bool,
+    /// Largest norm of a tensor's gradient before it is squared.
+    pub clip: Option<f64>,
+    /// The number type of the passes; that of the run, where none is typed.
+    pub precision: Option<Precision>,
     /// How many examples are drawn; all, where none is typed or there are no more.
-    examples: Option<usize>,
+    pub examples: Option<usize>,
 }
 
-impl FisherPass {
-    /// Writes the options, those that came later only where they are typed.
-    pub fn text(&self) -> String {
+impl Criterion for Fisher {
+    /// Those options that came later stand there only where they are typed.
+    fn text(&self) -> String {
         let mut text = format!("fisher={} fisher.dropout={}", yaml_name(&self.estimator), self.dropout);
         let further = [
             ("clip", self.clip.map(|clip| clip.to_string())),
@@ -72,16 +76,11 @@ impl FisherPass {
         text
     }
 
-    /// Returns how many of the training examples it takes.
-    pub fn examples(&self, available: usize) -> usize {
+    fn examples(&self, available: usize) -> usize {
         self.examples.map_or(available, |examples| examples.min(available))
     }
 
-    /// Passes over the training data for the Fisher information of every weight in the scope.
-    ///
-    /// # Errors
-    /// Fails if libtorch refuses an operation or the user asks to stop.
-    pub fn information(&self, preparation: &mut Preparation, scope: MaskScope) -> Result<FisherInformation> {
+    fn scores(&self, preparation: &mut Preparation, scope: MaskScope) -> Result<Scores> {
         let Preparation { classifier, data, seed, batch_size, precision, shuffled, host, .. } = preparation;
         let device = classifier.parameters.device();
         let of_batches = self.estimator == Estimator::Batch;
@@ -116,6 +115,8 @@ impl FisherPass {
             clip: self.clip,
             spread: examples < data.len() && !of_batches,
         };
-        fisher_information(classifier, batches, &options, scope, &mut |examples| host.progress(examples))
+        let information =
+            fisher_information(classifier, batches, &options, scope, |examples| host.progress(examples))?;
+        Ok(Scores { values: information.values, spread: information.spread })
     }
 }

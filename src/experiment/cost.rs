@@ -1,0 +1,63 @@
+//! What methods cost: weights, memory and passes, known before anything trains.
+
+use super::run::Run;
+use crate::error::Result;
+use crate::model::{Classifier, Labels, ModelShape, Parameter};
+use crate::train::{OptimizerRule, Precision};
+
+/// What one run's method costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MethodCost {
+    /// Weights that the optimizer may change.
+    pub trainable: usize,
+    /// Bytes of the optimizer's state.
+    pub optimizer_bytes: usize,
+    /// Bytes of what the method keeps besides weights, gradients and optimizer state.
+    pub method_bytes: usize,
+    /// Forward passes over each example of an optimizer step.
+    pub passes: usize,
+    /// Examples that it passes over before training.
+    pub examples_prepared: usize,
+    /// Whether it trains once before the training that counts.
+    pub fine_tunes_first: bool,
+}
+
+/// Tells what the method of a run costs, from the config of its model.
+///
+/// # Errors
+/// Fails if the family does not run here or the config is incomplete.
+pub fn method_cost(run: &Run) -> Result<MethodCost> {
+    let (config, labels) = (&run.model.folder.config, Labels::from(&run.task.card.objective));
+    let shape = Classifier::shape(config, &labels)?;
+    let trains = |parameter: &Parameter| run.method.trains(parameter, shape.layers);
+    let all = Classifier::count(config, &labels, trains)?;
+    let trainable = match run.method.fixed_share() {
+        _ if run.is_frozen() => shape.hidden * labels.outputs() as usize,
+        Some((share, scope)) => {
+            let maskable = |parameter: &Parameter| trains(parameter) && scope.covers(parameter);
+            all - ((1.0 - share) * Classifier::count(config, &labels, maskable)? as f64) as usize
+        }
+        None => all,
+    };
+    let moments = match run.hyperparameters.optimizer {
+        OptimizerRule::Adamw => 2,
+        OptimizerRule::Sgd => 0,
+    };
+    Ok(MethodCost {
+        trainable,
+        optimizer_bytes: moments * size_of::<f32>() * trainable,
+        method_bytes: method_bytes(run, &shape),
+        passes: run.method.parts().passes(),
+        examples_prepared: run.method.examples_passed(run.training_examples()),
+        fine_tunes_first: run.method.fine_tunes_first(),
+    })
+}
+
+/// Bytes of what the method of a run keeps besides weights, gradients and optimizer state.
+pub fn method_bytes(run: &Run, shape: &ModelShape) -> usize {
+    let number = match run.hyperparameters.precision {
+        Precision::Bf16 => size_of::<u16>(),
+        Precision::Float32 | Precision::Tf32 => size_of::<f32>(),
+    };
+    run.method.state_bytes(shape, number)
+}
