@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import released_optimizer  # noqa: E402  (a neighbour of this file)
 from criterion_fixtures import write_criteria  # noqa: E402
+from dps_fixtures import write_dps  # noqa: E402
 from family_fixtures import write_families  # noqa: E402
 from method_fixtures import write_methods  # noqa: E402
 from tiny_bert import encode, random_classifier, tiny_config, write_json, write_model_folder  # noqa: E402
@@ -429,6 +430,7 @@ def main():
     write_families()
     write_methods()
     write_criteria()
+    write_dps()
 
 
 if __name__ == "__main__":

@@ -138,6 +138,26 @@ impl ChildNetwork {
         }
         Ok(())
     }
+
+    /// Cuts the network anew by scores of each tensor, `[count]` in float32: the highest ⌈p · n⌉ of its n scores stay, and all
+    /// that are equal to the last of them.
+    ///
+    /// # Errors
+    /// Fails if a score is not a number.
+    pub(super) fn cut_with_ties(&mut self, scores: &[Tensor], p: f64) -> Result<()> {
+        let on_host = scores.iter().all(|scores| scores.device() == Device::Cpu);
+        let scores: Box<dyn Scores> = match on_host {
+            true => Box::new(HostScores(scores.iter().map(elements).collect::<Result<_>>()?)),
+            false => Box::new(DeviceScores::new(scores.iter().map(Tensor::shallow_clone).collect())),
+        };
+        for (index, count) in scores.counts().into_iter().enumerate() {
+            let share = (p * count as f64).ceil() as usize;
+            let exact = Selection::extreme(scores.as_ref(), index..index + 1, share, End::Largest)?;
+            let mut selection = Selection { ties: usize::MAX, ..exact };
+            self.set_words(index, |words| scores.mark(index, &mut selection, words))?;
+        }
+        Ok(())
+    }
 }
 
 /// Draws scores from a seed, for each of so many weights: the same ones on every machine.

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tch::{Kind, Tensor};
 
+use super::adaptive::AdaptiveMask;
 use super::bernoulli::BernoulliMask;
 use super::masking::{self, Gradient, StepMask, mask_in_place};
 use super::network::{ChildNetwork, MaskScope};
@@ -18,13 +19,32 @@ pub enum GradientMask {
     Bernoulli(BernoulliMask),
     /// One mask for the whole run (Child-Tuning_D).
     Fixed(ChildNetwork),
+    /// A mask that gradients choose anew now and again (DPS).
+    Adaptive(AdaptiveMask),
 }
 
 impl GradientMask {
     /// Starts an optimizer step, numbered from 0.
-    pub fn begin_step(&self, step: u64) {
-        if let GradientMask::Bernoulli(mask) = self {
-            mask.begin_step(step);
+    ///
+    /// # Errors
+    /// [`Error::Diverged`](crate::error::Error::Diverged) if a mask is due whose scores are not numbers.
+    pub fn begin_step(&self, step: u64) -> Result<()> {
+        match self {
+            GradientMask::Bernoulli(mask) => mask.begin_step(step),
+            GradientMask::Fixed(_) => {}
+            GradientMask::Adaptive(mask) => mask.begin_step(step)?,
+        }
+        Ok(())
+    }
+
+    /// Looks at the gradients of the loss that the step has collected, as far as the mask has let them through.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn observe(&self, parameters: &Parameters) -> Result<()> {
+        match self {
+            GradientMask::Adaptive(mask) => mask.observe(parameters),
+            GradientMask::Bernoulli(_) | GradientMask::Fixed(_) => Ok(()),
         }
     }
 
@@ -33,30 +53,34 @@ impl GradientMask {
         match self {
             GradientMask::Bernoulli(mask) => mask.scope(),
             GradientMask::Fixed(child) => child.scope(),
+            GradientMask::Adaptive(mask) => mask.scope(),
         }
     }
 
-    /// Returns the share of the maskable weights that trains: on average over the steps, or exactly.
+    /// Returns the share of the maskable weights that trains: on average over the steps, or exactly; of an adaptive mask that of
+    /// the last child network.
     pub fn share(&self) -> f64 {
         match self {
             GradientMask::Bernoulli(mask) => mask.probability(),
-            GradientMask::Fixed(child) => child.kept() as f64 / child.maskable() as f64,
+            GradientMask::Fixed(child) => child.share(),
+            GradientMask::Adaptive(mask) => mask.share(),
         }
     }
 
     /// Returns the fixed child network, if there is one.
     pub fn child(&self) -> Option<&ChildNetwork> {
         match self {
-            GradientMask::Bernoulli(_) => None,
+            GradientMask::Bernoulli(_) | GradientMask::Adaptive(_) => None,
             GradientMask::Fixed(child) => Some(child),
         }
     }
 
-    /// Returns the mask of the current step, for the CPU.
-    fn on_cpu(&self) -> StepMask<'_> {
+    /// Hands out the mask of the current step, for the CPU.
+    fn on_cpu<T>(&self, work: impl FnOnce(StepMask) -> T) -> T {
         match self {
-            GradientMask::Bernoulli(mask) => mask.on_cpu(),
-            GradientMask::Fixed(child) => child.on_cpu(),
+            GradientMask::Bernoulli(mask) => work(mask.on_cpu()),
+            GradientMask::Fixed(child) => work(child.on_cpu()),
+            GradientMask::Adaptive(mask) => mask.on_cpu(work),
         }
     }
 
@@ -65,6 +89,7 @@ impl GradientMask {
         match self {
             GradientMask::Bernoulli(mask) => mask.on_device(gradient, parameter),
             GradientMask::Fixed(child) => child.on_device(gradient, parameter),
+            GradientMask::Adaptive(mask) => mask.on_device(gradient, parameter),
         }
     }
 
@@ -78,7 +103,8 @@ impl GradientMask {
             if gradient.device().is_cuda() {
                 gradient.f_copy_(&self.on_device(&gradient, parameter)?)?;
             } else {
-                mask_in_place(elements_mut(&mut gradient)?, self.on_cpu(), parameter.range.start / GROUP);
+                let (gradient, first_group) = (elements_mut(&mut gradient)?, parameter.range.start / GROUP);
+                self.on_cpu(|mask| mask_in_place(gradient, mask, first_group));
             }
         }
         Ok(())
@@ -226,17 +252,22 @@ fn deposit(
         }
         return Ok(0.0);
     }
-    let mask = mask.map_or(StepMask::Everything, GradientMask::on_cpu);
     let first_group = parameter.range.start / GROUP;
     let place = elements_mut(place)?;
-    if gradient.is_sparse() {
-        // The rows of an embedding table that tokens have used.
-        let rows = gradient.f_internal_indices()?.f_view([-1])?;
-        return with_elements(&gradient.f_internal_values()?, |values| {
-            Ok(masking::deposit_rows(place, elements(&rows)?, values, mask, first_group, adds))
-        });
+    let mut put = |mask: StepMask| {
+        if gradient.is_sparse() {
+            // The rows of an embedding table that tokens have used.
+            let rows = gradient.f_internal_indices()?.f_view([-1])?;
+            return with_elements(&gradient.f_internal_values()?, |values| {
+                Ok(masking::deposit_rows(place, elements(&rows)?, values, mask, first_group, adds))
+            });
+        }
+        with_elements(gradient, |values| Ok(masking::deposit(place, values, mask, first_group, adds)))
+    };
+    match mask {
+        Some(mask) => mask.on_cpu(put),
+        None => put(StepMask::Everything),
     }
-    with_elements(gradient, |values| Ok(masking::deposit(place, values, mask, first_group, adds)))
 }
 
 /// Reads a gradient's numbers in float32 or bfloat16.
@@ -290,7 +321,7 @@ mod tests {
         let mask = BernoulliMask::new(MaskScope::EncoderLayers, 0.5, true, 1);
         let (mask, hooks) = hooks(&parameters, GradientMask::Bernoulli(mask));
 
-        mask.begin_step(0);
+        mask.begin_step(0).unwrap();
         hooks.begin_step();
         let [once, head] = backward(&parameters);
         let norm = |values: &[f32]| values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
@@ -300,7 +331,7 @@ mod tests {
         assert!(once.iter().zip(&twice).all(|(once, twice)| *twice == 2.0 * once));
         assert_eq!(head, [3.0; 10], "the head is outside the scope");
 
-        mask.begin_step(1);
+        mask.begin_step(1).unwrap();
         hooks.begin_step();
         assert_ne!(backward(&parameters)[0], once);
     }

@@ -186,6 +186,19 @@ pub fn norm_of_spans(buffer: &Tensor, spans: &[Range<usize>]) -> Result<f64> {
     Ok(spans.iter().map(squares).sum::<f64>().sqrt())
 }
 
+/// Adds the squares of gradients to sums, or lets them take the place of what is there.
+pub fn add_squares(sums: &mut [f32], gradients: &[f32], adds: bool) {
+    let chunks = sums.par_chunks_mut(CHUNK).zip(gradients.par_chunks(CHUNK));
+    chunks.for_each(|(sums, gradients)| add_squares_of_chunk(sums, gradients, adds));
+}
+
+#[multiversion(targets = "simd")]
+fn add_squares_of_chunk(sums: &mut [f32], gradients: &[f32], adds: bool) {
+    for (sum, gradient) in sums.iter_mut().zip(gradients) {
+        *sum = if adds { *sum } else { 0.0 } + gradient * gradient;
+    }
+}
+
 /// Multiplies a part of the flat buffer by the mask, in place.
 pub fn mask_in_place(values: &mut [f32], mask: StepMask, first_group: usize) {
     values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {

@@ -1,5 +1,7 @@
-//! Child networks: which weights train, chosen anew at every step (Bernoulli) or once by Fisher information.
+//! Child networks: which weights train, chosen anew at every step (Bernoulli), once by Fisher information, or now and again by the
+//! gradients of the steps before (adaptive).
 
+mod adaptive;
 mod bernoulli;
 mod cut;
 mod fisher;
@@ -13,6 +15,7 @@ mod select;
 mod select_device;
 mod uncertainty;
 
+pub use adaptive::{AdaptiveMask, Uses};
 pub use bernoulli::BernoulliMask;
 pub use cut::{Choice, Cut, Threshold, random_scores};
 pub use fisher::{Estimator, FisherBatch, FisherInformation, FisherOptions, Spread, fisher_information};

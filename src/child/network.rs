@@ -29,12 +29,19 @@ pub enum MaskScope {
     All,
     /// The matrices of the backbone's linear layers.
     Linear,
+    /// The matrices of all linear layers, the head's included, as in the released code of DPS.
+    AllLinear,
 }
 
 impl MaskScope {
     /// All scopes; where two reach the same parameters of a model, the first is its name.
-    pub const ALL: [MaskScope; 4] =
-        [MaskScope::EncoderLayers, MaskScope::Backbone, MaskScope::All, MaskScope::Linear];
+    pub const ALL: [MaskScope; 5] = [
+        MaskScope::EncoderLayers,
+        MaskScope::Backbone,
+        MaskScope::All,
+        MaskScope::Linear,
+        MaskScope::AllLinear,
+    ];
 
     /// Returns whether the mask reaches a parameter.
     pub fn covers(self, parameter: &Parameter) -> bool {
@@ -44,6 +51,7 @@ impl MaskScope {
             MaskScope::Backbone => backbone,
             MaskScope::All => true,
             MaskScope::Linear => backbone && parameter.kind == ParameterKind::Weight,
+            MaskScope::AllLinear => parameter.kind == ParameterKind::Weight,
         }
     }
 }
@@ -123,6 +131,7 @@ impl ChildNetwork {
             *last &= (1 << used) - 1;
         }
         self.tensors[index].kept = words.par_iter().map(|word| word.count_ones() as usize).sum();
+        self.on_device = Mutex::default();
         Ok(())
     }
 
@@ -149,6 +158,11 @@ impl ChildNetwork {
     /// Returns the number of maskable weights in the child network.
     pub fn kept(&self) -> usize {
         self.tensors.iter().map(|tensor| tensor.kept).sum()
+    }
+
+    /// Returns the share of the maskable weights that is in the child network.
+    pub fn share(&self) -> f64 {
+        self.kept() as f64 / self.maskable() as f64
     }
 
     /// Returns whether nothing is masked out.
@@ -249,7 +263,7 @@ impl ChildNetwork {
     }
 
     /// Returns the bits of a range as booleans on a device, `[range]`.
-    fn device_mask(&self, range: Range<usize>, device: Device) -> Result<Tensor> {
+    pub(super) fn device_mask(&self, range: Range<usize>, device: Device) -> Result<Tensor> {
         let mut on_device = self.on_device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(mask) = on_device.get(&range) {
             return Ok(mask.shallow_clone());

@@ -2,7 +2,7 @@
 
 use super::spec::TrainSpec;
 use crate::error::{Error, Result};
-use crate::method::{Method, Parts, Preset};
+use crate::method::{Method, Preset};
 use crate::train::{AdamWForm, Freeze, Hyperparameters, MicroBatch, Precision, Warmup};
 use crate::values::OneOrMany;
 
@@ -51,14 +51,13 @@ impl GridPoint {
         if let Some(obstacle) = recording_obstacle(&hyperparameters) {
             return Err(Error::configuration(format!("train.cuda_graphs records passes, but {obstacle}")));
         }
-        let parts = method.parts();
-        if hyperparameters.cuda_graphs && !parts.has_plain_passes() {
+        if hyperparameters.cuda_graphs && !method.parts().has_plain_passes() {
             return Err(Error::configuration(format!(
                 "train.cuda_graphs records the passes of plain fine-tuning; {} has others: leave it out",
                 method.name()
             )));
         }
-        if let Some(obstacle) = release_obstacle(&hyperparameters, &parts) {
+        if let Some(obstacle) = release_obstacle(&hyperparameters, method) {
             return Err(Error::configuration(format!(
                 "train.release_gradients frees each gradient as soon as it is used, but {obstacle}"
             )));
@@ -68,13 +67,14 @@ impl GridPoint {
 }
 
 /// Returns why gradients that are to be released in backward cannot be.
-fn release_obstacle(hyperparameters: &Hyperparameters, parts: &Parts) -> Option<&'static str> {
+fn release_obstacle(hyperparameters: &Hyperparameters, method: &dyn Method) -> Option<&'static str> {
+    let parts = method.parts();
     let whole = hyperparameters.micro_batch == MicroBatch::Examples(hyperparameters.batch_size);
     match hyperparameters.max_gradient_norm {
         _ if !hyperparameters.release_gradients => None,
         Some(_) => Some("clipping needs all gradients at once: set `train.max_gradient_norm: 0`"),
         None if !whole => Some("micro-batches add up in them: leave `train.micro_batch` out"),
-        None if !(parts.has_plain_passes() && parts.pulls.is_empty()) => {
+        None if method.has_adaptive_mask() || !(parts.has_plain_passes() && parts.pulls.is_empty()) => {
             Some("the method has more than one use for them: leave it out")
         }
         None => None,

@@ -106,6 +106,10 @@ impl Method for Composed {
         self.parts.iter().any(|part| part.has_mask())
     }
 
+    fn has_adaptive_mask(&self) -> bool {
+        self.parts.iter().any(|part| part.has_adaptive_mask())
+    }
+
     fn has_fixed_mask(&self) -> bool {
         self.parts.iter().any(|part| part.has_fixed_mask())
     }

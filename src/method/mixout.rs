@@ -74,7 +74,7 @@ impl Method for Mixout {
     }
 
     fn parts(&self) -> Parts {
-        let mixing = Mixing { mixout: *self, own_start: RefCell::default() };
+        let mixing = Mixing { mixout: *self, start: StartOfMatrices::default() };
         let weights: Vec<Box<dyn WeightTransform>> =
             if self.q > 0.0 { vec![Box::new(mixing)] } else { Vec::new() };
         Parts { weights, dropout: self.dropout, ..Parts::default() }
@@ -84,87 +84,113 @@ impl Method for Mixout {
 /// Mixout in one run.
 struct Mixing {
     mixout: Mixout,
-    /// What matrices had at the first step, where that is not what the checkpoint brought: those of a new head, and of
-    /// layers that were drawn anew or pruned.
-    own_start: RefCell<HashMap<ParameterId, Tensor>>,
+    start: StartOfMatrices,
 }
 
 impl WeightTransform for Mixing {
     fn apply(&self, weights: &mut [Tensor], at: &TrainingPoint) -> Result<()> {
-        if at.step == 0 {
-            self.keep_start(at)?;
-        }
-        let key = Key::derive(at.seed, Purpose::Mixout, at.step);
+        let Mixout { q, mask, .. } = self.mixout;
+        // As released, or the derivative of W′.
+        let gradient_factor = if mask == MaskForm::Weight { 1.0 / (1.0 - q) } else { 1.0 };
+        self.start.keep(at)?;
         for (id, parameter) in at.parameters.iter().filter(|(_, own)| own.kind == ParameterKind::Weight) {
             let weight = &mut weights[id.index()];
             // One that does not train is W₀ already.
             if weight.requires_grad() {
-                let start = match self.own_start.borrow().get(&id) {
-                    Some(own) => own.shallow_clone(),
-                    None => at.parameters.part(at.start, id)?,
-                };
-                *weight = self.mixed(weight, &start, parameter, key.of_part(id.index() as u64))?;
+                let draw = Factors::new(q, mask, parameter, id, at.seed, at.step);
+                let draw = move |factor, device| draw.draw(factor, device);
+                *weight = mixed(weight, &self.start.of(id, at)?, 1.0 / (1.0 - q), gradient_factor, draw)?;
             }
         }
         Ok(())
     }
 }
 
-impl Mixing {
-    /// Copies the values of the matrices that do not start from the checkpoint's.
-    fn keep_start(&self, at: &TrainingPoint) -> Result<()> {
-        let mut own_start = self.own_start.borrow_mut();
-        for (id, _) in at.parameters.iter().filter(|(_, own)| own.kind == ParameterKind::Weight) {
+/// The values of the matrices of linear layers that training starts from.
+#[derive(Default)]
+pub(super) struct StartOfMatrices {
+    /// What matrices had at the first step, where that is not what the checkpoint brought: those of a new head, and of
+    /// layers that were drawn anew or pruned.
+    own: RefCell<HashMap<ParameterId, Tensor>>,
+}
+
+impl StartOfMatrices {
+    /// Copies, at the first step, the values of the matrices that do not start from the checkpoint's.
+    pub(super) fn keep(&self, at: &TrainingPoint) -> Result<()> {
+        let matrices = at.parameters.iter().filter(|(_, own)| own.kind == ParameterKind::Weight);
+        for (id, _) in matrices.filter(|_| at.step == 0) {
             let values = at.parameters.part(at.parameters.values(), id)?;
             if !values.f_equal(&at.parameters.part(at.start, id)?)? {
                 let mut copy = values.f_empty_like()?;
                 copy.f_copy_(&values)?;
-                own_start.insert(id, copy);
+                self.own.borrow_mut().insert(id, copy);
             }
         }
         Ok(())
     }
 
-    /// Returns W′ of a matrix, in its type. W₀ is rounded as W is, so that a weight that did not move is W₀ in W′ as well.
-    fn mixed(&self, weight: &Tensor, start: &Tensor, parameter: &Parameter, key: Key) -> Result<Tensor> {
-        let Mixout { q, mask, .. } = self.mixout;
-        let kind = weight.kind();
-        let factors =
-            Factors { q, mask, key, shape: parameter.shape.clone(), input_first: parameter.input_first };
-        let scale = 1.0 / (1.0 - q);
-        let own = weight.f_detach()?.f_to_kind(Kind::Float)?;
-        let start = start.f_view_as(&own)?.f_to_kind(kind)?.f_to_kind(Kind::Float)?;
-        // W₀ + M (W − W₀) / (1 − q), which is the same.
-        let mixed = start.f_lerp_tensor(&own, &factors.draw(weight.device(), scale)?)?.f_to_kind(kind)?;
-        let scale = if mask == MaskForm::Weight { scale } else { 1.0 };
-        // M is drawn again and not kept.
-        with_backward(mixed, &[weight], move |gradient| {
-            let factors = factors.draw(gradient.device(), scale)?;
-            Ok(vec![gradient.f_mul(&factors)?.f_to_kind(gradient.kind())?])
-        })
+    /// Returns the values of a matrix, `[count]`.
+    pub(super) fn of(&self, id: ParameterId, at: &TrainingPoint) -> Result<Tensor> {
+        match self.own.borrow().get(&id) {
+            Some(own) => Ok(own.shallow_clone()),
+            None => at.parameters.part(at.start, id),
+        }
     }
 }
 
-/// M of one matrix.
-struct Factors {
+/// Returns T + M (W − T) / (1 − q) for a matrix W and a target T of its values, in the type of W: the form of W′ above, with T for
+/// W₀. T is rounded as W is, so that a weight that did not move is T in W′ as well.
+///
+/// `draw` makes M times a factor in float32, `factor` is 1 / (1 − q), and W gets the gradient of W′ times M and
+/// `gradient_factor`.
+pub(super) fn mixed(
+    weight: &Tensor,
+    target: &Tensor,
+    factor: f64,
+    gradient_factor: f64,
+    draw: impl Fn(f64, Device) -> Result<Tensor> + Send + 'static,
+) -> Result<Tensor> {
+    let kind = weight.kind();
+    let own = weight.f_detach()?.f_to_kind(Kind::Float)?;
+    let target = target.f_view_as(&own)?.f_to_kind(kind)?.f_to_kind(Kind::Float)?;
+    let mixed = target.f_lerp_tensor(&own, &draw(factor, weight.device())?)?.f_to_kind(kind)?;
+    // M is drawn again and not kept.
+    with_backward(mixed, &[weight], move |gradient| {
+        let factors = draw(gradient_factor, gradient.device())?;
+        Ok(vec![gradient.f_mul(&factors)?.f_to_kind(gradient.kind())?])
+    })
+}
+
+/// M of one matrix in one step.
+pub(super) struct Factors {
     q: f64,
-    mask: MaskForm,
     key: Key,
+    /// The shape of the matrix, or one that is extended to it.
     shape: Vec<i64>,
-    input_first: bool,
 }
 
 impl Factors {
-    /// Draws M times a factor, in float32, in the shape of the matrix or one that is extended to it.
-    fn draw(&self, device: Device, factor: f64) -> Result<Tensor> {
-        let mut shape = self.shape.clone();
-        if self.mask == MaskForm::InputNeuron {
-            match self.input_first {
+    /// Makes those of a matrix in a step.
+    fn new(q: f64, mask: MaskForm, parameter: &Parameter, id: ParameterId, seed: u64, step: u64) -> Self {
+        let mut shape = parameter.shape.clone();
+        if mask == MaskForm::InputNeuron {
+            match parameter.input_first {
                 true => shape[1..].fill(1),
                 false => shape[0] = 1,
             }
         }
-        let numbers = [shape.iter().product::<i64>()];
+        let key = Key::derive(seed, Purpose::Mixout, step).of_part(id.index() as u64);
+        Self { q, key, shape }
+    }
+
+    /// Makes those of a matrix in a step, one number an input.
+    pub(super) fn of_inputs(q: f64, parameter: &Parameter, id: ParameterId, seed: u64, step: u64) -> Self {
+        Self::new(q, MaskForm::InputNeuron, parameter, id, seed, step)
+    }
+
+    /// Draws M times a factor, in float32.
+    pub(super) fn draw(&self, factor: f64, device: Device) -> Result<Tensor> {
+        let numbers = [self.shape.iter().product::<i64>()];
         let drawn = if device.is_cuda() {
             tch::manual_seed((self.key.as_u64() >> 1) as i64);
             let kept = Tensor::f_rand(numbers, (Kind::Float, device))?.f_ge(self.q)?;
@@ -176,13 +202,14 @@ impl Factors {
             mask_in_place(elements_mut(&mut drawn)?, mask, 0);
             drawn
         };
-        Ok(drawn.f_view(shape.as_slice())?)
+        Ok(drawn.f_view(self.shape.as_slice())?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{ParameterPlace, ParameterTable};
 
     /// A column for each input, wherever inputs stand; the mean over M is the matrix.
     #[test]
@@ -192,11 +219,16 @@ mod tests {
             (true, MaskForm::InputNeuron, [400, 1, 1]),
             (false, MaskForm::Weight, [400, 500, 1]),
         ] {
-            let key = Key::derive(1, Purpose::Mixout, 0);
-            let factors = Factors { q: 0.3, mask, key, shape: vec![400, 500, 1], input_first };
-            let drawn = factors.draw(Device::Cpu, 2.0).unwrap();
+            let mut table = ParameterTable::default();
+            let kind = ParameterKind::Weight;
+            let id = table.declare("matrix", &[400, 500, 1], kind, ParameterPlace::EncoderLayer(0));
+            if input_first {
+                table.store_input_first(id);
+            }
+            let factors = Factors::new(0.3, mask, table.iter().next().unwrap(), id, 1, 0);
+            let drawn = factors.draw(2.0, Device::Cpu).unwrap();
             assert_eq!(drawn.size(), expected);
-            assert_eq!(drawn, factors.draw(Device::Cpu, 2.0).unwrap());
+            assert_eq!(drawn, factors.draw(2.0, Device::Cpu).unwrap());
             let kept = drawn.eq(2.0).sum(Kind::Int64).int64_value(&[]);
             assert_eq!(kept + drawn.eq(0.0).sum(Kind::Int64).int64_value(&[]), drawn.numel() as i64);
             let (share, count) = (kept as f64 / drawn.numel() as f64, drawn.numel() as f64);

@@ -10,6 +10,7 @@ mod child_tuning_f;
 mod composed;
 mod criterion;
 mod divergence;
+mod dps;
 mod fish_mask;
 mod hype;
 mod l2_sp;
@@ -117,6 +118,11 @@ pub trait Method: Send + Sync {
 
     /// Returns whether [`Method::prepare`] gives a mask on the gradients.
     fn has_mask(&self) -> bool {
+        false
+    }
+
+    /// Returns whether that mask is chosen by the gradients of the steps before.
+    fn has_adaptive_mask(&self) -> bool {
         false
     }
 
@@ -228,6 +234,8 @@ pub struct Preparation<'a> {
     pub precision: Precision,
     /// Whether examples are taken in another order than the file's.
     pub shuffled: bool,
+    /// The number of optimizer steps of the run.
+    pub steps: u64,
     /// Whoever trains.
     pub host: &'a mut dyn PreparationHost,
 }

@@ -4,6 +4,7 @@
 use tch::Tensor;
 
 use super::passes::Passes;
+use crate::child::GradientMask;
 use crate::error::Result;
 use crate::model::{Noise, ParameterId, Parameters};
 
@@ -114,6 +115,8 @@ pub struct TrainingPoint<'a> {
     pub seed: u64,
     /// The number of the optimizer step, from 0.
     pub step: u64,
+    /// The mask on the gradients of the step.
+    pub mask: Option<&'a GradientMask>,
 }
 
 /// What holds weights near to those that training started from.

@@ -68,6 +68,7 @@ registry!(
     r4f,
     smart,
     hype,
+    dps,
     mixout,
     lora,
 );

@@ -31,6 +31,7 @@ pub fn prepare(
         batch_size: hyperparameters.batch_size,
         precision: hyperparameters.precision,
         shuffled: hyperparameters.order == Order::Shuffled,
+        steps: hyperparameters.total_steps(data.len()),
         host: &mut Host { method, data, hyperparameters, seed, control, done: 0, total },
     })?;
     let plain = without_mask(method, classifier);

@@ -68,7 +68,7 @@ pub struct StepVariance {
 /// step is taken as −η times the masked gradient and not added to the weights, whose last bits would swallow small steps.
 ///
 /// # Errors
-/// Fails if the method has a fixed mask or changes more than a mask does, on request ([`Error::Interrupted`]), or if libtorch refuses an operation.
+/// Fails if the method has another mask or changes more than a mask does, on request ([`Error::Interrupted`]), or if libtorch refuses an operation.
 pub fn step_variance(
     classifier: &mut Classifier,
     data: &EncodedDataset,
@@ -82,7 +82,7 @@ pub fn step_variance(
     let (scope, p, scale) = match prepared.mask.as_deref() {
         None => (MaskScope::All, 1.0, 1.0),
         Some(GradientMask::Bernoulli(mask)) => (mask.scope(), mask.probability(), mask.scale()),
-        Some(GradientMask::Fixed(_)) => {
+        Some(GradientMask::Fixed(_) | GradientMask::Adaptive(_)) => {
             return Err(Error::configuration("Theorem 1 is about masks that are drawn at every step"));
         }
     };
@@ -110,7 +110,7 @@ pub fn step_variance(
         // A permutation of its own for every draw: the batches of one epoch are not independent.
         let order = random::permutation(data.len(), Key::derive(seed, Purpose::Order, draw));
         if let Some(mask) = &prepared.mask {
-            mask.begin_step(draw);
+            mask.begin_step(draw)?;
         }
         hooks.begin_step();
         let mean_loss = add_gradient(classifier, data, &order[..batch_size], batch_size)?;

@@ -204,7 +204,7 @@ impl<'a> Trainer<'a> {
     pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
         let _products = pass_precision(self.hyperparameters).matrix_products()?;
         if let Some(mask) = &self.prepared.mask {
-            mask.begin_step(self.step);
+            mask.begin_step(self.step)?;
         }
         let (learning_rate, pull) = (self.schedule.at(self.step), self.pulls.at(self.step));
         lock(&self.optimizer).begin_step(learning_rate, pull.update_factor);
@@ -234,8 +234,11 @@ impl<'a> Trainer<'a> {
         let mut values = parameters.values_to_change();
         let start = self.classifier.start().unwrap_or(&values).shallow_clone();
         let gradients = parameters.gradients()?;
-        Pulls::on_gradients(pull, trainable, [gradients, &values, &start])?;
         let mask = self.prepared.mask.as_ref();
+        if let Some(mask) = mask {
+            mask.observe(parameters)?;
+        }
+        Pulls::on_gradients(pull, trainable, [gradients, &values, &start])?;
         if let Some(mask) = mask.filter(|_| self.masks_late && self.prepared.clip == ClipOrder::AfterMask) {
             mask.apply_to_all(parameters)?;
         }
@@ -301,7 +304,8 @@ impl<'a> Trainer<'a> {
         let parameters = &self.classifier.parameters;
         let start = self.classifier.start().unwrap_or(parameters.values());
         let output = self.classifier.output_weight();
-        let at = TrainingPoint { parameters, start, output, seed: self.seed, step: self.step };
+        let mask = self.prepared.mask.as_deref();
+        let at = TrainingPoint { parameters, start, output, seed: self.seed, step: self.step, mask };
         let leaves: Vec<Tensor> = used.iter().map(Tensor::shallow_clone).collect();
         for transform in &self.prepared.parts.weights {
             transform.apply(&mut used, &at)?;

@@ -146,6 +146,13 @@ fn every_command_has_help_that_names_its_options() {
 }
 
 #[test]
+fn gradients_that_choose_a_child_network_are_not_released() {
+    let train = "train: {release_gradients: true, max_gradient_norm: 0}";
+    let keys = ["train.release_gradients", "the method has more than one use for them"];
+    refused(&format!("{train}\nmethod: [dps: {{dropout: true}}]"), &[], 2, &keys);
+}
+
+#[test]
 fn what_cannot_be_recorded_is_refused_with_the_key_to_change() {
     for (train, key) in [
         ("{cuda_graphs: true}", "`train.precision: bf16`"),

@@ -2,6 +2,7 @@
 //!
 //! The references are files under `tests/fixtures`, written by `scripts/make_fixtures.py`.
 
+mod adaptive;
 mod bert;
 mod criteria;
 mod families;

@@ -3,8 +3,9 @@
 
 use std::sync::atomic::AtomicBool;
 
+use child_tuning::child::GradientMask;
 use child_tuning::method::{MethodSpec, Preset};
-use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder};
+use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder, Parameters};
 use child_tuning::train::{Control, Hyperparameters, MicroBatch, Order, Trainer, prepare};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -72,6 +73,7 @@ impl Case {
             let mut control = Control { interrupted: &interrupted, report: &mut |_| {} };
             let prepared =
                 prepare(&mut classifier, &data, method.as_ref(), &settings, 3, &mut control).unwrap();
+            let mask = prepared.mask.clone();
             let mut trainer = Trainer::new(&mut classifier, &data, &settings, prepared, 3).unwrap();
             let what = format!("{} micro-batch {micro_batch} checkpointing {checkpointing}", self.file);
             for (step, expected) in losses.iter().enumerate() {
@@ -79,6 +81,11 @@ impl Case {
                 let difference = (loss - expected).abs() / expected.abs().max(1.0);
                 assert!(difference < self.tolerance, "{what} step {step}: {loss} instead of {expected}");
                 for (name, expected) in &reference {
+                    if let Some(name) = name.strip_prefix(&format!("mask{}.", step + 1)) {
+                        let found = members(mask.as_deref(), trainer.parameters(), name);
+                        let different = found.view(expected.size().as_slice()).not_equal_tensor(expected);
+                        assert_eq!(different.sum(Kind::Int64).int64_value(&[]), 0, "{what} {name}");
+                    }
                     let name = name.strip_prefix(&format!("step{}.", step + 1));
                     // Where the reference has a sum of a matrix and what changes it, only the latter is there in training.
                     let is_sum = |name: &&str| {
@@ -105,6 +112,13 @@ impl Case {
         };
         own.iter().filter_map(distance).fold(0.0, f64::max)
     }
+}
+
+/// Which elements of a parameter the mask of the last step lets through.
+fn members(mask: Option<&GradientMask>, parameters: &Parameters, name: &str) -> Tensor {
+    let Some(GradientMask::Adaptive(mask)) = mask else { panic!("there is no adaptive mask") };
+    let parameter = parameters.get(parameters.find(name).unwrap());
+    mask.members(parameter, Device::Cpu).unwrap().unwrap()
 }
 
 #[test]
@@ -158,6 +172,17 @@ fn two_passes_with_different_dropout() {
     case.check();
     let regression = "bert_regression";
     Case { file: "r_drop_regression", model: regression, ..case }.check();
+}
+
+#[test]
+fn child_networks_that_the_gradients_of_earlier_steps_choose() {
+    for case in [
+        Case::new("dps_dense", "dps: {p: 0.7, update_ratio: 0.2}"),
+        Case::new("dps_mix", "dps: {form: mix, p: 0.7, update_ratio: 0.2}"),
+    ] {
+        case.check();
+        assert!(case.distance_from_vanilla() > 20.0 * case.tolerance, "{}", case.file);
+    }
 }
 
 #[test]

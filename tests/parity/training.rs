@@ -26,9 +26,12 @@ pub fn run(
     seed: u64,
 ) -> Trained {
     classifier.reset(seed).unwrap();
-    let interrupted = AtomicBool::new(false);
-    let mut control = Control { interrupted: &interrupted, report: &mut |_| {} };
-    train(classifier, data, None, method, settings, seed, &mut control).unwrap()
+    control(|control| train(classifier, data, None, method, settings, seed, control).unwrap())
+}
+
+/// Lends a control that nobody uses.
+pub fn control<T>(work: impl FnOnce(&mut Control) -> T) -> T {
+    work(&mut Control { interrupted: &AtomicBool::new(false), report: &mut |_| {} })
 }
 
 pub fn child_bits(child: &ChildNetwork, name: &str) -> Vec<bool> {
@@ -40,7 +43,7 @@ pub fn child_bits(child: &ChildNetwork, name: &str) -> Vec<bool> {
 /// Found are up to 1.2e-6, by the products of some processors.
 pub const ROUNDING: f64 = 5e-6;
 
-fn method(text: &str) -> std::sync::Arc<dyn Method> {
+pub fn method(text: &str) -> std::sync::Arc<dyn Method> {
     serde_yaml::from_str::<MethodSpec>(text).unwrap().resolve(Preset::Paper).unwrap().remove(0)
 }
 

@@ -81,7 +81,7 @@ impl Criterion for Fisher {
     }
 
     fn scores(&self, preparation: &mut Preparation, scope: MaskScope) -> Result<Scores> {
-        let Preparation { classifier, data, seed, batch_size, precision, shuffled, host } = preparation;
+        let Preparation { classifier, data, seed, batch_size, precision, shuffled, host, .. } = preparation;
         let device = classifier.parameters.device();
         let of_batches = self.estimator == Estimator::Batch;
         let examples = self.examples(data.len());

@@ -25,7 +25,7 @@ impl Criterion for GradientMagnitude {
     }
 
     fn scores(&self, preparation: &mut Preparation, _scope: MaskScope) -> Result<Scores> {
-        let Preparation { classifier, data, seed, batch_size, precision, shuffled, host } = preparation;
+        let Preparation { classifier, data, seed, batch_size, precision, shuffled, host, .. } = preparation;
         let device = classifier.parameters.device();
         let mut order = match shuffled {
             true => random::permutation(data.len(), Key::derive(*seed, Purpose::Order, 0)),

@@ -1,0 +1,202 @@
+//! DPS (Zhang et al., 2022): stages in which all weights train and the squares of their gradients are added up take turns with
+//! stages in which only the weights with the highest sums train.
+//!
+//! In the form `mix`, passes of the first stages use the weights that training started from in place of some, as in Mixout; those
+//! of the others use, where a weight does not train, what it had when the stage began.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::mixout::{Factors, StartOfMatrices, mixed};
+use super::registry::MethodOptions;
+use super::{
+    ClipOrder, DecayScope, Method, Parts, Preparation, Prepared, Preset, TrainingPoint, WeightTransform,
+};
+use crate::child::{AdaptiveMask, GradientMask, MaskScope, Uses};
+use crate::error::{Error, Result};
+use crate::model::{ModelShape, Parameters};
+use crate::values::{OneOrMany, Share, yaml_name};
+
+/// The weights among which are chosen; all others train always.
+const SCOPE: MaskScope = MaskScope::AllLinear;
+
+/// The options as typed in YAML.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    form: Option<Form>,
+    p: Option<OneOrMany<Share>>,
+    update_ratio: Option<OneOrMany<Share>>,
+    dropout: Option<bool>,
+}
+
+/// The weights that passes use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Form {
+    /// Those that train.
+    #[default]
+    Dense,
+    /// Those that train, mixed with earlier ones.
+    Mix,
+}
+
+/// DPS.
+#[derive(Clone, Copy)]
+struct Dps {
+    form: Form,
+    p: f64,
+    /// The steps of a stage as a share of those of the run.
+    update_ratio: f64,
+    dropout: bool,
+}
+
+impl MethodOptions for Options {
+    fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
+        let (form, dropout) = (self.form.unwrap_or_default(), self.dropout.unwrap_or(false));
+        let shares = self.p.as_ref().map_or(&[Share(0.7)][..], |p| &p.0);
+        let ratios = self.update_ratio.as_ref().map_or(&[Share(0.05)][..], |ratios| &ratios.0);
+        let method = |p: &Share, ratio: &Share| Dps { form, p: p.0, update_ratio: ratio.0, dropout };
+        let grid = shares.iter().flat_map(|p| ratios.iter().map(move |ratio| method(p, ratio)));
+        Ok(grid.map(|method| Arc::new(method) as Arc<dyn Method>).collect())
+    }
+}
+
+impl Dps {
+    /// Returns the share of inputs whose weights are not used by a pass of a first stage.
+    fn unused(&self) -> f64 {
+        1.0 - self.p
+    }
+
+    /// Returns whether passes use other weights than those that train.
+    fn mixes(&self) -> bool {
+        self.form == Form::Mix && self.p < 1.0
+    }
+
+    /// Returns how often the steps of a stage use the elements of a matrix.
+    fn uses(&self, parameters: &Parameters, seed: u64) -> Uses {
+        let (q, device) = (self.unused(), parameters.device());
+        let matrices = parameters.iter().filter(|(_, parameter)| SCOPE.covers(parameter));
+        let matrices: Vec<_> = matrices.map(|(id, parameter)| (id, parameter.clone())).collect();
+        Box::new(move |index, mut steps| {
+            let (id, parameter) = &matrices[index];
+            let none = Tensor::f_zeros([1], (Kind::Float, device))?;
+            steps.try_fold(none, |uses, step| {
+                let used = Factors::of_inputs(q, parameter, *id, seed, step).draw(1.0, device)?;
+                Ok(uses.f_add(&used)?)
+            })
+        })
+    }
+}
+
+impl Method for Dps {
+    fn name(&self) -> &str {
+        "dps"
+    }
+
+    fn options(&self) -> String {
+        let Self { form, p, update_ratio, dropout } = self;
+        format!("form={} p={p} update_ratio={update_ratio} dropout={dropout}", yaml_name(form))
+    }
+
+    fn has_mask(&self) -> bool {
+        true
+    }
+
+    fn has_adaptive_mask(&self) -> bool {
+        true
+    }
+
+    fn parts(&self) -> Parts {
+        let mixing =
+            || Box::new(Mixing { q: self.unused(), ..Mixing::default() }) as Box<dyn WeightTransform>;
+        let weights = if self.mixes() { vec![mixing()] } else { Vec::new() };
+        Parts { weights, dropout: self.dropout, ..Parts::default() }
+    }
+
+    fn state_bytes(&self, shape: &ModelShape, number: usize) -> usize {
+        // A sum a matrix weight and a bit a weight; a mixed weight, and on which side of the cut it is; and the values to mix with.
+        let mixed = if self.mixes() { shape.matrix_weights * (number + 1) + shape.weights * 4 } else { 0 };
+        shape.matrix_weights * 4 + shape.weights.div_ceil(8) + mixed
+    }
+
+    fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
+        // Cut off, as in the released code.
+        let stage = (preparation.steps as f64 * self.update_ratio) as u64;
+        if stage == 0 {
+            return Err(Error::configuration(format!(
+                "dps: `update_ratio` {} of the {} steps of this run is less than one step",
+                self.update_ratio, preparation.steps
+            )));
+        }
+        let parameters = &preparation.classifier.parameters;
+        let uses = self.mixes().then(|| self.uses(parameters, preparation.seed));
+        let mask = AdaptiveMask::new(parameters, SCOPE, self.p, stage, uses)?;
+        Ok(Prepared {
+            mask: Some(Arc::new(GradientMask::Adaptive(mask))),
+            clip: ClipOrder::AfterMask,
+            // No weight is outside the child network for longer than a stage.
+            decay: DecayScope::All,
+            ..Prepared::default()
+        })
+    }
+}
+
+/// The weights of the passes in one run in the form `mix`.
+#[derive(Default)]
+struct Mixing {
+    q: f64,
+    start: StartOfMatrices,
+    /// All values when a child network was chosen, and in which step.
+    chosen: RefCell<Option<(u64, Tensor)>>,
+}
+
+impl WeightTransform for Mixing {
+    fn apply(&self, weights: &mut [Tensor], at: &TrainingPoint) -> Result<()> {
+        self.start.keep(at)?;
+        let mask = match at.mask {
+            Some(GradientMask::Adaptive(mask)) => mask,
+            _ => return Err(Error::configuration("dps: `form: mix` needs the mask of dps")),
+        };
+        let target = mask.chosen_in().map(|step| self.values_of(step, at.parameters)).transpose()?;
+        for (id, parameter) in at.parameters.iter().filter(|(_, own)| SCOPE.covers(own)) {
+            let weight = &mut weights[id.index()];
+            if !weight.requires_grad() {
+                continue;
+            }
+            let factor = 1.0 / (1.0 - self.q);
+            let members = mask.members(parameter, weight.device())?;
+            *weight = match (&target, members) {
+                (Some(target), Some(members)) => {
+                    let members = members.f_view_as(weight)?;
+                    let draw = move |factor, _| Ok(members.f_to_kind(Kind::Float)?.f_mul_scalar(factor)?);
+                    mixed(weight, &at.parameters.part(target, id)?, factor, 1.0, draw)?
+                }
+                _ => {
+                    let factors = Factors::of_inputs(self.q, parameter, id, at.seed, at.step);
+                    let draw = move |factor, device| factors.draw(factor, device);
+                    mixed(weight, &self.start.of(id, at)?, factor, 1.0, draw)?
+                }
+            };
+        }
+        Ok(())
+    }
+}
+
+impl Mixing {
+    /// Returns the values that all parameters had in the first pass of a step's stage.
+    fn values_of(&self, step: u64, parameters: &Parameters) -> Result<Tensor> {
+        let mut chosen = self.chosen.borrow_mut();
+        match &*chosen {
+            Some((of, values)) if *of == step => Ok(values.shallow_clone()),
+            _ => {
+                let values = parameters.values_copy()?;
+                *chosen = Some((step, values.shallow_clone()));
+                Ok(values)
+            }
+        }
+    }
+}
