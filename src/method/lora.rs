@@ -141,7 +141,7 @@ impl Lora {
             Some(targets) => targets.iter().map(String::as_str).collect(),
             None => DEFAULT_TARGETS
                 .iter()
-                .find(|parts| parts.iter().all(|part| has(part)))
+                .find(|parts| parts.iter().all(has))
                 .map_or(Vec::new(), |parts| parts.to_vec()),
         }
     }
