@@ -14,7 +14,7 @@ fixed seeds: a second run writes the same bytes. Steps, batches and examples cou
     fisher_regression/                           see write_fisher_regression
     weights/                                     see write_weights in weight_fixtures.py
     families/                                    see family_fixtures.py
-    methods/                                     see method_fixtures.py; in float64
+    methods/                                     see method_fixtures.py and dps_fixtures.py; in float64
     criteria/                                    see criterion_fixtures.py; in float64
 """
 

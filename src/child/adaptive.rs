@@ -121,19 +121,20 @@ impl AdaptiveMask {
         Ok(())
     }
 
-    /// Adds the squares of the current step's gradients, unless they are masked.
+    /// Adds the squares of the current step's gradients, unless they are masked, of the parameters that train.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn observe(&self, parameters: &Parameters) -> Result<()> {
+    pub fn observe(&self, parameters: &Parameters, trains: impl Fn(&Parameter) -> bool) -> Result<()> {
         let mut state = self.lock();
-        let State { step, child, masks, sums } = &mut *state;
+        let State { step, masks, sums, .. } = &mut *state;
         if *masks {
             return Ok(());
         }
         let (gradients, adds) = (parameters.gradients()?, !step.is_multiple_of(self.stage));
-        for (tensor, sums) in child.tensors().iter().zip(sums) {
-            let gradient = gradients.f_narrow(0, tensor.start as i64, tensor.count as i64)?;
+        let tensors = parameters.iter().filter(|(_, parameter)| self.scope.covers(parameter)).zip(sums);
+        for ((id, _), sums) in tensors.filter(|((_, parameter), _)| trains(parameter)) {
+            let gradient = parameters.part(gradients, id)?;
             if !gradient.device().is_cuda() {
                 add_squares(elements_mut(sums)?, elements(&gradient)?, adds);
             } else if adds {
@@ -187,7 +188,7 @@ mod tests {
             mask.begin_step(step).unwrap();
             let place = parameters.part(parameters.gradients().unwrap(), id).unwrap();
             place.shallow_clone().copy_(&(Tensor::from_slice(&gradient) * (step as f64 + 1.0)));
-            mask.observe(&parameters).unwrap();
+            mask.observe(&parameters, |_| true).unwrap();
             let members = mask.members(parameters.get(id), Device::Cpu).unwrap();
             members.map(|members| Vec::try_from(members).unwrap())
         };
@@ -225,13 +226,14 @@ mod tests {
     fn scores_are_sums_per_use_and_in_long_stages_discounted() {
         for stage in [49, 50] {
             // Input 0 is never used, and input i in i steps of ten.
-            let uses: Uses = Box::new(move |_, steps| {
+            let uses: Uses = Box::new(move |tensor, steps| {
                 assert_eq!(steps, 0..stage);
-                Ok(Tensor::arange(5, (Kind::Float, Device::Cpu)) * (stage as f64 / 10.0))
+                let inputs = if tensor == 0 { 5 } else { 1 };
+                Ok(Tensor::arange(inputs, (Kind::Float, Device::Cpu)) * (stage as f64 / 10.0))
             });
             let mask =
                 AdaptiveMask::new(&parameters(), MaskScope::AllLinear, 0.5, stage, Some(uses)).unwrap();
-            let gradient = [0.1, 1.0, 1.5, 1.8, 2.1, 0.1, 1.1, 1.4, 1.7, 2.0];
+            let gradient = [0.1, 1.0, 1.5, 1.8, 2.1, 0.1, 1.1, 1.4, 1.7, 1.9];
             let members = steps(&mask, gradient, stage + 1).pop().unwrap().unwrap();
             let score = |index: usize| {
                 let uses = ((index % 5) as f64 * stage as f64 / 10.0).max(1.0);

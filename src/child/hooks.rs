@@ -37,13 +37,14 @@ impl GradientMask {
         Ok(())
     }
 
-    /// Looks at the gradients of the loss that the step has collected, as far as the mask has let them through.
+    /// Looks at the gradients of the loss that the step has collected, of the parameters that train, as far as the mask has let
+    /// them through.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn observe(&self, parameters: &Parameters) -> Result<()> {
+    pub fn observe(&self, parameters: &Parameters, trains: impl Fn(&Parameter) -> bool) -> Result<()> {
         match self {
-            GradientMask::Adaptive(mask) => mask.observe(parameters),
+            GradientMask::Adaptive(mask) => mask.observe(parameters, trains),
             GradientMask::Bernoulli(_) | GradientMask::Fixed(_) => Ok(()),
         }
     }

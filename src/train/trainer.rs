@@ -236,7 +236,7 @@ impl<'a> Trainer<'a> {
         let gradients = parameters.gradients()?;
         let mask = self.prepared.mask.as_ref();
         if let Some(mask) = mask {
-            mask.observe(parameters)?;
+            mask.observe(parameters, |parameter| trainable.holds(parameter))?;
         }
         Pulls::on_gradients(pull, trainable, [gradients, &values, &start])?;
         if let Some(mask) = mask.filter(|_| self.masks_late && self.prepared.clip == ClipOrder::AfterMask) {

@@ -1,5 +1,5 @@
 //! Ten training steps of other methods, held to those that PyTorch takes from the methods' definitions
-//! (`scripts/method_fixtures.py`).
+//! (`scripts/method_fixtures.py`, `scripts/dps_fixtures.py`).
 
 use std::sync::atomic::AtomicBool;
 
