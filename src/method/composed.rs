@@ -73,6 +73,11 @@ impl Composed {
                 "`outside: prune` sets weights to zero that the other pulls back",
             );
         }
+        for (left, right) in parts.iter().flat_map(|left| parts.iter().map(move |right| (left, right))) {
+            if let Some(why) = left.conflict(right.as_ref()) {
+                return refuse(left.as_ref(), right.as_ref(), why);
+            }
+        }
         // Vanilla changes the learning rate at most: the name is that of what it goes with.
         let others: Vec<_> = parts.iter().map(|part| part.name()).filter(|&name| name != "vanilla").collect();
         let name = if others.is_empty() { "vanilla".to_owned() } else { others.join("+") };
@@ -202,6 +207,9 @@ mod tests {
     fn what_does_not_go_together_is_refused_by_name() {
         for (text, parts) in [
             ("[child_tuning_f, child_tuning_d]", ["child_tuning_d and child_tuning_f", "both have a mask"]),
+            ("[r3f, r4f]", ["r4f and r3f", "has the other's term"]),
+            ("[mixout, dps: {form: mix}]", ["dps and mixout", "both mix"]),
+            ("[lora, dps]", ["dps and lora", "the model's own matrices"]),
             ("[lora, child_tuning_d]", ["child_tuning_d and lora", "weights that it adds"]),
             ("[bitfit, bitfit]", ["bitfit and bitfit", "they are one method"]),
             (

@@ -110,6 +110,16 @@ impl Method for Dps {
         true
     }
 
+    fn conflict(&self, other: &dyn Method) -> Option<&'static str> {
+        match other.name() {
+            "mixout" if self.mixes() => Some("both mix the weights that passes use; take `form: dense`"),
+            _ if other.adds_weights() => {
+                Some("it chooses among the model's own matrices, and the other trains weights that it adds")
+            }
+            _ => None,
+        }
+    }
+
     fn parts(&self) -> Parts {
         let mixing =
             || Box::new(Mixing { q: self.unused(), ..Mixing::default() }) as Box<dyn WeightTransform>;

@@ -156,6 +156,11 @@ pub trait Method: Send + Sync {
         Parts::default()
     }
 
+    /// Returns why it does not go together with another method, where no general rule says so.
+    fn conflict(&self, _other: &dyn Method) -> Option<&'static str> {
+        None
+    }
+
     /// Returns whether weights outside a mask are set to zero.
     fn prunes(&self) -> bool {
         false

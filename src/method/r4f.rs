@@ -44,6 +44,10 @@ impl Method for R4F {
         self.0.options()
     }
 
+    fn conflict(&self, other: &dyn Method) -> Option<&'static str> {
+        (other.name() == "r3f").then_some("the one has the other's term; remove r3f")
+    }
+
     fn parts(&self) -> Parts {
         Parts { weights: vec![Box::new(SpectralNorm::default())], ..self.0.parts() }
     }
