@@ -134,14 +134,8 @@ impl Method for Dps {
     }
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
-        // Cut off, as in the released code.
-        let stage = (preparation.steps as f64 * self.update_ratio) as u64;
-        if stage == 0 {
-            return Err(Error::configuration(format!(
-                "dps: `update_ratio` {} of the {} steps of this run is less than one step",
-                self.update_ratio, preparation.steps
-            )));
-        }
+        // Cut off, as in the released code; short runs have stages of one step.
+        let stage = ((preparation.steps as f64 * self.update_ratio) as u64).max(1);
         let parameters = &preparation.classifier.parameters;
         let uses = self.mixes().then(|| self.uses(parameters, preparation.seed));
         let mask = AdaptiveMask::new(parameters, SCOPE, self.p, stage, uses)?;

@@ -25,6 +25,7 @@ mod post_norm;
 mod precision;
 mod roberta;
 mod rotary;
+mod trainable;
 mod weights;
 mod xlnet;
 mod xlnet_attention;
@@ -40,11 +41,9 @@ pub use layer_norm::LayerNorm;
 pub use layers::{Embedding, Linear, Vector, loss};
 pub use noise::{Noise, NoiseKind};
 pub(crate) use noise::{normal_rows, uniform_numbers};
-pub use params::{
-    Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters, Trainable,
-    TrainableGroup, Treatment,
-};
+pub use params::{Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters};
 pub use pass::{LayerObserver, Pass, Rows, Shift};
 pub use precision::Precision;
+pub use trainable::{Trainable, TrainableGroup, Treatment};
 pub use weights::{ElementType, StoredTensor, Weights};
 pub(crate) use weights::{FORMATS, shard_names};

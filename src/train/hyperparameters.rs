@@ -239,6 +239,14 @@ impl Default for Hyperparameters {
 }
 
 impl Hyperparameters {
+    /// Returns the number type of the passes; the head alone is float32 always.
+    pub fn pass_precision(&self) -> Precision {
+        match self.freeze {
+            Freeze::Nothing => self.precision,
+            Freeze::Encoder => Precision::Float32,
+        }
+    }
+
     /// Returns the number of optimizer steps of one epoch.
     pub fn steps_per_epoch(&self, examples: usize) -> u64 {
         examples.div_ceil(self.batch_size) as u64

@@ -5,10 +5,10 @@ use std::fs;
 use tch::Device;
 
 use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, OptimizerRule};
-use crate::data::AttentionLayout;
+use crate::data::{AttentionLayout, EncodedDataset};
 use crate::error::Result;
 use crate::libtorch::device_memory;
-use crate::model::{ModelShape, Precision};
+use crate::model::{Classifier, ModelShape, Precision};
 
 /// Bytes of a float32 number.
 const FLOAT: f64 = 4.0;
@@ -136,6 +136,27 @@ impl MemoryUse {
         }
         examples
     }
+}
+
+/// Chooses the micro-batch by the memory that is left once moments and gradients are there, for as many passes as a step goes
+/// backward through at once.
+///
+/// # Errors
+/// Fails if the memory of the device cannot be asked for.
+pub fn fitting_micro_batch(
+    classifier: &Classifier,
+    data: &EncodedDataset,
+    hyperparameters: &Hyperparameters,
+    passes_held: usize,
+) -> Result<usize> {
+    let device = classifier.parameters.device();
+    let batch_size = hyperparameters.batch_size;
+    let Some(available) = available_memory(device)? else { return Ok(batch_size) };
+    let shape = classifier.own_shape()?;
+    let memory = MemoryUse::new(&shape, hyperparameters, 0, device).with_method(0, passes_held);
+    let lengths: Vec<usize> = data.inputs.iter().map(|input| input.ids.len()).collect();
+    // Some of it for others, and for what the estimate does not know.
+    Ok(memory.micro_batch(&lengths, batch_size, 0.8 * available as f64))
 }
 
 /// Bytes of the values, of those to start from for the next seed, and of the encoder's copy in bfloat16.

@@ -2,6 +2,7 @@
 
 mod adamw_device;
 mod adamw_host;
+mod best_epoch;
 mod control;
 mod evaluate;
 mod hyperparameters;

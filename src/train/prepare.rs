@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use super::control::{Control, Event, Progress};
-use super::hyperparameters::{Hyperparameters, Order};
+use super::hyperparameters::{Freeze, Hyperparameters, Order};
 use super::trainer::Trainer;
 use crate::data::EncodedDataset;
 use crate::error::Result;
 use crate::method::{Method, Preparation, PreparationHost, Prepared};
-use crate::model::Classifier;
+use crate::model::{Classifier, ParameterPlace, Trainable, Treatment};
 
 /// Does what a method does before training, such as choosing a child network.
 ///
@@ -53,6 +53,33 @@ fn without_mask(method: &dyn Method, classifier: &Classifier) -> Prepared {
         }
     }
     Prepared { parts: method.parts(), frozen, rates, ..Prepared::default() }
+}
+
+/// Returns which parameters train, and how.
+pub fn trainable(
+    classifier: &Classifier,
+    hyperparameters: &Hyperparameters,
+    prepared: &Prepared,
+) -> Trainable {
+    let frozen = hyperparameters.freeze == Freeze::Encoder;
+    let parameters = &classifier.parameters;
+    let new: Vec<&str> = match prepared.parts.pulls.is_empty() {
+        true => Vec::new(),
+        false => parameters
+            .iter()
+            .filter(|(id, _)| classifier.is_new(*id))
+            .map(|(_, parameter)| parameter.name.as_str())
+            .collect(),
+    };
+    parameters.trainable_as(|parameter| {
+        let trains = !prepared.frozen.contains(&parameter.name)
+            && (!frozen || parameter.place == ParameterPlace::Head);
+        trains.then(|| Treatment {
+            rate: prepared.rates.get(&parameter.name).copied().unwrap_or(1.0),
+            pretrained: !new.contains(&parameter.name.as_str()),
+            ..Treatment::plain(parameter)
+        })
+    })
 }
 
 /// What a method may ask for.

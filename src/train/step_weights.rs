@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use crate::error::Result;
+use crate::model::{Parameter, Parameters, Precision, Trainable};
 
 /// The weights of passes, some of which may be functions of those that train.
 pub struct StepWeights {
@@ -43,4 +44,22 @@ impl StepWeights {
         }
         Ok(())
     }
+}
+
+/// Returns the weights that passes of plain fine-tuning use; those that do not train ask for no gradient, so that backward ends
+/// where all below are such.
+///
+/// # Errors
+/// Fails if libtorch cannot allocate.
+pub fn plain_weights(
+    parameters: &Parameters,
+    trainable: &Trainable,
+    precision: Precision,
+) -> Result<Vec<Tensor>> {
+    let weights = parameters.compute_weights(precision.kind())?;
+    let settled = |((_, parameter), weight): ((_, &Parameter), Tensor)| match trainable.holds(parameter) {
+        true => Ok(weight),
+        false => Ok(weight.f_detach()?),
+    };
+    parameters.iter().zip(weights).map(settled).collect()
 }

@@ -6,16 +6,17 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
+use super::best_epoch::BestEpoch;
 use super::control::{Control, Event, Progress};
 use super::evaluate::{Evaluation, Scored, evaluate};
-use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, MicroBatch};
-use super::memory::{MemoryUse, available_memory};
-use super::prepare::prepare;
+use super::hyperparameters::{Checkpoint, Hyperparameters, MicroBatch};
+use super::memory::fitting_micro_batch;
+use super::prepare::{prepare, trainable};
 use super::pull::Pulls;
 use super::rule::{Clip, Optimizer};
 use super::schedule::Schedule;
 use super::step_graphs::{self, StepGraphs};
-use super::step_weights::StepWeights;
+use super::step_weights::{StepWeights, plain_weights};
 use crate::child::{GradientHooks, GradientMask, norm_of_spans};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
@@ -23,9 +24,7 @@ use crate::libtorch::release_cached_memory;
 use crate::method::{
     ClipOrder, Method, Outside, PassSettings, Passes, Prepared, PullStrength, TrainingPoint,
 };
-use crate::model::{
-    Classifier, Dropout, Parameter, ParameterPlace, Parameters, Precision, Trainable, Treatment, loss,
-};
+use crate::model::{Classifier, Dropout, Parameter, Parameters, Trainable, loss};
 use crate::random::Purpose;
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
@@ -149,7 +148,7 @@ impl<'a> Trainer<'a> {
         let mask = prepared.mask.as_ref();
         let optimizer = Optimizer::new(parameters, &trainable, &settings, mask, prepared.decay)?;
         let optimizer = Arc::new(Mutex::new(optimizer));
-        let weights = parameters.compute_weights(pass_precision(hyperparameters).kind())?;
+        let weights = parameters.compute_weights(hyperparameters.pass_precision().kind())?;
         let trains = |parameter: &Parameter| trainable.holds(parameter);
         // A replay does not mask, since each parameter's mask seeds the generator, which cannot be recorded; and the mask is
         // on what pulls add, too.
@@ -202,7 +201,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
-        let _products = pass_precision(self.hyperparameters).matrix_products()?;
+        let _products = self.hyperparameters.pass_precision().matrix_products()?;
         if let Some(mask) = &self.prepared.mask {
             mask.begin_step(self.step)?;
         }
@@ -266,7 +265,11 @@ impl<'a> Trainer<'a> {
     fn accumulate(&mut self, examples: &[usize]) -> Result<Tensor> {
         let device = self.classifier.parameters.device();
         if let Some(graphs) = self.graphs.as_mut().filter(|_| examples.len() <= self.micro_batch) {
-            let weights = weights(self.classifier, &self.trainable, self.hyperparameters)?;
+            let weights = plain_weights(
+                &self.classifier.parameters,
+                &self.trainable,
+                self.hyperparameters.pass_precision(),
+            )?;
             let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, 0, device);
             return graphs.run(self.classifier, &weights, &self.hooks, (self.data, examples), dropout);
         }
@@ -300,7 +303,11 @@ impl<'a> Trainer<'a> {
 
     /// Returns the weights of the passes over a micro-batch, as the method's transforms make them.
     fn weights(&self) -> Result<StepWeights> {
-        let mut used = weights(self.classifier, &self.trainable, self.hyperparameters)?;
+        let mut used = plain_weights(
+            &self.classifier.parameters,
+            &self.trainable,
+            self.hyperparameters.pass_precision(),
+        )?;
         let parameters = &self.classifier.parameters;
         let start = self.classifier.start().unwrap_or(parameters.values());
         let output = self.classifier.output_weight();
@@ -355,7 +362,7 @@ impl<'a> Trainer<'a> {
         control: &mut Control,
     ) -> Result<Trained> {
         let mut train_time = Duration::ZERO;
-        let mut selection = Selection::default();
+        let mut selection = BestEpoch::default();
         let epochs = self.hyperparameters.epochs.ceil() as usize;
         for epoch in 0..epochs {
             let started = Instant::now();
@@ -365,7 +372,7 @@ impl<'a> Trainer<'a> {
             let training = self.settle()?;
             let evaluation = self.score(dev, control)?;
             (control.report)(Event::Epoch { epoch: epoch + 1, headline: evaluation.headline });
-            selection.consider(&self, evaluation.headline)?;
+            selection.consider(evaluation.headline, &self.classifier.parameters, self.step)?;
             training.map_or(Ok(()), |training| self.classifier.parameters.restore(&training))?;
             if self
                 .hyperparameters
@@ -376,7 +383,7 @@ impl<'a> Trainer<'a> {
             }
         }
         let mut step = self.step;
-        match (self.hyperparameters.checkpoint, selection.best) {
+        match (self.hyperparameters.checkpoint, selection.into_best()) {
             (Checkpoint::Best, Some(best)) => {
                 self.classifier.parameters.restore(&best.values)?;
                 step = best.step;
@@ -466,100 +473,6 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Returns which parameters train, and how.
-fn trainable(classifier: &Classifier, hyperparameters: &Hyperparameters, prepared: &Prepared) -> Trainable {
-    let frozen = hyperparameters.freeze == Freeze::Encoder;
-    let parameters = &classifier.parameters;
-    let new: Vec<&str> = match prepared.parts.pulls.is_empty() {
-        true => Vec::new(),
-        false => parameters
-            .iter()
-            .filter(|(id, _)| classifier.is_new(*id))
-            .map(|(_, parameter)| parameter.name.as_str())
-            .collect(),
-    };
-    parameters.trainable_as(|parameter| {
-        let trains = !prepared.frozen.contains(&parameter.name)
-            && (!frozen || parameter.place == ParameterPlace::Head);
-        trains.then(|| Treatment {
-            rate: prepared.rates.get(&parameter.name).copied().unwrap_or(1.0),
-            pretrained: !new.contains(&parameter.name.as_str()),
-            ..Treatment::plain(parameter)
-        })
-    })
-}
-
-/// Returns the weights of a pass; those that do not train ask for no gradient, so that backward ends where all below are
-/// such.
-fn weights(
-    classifier: &Classifier,
-    trainable: &Trainable,
-    hyperparameters: &Hyperparameters,
-) -> Result<Vec<Tensor>> {
-    let parameters = &classifier.parameters;
-    let weights = parameters.compute_weights(pass_precision(hyperparameters).kind())?;
-    let settled = |((_, parameter), weight): ((_, &Parameter), Tensor)| match trainable.holds(parameter) {
-        true => Ok(weight),
-        false => Ok(weight.f_detach()?),
-    };
-    parameters.iter().zip(weights).map(settled).collect()
-}
-
-/// The number type of the passes; the head alone is float32 always.
-fn pass_precision(hyperparameters: &Hyperparameters) -> Precision {
-    match hyperparameters.freeze {
-        Freeze::Nothing => hyperparameters.precision,
-        Freeze::Encoder => Precision::Float32,
-    }
-}
-
-/// Chooses the micro-batch by the memory that is left once moments and gradients are there.
-fn fitting_micro_batch(
-    classifier: &Classifier,
-    data: &EncodedDataset,
-    hyperparameters: &Hyperparameters,
-    passes_held: usize,
-) -> Result<usize> {
-    let device = classifier.parameters.device();
-    let batch_size = hyperparameters.batch_size;
-    let Some(available) = available_memory(device)? else { return Ok(batch_size) };
-    let shape = classifier.own_shape()?;
-    let memory = MemoryUse::new(&shape, hyperparameters, 0, device).with_method(0, passes_held);
-    let lengths: Vec<usize> = data.inputs.iter().map(|input| input.ids.len()).collect();
-    // Some of it for others, and for what the estimate does not know.
-    Ok(memory.micro_batch(&lengths, batch_size, 0.8 * available as f64))
-}
-
 fn lock(optimizer: &Mutex<Optimizer>) -> MutexGuard<'_, Optimizer> {
     optimizer.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-/// The best epoch so far.
-#[derive(Default)]
-struct Selection {
-    best: Option<Best>,
-    epochs_without_gain: usize,
-}
-
-struct Best {
-    headline: f64,
-    /// The weights that were scored.
-    values: Tensor,
-    step: u64,
-}
-
-impl Selection {
-    /// Takes an epoch's score in; among equals the earlier epoch stays the best, and a score that is no number never is
-    /// better than one that is.
-    fn consider(&mut self, trainer: &Trainer, headline: f64) -> Result<()> {
-        let worse = |best: &Best| !(headline > best.headline || best.headline.is_nan() && !headline.is_nan());
-        if self.best.as_ref().is_some_and(worse) {
-            self.epochs_without_gain += 1;
-            return Ok(());
-        }
-        let values = trainer.classifier.parameters.values_copy()?;
-        self.best = Some(Best { headline, values, step: trainer.step });
-        self.epochs_without_gain = 0;
-        Ok(())
-    }
 }

@@ -220,10 +220,10 @@ fn results_of_another_version_are_refused_and_left_alone() {
     let workplace = Workplace::new();
     workplace.experiment("");
     workplace.run(&[]).with_code(0);
-    let newer = workplace.read("results.csv").replace("\n3,", "\n4,");
+    let newer = workplace.read("results.csv").replace("\n4,", "\n5,");
     workplace.write("results.csv", &newer);
     for answer in [workplace.run(&[]), workplace.call(&["compare", "results.csv"])] {
-        answer.refused(2, &["results.csv:2: ", "schema version `4`", "knows 3"]);
+        answer.refused(2, &["results.csv:2: ", "schema version `5`", "knows 4"]);
     }
     assert_eq!(workplace.read("results.csv"), newer);
 }

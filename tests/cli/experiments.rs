@@ -103,6 +103,41 @@ fn tuning() {
 }
 
 #[test]
+fn prior_and_modern_methods() {
+    // The tiny encoder has three layers, and the experiment asks for more.
+    for (method, settings) in [("recadam", 5 * 4), ("mixout", 8), ("r3f", 2 * 4), ("prior_weight_decay", 6)] {
+        let rows = tiny("prior_methods", &["--only", &format!("task=rte,method={method}")]);
+        let purposes = |purpose: &str| rows.iter().filter(|row| row["purpose"] == purpose).count();
+        assert_eq!((purposes("selection"), purposes("tuned")), (settings * 2, 2), "{method}");
+    }
+    let rows = tiny("combinations", &["--only", "seed=42,task=rte"]);
+    let names = distinct(&rows, "method");
+    assert_eq!((rows.len(), names.len()), (18, 18));
+    for regulariser in ["prior_weight_decay", "mixout", "r3f", "r_drop", "hype"] {
+        for child in ["child_tuning_d", "child_tuning_f"] {
+            let mut parts = [regulariser, child];
+            parts.sort();
+            assert!(names.contains(regulariser) && names.contains(parts.join("+").as_str()), "{parts:?}");
+        }
+    }
+    let rows = tiny("modern_baselines", &["--only", "seed=42,task=rte"]);
+    assert_eq!((rows.len(), distinct(&rows, "method_config").len()), (19, 19));
+    let rows = tiny("methods_minilm", &["--only", "seed=42"]);
+    assert_eq!(rows.len(), 2 * 23);
+    for row in rows {
+        let doubled = ["r_drop", "r3f"].iter().any(|name| row["method"].contains(name));
+        let passes = if row["method"] == "smart" {
+            "3"
+        } else if doubled {
+            "2"
+        } else {
+            "1"
+        };
+        assert_eq!(row["passes_per_step"], passes, "{}", row["method"]);
+    }
+}
+
+#[test]
 fn child_overlap_and_step_variance() {
     let workplace = workplace();
     let experiment = |name: &str| project("experiments").join(name).to_str().unwrap().to_owned();

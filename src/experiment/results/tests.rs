@@ -260,7 +260,7 @@ fn refuses_foreign_files_and_leaves_them_alone() {
     let longer = header.replace(",started_at", ",started_at,mood");
     assert!(message(&longer).contains("is `mood` where the end of the line is due"));
     assert!(message("schema_version,shape\n5,round\n").contains("has schema version `5`"));
-    let newer = format!("{header}4{}\n", ",x".repeat(header.matches(',').count()));
+    let newer = format!("{header}5{}\n", ",x".repeat(header.matches(',').count()));
     assert!(message(&newer).contains(":2: has schema version `5`"));
 }
 

@@ -220,7 +220,7 @@ mod tests {
     fn quotes_as_rfc_4180_does() {
         let row = Row { experiment: "a,b".into(), model: "say \"x\"".into(), ..Row::default() };
         let line = String::from_utf8(encode(&[&row]).unwrap()).unwrap();
-        assert!(line.starts_with("3,\"a,b\",,\"say \"\"x\"\"\",,"), "{line}");
+        assert!(line.starts_with("4,\"a,b\",,\"say \"\"x\"\"\",,"), "{line}");
     }
 
     #[test]

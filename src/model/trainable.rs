@@ -1,0 +1,57 @@
+//! What of the flat buffers trains, and how.
+
+use std::ops::Range;
+
+use super::params::Parameter;
+
+/// The parameters that a run trains, as ranges of the flat buffers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trainable {
+    /// Ranges without a gap between two parameters, each of one treatment, in order.
+    pub groups: Vec<TrainableGroup>,
+    /// The same ranges, joined wherever one begins at the end of another.
+    pub spans: Vec<Range<usize>>,
+    /// Number of weights.
+    pub count: usize,
+}
+
+impl Trainable {
+    /// Returns whether a parameter is among those that train.
+    pub fn holds(&self, parameter: &Parameter) -> bool {
+        self.treatment(parameter).is_some()
+    }
+
+    /// Returns how a parameter is treated, if it trains.
+    pub fn treatment(&self, parameter: &Parameter) -> Option<Treatment> {
+        let own = &parameter.range;
+        let holds = |group: &&TrainableGroup| group.range.start <= own.start && own.end <= group.range.end;
+        self.groups.iter().find(holds).map(|group| group.treatment)
+    }
+}
+
+/// Parameters side by side that the optimizer treats alike.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainableGroup {
+    /// Their elements.
+    pub range: Range<usize>,
+    /// How they are treated.
+    pub treatment: Treatment,
+}
+
+/// How the optimizer treats a parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Treatment {
+    /// Factor on the learning rate.
+    pub rate: f64,
+    /// Whether weight decay applies.
+    pub decays: bool,
+    /// Whether there are values that training started from and may be held near to; a new head has none.
+    pub pretrained: bool,
+}
+
+impl Treatment {
+    /// Returns how plain fine-tuning treats a parameter.
+    pub fn plain(parameter: &Parameter) -> Self {
+        Self { rate: 1.0, decays: parameter.decays(), pretrained: true }
+    }
+}
