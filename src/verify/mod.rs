@@ -7,6 +7,7 @@ mod agreement;
 mod families;
 mod graphs;
 mod masks;
+mod methods;
 mod peer;
 mod random_model;
 mod report;
@@ -126,6 +127,8 @@ pub fn verify(options: Options, show: &mut dyn FnMut(&Check), note: &mut dyn FnM
     }
     note("every family: passes and Fisher information");
     families::check(&mut checks, options.device)?;
+    note("every method: whole trainings");
+    methods::check(&mut checks, options.device)?;
     let checks = checks.list;
     let (speeds, fisher) = speed::measure(options, note)?;
     note("the Python peer");
