@@ -4,6 +4,8 @@
 //! `cargo bench --bench fisher -- --precision bf16`. Every turn measures one plain epoch (no optimizer step) and one epoch
 //! of each estimator; ratios are to the plain epoch of the same turn.
 
+mod common;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -15,6 +17,7 @@ use child_tuning::experiment::peak_memory;
 use child_tuning::model::{Classifier, Labels, Pass, Precision, loss};
 use child_tuning::verify::{Shape, random_data};
 use clap::Parser;
+use common::{precision, set_up, token_counts};
 use tch::Device;
 
 const BATCH_SIZE: usize = 16;
@@ -23,8 +26,8 @@ const BATCH_SIZE: usize = 16;
 #[derive(Parser)]
 struct Arguments {
     /// float32 or bf16; both without it
-    #[arg(long)]
-    precision: Option<String>,
+    #[arg(long, value_parser = precision)]
+    precision: Option<Precision>,
     /// One token count a line
     #[arg(long, default_value = "benches/rte_lengths.txt")]
     lengths: PathBuf,
@@ -64,13 +67,7 @@ const PASSES: [(&str, Estimator, bool); 4] = [
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    // As the program does.
-    child_tuning::libtorch::with_a_considerate_environment();
-    child_tuning::libtorch::keep_freed_memory();
-    child_tuning::libtorch::keep_the_order_of_sums();
-    tch::set_num_threads(arguments.threads as i32);
-    rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
-    let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
+    let device = set_up(arguments.threads, &arguments.device)?;
     let shape = Shape {
         name: "measured",
         layers: arguments.layers,
@@ -79,19 +76,14 @@ fn main() -> anyhow::Result<()> {
         vocabulary: 30522,
     };
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
-    let text = std::fs::read_to_string(&arguments.lengths)?;
-    let lengths: Vec<usize> =
-        text.split_whitespace().take(arguments.examples).map(str::parse).collect::<Result<_, _>>()?;
+    let mut lengths = token_counts(&arguments.lengths)?;
+    lengths.truncate(arguments.examples);
     let data = random_data(&lengths, shape.vocabulary, &labels);
     let resident_before = peak_memory(Device::Cpu).unwrap_or(0);
     let mut classifier = Classifier::untrained(shape.config(0.1, 0.02), labels, device)?;
     classifier.reset(42)?;
-    let precisions = match arguments.precision.as_deref() {
-        None => vec![Precision::Float32, Precision::Bf16],
-        Some("float32") => vec![Precision::Float32],
-        Some("bf16") => vec![Precision::Bf16],
-        Some(other) => anyhow::bail!("unknown precision {other}"),
-    };
+    let both = vec![Precision::Float32, Precision::Bf16];
+    let precisions = arguments.precision.map_or(both, |precision| vec![precision]);
     for precision in precisions {
         let mut plain = Vec::new();
         let passes: Vec<_> = (PASSES.iter())

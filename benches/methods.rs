@@ -5,6 +5,8 @@
 //! forward and backward passes over all weights: a pass whose weights are constants counts as two thirds, since a third of the
 //! products are those of weight gradients.
 
+mod common;
+
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -15,7 +17,7 @@ use child_tuning::model::{Classifier, Labels};
 use child_tuning::train::{Control, Hyperparameters, MicroBatch, Order, Precision, Trainer, prepare};
 use child_tuning::verify::{Shape, random_data};
 use clap::Parser;
-use tch::Device;
+use common::{precision, set_up, token_counts};
 
 const SEED: u64 = 42;
 const VOCABULARY: u32 = 30522;
@@ -82,15 +84,8 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    // As the program does.
-    child_tuning::libtorch::with_a_considerate_environment();
-    child_tuning::libtorch::keep_freed_memory();
-    child_tuning::libtorch::keep_the_order_of_sums();
-    tch::set_num_threads(arguments.threads as i32);
-    rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
-    let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
-    let text = std::fs::read_to_string(&arguments.lengths)?;
-    let lengths = text.split_whitespace().map(str::parse).collect::<Result<Vec<usize>, _>>()?;
+    let device = set_up(arguments.threads, &arguments.device)?;
+    let lengths = token_counts(&arguments.lengths)?;
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
     let data = random_data(&lengths[..lengths.len().min(64 * arguments.batch_size)], VOCABULARY, &labels);
     let model = || -> anyhow::Result<Classifier> {
@@ -163,8 +158,4 @@ fn seconds(trainer: &mut Trainer, batch: &[usize]) -> anyhow::Result<f64> {
     let loss = trainer.step(batch)?;
     f64::try_from(loss)?;
     Ok(started.elapsed().as_secs_f64())
-}
-
-fn precision(text: &str) -> Result<Precision, String> {
-    serde_yaml::from_str(text).map_err(|error| error.to_string())
 }

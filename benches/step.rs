@@ -6,6 +6,8 @@
 //! next steps cannot be faster than: the time that the products of their linear layers take by themselves, and with it that
 //! of attention's products, without padding, and of reading and writing what AdamW has to.
 
+mod common;
+
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -16,6 +18,7 @@ use child_tuning::model::{Classifier, Labels};
 use child_tuning::train::{Hyperparameters, MicroBatch, Order, Precision, Trainer};
 use child_tuning::verify::{Shape, measured_method, random_data};
 use clap::Parser;
+use common::{precision, set_up, token_counts};
 use serde_json::json;
 use tch::{Device, Tensor};
 
@@ -62,15 +65,8 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    // As the program does.
-    child_tuning::libtorch::with_a_considerate_environment();
-    child_tuning::libtorch::keep_freed_memory();
-    child_tuning::libtorch::keep_the_order_of_sums();
-    tch::set_num_threads(arguments.threads as i32);
-    rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
-    let device = if arguments.device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
-    let text = std::fs::read_to_string(&arguments.lengths)?;
-    let lengths = text.split_whitespace().map(str::parse).collect::<Result<Vec<usize>, _>>()?;
+    let device = set_up(arguments.threads, &arguments.device)?;
+    let lengths = token_counts(&arguments.lengths)?;
     let (layers, hidden) = (arguments.layers, arguments.hidden);
     let shape = Shape { name: "bert", layers, hidden, heads: hidden / 64, vocabulary: VOCABULARY };
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
@@ -223,10 +219,6 @@ fn print_profile(profile: &Profile) {
 /// Waits for the device by reading the loss.
 fn finished(loss: Tensor) -> anyhow::Result<f64> {
     Ok(f64::try_from(&loss)?)
-}
-
-fn precision(text: &str) -> Result<Precision, serde_json::Error> {
-    serde_json::from_value(text.into())
 }
 
 fn settings(precision: Precision, batch_size: usize) -> Hyperparameters {

@@ -46,6 +46,11 @@ pub mod nan_as_null {
 #[derive(Clone, Debug, PartialEq)]
 pub struct OneOrMany<T>(pub Vec<T>);
 
+/// Returns the values of an axis of the grid: those that were typed, or the default alone.
+pub fn axis<T: Clone>(typed: &Option<OneOrMany<T>>, default: T) -> Vec<T> {
+    typed.as_ref().map_or_else(|| vec![default], |typed| typed.0.clone())
+}
+
 impl<T> From<T> for OneOrMany<T> {
     fn from(value: T) -> Self {
         Self(vec![value])

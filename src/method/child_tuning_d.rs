@@ -12,7 +12,7 @@ use super::sparse_mask::{Source, SparseMask, refuse_percentile};
 use super::{ClipOrder, DecayScope, Method, Outside, Preset};
 use crate::child::{Choice, Cut, MaskScope, Threshold, read_mask};
 use crate::error::{Error, Result};
-use crate::values::{OneOrMany, Share, yaml_name};
+use crate::values::{OneOrMany, Share, axis, yaml_name};
 
 const NAME: &str = "child_tuning_d";
 
@@ -128,7 +128,7 @@ impl Options {
                 choose: if choose == Choose::Lowest { Choice::Lowest } else { Choice::Highest },
             },
         };
-        Ok(self.p.as_ref().map_or(&[Share(0.3)][..], |p| &p.0).iter().map(source).collect())
+        Ok(axis(&self.p, Share(0.3)).iter().map(source).collect())
     }
 }
 

@@ -8,7 +8,7 @@ use super::registry::MethodOptions;
 use super::{ClipOrder, DecayScope, Method, Preparation, Prepared, Preset};
 use crate::child::{BernoulliMask, GradientMask, MaskScope};
 use crate::error::Result;
-use crate::values::{OneOrMany, Share, yaml_name};
+use crate::values::{OneOrMany, Share, axis, yaml_name};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -48,7 +48,7 @@ impl MethodOptions for Options {
                 clip: self.clip.unwrap_or(clip),
             })
         };
-        Ok(self.p.as_ref().map_or(&[Share(0.3)][..], |p| &p.0).iter().map(method).collect())
+        Ok(axis(&self.p, Share(0.3)).iter().map(method).collect())
     }
 }
 

@@ -18,7 +18,7 @@ use super::{
 use crate::child::{AdaptiveMask, GradientMask, MaskScope, Uses};
 use crate::error::{Error, Result};
 use crate::model::{ModelShape, Parameters};
-use crate::values::{OneOrMany, Share, yaml_name};
+use crate::values::{OneOrMany, Share, axis, yaml_name};
 
 /// The weights among which are chosen; all others train always.
 const SCOPE: MaskScope = MaskScope::AllLinear;
@@ -57,8 +57,8 @@ struct Dps {
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
         let (form, dropout) = (self.form.unwrap_or_default(), self.dropout.unwrap_or(false));
-        let shares = self.p.as_ref().map_or(&[Share(0.7)][..], |p| &p.0);
-        let ratios = self.update_ratio.as_ref().map_or(&[Share(0.05)][..], |ratios| &ratios.0);
+        let shares = axis(&self.p, Share(0.7));
+        let ratios = axis(&self.update_ratio, Share(0.05));
         let method = |p: &Share, ratio: &Share| Dps { form, p: p.0, update_ratio: ratio.0, dropout };
         let grid = shares.iter().flat_map(|p| ratios.iter().map(move |ratio| method(p, ratio)));
         Ok(grid.map(|method| Arc::new(method) as Arc<dyn Method>).collect())

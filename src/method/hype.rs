@@ -8,7 +8,7 @@ use super::registry::MethodOptions;
 use super::{Method, Parts, Preset};
 use crate::error::Result;
 use crate::model::{Noise, NoiseKind};
-use crate::values::{NonNegative, OneOrMany, yaml_name};
+use crate::values::{NonNegative, OneOrMany, axis, yaml_name};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -23,8 +23,8 @@ struct HyPe(Noise);
 
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
-        let kinds = self.noise.as_ref().map_or(&[NoiseKind::Normal][..], |kinds| &kinds.0);
-        let scales = self.scale.as_ref().map_or(&[NonNegative(1e-5)][..], |scales| &scales.0);
+        let kinds = axis(&self.noise, NoiseKind::Normal);
+        let scales = axis(&self.scale, NonNegative(1e-5));
         let with = |&kind: &NoiseKind| {
             scales.iter().map(move |scale| Arc::new(HyPe(Noise { kind, scale: scale.0 })) as Arc<dyn Method>)
         };

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use super::registry::MethodOptions;
 use super::{Method, Parts, Preset, Pull, PullStrength};
 use crate::error::Result;
-use crate::values::{NonNegative, OneOrMany};
+use crate::values::{NonNegative, OneOrMany, axis};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -27,7 +27,7 @@ struct L2Sp {
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
         let beta = self.beta.map_or(0.01, |beta| beta.0);
-        let alphas = self.alpha.as_ref().map_or(&[NonNegative(0.01)][..], |alphas| &alphas.0);
+        let alphas = axis(&self.alpha, NonNegative(0.01));
         Ok(alphas.iter().map(|alpha| Arc::new(L2Sp { alpha: alpha.0, beta }) as Arc<dyn Method>).collect())
     }
 }

@@ -11,7 +11,7 @@ use super::registry::MethodOptions;
 use super::{Method, Preset};
 use crate::error::Result;
 use crate::model::{Parameter, ParameterPlace};
-use crate::values::{OneOrMany, Share};
+use crate::values::{OneOrMany, Share, axis};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -27,7 +27,7 @@ struct LayerWiseRates {
 
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
-        let decays = self.decay.as_ref().map_or(&[Share(0.9)][..], |decays| &decays.0);
+        let decays = axis(&self.decay, Share(0.9));
         Ok(decays
             .iter()
             .map(|decay| Arc::new(LayerWiseRates { decay: decay.0 }) as Arc<dyn Method>)

@@ -17,7 +17,7 @@ use crate::model::{
     uniform_numbers,
 };
 use crate::random::{Key, Purpose};
-use crate::values::{Count, OneOrMany, Positive};
+use crate::values::{Count, OneOrMany, Positive, axis};
 
 /// The matrices that PEFT changes if it is not told which, by the names that families have for them; and for families that PEFT
 /// has no default for (DistilBERT, ModernBERT, XLNet), those that correspond.
@@ -56,7 +56,7 @@ impl MethodOptions for Options {
             targets.dedup();
             targets
         });
-        let ranks = self.rank.as_ref().map_or(&[Count(8)][..], |ranks| &ranks.0);
+        let ranks = axis(&self.rank, Count(8));
         let method = |rank: &Count| {
             Arc::new(Lora { rank: rank.0, alpha, targets: targets.clone() }) as Arc<dyn Method>
         };

@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::libtorch::{elements_mut, with_backward};
 use crate::model::{ModelShape, Parameter, ParameterId, ParameterKind};
 use crate::random::{Bernoulli, Key, Purpose};
-use crate::values::{OneOrMany, PartialShare, yaml_name};
+use crate::values::{OneOrMany, PartialShare, axis, yaml_name};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -50,8 +50,8 @@ struct Mixout {
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
         let dropout = self.dropout.unwrap_or(false);
-        let shares = self.q.as_ref().map_or(&[PartialShare(0.1)][..], |shares| &shares.0);
-        let forms = self.mask.as_ref().map_or(&[MaskForm::InputNeuron][..], |forms| &forms.0);
+        let shares = axis(&self.q, PartialShare(0.1));
+        let forms = axis(&self.mask, MaskForm::InputNeuron);
         let with = |&mask: &MaskForm| {
             shares.iter().map(move |q| Arc::new(Mixout { q: q.0, mask, dropout }) as Arc<dyn Method>)
         };

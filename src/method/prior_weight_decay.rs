@@ -11,7 +11,7 @@ use serde::Deserialize;
 use super::registry::MethodOptions;
 use super::{DecayOrder, Method, Parts, Preset, Pull, PullStrength};
 use crate::error::Result;
-use crate::values::{NonNegative, OneOrMany};
+use crate::values::{NonNegative, OneOrMany, axis};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -28,7 +28,7 @@ struct PriorWeightDecay {
 
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
-        let strengths = self.strength.as_ref().map_or(&[NonNegative(0.01)][..], |strengths| &strengths.0);
+        let strengths = axis(&self.strength, NonNegative(0.01));
         let method =
             |strength: &NonNegative| Arc::new(PriorWeightDecay { strength: strength.0 }) as Arc<dyn Method>;
         Ok(strengths.iter().map(method).collect())

@@ -15,7 +15,7 @@ use super::registry::MethodOptions;
 use super::{Method, Parts, Passes, Penalty, Preset};
 use crate::error::Result;
 use crate::model::{Noise, NoiseKind, Shift};
-use crate::values::{NonNegative, OneOrMany, yaml_name};
+use crate::values::{NonNegative, OneOrMany, axis, yaml_name};
 
 /// The place of this noise in the network.
 const SITE: u32 = 0;
@@ -52,8 +52,8 @@ pub(super) struct R3F {
 impl Options {
     /// Returns the method at each point of the grid.
     pub(super) fn points(&self) -> Vec<R3F> {
-        let lambdas = self.lambda.as_ref().map_or(&[NonNegative(1.0)][..], |lambdas| &lambdas.0);
-        let kinds = self.noise.as_ref().map_or(&[NoiseKind::Uniform][..], |kinds| &kinds.0);
+        let lambdas = axis(&self.lambda, NonNegative(1.0));
+        let kinds = axis(&self.noise, NoiseKind::Uniform);
         let scale = self.epsilon.map_or(1e-5, |epsilon| epsilon.0);
         let regression = self.regression.unwrap_or_default();
         let with = |lambda: &NonNegative| {

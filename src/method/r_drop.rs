@@ -13,7 +13,7 @@ use super::registry::MethodOptions;
 use super::{Method, Parts, Passes, Penalty, Preset};
 use crate::error::Result;
 use crate::model::loss;
-use crate::values::{NonNegative, OneOrMany};
+use crate::values::{NonNegative, OneOrMany, axis};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -30,7 +30,7 @@ struct RDrop {
 
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
-        let alphas = self.alpha.as_ref().map_or(&[NonNegative(1.0)][..], |alphas| &alphas.0);
+        let alphas = axis(&self.alpha, NonNegative(1.0));
         Ok(alphas.iter().map(|alpha| Arc::new(RDrop { alpha: alpha.0 }) as Arc<dyn Method>).collect())
     }
 }

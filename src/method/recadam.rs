@@ -11,7 +11,7 @@ use serde::Deserialize;
 use super::registry::MethodOptions;
 use super::{DecayOrder, Method, Parts, Preset, Pull, PullStrength};
 use crate::error::Result;
-use crate::values::{NonNegative, OneOrMany};
+use crate::values::{NonNegative, OneOrMany, axis};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -34,8 +34,8 @@ impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
         // The defaults of the released scripts.
         let gamma = self.gamma.map_or(5000.0, |gamma| gamma.0);
-        let slopes = self.k.as_ref().map_or(&[NonNegative(0.5)][..], |slopes| &slopes.0);
-        let middles = self.t0.as_ref().map_or(&[NonNegative(250.0)][..], |middles| &middles.0);
+        let slopes = axis(&self.k, NonNegative(0.5));
+        let middles = axis(&self.t0, NonNegative(250.0));
         let with = |k: &NonNegative| {
             let k = k.0;
             middles.iter().map(move |t0| Arc::new(RecAdam { k, t0: t0.0, gamma }) as Arc<dyn Method>)

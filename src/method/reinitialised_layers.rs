@@ -9,7 +9,7 @@ use super::registry::MethodOptions;
 use super::{Method, Preset, top_layers};
 use crate::error::Result;
 use crate::model::{Classifier, Parameter, ParameterPlace, Parameters};
-use crate::values::OneOrMany;
+use crate::values::{OneOrMany, axis};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -28,7 +28,7 @@ struct ReinitialisedLayers {
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
         let pooler = self.pooler.unwrap_or(true);
-        let counts = self.layers.as_ref().map_or(&[1][..], |counts| &counts.0);
+        let counts = axis(&self.layers, 1);
         let method = |&layers: &usize| Arc::new(ReinitialisedLayers { layers, pooler }) as Arc<dyn Method>;
         Ok(counts.iter().map(method).collect())
     }

@@ -16,7 +16,7 @@ use super::registry::MethodOptions;
 use super::{Method, Parts, Passes, Penalty, Preset};
 use crate::error::Result;
 use crate::model::{Noise, NoiseKind, Shift};
-use crate::values::{NonNegative, OneOrMany, Positive};
+use crate::values::{NonNegative, OneOrMany, Positive, axis};
 
 /// The place of this noise in the network.
 const SITE: u32 = 1;
@@ -48,7 +48,7 @@ impl MethodOptions for Options {
         let step_size = self.step_size.map_or(1e-3, |step_size| step_size.0);
         let noise = self.noise.map_or(1e-5, |noise| noise.0);
         let radius = self.radius.map_or(1e-5, |radius| radius.0);
-        let alphas = self.alpha.as_ref().map_or(&[NonNegative(1.0)][..], |alphas| &alphas.0);
+        let alphas = axis(&self.alpha, NonNegative(1.0));
         let method = |alpha: &NonNegative| {
             Arc::new(Smart { alpha: alpha.0, step_size, noise, radius }) as Arc<dyn Method>
         };

@@ -8,7 +8,7 @@ use super::registry::MethodOptions;
 use super::{Method, Preset};
 use crate::error::Result;
 use crate::model::Parameter;
-use crate::values::{OneOrMany, Positive};
+use crate::values::{OneOrMany, Positive, axis};
 
 /// The options as typed in YAML.
 #[derive(Debug, Default, Deserialize)]
@@ -19,7 +19,7 @@ pub struct Options {
 
 impl MethodOptions for Options {
     fn resolve(&self, _: Preset) -> Result<Vec<Arc<dyn Method>>> {
-        let factors = self.learning_rate_factor.as_ref().map_or(&[Positive(1.0)][..], |factors| &factors.0);
+        let factors = axis(&self.learning_rate_factor, Positive(1.0));
         let method =
             |factor: &Positive| -> Arc<dyn Method> { Arc::new(Vanilla { learning_rate_factor: factor.0 }) };
         Ok(factors.iter().map(method).collect())

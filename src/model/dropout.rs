@@ -209,11 +209,11 @@ fn half_row(values: &[i16], dropped: &mut [i16], pattern: Pattern, counter: [u32
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::data::Encoded;
 
-    fn batch(lengths: &[usize], first_slot: usize) -> PackedBatch {
+    pub fn batch(lengths: &[usize], first_slot: usize) -> PackedBatch {
         let examples: Vec<_> = lengths
             .iter()
             .map(|&length| Encoded { ids: vec![1; length], token_types: vec![0; length] })

@@ -131,19 +131,9 @@ fn pair_row(row: &mut [f32], key: Key, counter: [u32; 3]) {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
+    use super::super::dropout::tests::batch;
     use super::*;
-    use crate::data::Encoded;
     use crate::random::Purpose;
-
-    fn batch(lengths: &[usize], first_slot: usize) -> PackedBatch {
-        let examples: Vec<_> = lengths
-            .iter()
-            .map(|&length| Encoded { ids: vec![1; length], token_types: vec![0; length] })
-            .collect();
-        PackedBatch::pack(&examples.iter().collect::<Vec<_>>(), first_slot, Device::Cpu).unwrap()
-    }
 
     fn key() -> Key {
         Key::derive(7, Purpose::Noise, 3)

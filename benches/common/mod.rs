@@ -1,0 +1,27 @@
+//! What the benchmarks have in common.
+
+use std::path::Path;
+
+use child_tuning::train::Precision;
+use tch::Device;
+
+/// Sets libtorch and the threads up as the program does, and returns the device that `cpu` or `cuda` names.
+pub fn set_up(threads: usize, device: &str) -> anyhow::Result<Device> {
+    child_tuning::libtorch::with_a_considerate_environment();
+    child_tuning::libtorch::keep_freed_memory();
+    child_tuning::libtorch::keep_the_order_of_sums();
+    tch::set_num_threads(threads as i32);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    Ok(if device == "cpu" { Device::Cpu } else { Device::Cuda(0) })
+}
+
+/// Reads token counts, one a line.
+pub fn token_counts(path: &Path) -> anyhow::Result<Vec<usize>> {
+    let text = std::fs::read_to_string(path)?;
+    Ok(text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?)
+}
+
+/// Reads the name of a precision.
+pub fn precision(text: &str) -> Result<Precision, serde_json::Error> {
+    serde_json::from_value(text.into())
+}
