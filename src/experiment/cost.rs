@@ -2,7 +2,7 @@
 
 use super::run::Run;
 use crate::error::Result;
-use crate::model::{Classifier, Labels, ModelShape, Parameter};
+use crate::model::{Classifier, Labels, Parameter};
 use crate::train::{OptimizerRule, Precision};
 
 /// What one run's method costs.
@@ -49,21 +49,16 @@ pub fn method_cost(run: &Run) -> Result<MethodCost> {
         OptimizerRule::Adamw => 2,
         OptimizerRule::Sgd => 0,
     };
-    Ok(MethodCost {
-        trainable,
-        optimizer_bytes: moments * size_of::<f32>() * trainable,
-        method_bytes: method_bytes(run, &shape),
-        passes: run.method.parts().passes(),
-        examples_prepared: run.method.examples_passed(run.training_examples()),
-        fine_tunes_first: run.method.fine_tunes_first(),
-    })
-}
-
-/// Bytes of what the method of a run keeps besides weights, gradients and optimizer state.
-pub fn method_bytes(run: &Run, shape: &ModelShape) -> usize {
     let number = match run.hyperparameters.precision {
         Precision::Bf16 => size_of::<u16>(),
         Precision::Float32 | Precision::Tf32 => size_of::<f32>(),
     };
-    run.method.state_bytes(shape, number)
+    Ok(MethodCost {
+        trainable,
+        optimizer_bytes: moments * size_of::<f32>() * trainable,
+        method_bytes: run.method.state_bytes(&shape, number),
+        passes: run.method.parts().passes(),
+        examples_prepared: run.method.examples_passed(run.training_examples()),
+        fine_tunes_first: run.method.fine_tunes_first(),
+    })
 }

@@ -450,7 +450,7 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn score(&mut self, dev: Scored, control: &mut Control) -> Result<Evaluation> {
+    fn score(&self, dev: Scored, control: &mut Control) -> Result<Evaluation> {
         let mut done = 0;
         evaluate(self.classifier, dev, self.hyperparameters.precision, |examples| {
             done += examples;

@@ -2,23 +2,15 @@
 
 use child_tuning::child::GradientMask;
 use child_tuning::model::{Classifier, ParameterKind};
-use child_tuning::train::{Hyperparameters, MicroBatch, OptimizerRule, Order, Trained, Trainer, prepare};
+use child_tuning::train::{Hyperparameters, MicroBatch, OptimizerRule, Trained, Trainer, prepare};
 use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{classifier, dataset, tensors};
-use crate::optimizer::hyperparameters;
-use crate::training::{control, method, run};
+use crate::training::{self, control, method, run};
 
-/// Twelve steps with the dropout of the model, where the method leaves it on.
+/// With the dropout of the model, where the method leaves it on.
 fn settings() -> Hyperparameters {
-    Hyperparameters {
-        epochs: 4.0,
-        batch_size: 2,
-        micro_batch: MicroBatch::Examples(2),
-        order: Order::Shuffled,
-        weight_decay: 0.01,
-        ..hyperparameters()
-    }
+    Hyperparameters { weight_decay: 0.01, ..training::settings() }
 }
 
 fn trained(text: &str, settings: &Hyperparameters, seed: u64) -> (Tensor, Trained) {

@@ -1,7 +1,6 @@
 //! Child networks by other criteria than Child-Tuning_D's, against plain loops in float64.
 
 use child_tuning::child::{ChildNetwork, Cut, MaskScope, Threshold, write_mask};
-use child_tuning::method::{Method, MethodSpec, Preset};
 use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder, ParameterPlace, Parameters};
 use child_tuning::train::{Hyperparameters, MicroBatch, Order, Trained};
 use serde_json::{Map, Value};
@@ -9,11 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{classifier, dataset, part, path, tensors};
 use crate::optimizer::hyperparameters;
-use crate::training::run;
-
-fn method(text: &str) -> std::sync::Arc<dyn Method> {
-    serde_yaml::from_str::<MethodSpec>(text).unwrap().resolve(Preset::Paper).unwrap().remove(0)
-}
+use crate::training::{method, run};
 
 /// The model of the references: bert_pair without dropout.
 fn without_dropout() -> Classifier {

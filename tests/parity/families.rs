@@ -19,8 +19,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{assert_close, dataset, part, path, tensors};
 use crate::optimizer::hyperparameters;
-use crate::penalties::method;
-use crate::training::run;
+use crate::training::{method, run};
 
 /// Where the reference itself adds up in another order, numbers differ by so much of the largest.
 const TOLERANCE: f64 = 1e-5;

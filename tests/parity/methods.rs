@@ -1,6 +1,5 @@
 //! Methods that train a part of the model, alone and together with child networks.
 
-use child_tuning::method::{Method, MethodSpec, Preset};
 use child_tuning::model::{
     Classifier, HeadStart, Labels, ModelFolder, Parameter, ParameterKind, ParameterPlace,
 };
@@ -9,11 +8,7 @@ use tch::{Device, Tensor};
 
 use crate::fixture::{assert_close, classifier, dataset, part, path, tensors};
 use crate::optimizer::hyperparameters;
-use crate::training::run;
-
-fn method(text: &str) -> std::sync::Arc<dyn Method> {
-    serde_yaml::from_str::<MethodSpec>(text).unwrap().resolve(Preset::Paper).unwrap().remove(0)
-}
+use crate::training::{method, run};
 
 /// One step with dropout and without clipping, which would mix the gradients of all parameters.
 fn one_step(text: &str, checkpointing: bool) -> (Classifier, Trained) {

@@ -3,16 +3,14 @@
 use std::sync::atomic::AtomicBool;
 
 use child_tuning::data::{LabelMap, TaskCard};
-use child_tuning::method::{Method, MethodSpec, Preset};
 use child_tuning::model::{Classifier, Labels, Pass};
 use child_tuning::train::{
-    Checkpoint, Control, Event, Hyperparameters, MicroBatch, Order, Precision, Scored, predict, train,
+    Checkpoint, Control, Event, Hyperparameters, MicroBatch, Precision, Scored, predict, train,
 };
 use tch::{Kind, Tensor};
 
 use crate::fixture::{assert_close, classifier, dataset, part, tensors};
-use crate::optimizer::hyperparameters;
-use crate::training::{ROUNDING, run};
+use crate::training::{ROUNDING, method, run, settings};
 
 /// With noise that is far above rounding.
 const R_DROP: &str = "r_drop: {alpha: 2}";
@@ -21,21 +19,6 @@ const R4F: &str = "r4f: {lambda: 2, epsilon: 0.02}";
 const SMART: &str = "smart: {alpha: 2, step_size: 0.1, noise: 0.01, radius: 0.05}";
 const HYPE: &str = "hype: {scale: 0.05}";
 const ALL: [&str; 5] = [R_DROP, R3F, R4F, SMART, HYPE];
-
-pub fn method(text: &str) -> std::sync::Arc<dyn Method> {
-    serde_yaml::from_str::<MethodSpec>(text).unwrap().resolve(Preset::Paper).unwrap().remove(0)
-}
-
-/// Twelve steps with dropout, or as many epochs of another data set.
-fn settings() -> Hyperparameters {
-    Hyperparameters {
-        epochs: 4.0,
-        batch_size: 2,
-        micro_batch: MicroBatch::Examples(2),
-        order: Order::Shuffled,
-        ..hyperparameters()
-    }
-}
 
 fn trained(folder: &str, text: &str, settings: &Hyperparameters, seed: u64) -> Classifier {
     let data = dataset(&tensors(&format!("{folder}/reference.safetensors")));

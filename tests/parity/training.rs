@@ -55,7 +55,8 @@ fn weights_after(text: &str, settings: &Hyperparameters, seed: u64) -> Tensor {
     classifier.parameters.values_copy().unwrap()
 }
 
-fn settings() -> Hyperparameters {
+/// Twelve steps on the examples of `bert_pair`, or as many epochs of another data set.
+pub fn settings() -> Hyperparameters {
     Hyperparameters {
         epochs: 4.0,
         batch_size: 2,

@@ -3,7 +3,6 @@
 use std::sync::atomic::AtomicBool;
 
 use child_tuning::data::{EncodedDataset, LabelMap, TaskCard, TokenEncoder};
-use child_tuning::method::{Method, MethodSpec, Preset};
 use child_tuning::model::{
     Classifier, HeadStart, Labels, ModelFolder, Parameter, ParameterKind, ParameterPlace,
 };
@@ -14,11 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{assert_close, classifier, dataset, part, path, tensors};
 use crate::optimizer::hyperparameters;
-use crate::training::run;
-
-fn method(text: &str) -> std::sync::Arc<dyn Method> {
-    serde_yaml::from_str::<MethodSpec>(text).unwrap().resolve(Preset::Paper).unwrap().remove(0)
-}
+use crate::training::{method, run};
 
 fn data() -> EncodedDataset {
     dataset(&tensors("bert_pair/reference.safetensors"))
