@@ -154,10 +154,7 @@ fn fisher_epoch(
     let started = Instant::now();
     let device = classifier.parameters.device();
     let order = in_order(data);
-    let batches = order.chunks(BATCH_SIZE).map(|numbers| {
-        let (batch, targets) = data.batch(numbers, 0, device)?;
-        Ok(FisherBatch { batch, targets, dropout: None })
-    });
+    let batches = order.chunks(BATCH_SIZE).map(|numbers| FisherBatch::plain(data, numbers, device));
     let information = fisher_information(classifier, batches, options, MaskScope::Backbone, |_| Ok(()))?;
     let _ = information.values.f_double_value(&[0])?;
     Ok(started.elapsed().as_secs_f64())

@@ -6,8 +6,8 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`verify`] | a device against the CPU, and its speed |
-//! | [`experiment`] | YAML as typed → plan of runs → runner → result CSV |
 //! | [`analysis`] | comparisons, from result CSVs only |
+//! | [`experiment`] | YAML as typed → plan of runs → runner → result CSV |
 //! | [`train`] | the training loop, optimizer, schedule, evaluation of one run |
 //! | [`method`] | fine-tuning methods behind one trait |
 //! | [`child`] | child networks: Bernoulli and Fisher masks, gradient hooks |
@@ -26,6 +26,7 @@ pub mod child;
 pub mod data;
 pub mod error;
 pub mod experiment;
+pub mod files;
 pub mod hub;
 pub mod libtorch;
 pub mod method;

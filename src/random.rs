@@ -65,9 +65,11 @@ impl Key {
         Key([block[0], block[1]])
     }
 
-    /// Returns the key as one number, to seed a generator that takes one.
-    pub fn as_u64(self) -> u64 {
-        u64::from(self.0[0]) | u64::from(self.0[1]) << 32
+    /// Seeds libtorch's generators, for what a GPU draws.
+    pub fn seed_libtorch(self) {
+        let number = u64::from(self.0[0]) | u64::from(self.0[1]) << 32;
+        // Positive, as libtorch takes it.
+        tch::manual_seed((number >> 1) as i64);
     }
 }
 

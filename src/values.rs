@@ -109,8 +109,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for OneOrManyVisitor<T> {
 macro_rules! checked_number {
     ($(#[$about:meta])* $name:ident, $what:literal, $valid:expr) => {
         $(#[$about])*
-        #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize, Deserialize)]
-        #[serde(try_from = "f64")]
+        #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize)]
         pub struct $name(pub f64);
 
         impl TryFrom<f64> for $name {
@@ -121,38 +120,113 @@ macro_rules! checked_number {
                 if valid(value) { Ok(Self(value)) } else { Err(format!(concat!("must be ", $what, ", not {}"), value)) }
             }
         }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                deserializer.deserialize_f64(NumberVisitor { what: $what, check: Self::try_from })
+            }
+        }
     };
+}
+
+/// Reads and checks a number in one place, so that an error names the key that the number stands at.
+struct NumberVisitor<T> {
+    what: &'static str,
+    check: fn(f64) -> Result<T, String>,
+}
+
+impl<T> Visitor<'_> for NumberVisitor<T> {
+    type Value = T;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str(self.what)
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<T, E> {
+        (self.check)(value).map_err(E::custom)
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<T, E> {
+        self.visit_f64(value as f64)
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<T, E> {
+        self.visit_f64(value as f64)
+    }
 }
 
 checked_number!(
     /// The share of weights that train: above 0, at most 1.
     Share,
-    "above 0 and at most 1",
+    "a number above 0 and at most 1",
     |value| value > 0.0 && value <= 1.0
 );
 checked_number!(
-    /// A finite number above zero, such as a learning rate.
+    /// A finite number above zero, such as a learning rate; in float32, too.
     Positive,
-    "a finite number above 0",
-    |value| value > 0.0 && value.is_finite()
+    "a number above 0 that float32 can hold",
+    |value| value as f32 > 0.0 && (value as f32).is_finite()
 );
 checked_number!(
-    /// A finite number of at least zero, such as a weight decay.
+    /// A finite number of at least zero, such as a weight decay; finite in float32, too.
     NonNegative,
-    "a finite number of at least 0",
-    |value| value >= 0.0 && value.is_finite()
+    "a number of at least 0 that float32 can hold",
+    |value| value >= 0.0 && (value as f32).is_finite()
 );
 
 checked_number!(
     /// A share that may be nothing but not the whole: at least 0, below 1.
     PartialShare,
-    "at least 0 and below 1",
+    "a number of at least 0 and below 1",
     |value| (0.0..1.0).contains(&value)
 );
 
+/// A limit of at least 0, or null where there is none.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limit(pub Option<f64>);
+
+impl<'de> Deserialize<'de> for Limit {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(LimitVisitor)
+    }
+}
+
+struct LimitVisitor;
+
+impl Visitor<'_> for LimitVisitor {
+    type Value = Limit;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a number of at least 0, or null")
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Limit, E> {
+        Ok(Limit(None))
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Limit, E> {
+        NonNegative::try_from(value).map(|limit| Limit(Some(limit.0))).map_err(E::custom)
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Limit, E> {
+        self.visit_f64(value as f64)
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Limit, E> {
+        self.visit_f64(value as f64)
+    }
+}
+
+/// Reads a key for which null is a value of its own, and not what is left out.
+///
+/// # Errors
+/// Those of the value.
+pub fn typed<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
+}
+
 /// A count of at least one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "u64")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Count(pub usize);
 
 impl TryFrom<u64> for Count {
@@ -162,6 +236,33 @@ impl TryFrom<u64> for Count {
         match usize::try_from(value) {
             Ok(value @ 1..) => Ok(Self(value)),
             _ => Err(format!("must be at least 1, not {value}")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_u64(CountVisitor)
+    }
+}
+
+struct CountVisitor;
+
+impl Visitor<'_> for CountVisitor {
+    type Value = Count;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a whole number of at least 1")
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Count, E> {
+        Count::try_from(value).map_err(E::custom)
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Count, E> {
+        match u64::try_from(value) {
+            Ok(value) => self.visit_u64(value),
+            Err(_) => Err(E::custom(format!("must be at least 1, not {value}"))),
         }
     }
 }

@@ -9,7 +9,7 @@ use super::select::{End, HostScores, Scores, Selection, percentile};
 use super::select_device::DeviceScores;
 use crate::error::{Error, Result};
 use crate::libtorch::elements;
-use crate::model::Parameters;
+use crate::model::{Parameter, Parameters};
 use crate::random::{self, GROUP, Key, Purpose};
 
 /// How a child network is cut out of the scores.
@@ -57,29 +57,34 @@ impl Cut {
         Self { p, scope, threshold, choose: Choice::Highest }
     }
 
-    /// Checks that a budget leaves something to the mask.
+    /// Returns how many of the weights in the scope it keeps of a model that declares the given parameters. (A percentile may
+    /// keep more, by ties.)
     ///
     /// # Errors
-    /// Fails, naming `p`, if what the mask does not reach takes the whole budget.
-    pub fn check(&self, parameters: &Parameters) -> Result<()> {
-        let covered = parameters.iter().filter(|(_, parameter)| self.scope.covers(parameter));
-        self.common_count(parameters, covered.map(|(_, parameter)| parameter.count()).sum()).map(|_| ())
-    }
-
-    /// Returns how many of the weights in the scope it keeps, where all compete with all.
-    fn common_count(&self, parameters: &Parameters, maskable: usize) -> Result<usize> {
-        if self.threshold != Threshold::Budget {
-            return Ok(share(self.p, maskable));
+    /// Fails, naming `p`, if that is none.
+    pub fn count(&self, declared: &[Parameter]) -> Result<usize> {
+        let counts = |covered: bool| {
+            let parameters = declared.iter().filter(move |own| self.scope.covers(own) == covered);
+            parameters.map(Parameter::count)
+        };
+        let (maskable, outside) = (counts(true).sum::<usize>(), counts(false).sum::<usize>());
+        let kept = match self.threshold {
+            Threshold::Global | Threshold::Percentile => share(self.p, maskable),
+            Threshold::PerTensor => counts(true).map(|count| share(self.p, count)).sum(),
+            Threshold::Budget => share(self.p, maskable + outside).saturating_sub(outside),
+        };
+        if kept > 0 {
+            return Ok(kept);
         }
-        let all = parameters.count();
-        let (budget, outside) = (share(self.p, all), all - maskable);
-        if budget > outside {
-            return Ok(budget - outside);
-        }
-        Err(Error::configuration(format!(
-            "`p: {}` of the model are {budget} weights, and the {outside} that `mask.scope` does not reach use them up; raise `p`",
-            self.p
-        )))
+        Err(Error::configuration(match self.threshold {
+            Threshold::Budget => format!(
+                "`p: {}` of the model are {} weights, and the {outside} that `mask.scope` does not reach use them up; raise \
+                 `p`",
+                self.p,
+                share(self.p, maskable + outside)
+            ),
+            _ => format!("`p: {}` of the {maskable} weights in `mask.scope` is none; raise `p`", self.p),
+        }))
     }
 }
 
@@ -95,7 +100,7 @@ impl ChildNetwork {
     /// lowest scores.
     pub fn from_scores(parameters: &Parameters, scores: &Tensor, cut: &Cut) -> Result<Self> {
         let mut child = Self::full(parameters, cut.scope)?;
-        let count = cut.common_count(parameters, child.maskable())?;
+        let count = cut.count(parameters.declared())?;
         if scores.device() == Device::Cpu {
             let scores: &[f32] = elements(scores)?;
             let tensors = child.tensors().iter();
@@ -213,7 +218,7 @@ mod tests {
         let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
         for (p, kept) in [(0.03, 1), (0.5, 98), (1.0, 200)] {
             let cut = Cut::highest(p, MaskScope::Backbone, Threshold::Budget);
-            cut.check(&parameters).unwrap();
+            assert_eq!(cut.count(parameters.declared()).unwrap(), kept, "{p}");
             let child = ChildNetwork::from_scores(&parameters, &scores, &cut).unwrap();
             assert_eq!(child.kept(), kept, "{p}");
             let global = Cut::highest(kept as f64 / 200.0, MaskScope::Backbone, Threshold::Global);
@@ -221,7 +226,7 @@ mod tests {
             assert_eq!(child.sha256(), global.sha256(), "{p}");
         }
         let cut = Cut::highest(0.02, MaskScope::Backbone, Threshold::Budget);
-        let message = cut.check(&parameters).unwrap_err().to_string();
+        let message = cut.count(parameters.declared()).unwrap_err().to_string();
         assert!(message.contains("`p: 0.02` of the model are 4 weights, and the 5 that"), "{message}");
         assert!(ChildNetwork::from_scores(&parameters, &scores, &cut).is_err());
     }

@@ -5,12 +5,12 @@
 //! statistics takes the expectation over the labels that the model itself predicts. All three are here, by their names.
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::hooks::GradientHooks;
 use super::network::MaskScope;
 use super::per_example::{FurtherMoments, Moments, SquaredGradients};
-use crate::data::PackedBatch;
+use crate::data::{EncodedDataset, PackedBatch};
 use crate::error::{Error, Result};
 use crate::model::{Classifier, Dropout, Labels, Pass, Precision, loss};
 
@@ -67,6 +67,17 @@ pub struct FisherBatch {
     pub targets: Tensor,
     /// The dropout pattern, where dropout is on.
     pub dropout: Option<Dropout>,
+}
+
+impl FisherBatch {
+    /// Makes the batch of the examples with the given numbers, without dropout.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn plain(data: &EncodedDataset, numbers: &[usize], device: Device) -> Result<Self> {
+        let (batch, targets) = data.batch(numbers, 0, device)?;
+        Ok(Self { batch, targets, dropout: None })
+    }
 }
 
 /// The Fisher information of a model's weights.

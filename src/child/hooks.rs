@@ -68,6 +68,12 @@ impl GradientMask {
         }
     }
 
+    /// Returns a mask if its child network is fixed, and not the whole network, which counts as none: so p = 1 is vanilla bit
+    /// for bit.
+    pub fn fixed(mask: Option<&Arc<Self>>) -> Option<Arc<Self>> {
+        mask.filter(|mask| mask.child().is_some_and(|child| !child.is_full())).cloned()
+    }
+
     /// Returns the fixed child network, if there is one.
     pub fn child(&self) -> Option<&ChildNetwork> {
         match self {

@@ -5,15 +5,16 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::network::{ChildNetwork, MaskScope};
+use super::network::{ChildNetwork, MaskScope, sha256_of_mask};
 use crate::error::{Error, Result};
-use crate::model::{Parameters, publish};
+use crate::files::write_whole;
+use crate::model::{Parameter, ParameterPlace, Parameters};
 
 /// Identifies the format, so that another safetensors file is not taken for a mask.
 const FORMAT: &str = "child-tuning mask 1";
 
 /// Writes a child network: for each tensor that the mask reaches a `uint8` tensor with its bits (element 0 in the lowest
-/// bit of byte 0), and as metadata the format, the hash, the shapes and whatever the caller adds.
+/// bit of byte 0), and as metadata the format, the hash, shapes and places, and whatever the caller adds.
 ///
 /// # Errors
 /// Fails if the file cannot be written.
@@ -32,14 +33,14 @@ pub fn write_mask(path: &Path, child: &ChildNetwork, about: &[(&str, String)]) -
     metadata.insert("sha256".into(), child.sha256());
     for tensor in child.tensors() {
         metadata.insert(format!("shape/{}", tensor.name), format!("{:?}", tensor.shape));
+        metadata.insert(format!("place/{}", tensor.name), tensor.place.to_string());
     }
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     }
-    // Written beside and renamed, so that a crash leaves no half mask under the real name.
-    let temporary = path.with_extension("partial");
-    safetensors::serialize_to_file(views, Some(metadata), &temporary).map_err(unwritable)?;
-    publish(&temporary, path)
+    write_whole(path, |temporary| {
+        safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(unwritable)
+    })
 }
 
 /// What a mask file holds, without the model it belongs to.
@@ -49,14 +50,41 @@ pub struct MaskFile {
     pub path: PathBuf,
     /// The metadata: format, hash, and what the writer added.
     pub about: HashMap<String, String>,
-    /// Name, shape and packed bits of each tensor, in the order of the names.
-    pub tensors: Vec<(String, Vec<i64>, Vec<u8>)>,
+    /// What it says of each tensor, in the order of the names.
+    pub tensors: Vec<MaskedTensor>,
+}
+
+/// The mask of one tensor, as a file holds it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MaskedTensor {
+    /// The parameter's name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// Where in the model it stands.
+    pub place: ParameterPlace,
+    /// Number of elements.
+    pub count: usize,
+    /// A bit for each element, element 0 in the lowest bit of byte 0; unused bits are zero.
+    pub bits: Vec<u8>,
+}
+
+impl MaskedTensor {
+    /// Returns the number of elements in the child network.
+    pub fn kept(&self) -> usize {
+        self.bits.iter().map(|byte| byte.count_ones() as usize).sum()
+    }
 }
 
 impl MaskFile {
-    /// Returns the number of elements that a tensor's bits keep.
-    pub fn kept(bits: &[u8]) -> usize {
-        bits.iter().map(|byte| byte.count_ones() as usize).sum()
+    /// Returns name and shape of each tensor: those of masks of one model and scope are equal.
+    pub fn shapes(&self) -> Vec<(String, Vec<i64>)> {
+        self.tensors.iter().map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect()
+    }
+
+    /// Returns the number of weights in the child network.
+    pub fn kept(&self) -> usize {
+        self.tensors.iter().map(MaskedTensor::kept).sum()
     }
 
     /// Returns the hash over the mask that its writer noted.
@@ -68,54 +96,74 @@ impl MaskFile {
         sha256.map(String::as_str).ok_or_else(|| Error::model(&self.path, "has no `sha256` in its metadata"))
     }
 
-    /// Makes the child network of a model that the mask describes.
+    /// Returns the scope of a mask of a model that declares the given parameters.
     ///
     /// # Errors
-    /// Fails, naming the file and a tensor, if the mask is one of another model, or its bits are not those that its hash was
-    /// taken of.
-    pub fn child_network(&self, parameters: &Parameters) -> Result<ChildNetwork> {
-        let shapes = |parameters: &Parameters, scope: MaskScope| {
-            let covered = parameters.iter().filter(move |(_, parameter)| scope.covers(parameter));
+    /// Fails, naming the file and a tensor, if the mask is one of another model.
+    pub fn scope(&self, declared: &[Parameter]) -> Result<MaskScope> {
+        let shapes = |scope: MaskScope| {
+            let covered = declared.iter().filter(move |parameter| scope.covers(parameter));
             let mut shapes: Vec<_> =
-                covered.map(|(_, parameter)| (parameter.name.clone(), parameter.shape.clone())).collect();
+                covered.map(|parameter| (parameter.name.clone(), parameter.shape.clone())).collect();
             shapes.sort();
             shapes
         };
-        let own: Vec<_> = self.tensors.iter().map(|(name, shape, _)| (name.clone(), shape.clone())).collect();
-        let scope = MaskScope::ALL.into_iter().find(|&scope| shapes(parameters, scope) == own);
-        let Some(scope) = scope else {
-            let all = shapes(parameters, MaskScope::All);
-            let foreign = own.iter().find(|tensor| !all.contains(tensor));
-            return Err(Error::model(
-                &self.path,
-                match foreign {
-                    Some((name, shape)) => {
-                        format!("is a mask of another model: this one has no {name} of shape {shape:?}")
-                    }
-                    None => "leaves out tensors of every `mask.scope` of this model".into(),
-                },
-            ));
-        };
-        let mut child = ChildNetwork::full(parameters, scope)?;
+        let own = self.shapes();
+        if let Some(scope) = MaskScope::ALL.into_iter().find(|&scope| shapes(scope) == own) {
+            return Ok(scope);
+        }
+        let all = shapes(MaskScope::All);
+        let foreign = own.iter().find(|tensor| !all.contains(tensor));
+        Err(Error::model(
+            &self.path,
+            match foreign {
+                Some((name, shape)) => {
+                    format!("is a mask of another model: this one has no {name} of shape {shape:?}")
+                }
+                None => "leaves out tensors of every `mask.scope` of this model".into(),
+            },
+        ))
+    }
+
+    /// Checks that the mask is one of a model that declares the given parameters, and has the bits that its hash was taken of.
+    ///
+    /// # Errors
+    /// Fails, naming the file, if not.
+    pub fn check(&self, declared: &[Parameter]) -> Result<()> {
+        let scope = self.scope(declared)?;
+        let covered = declared.iter().filter(|parameter| scope.covers(parameter));
+        let tensors = covered.filter_map(|parameter| self.tensor(&parameter.name));
+        let tensors =
+            tensors.map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice(), tensor.bits.as_slice()));
+        if sha256_of_mask(tensors) == self.sha256()? {
+            return Ok(());
+        }
+        Err(Error::model(&self.path, "is damaged: its bits do not have the `sha256` of its metadata"))
+    }
+
+    /// Makes the child network of a model that the mask describes.
+    ///
+    /// # Errors
+    /// As for [`MaskFile::check`].
+    pub fn child_network(&self, parameters: &Parameters) -> Result<ChildNetwork> {
+        self.check(parameters.declared())?;
+        let mut child = ChildNetwork::full(parameters, self.scope(parameters.declared())?)?;
         for index in 0..child.tensors().len() {
-            let name = child.tensors()[index].name.as_str();
-            let found = self.tensors.binary_search_by(|(other, ..)| other.as_str().cmp(name));
-            if let Ok(place) = found {
+            if let Some(tensor) = self.tensor(&child.tensors()[index].name) {
                 child.set_words(index, |words| {
-                    for (word, bytes) in words.iter_mut().zip(self.tensors[place].2.chunks(8)) {
+                    for (word, bytes) in words.iter_mut().zip(tensor.bits.chunks(8)) {
                         *word = bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
                     }
                     Ok(())
                 })?;
             }
         }
-        if child.sha256() != self.sha256()? {
-            return Err(Error::model(
-                &self.path,
-                "is damaged: its bits do not have the `sha256` of its metadata",
-            ));
-        }
         Ok(child)
+    }
+
+    fn tensor(&self, name: &str) -> Option<&MaskedTensor> {
+        let found = self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name));
+        found.ok().map(|place| &self.tensors[place])
     }
 }
 
@@ -139,12 +187,22 @@ pub fn read_mask(path: &Path) -> Result<MaskFile> {
             .get(&format!("shape/{name}"))
             .and_then(|text| serde_json::from_str(text).ok())
             .ok_or_else(|| damaged(format!("{name} has no shape")))?;
-        if view.data().len() as i64 != (shape.iter().product::<i64>() + 7) / 8 {
-            return Err(damaged(format!("{name} has the wrong number of bits")));
+        let place = about.get(&format!("place/{name}")).and_then(|text| text.parse().ok());
+        let place = place.ok_or_else(|| damaged(format!("{name} has no place in the model")))?;
+        let bits = view.data().to_vec();
+        let count =
+            shape.iter().try_fold(1usize, |count, &size| count.checked_mul(usize::try_from(size).ok()?));
+        let count = count.filter(|count| count.div_ceil(8) == bits.len());
+        let count = count.ok_or_else(|| damaged(format!("{name} has the wrong number of bits")))?;
+        if count % 8 > 0 && bits.last().is_some_and(|last| last >> (count % 8) != 0) {
+            return Err(damaged(format!("{name} has bits behind its last weight")));
         }
-        tensors.push((name.to_owned(), shape, view.data().to_vec()));
+        tensors.push(MaskedTensor { name: name.to_owned(), shape, place, count, bits });
     }
-    tensors.sort();
+    if tensors.is_empty() {
+        return Err(damaged("it masks no tensor".into()));
+    }
+    tensors.sort_by(|left, right| left.name.cmp(&right.name));
     Ok(MaskFile { path: path.to_path_buf(), about, tensors })
 }
 
@@ -154,7 +212,7 @@ mod tests {
 
     use super::*;
     use crate::child::{Cut, MaskScope, Threshold, random_scores};
-    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
+    use crate::model::{ParameterKind, ParameterTable};
 
     fn parameters(second: i64) -> Parameters {
         let mut table = ParameterTable::default();
@@ -181,8 +239,10 @@ mod tests {
         let file = read_mask(&path).unwrap();
         assert_eq!((file.about["task"].as_str(), &file.about["sha256"]), ("rte", &child.sha256()));
         // round(0.4 · 21) and 0.4 · 70.
-        let kept: Vec<usize> = file.tensors.iter().map(|(_, _, bits)| MaskFile::kept(bits)).collect();
+        let kept: Vec<usize> = file.tensors.iter().map(MaskedTensor::kept).collect();
         assert_eq!(kept, [8, 28]);
+        let places: Vec<_> = file.tensors.iter().map(|tensor| tensor.place).collect();
+        assert_eq!(places, [ParameterPlace::Embeddings, ParameterPlace::EncoderLayer(1)]);
         let read = file.child_network(&parameters).unwrap();
         assert_eq!((read.scope(), read.tensors()), (MaskScope::Backbone, child.tensors()));
         for tensor in child.tensors() {
@@ -191,6 +251,32 @@ mod tests {
 
         std::fs::write(&path, b"no mask").unwrap();
         assert!(read_mask(&path).is_err());
+    }
+
+    #[test]
+    fn what_no_mask_has_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("mask.safetensors");
+        let refusal = |shape: &str, place: &str, bits: &[u8]| {
+            let about = [("format", FORMAT), ("shape/w", shape), ("place/w", place)];
+            let about = about.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            let view = TensorView::new(Dtype::U8, vec![bits.len()], bits).unwrap();
+            safetensors::serialize_to_file([("w", view)], Some(about), &path).unwrap();
+            read_mask(&path).map_or_else(|error| error.to_string(), |_| String::new())
+        };
+        assert_eq!(refusal("[2, 5]", "layer 7", &[0xff, 0b11]), "");
+        assert!(refusal("[2, 5]", "layer 7", &[0xff, 0b111]).contains("behind its last weight"));
+        assert!(refusal("[2, 5]", "cellar", &[0xff, 0b11]).contains("no place"));
+        for shape in
+            ["[-2, -5]", "[2, 9]", "[4611686018427387904, 4]", "[4611686018427387904, 4611686018427387904]"]
+        {
+            assert!(refusal(shape, "head", &[0xff, 0b11]).contains("wrong number of bits"), "{shape}");
+        }
+        assert!(refusal("ten", "head", &[0xff, 0b11]).contains("no shape"));
+        let about = HashMap::from([("format".to_owned(), FORMAT.to_owned())]);
+        let nothing = std::iter::empty::<(&str, TensorView)>();
+        safetensors::serialize_to_file(nothing, Some(about), &path).unwrap();
+        assert!(read_mask(&path).unwrap_err().to_string().contains("masks no tensor"));
     }
 
     #[test]
@@ -208,7 +294,7 @@ mod tests {
             message
         };
         assert!(refused(&file, &parameters(71)).contains("no second of shape [70]"));
-        file.tensors[1].2[0] ^= 1;
+        file.tensors[1].bits[0] ^= 1;
         assert!(refused(&file, &parameters(70)).contains("is damaged"));
         file.tensors.remove(1);
         assert!(refused(&file, &parameters(70)).contains("leaves out tensors"));

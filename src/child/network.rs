@@ -63,8 +63,8 @@ pub struct TensorMask {
     pub name: String,
     /// Its shape.
     pub shape: Vec<i64>,
-    /// The encoder layer it belongs to, if any.
-    pub layer: Option<usize>,
+    /// Where in the model it stands.
+    pub place: ParameterPlace,
     /// Its elements in the flat buffer.
     pub start: usize,
     /// Number of elements.
@@ -95,10 +95,7 @@ impl ChildNetwork {
             .map(|(_, parameter)| TensorMask {
                 name: parameter.name.clone(),
                 shape: parameter.shape.clone(),
-                layer: match parameter.place {
-                    ParameterPlace::EncoderLayer(layer) => Some(layer),
-                    _ => None,
-                },
+                place: parameter.place,
                 start: parameter.range.start,
                 count: parameter.count(),
                 kept: parameter.count(),
@@ -178,9 +175,7 @@ impl ChildNetwork {
 
     /// Returns a tensor's bits packed into bytes, element 0 in the lowest bit of byte 0; unused bits are zero.
     pub fn packed_bits(&self, tensor: &TensorMask) -> Vec<u8> {
-        let first = tensor.start / WORD;
-        let words = &self.words[first..first + tensor.count.div_ceil(WORD)];
-        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut bytes: Vec<u8> = self.words_of(tensor).iter().flat_map(|word| word.to_le_bytes()).collect();
         bytes.truncate(tensor.count.div_ceil(8));
         if let (Some(last), used @ 1..) = (bytes.last_mut(), tensor.count % 8) {
             *last &= (1 << used) - 1;
@@ -190,12 +185,11 @@ impl ChildNetwork {
 
     /// Returns the SHA-256 over names, shapes and bits, in hexadecimal: equal masks have equal hashes.
     pub fn sha256(&self) -> String {
-        let mut hash = Sha256::new();
-        for tensor in &self.tensors {
-            hash.update(format!("{}{:?}\n", tensor.name, tensor.shape));
-            hash.update(self.packed_bits(tensor));
-        }
-        hexadecimal(&hash.finalize())
+        sha256_of_mask(
+            self.tensors
+                .iter()
+                .map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice(), self.packed_bits(tensor))),
+        )
     }
 
     /// Returns the mask for the CPU.
@@ -259,24 +253,40 @@ impl ChildNetwork {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn members_on_device(&self, range: Range<usize>, device: Device) -> Result<Tensor> {
-        Ok(self.device_mask(range, device)?.f_nonzero()?.f_flatten(0, -1)?.f_to_kind(Kind::Int)?)
+        Ok(self.upload(&range, device)?.f_nonzero()?.f_flatten(0, -1)?.f_to_kind(Kind::Int)?)
     }
 
-    /// Returns the bits of a range as booleans on a device, `[range]`.
+    /// Returns the bits of a range as booleans on a device, `[range]`, and keeps them for the next time.
     pub(super) fn device_mask(&self, range: Range<usize>, device: Device) -> Result<Tensor> {
         let mut on_device = self.on_device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(mask) = on_device.get(&range) {
             return Ok(mask.shallow_clone());
         }
+        let mask = self.upload(&range, device)?;
+        on_device.insert(range, mask.shallow_clone());
+        Ok(mask)
+    }
+
+    fn upload(&self, range: &Range<usize>, device: Device) -> Result<Tensor> {
         let words = &self.words[range.start / WORD..range.end.div_ceil(WORD)];
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let bytes = Tensor::from_slice(&bytes).f_to_device(device)?.f_unsqueeze(1)?;
         let weights = Tensor::from_slice(&[1u8, 2, 4, 8, 16, 32, 64, 128]).f_to_device(device)?;
         let bits = bytes.f_bitwise_and_tensor(&weights)?.f_ne(0)?.f_view([-1])?;
-        let mask = bits.f_narrow(0, 0, range.len() as i64)?;
-        on_device.insert(range, mask.shallow_clone());
-        Ok(mask)
+        Ok(bits.f_narrow(0, 0, range.len() as i64)?)
     }
+}
+
+/// Returns the SHA-256 over names, shapes and packed bits of the tensors of a mask, in the order of declaration.
+pub(super) fn sha256_of_mask<'a>(
+    tensors: impl Iterator<Item = (&'a str, &'a [i64], impl AsRef<[u8]>)>,
+) -> String {
+    let mut hash = Sha256::new();
+    for (name, shape, bits) in tensors {
+        hash.update(format!("{name}{shape:?}\n"));
+        hash.update(bits);
+    }
+    hexadecimal(&hash.finalize())
 }
 
 #[cfg(test)]

@@ -7,45 +7,24 @@ use serde::Serialize;
 
 use super::mask_file::MaskFile;
 use crate::error::{Error, Result};
+use crate::model::ParameterPlace;
 
 /// A part of a model, in the order from the input to the output.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
     /// The whole that the masks reach.
     All,
-    /// The embeddings.
-    Embeddings,
-    /// An encoder layer, counted from 0 at the input.
-    Layer(usize),
-    /// The pooler.
-    Pooler,
-    /// The task's head.
-    Head,
+    /// Embeddings, an encoder layer, the pooler or the head.
+    Place(ParameterPlace),
     /// One tensor.
     Tensor(String),
-}
-
-impl Part {
-    /// Returns the part that a tensor belongs to, by its name in transformers.
-    pub fn of(name: &str) -> Self {
-        let mut words = name.split('.').skip_while(|word| *word != "layer").skip(1);
-        match words.next().and_then(|number| number.parse().ok()) {
-            Some(number) => Part::Layer(number),
-            None if name.contains("embeddings") => Part::Embeddings,
-            None if name.contains("pooler") => Part::Pooler,
-            None => Part::Head,
-        }
-    }
 }
 
 impl fmt::Display for Part {
     fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
         match self {
             Part::All => formatter.write_str("all"),
-            Part::Embeddings => formatter.write_str("embeddings"),
-            Part::Layer(number) => write!(formatter, "layer {number}"),
-            Part::Pooler => formatter.write_str("pooler"),
-            Part::Head => formatter.write_str("head"),
+            Part::Place(place) => place.fmt(formatter),
             Part::Tensor(name) => formatter.write_str(name),
         }
     }
@@ -132,10 +111,7 @@ pub fn overlaps(masks: &[MaskFile], parts: Parts) -> Result<Vec<Overlap>> {
 
 /// Counts what two masks have in common in each part.
 fn common(first: &MaskFile, second: &MaskFile, parts: Parts) -> Result<BTreeMap<Part, Counts>> {
-    let shapes = |mask: &MaskFile| {
-        mask.tensors.iter().map(|(name, shape, _)| (name.clone(), shape.clone())).collect::<Vec<_>>()
-    };
-    if shapes(first) != shapes(second) {
+    if first.shapes() != second.shapes() {
         return Err(Error::configuration(format!(
             "{} and {} belong to different models or scopes",
             first.path.display(),
@@ -143,17 +119,18 @@ fn common(first: &MaskFile, second: &MaskFile, parts: Parts) -> Result<BTreeMap<
         )));
     }
     let mut found: BTreeMap<Part, Counts> = BTreeMap::new();
-    for ((name, shape, bits), (_, _, other)) in first.tensors.iter().zip(&second.tensors) {
+    for (one, other) in first.tensors.iter().zip(&second.tensors) {
+        let both = one.bits.iter().zip(&other.bits);
         let counts = Counts {
-            first: MaskFile::kept(bits),
-            second: MaskFile::kept(other),
-            both: bits.iter().zip(other).map(|(first, second)| (first & second).count_ones() as usize).sum(),
-            weights: shape.iter().product::<i64>() as usize,
+            first: one.kept(),
+            second: other.kept(),
+            both: both.map(|(first, second)| (first & second).count_ones() as usize).sum(),
+            weights: one.count,
         };
         let finer = match parts {
             Parts::All => None,
-            Parts::Layer => Some(Part::of(name)),
-            Parts::Tensor => Some(Part::Tensor(name.clone())),
+            Parts::Layer => Some(Part::Place(one.place)),
+            Parts::Tensor => Some(Part::Tensor(one.name.clone())),
         };
         for part in std::iter::once(Part::All).chain(finer) {
             found.entry(part).or_default().add(counts);
@@ -194,7 +171,12 @@ mod tests {
     use std::collections::HashMap;
     use std::path::PathBuf;
 
+    use super::super::mask_file::MaskedTensor;
     use super::*;
+
+    fn tensor(name: &str, place: ParameterPlace, bits: u8) -> MaskedTensor {
+        MaskedTensor { name: name.into(), shape: vec![8], place, count: 8, bits: vec![bits] }
+    }
 
     /// A mask of eight weights in a layer and eight in the pooler.
     fn mask(file: &str, seed: &str, layer: u8, pooler: u8) -> MaskFile {
@@ -203,8 +185,8 @@ mod tests {
             path: PathBuf::from(file),
             about: about.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
             tensors: vec![
-                ("bert.encoder.layer.3.output.dense.weight".into(), vec![2, 4], vec![layer]),
-                ("bert.pooler.dense.bias".into(), vec![8], vec![pooler]),
+                tensor("bert.encoder.layer.3.output.dense.weight", ParameterPlace::EncoderLayer(3), layer),
+                tensor("bert.pooler.dense.bias", ParameterPlace::Pooler, pooler),
             ],
         }
     }
@@ -244,17 +226,5 @@ mod tests {
         assert!(
             overlaps(&masks, Parts::All).unwrap_err().to_string().contains("a and c belong to different")
         );
-    }
-
-    #[test]
-    fn tensors_belong_to_parts_by_name() {
-        for (name, part) in [
-            ("bert.embeddings.LayerNorm.weight", Part::Embeddings),
-            ("bert.encoder.layer.11.attention.self.key.bias", Part::Layer(11)),
-            ("bert.pooler.dense.weight", Part::Pooler),
-            ("classifier.weight", Part::Head),
-        ] {
-            assert_eq!(Part::of(name), part);
-        }
     }
 }

@@ -9,13 +9,14 @@ use anyhow::{Context, Result};
 use child_tuning::child::{MaskFile, Overlap, Part, Parts, Uncertainty, overlaps, read_mask};
 use child_tuning::error::Error;
 use child_tuning::experiment::Runner;
+use child_tuning::files::write_bytes;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use super::experiment::ExperimentArguments;
 use super::progress::Display;
 use super::table::table;
-use super::{ComputeArguments, show, write_whole};
+use super::{ComputeArguments, show};
 
 #[derive(Args)]
 pub struct ChildArguments {
@@ -175,7 +176,7 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
 fn write_rows<T: Serialize>(target: &Path, rows: &[T]) -> Result<()> {
     let mut writer = csv::Writer::from_writer(Vec::new());
     rows.iter().try_for_each(|row| writer.serialize(row))?;
-    Ok(write_whole(target, &writer.into_inner().context("cannot finish the CSV")?)?)
+    Ok(write_bytes(target, &writer.into_inner().context("cannot finish the CSV")?)?)
 }
 
 fn uncertainty_line(uncertainty: &Uncertainty) -> String {
@@ -196,12 +197,12 @@ fn percent(part: usize, whole: usize) -> String {
 fn inspection(mask: &MaskFile, by_tensor: bool) -> String {
     let mut groups: BTreeMap<Part, (usize, usize)> = BTreeMap::new();
     let (mut kept, mut all) = (0, 0);
-    for (name, shape, bits) in &mask.tensors {
-        let part = if by_tensor { Part::Tensor(name.clone()) } else { Part::of(name) };
+    for tensor in &mask.tensors {
+        let part = if by_tensor { Part::Tensor(tensor.name.clone()) } else { Part::Place(tensor.place) };
         let group = groups.entry(part).or_default();
-        let (members, size) = (MaskFile::kept(bits), shape.iter().product::<i64>() as usize);
-        *group = (group.0 + members, group.1 + size);
-        (kept, all) = (kept + members, all + size);
+        let members = tensor.kept();
+        *group = (group.0 + members, group.1 + tensor.count);
+        (kept, all) = (kept + members, all + tensor.count);
     }
     let mut lines = Vec::new();
     for key in ["experiment", "run", "task", "method", "seed", "model_sha256", "sha256"] {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use child_tuning::data::{EncodedDataset, Split, TokenEncoder, read_split};
 use child_tuning::error::Error;
 use child_tuning::experiment::named_card;
@@ -41,12 +41,13 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
     let folder = ModelFolder::open(&model)?;
     let encoder = TokenEncoder::from_folder(&model)?;
     let roots = arguments.data.roots();
-    let mut lines = vec!["task,split,examples,metric,value".to_owned()];
+    let mut table = csv::Writer::from_writer(Vec::new());
+    table.write_record(["task", "split", "examples", "metric", "value"])?;
     for task in &arguments.tasks {
         let card = named_card(task, Path::new(""))?;
         let dataset = read_split(&card, &roots, arguments.split)?;
         let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
-        classifier.check_inputs(&encoder, arguments.max_length)?;
+        Classifier::check_inputs(&folder.config, &encoder, arguments.max_length)?;
         let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
         let data = EncodedDataset::new(inputs, &dataset.examples).map_err(|_| {
             Error::data(
@@ -57,12 +58,13 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
         })?;
         let scored = Scored { data: &data, card: &card, labels: &labels };
         let evaluation = score(&classifier, scored, Precision::Float32, |_| Ok(()))?;
-        let (name, split, examples) = (&card.name, arguments.split, data.len());
-        for (metric, value) in &evaluation.scores {
-            lines.push(format!("{name},{split},{examples},{metric},{value}"));
+        let about = [card.name.clone(), arguments.split.to_string(), data.len().to_string()];
+        let scores = evaluation.scores.iter().map(|(metric, value)| (metric.to_string(), *value));
+        for (measure, value) in scores.chain([("loss".to_owned(), evaluation.loss)]) {
+            table.write_record(about.iter().chain([&measure, &value.to_string()]))?;
         }
-        lines.push(format!("{name},{split},{examples},loss,{}", evaluation.loss));
     }
-    show(lines.join("\n"))?;
+    let text = String::from_utf8(table.into_inner().context("cannot finish the CSV")?)?;
+    show(text.trim_end())?;
     Ok(ExitCode::SUCCESS)
 }

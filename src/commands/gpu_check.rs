@@ -5,11 +5,12 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use child_tuning::error::Error;
-use child_tuning::verify::{Check, Options, Outcome, verify};
+use child_tuning::files::write_bytes;
+use child_tuning::verify::{Check, Options, Outcome, Report, verify};
 use clap::Args;
 use tch::Cuda;
 
-use super::{device_named, show, write_whole};
+use super::{device_named, show};
 
 #[derive(Args)]
 pub struct GpuCheckArguments {
@@ -37,11 +38,15 @@ pub fn gpu_check(arguments: GpuCheckArguments) -> Result<ExitCode> {
     let options = Options { device: device_named(&arguments.device)?, quick: arguments.quick };
     // Before minutes of measurements: a folder that cannot be written is known now.
     std::fs::create_dir_all(&arguments.output).map_err(Error::io("create", &arguments.output))?;
-    let report = verify(options, &mut |check| show_check(check), &mut |what| eprintln!("{what} …"))?;
-    let json = serde_json::to_string_pretty(&report)? + "\n";
-    for (name, content) in [("gpu_check.json", json), ("gpu_check.md", report.markdown())] {
-        write_whole(&arguments.output.join(name), content.as_bytes())?;
-    }
+    let mut keep = |report: &Report| {
+        let json = serde_json::to_string_pretty(report);
+        let json =
+            json.map_err(|error| Error::Environment(format!("cannot write the report: {error}")))? + "\n";
+        write_bytes(&arguments.output.join("gpu_check.json"), json.as_bytes())?;
+        write_bytes(&arguments.output.join("gpu_check.md"), report.markdown().as_bytes())
+    };
+    let report =
+        verify(options, &mut |check| show_check(check), &mut |what| eprintln!("{what} …"), &mut keep)?;
     let [passed, failed, skipped] =
         [Outcome::Passed, Outcome::Failed, Outcome::Skipped].map(|outcome| report.count(&outcome));
     show(format_args!("{passed} checks passed, {failed} failed, {skipped} skipped"))?;

@@ -18,7 +18,7 @@ mod table;
 
 use std::fmt::Display;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -92,13 +92,6 @@ impl Arguments {
 /// Writes a line to standard output; an error instead of a panic where nobody reads it any more.
 pub fn show(text: impl Display) -> Result<()> {
     Ok(writeln!(std::io::stdout().lock(), "{text}")?)
-}
-
-/// Writes a file whole or not at all: no half file stands under the real name.
-fn write_whole(target: &Path, content: &[u8]) -> Result<(), Error> {
-    let temporary = target.with_extension("partial");
-    std::fs::write(&temporary, content).map_err(Error::io("write", target))?;
-    std::fs::rename(&temporary, target).map_err(Error::io("write", target))
 }
 
 /// Calls the command that was asked for.

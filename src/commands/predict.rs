@@ -7,13 +7,14 @@ use anyhow::{Context, Result};
 use child_tuning::data::{LabelMap, Objective, TaskCard, TokenEncoder, read_file};
 use child_tuning::error::Error;
 use child_tuning::experiment::named_card;
+use child_tuning::files::write_bytes;
 use child_tuning::hub::model_folder;
 use child_tuning::model::{Classifier, Labels, ModelFolder};
 use child_tuning::train::{Precision, predict as predict_logits};
 use clap::Args;
 use tch::Tensor;
 
-use super::{ComputeArguments, write_whole};
+use super::ComputeArguments;
 
 #[derive(Args)]
 pub struct PredictArguments {
@@ -48,7 +49,7 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     let folder = ModelFolder::open(&model)?;
     let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
     let encoder = TokenEncoder::from_folder(&model)?;
-    classifier.check_inputs(&encoder, arguments.max_length)?;
+    Classifier::check_inputs(&folder.config, &encoder, arguments.max_length)?;
     let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
     let logits = predict_logits(&classifier, &inputs, Precision::Float32, |_| Ok(()))?;
     let logits = in_terms_of(&card, &labels, &logits)?;
@@ -93,7 +94,7 @@ fn write(arguments: &PredictArguments, labels: &Labels, logits: &[Vec<f32>]) -> 
         writer.write_record(&record)?;
     }
     let text = writer.into_inner().context("cannot finish the CSV")?;
-    Ok(write_whole(&arguments.output, &text)?)
+    Ok(write_bytes(&arguments.output, &text)?)
 }
 
 /// The place of the highest value; among equals the first.

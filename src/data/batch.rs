@@ -237,12 +237,14 @@ impl BatchShape {
     /// The longest example of a shape is a multiple of this.
     const LONGEST: usize = 32;
 
-    /// Returns the shape that examples of the given lengths are filled up to: one of few.
-    pub fn of(lengths: &[usize]) -> Self {
+    /// Returns the shape that examples of the given lengths, at most `max_length`, are filled up to: one of few.
+    pub fn of(lengths: &[usize], max_length: usize) -> Self {
+        let longest = longest(lengths);
         Self {
             examples: lengths.len(),
             tokens: lengths.iter().sum::<usize>().next_multiple_of(Self::TOKENS),
-            longest: longest(lengths).next_multiple_of(Self::LONGEST),
+            // What fills up has positions, too, and a model may have none behind `max_length`.
+            longest: longest.next_multiple_of(Self::LONGEST).min(max_length.max(longest)),
         }
     }
 
@@ -462,9 +464,9 @@ mod tests {
             .collect();
         let targets = Targets::Classes(vec![0, 1, 2, 3, 4]);
         let data = EncodedDataset { inputs, targets, features: None };
-        let shape = BatchShape::of(&[20, 40]);
+        let shape = BatchShape::of(&[20, 40], 128);
         assert_eq!(shape, BatchShape { examples: 2, tokens: 256, longest: 64 });
-        assert_eq!(shape, BatchShape::of(&[33, 7]));
+        assert_eq!(shape, BatchShape::of(&[33, 7], 128));
         let (filled, targets) = data.filled_batch(&[0, 2], shape, Device::Cpu).unwrap();
         assert_eq!(filled.lengths, [20, 40, 64, 64, 64, 4]);
         assert_eq!((values(&filled.first_tokens), values(&targets)), (vec![0, 20], vec![0, 2]));

@@ -2,7 +2,7 @@
 
 use super::run::Run;
 use crate::error::Result;
-use crate::model::{Classifier, Labels, Parameter};
+use crate::model::{Classifier, Labels, Parameter, ParameterPlace};
 use crate::train::{OptimizerRule, Precision};
 
 /// What one run's method costs.
@@ -25,23 +25,24 @@ pub struct MethodCost {
 /// Tells what the method of a run costs, from the config of its model.
 ///
 /// # Errors
-/// Fails if the family does not run here or the config is incomplete.
+/// Fails if the family does not run here, the config is incomplete, or the method does not fit the model.
 pub fn method_cost(run: &Run) -> Result<MethodCost> {
     let (config, labels) = (&run.model.folder.config, Labels::from(&run.task.card.objective));
     let shape = Classifier::shape(config, &labels)?;
     let trains = |parameter: &Parameter| run.method.trains(parameter, shape.layers);
-    let declared = Classifier::declared(config, &labels)?;
-    let further = run.method.further_weights(declared.as_slice());
+    let table = Classifier::declared(config, &labels)?;
+    let declared = table.as_slice();
+    let further = run.method.further_weights(declared);
     let count = |chosen: &dyn Fn(&Parameter) -> bool| -> usize {
         let all = declared.iter().chain(further.iter());
         all.filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
     };
     let all = count(&trains);
-    let trainable = match run.method.fixed_share() {
-        _ if run.is_frozen() => shape.hidden * labels.outputs() as usize,
+    let trainable = match run.method.fixed_share(declared)? {
+        _ if run.is_frozen() => count(&|own| own.place == ParameterPlace::Head),
         Some((share, scope)) => {
             let maskable = |parameter: &Parameter| trains(parameter) && scope.covers(parameter);
-            all - ((1.0 - share) * count(&maskable) as f64) as usize
+            all - ((1.0 - share) * count(&maskable) as f64).round() as usize
         }
         None => all,
     };
@@ -56,7 +57,7 @@ pub fn method_cost(run: &Run) -> Result<MethodCost> {
     Ok(MethodCost {
         trainable,
         optimizer_bytes: moments * size_of::<f32>() * trainable,
-        method_bytes: run.method.state_bytes(&shape, number),
+        method_bytes: run.method.state_bytes(declared, number),
         passes: run.method.parts().passes(),
         examples_prepared: run.method.examples_passed(run.training_examples()),
         fine_tunes_first: run.method.fine_tunes_first(),

@@ -141,7 +141,7 @@ impl Execution<'_> {
                 Some(chosen) => {
                     runs.extend(chosen.candidate.reports.iter().cloned());
                     let mean = chosen.mean.map_or("no score".into(), |mean| format!("{:.2}", 100.0 * mean));
-                    let settings = &chosen.candidate.settings;
+                    let settings = choice.settings_of(chosen.candidate);
                     format!(
                         "{}: chose {settings} (mean {mean}, best of {})",
                         choice.what,

@@ -57,6 +57,14 @@ impl GridPoint {
                 method.name()
             )));
         }
+        let noise = method.parts().hidden_noise.filter(|_| hyperparameters.precision == Precision::Bf16);
+        if let Some(noise) = noise.filter(|noise| noise.scale < FINEST_BF16_NOISE) {
+            return Err(Error::configuration(format!(
+                "hype: noise of {} is lost in bf16, which cannot tell it from none on hidden states of about 1; set \
+                 `train.precision: float32` (or `tf32`), or `scale: {FINEST_BF16_NOISE}` or more",
+                noise.scale
+            )));
+        }
         if let Some(obstacle) = release_obstacle(&hyperparameters, method) {
             return Err(Error::configuration(format!(
                 "train.release_gradients frees each gradient as soon as it is used, but {obstacle}"
@@ -65,6 +73,9 @@ impl GridPoint {
         Ok(hyperparameters)
     }
 }
+
+/// Of finer noise on numbers around 1, rounding to bfloat16 (steps of 2⁻⁸ and 2⁻⁷) leaves next to nothing.
+const FINEST_BF16_NOISE: f64 = 2e-3;
 
 /// Returns why gradients that are to be released in backward cannot be.
 fn release_obstacle(hyperparameters: &Hyperparameters, method: &dyn Method) -> Option<&'static str> {
@@ -106,7 +117,7 @@ fn grid(typed: &TrainSpec, mut start: GridPoint) -> Vec<GridPoint> {
         start.hyperparameters.betas = (first.0, second.0);
     }
     if let Some(stopping) = typed.early_stopping {
-        start.hyperparameters.early_stopping = Some(stopping.patience.0);
+        start.hyperparameters.early_stopping = stopping.map(|stopping| stopping.patience.0);
     }
     start.hyperparameters.gradient_checkpointing =
         typed.gradient_checkpointing.unwrap_or(start.hyperparameters.gradient_checkpointing);
@@ -122,7 +133,7 @@ fn grid(typed: &TrainSpec, mut start: GridPoint) -> Vec<GridPoint> {
     axis(&mut points, &typed.warmup, |point, value| point.warmup = Some(*value));
     axis(&mut points, &typed.weight_decay, |point, value| point.hyperparameters.weight_decay = value.0);
     axis(&mut points, &typed.max_gradient_norm, |point, value| {
-        point.hyperparameters.max_gradient_norm = Some(value.0).filter(|limit| *limit > 0.0);
+        point.hyperparameters.max_gradient_norm = value.0.filter(|limit| *limit > 0.0);
     });
     axis(&mut points, &typed.optimizer, |point, value| point.hyperparameters.optimizer = *value);
     axis(&mut points, &typed.epsilon, |point, value| point.hyperparameters.epsilon = value.0);

@@ -27,11 +27,15 @@ pub fn device_name(device: Device) -> String {
     }
 }
 
-/// Returns the names of the graphics cards as NVIDIA's tool lists them; empty without driver or tool.
+/// Returns the names of the graphics cards that CUDA sees, as NVIDIA's tool lists them; empty without driver or tool.
 pub fn graphics_cards() -> Vec<String> {
-    let output =
-        std::process::Command::new("nvidia-smi").args(["--query-gpu=name", "--format=csv,noheader"]).output();
-    match output {
+    let mut question = std::process::Command::new("nvidia-smi");
+    question.args(["--query-gpu=name", "--format=csv,noheader"]);
+    // The tool itself lists all.
+    if let Ok(visible) = std::env::var("CUDA_VISIBLE_DEVICES") {
+        question.arg(format!("--id={visible}"));
+    }
+    match question.output() {
         Ok(output) if output.status.success() => {
             String::from_utf8_lossy(&output.stdout).lines().map(|line| line.trim().to_owned()).collect()
         }

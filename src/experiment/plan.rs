@@ -1,5 +1,6 @@
 //! The plan: every run of an experiment with no options left, checked before anything trains.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use super::start::{Start, Starts};
 use super::transfer::{EvaluationSpec, ThenSpec};
 use crate::error::{Error, Result};
 use crate::method::{Method, MethodSpec, Preset};
-use crate::model::HeadStart;
+use crate::model::{Classifier, HeadStart, Labels};
 use crate::spelling::suggestion;
 use crate::train::Freeze;
 use crate::values::OneOrMany;
@@ -106,7 +107,25 @@ impl Plan {
             preset,
         };
         plan.keep_only(&options.only)?;
+        plan.check_fits()?;
         Ok(plan)
+    }
+
+    /// Checks that methods and lengths fit the models, once for each of their kinds.
+    fn check_fits(&self) -> Result<()> {
+        let mut checked: HashSet<(&str, &str, &str, String, usize)> = HashSet::new();
+        for run in self.all_runs() {
+            let (model, card, method) = (&run.model, &run.task.card, &run.method);
+            let max_length = run.hyperparameters.max_length;
+            if !checked.insert((&model.name, &card.name, method.name(), method.options(), max_length)) {
+                continue;
+            }
+            let config = &model.folder.config;
+            method.check(Classifier::declared(config, &Labels::from(&card.objective))?.as_slice())?;
+            Classifier::check_inputs(config, &model.encoder, max_length)?;
+            model.encoder.encode("a", card.is_pair().then_some("b"), max_length)?;
+        }
+        Ok(())
     }
 
     /// Returns every run that may come to be trained.
@@ -192,7 +211,7 @@ impl Stage<'_> {
     ) -> Result<Arc<Run>> {
         if self.freeze == Freeze::Encoder && method.name() != "vanilla" {
             return Err(Error::configuration(format!(
-                "`freeze: encoder` trains the head only, and {} chooses among the encoder's weights; use vanilla",
+                "`freeze: encoder` trains the head only and goes with vanilla, not with {}",
                 method.name()
             )));
         }

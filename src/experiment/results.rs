@@ -15,7 +15,6 @@ mod row;
 mod text;
 
 use std::collections::HashSet;
-use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -28,6 +27,7 @@ pub use text::read;
 pub(super) use text::{from_text, to_text};
 
 use crate::error::{Error, Result};
+use crate::files::{beside, folder_of, write_bytes};
 
 /// A results file that this process may append to, along with others.
 #[derive(Debug)]
@@ -143,7 +143,7 @@ impl ResultsFile {
                 let mut bytes = contents.bytes[contents.header.clone()].to_vec();
                 kept.iter().for_each(|found| bytes.extend_from_slice(&contents.bytes[found.line.clone()]));
                 bytes.extend_from_slice(&lines);
-                self.replace(&bytes)?;
+                write_bytes(&self.path, &bytes)?;
             }
         }
         Ok(new.len())
@@ -182,7 +182,7 @@ impl ResultsFile {
             Err(source) => return Err(Error::io("read", &self.path)(source)),
         };
         if bytes.len() < header.len() && header.starts_with(&bytes) {
-            self.replace(&header)?;
+            write_bytes(&self.path, &header)?;
             bytes.clone_from(&header);
         }
         let mut contents = Contents::find(&self.path, bytes, &header)?;
@@ -210,26 +210,6 @@ impl ResultsFile {
             // If even this fails, the next start finds the row without its newline and removes it.
             let _ = self.truncate(length);
             Error::io("append to", &self.path)(source)
-        })
-    }
-
-    /// Replaces the whole file in one step: after a kill there is the old one or the new one.
-    fn replace(&self, bytes: &[u8]) -> Result<()> {
-        let temporary = beside(&self.path, ".tmp");
-        let replaced = File::create(&temporary)
-            .and_then(|mut file| {
-                file.write_all(bytes)?;
-                if let Ok(metadata) = fs::metadata(&self.path) {
-                    file.set_permissions(metadata.permissions())?;
-                }
-                file.sync_all()
-            })
-            .and_then(|()| fs::rename(&temporary, &self.path))
-            .and_then(|()| File::open(folder_of(&self.path))?.sync_all());
-        replaced.map_err(|source| {
-            // Only tidiness: a temporary file that stays is overwritten the next time.
-            let _ = fs::remove_file(&temporary);
-            Error::io("replace", &self.path)(source)
         })
     }
 
@@ -270,18 +250,6 @@ fn lock(results: &Path) -> Result<File> {
 
 fn open_lock_file(path: &Path) -> Result<File> {
     OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(Error::io("create", path))
-}
-
-/// Returns the path with something added to its name.
-pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.file_name().unwrap_or(OsStr::new("results")).to_owned();
-    name.push(suffix);
-    path.with_file_name(name)
-}
-
-/// Returns the folder a file is in, which for a bare name is the present one.
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 fn unwritable(action: &str, path: &Path, source: &std::io::Error) -> Error {

@@ -16,13 +16,14 @@ use super::machine;
 use super::plan::Plan;
 use super::queue::Turn;
 use super::resident::{ResidentModel, Tokens, has_model};
-use super::results::{Ended, ResultsFile, Row, Status, beside};
+use super::results::{Ended, ResultsFile, Row, Status};
 use super::rows::{Outcome, described, measured};
 use super::run::{Run, RunPurpose};
 use super::start::Start;
 use super::training_set::training_set;
 use crate::child::GradientMask;
 use crate::error::{Error, Result};
+use crate::files::beside;
 use crate::libtorch;
 use crate::model::ModelFolder;
 use crate::train::{Checkpoint, Control, Event, Progress, Scored, evaluate, train};
@@ -148,34 +149,26 @@ impl<'a> Runner<'a> {
         Ok(Attempt::Ended(rows))
     }
 
-    /// Loads every model of some runs once before anything trains, and looks at every length that it is to take, so that
-    /// what does not fit does not end a grid halfway. Methods look at it too: a mask file may be one of another model. Says
-    /// once a model what of it is left out.
+    /// Loads every model of some runs once before anything trains, so that weights that do not fit do not end a grid halfway.
+    /// Says once a model what of it is left out.
     ///
     /// # Errors
     /// Fails, naming what does not fit.
     pub fn check_models<'r>(&mut self, runs: impl IntoIterator<Item = &'r Arc<Run>>) -> Result<()> {
-        let mut checked: HashSet<(&str, usize, bool, String)> = HashSet::new();
+        let mut checked: HashSet<(&str, &str)> = HashSet::new();
         let mut noted: HashSet<&str> = HashSet::new();
         for run in runs.into_iter().filter(|run| run.source_run().is_none()) {
-            let (max_length, is_pair) = (run.hyperparameters.max_length, run.task.card.is_pair());
-            if !checked.insert((run.start_id(), max_length, is_pair, run.method.options())) {
+            if !checked.insert((run.start_id(), &run.task.card.name)) {
                 continue;
             }
-            self.load(run)?;
-            if let Some(resident) = &self.resident {
-                resident.classifier.check_inputs(&run.model.encoder, max_length)?;
-                run.method.check(&resident.classifier.parameters)?;
-                let left_out = resident.classifier.report.left_out();
-                if let Some(text) = left_out.filter(|_| noted.insert(run.start_id())) {
-                    let folder = match &run.start {
-                        Start::Folder(start) => &start.folder,
-                        _ => &run.model.folder,
-                    };
-                    (self.report)(RunEvent::Note(format!("{}: {text}", folder.path.display())));
-                }
+            let left_out = self.load(run)?.classifier.report.left_out();
+            if let Some(text) = left_out.filter(|_| noted.insert(run.start_id())) {
+                let folder = match &run.start {
+                    Start::Folder(start) => &start.folder,
+                    _ => &run.model.folder,
+                };
+                (self.report)(RunEvent::Note(format!("{}: {text}", folder.path.display())));
             }
-            run.model.encoder.encode("a", is_pair.then_some("b"), max_length)?;
         }
         Ok(())
     }
@@ -258,23 +251,24 @@ impl<'a> Runner<'a> {
     }
 
     /// Makes the model of a run resident, reusing what the last run left.
-    pub(super) fn load(&mut self, run: &Run) -> Result<()> {
-        if self.resident.as_ref().is_some_and(|resident| resident.serves(run)) {
-            return Ok(());
-        }
-        // Freed before the next model is loaded.
-        self.resident = None;
-        let kept;
-        let folder = match &run.start {
-            Start::Pretrained => &run.model.folder,
-            Start::Folder(start) => &start.folder,
-            Start::Run(source) => {
-                kept = ModelFolder::open(&self.kept(source))?;
-                &kept
+    pub(super) fn load(&mut self, run: &Run) -> Result<&mut ResidentModel> {
+        // Another one is freed before the next is loaded.
+        let resident = match self.resident.take().filter(|resident| resident.serves(run)) {
+            Some(resident) => resident,
+            None => {
+                let kept;
+                let folder = match &run.start {
+                    Start::Pretrained => &run.model.folder,
+                    Start::Folder(start) => &start.folder,
+                    Start::Run(source) => {
+                        kept = ModelFolder::open(&self.kept(source))?;
+                        &kept
+                    }
+                };
+                ResidentModel::load(run, folder, self.device)?
             }
         };
-        self.resident = Some(ResidentModel::load(run, folder, self.device)?);
-        Ok(())
+        Ok(self.resident.insert(resident))
     }
 
     /// Trains and scores.

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
+
 use super::results::{Row, Status};
 use super::run::{Run, refuse_repeated};
 use super::spec::ExperimentSpec;
 use crate::error::{Error, Result};
+use crate::train::Hyperparameters;
 
 /// The trials of an experiment, and what they choose between.
 #[derive(Default)]
@@ -26,8 +29,8 @@ pub struct Choice {
 
 /// One point of the grid.
 pub struct Candidate {
-    /// Its settings, in a few words.
-    pub settings: String,
+    /// Its hyper-parameters, and the options of its method.
+    settings: (Hyperparameters, String),
     /// The trials that judge it.
     pub trials: Vec<Arc<Run>>,
     /// The runs that are reported if it is chosen.
@@ -50,7 +53,8 @@ impl Selection {
     pub fn add(&mut self, trials: Vec<Arc<Run>>, reports: Vec<Arc<Run>>) -> Result<()> {
         let Some(run) = trials.first() else { return Ok(()) };
         refuse_repeated(run, &self.trials)?;
-        let (what, settings) = (conditions(run), settings(run));
+        let what = conditions(run);
+        let settings = (run.hyperparameters.clone(), run.method.options());
         let candidate = Candidate { settings, trials: trials.clone(), reports };
         self.trials.extend(trials);
         match self.choices.iter_mut().find(|choice| choice.what == what) {
@@ -84,21 +88,6 @@ fn conditions(run: &Run) -> String {
         text += &format!(" label_noise={}", run.label_noise);
     }
     text
-}
-
-/// Says what a candidate is made of.
-fn settings(run: &Run) -> String {
-    let settings = &run.hyperparameters;
-    let text = format!(
-        "{} learning_rate={:e} epochs={} batch_size={} warmup={} weight_decay={}",
-        run.method.options(),
-        settings.learning_rate,
-        settings.epochs,
-        settings.batch_size,
-        settings.warmup.0,
-        settings.weight_decay
-    );
-    text.trim_start().to_owned()
 }
 
 /// Refuses selections that contradict the rest of the experiment.
@@ -145,5 +134,21 @@ impl Choice {
         }
         let (count, mean, candidate) = best?;
         Some(Chosen { candidate, mean: (count > 0).then_some(mean) })
+    }
+
+    /// Says what a candidate is made of: its method's options, and what of its hyper-parameters not all candidates share.
+    pub fn settings_of(&self, candidate: &Candidate) -> String {
+        let values = |candidate: &Candidate| match serde_json::to_value(&candidate.settings.0) {
+            Ok(Value::Object(values)) => values,
+            _ => Map::new(),
+        };
+        let others: Vec<_> = self.candidates.iter().map(values).collect();
+        let telling = values(candidate)
+            .into_iter()
+            .filter(|(key, value)| others.iter().any(|other| other.get(key) != Some(value)))
+            .map(|(key, value)| format!("{key}={value}"));
+        let options = Some(candidate.settings.1.clone()).filter(|options| !options.is_empty());
+        let all: Vec<String> = options.into_iter().chain(telling).collect();
+        if all.is_empty() { "the only settings".into() } else { all.join(" ") }
     }
 }

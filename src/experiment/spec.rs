@@ -16,7 +16,7 @@ use crate::method::{MethodSpec, Preset};
 use crate::model::HeadStart;
 use crate::spelling::suggestion;
 use crate::train::{AdamWForm, Checkpoint, Freeze, MicroBatch, OptimizerRule, Order, Precision, Warmup};
-use crate::values::{Count, NonNegative, OneOrMany, PartialShare, Positive};
+use crate::values::{Count, Limit, NonNegative, OneOrMany, PartialShare, Positive, typed};
 
 /// The seeds of the paper's runs (alibaba/AliceMind, issue 24).
 pub const PAPER_SEEDS: [u64; 10] = [42, 52, 57, 63, 78, 96, 127, 140, 298, 375];
@@ -83,12 +83,13 @@ pub struct TrainSpec {
     pub warmup: Option<OneOrMany<Warmup>>,
     /// Decoupled weight decay.
     pub weight_decay: Option<OneOrMany<NonNegative>>,
-    /// Largest global gradient norm; 0 does not clip.
-    pub max_gradient_norm: Option<OneOrMany<NonNegative>>,
+    /// Largest global gradient norm; 0 and null do not clip.
+    #[serde(default, deserialize_with = "typed")]
+    pub max_gradient_norm: Option<OneOrMany<Limit>>,
     /// How gradients become steps.
     pub optimizer: Option<OneOrMany<OptimizerRule>>,
     /// Decay rates of Adam's moments.
-    pub betas: Option<[NonNegative; 2]>,
+    pub betas: Option<[PartialShare; 2]>,
     /// Adam's epsilon.
     pub epsilon: Option<OneOrMany<Positive>>,
     /// Form of AdamW.
@@ -103,8 +104,9 @@ pub struct TrainSpec {
     pub label_noise: Option<OneOrMany<PartialShare>>,
     /// Weights that are scored.
     pub checkpoint: Option<OneOrMany<Checkpoint>>,
-    /// When to stop early.
-    pub early_stopping: Option<EarlyStopping>,
+    /// When to stop early; null never does.
+    #[serde(default, deserialize_with = "typed")]
+    pub early_stopping: Option<Option<EarlyStopping>>,
     /// Whether backward computes each layer again, to save memory.
     pub gradient_checkpointing: Option<bool>,
     /// Whether passes on a GPU are recorded and replayed.

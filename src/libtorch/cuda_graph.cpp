@@ -8,7 +8,22 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <map>
 #include <memory>
+#include <mutex>
+
+// The stream of a device that graphs are recorded on, always the same one: what the allocator and cuBLAS keep belongs to a
+// stream.
+static c10::cuda::CUDAStream recording_stream(c10::DeviceIndex index) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = streams.find(index);
+  if (found == streams.end()) {
+    found = streams.emplace(index, c10::cuda::getStreamFromPool(/*isHighPriority=*/false, index)).first;
+  }
+  return found->second;
+}
 
 #define WITH_CUDA(...) guarded([&] { __VA_ARGS__ })
 #else
@@ -17,14 +32,15 @@
 
 extern "C" {
 
-// Makes a stream of its own the current one of this thread on a device, once both have done what was asked of them.
+// Makes a device the current one of this thread, and a stream of its own the current one there, once all has been done that
+// was asked of the device.
 char *child_tuning_cuda_use_stream(int device, bool own) {
   return WITH_CUDA({
     const auto index = static_cast<c10::DeviceIndex>(device);
+    // A recording is of the current device.
+    c10::cuda::set_device(index);
     c10::cuda::device_synchronize();
-    const auto stream = own ? c10::cuda::getStreamFromPool(/*isHighPriority=*/false, index)
-                            : c10::cuda::getDefaultCUDAStream(index);
-    c10::cuda::setCurrentCUDAStream(stream);
+    c10::cuda::setCurrentCUDAStream(own ? recording_stream(index) : c10::cuda::getDefaultCUDAStream(index));
   });
 }
 

@@ -28,9 +28,12 @@ impl CudaGraph {
         // Recording must end in any case, or nothing else would run on the device.
         // SAFETY: the graph is live and recording.
         let ended = ffi::check(unsafe { ffi::child_tuning_cuda_graph_end(graph) });
-        let value = outcome?;
-        ended?;
-        Ok((recorded, value))
+        if let Err(error) = ended {
+            // The allocator may still ask the graph whose memory is whose, so it must not be freed.
+            std::mem::forget(recorded);
+            return Err(outcome.err().unwrap_or(error));
+        }
+        Ok((recorded, outcome?))
     }
 
     /// Starts the work. The host does not wait for it.

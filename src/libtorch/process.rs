@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::os::unix::process::CommandExt;
 
 /// What libtorch reads from the environment, and what this program sets it to where the user says nothing.
-const SETTINGS: [(&str, &str); 4] = [
+const SETTINGS: [(&str, &str); 5] = [
     // Idle threads sleep instead of spin. Where another process wants the cores, spinning at every barrier made a run
     // that takes two minutes take more than ten.
     ("OMP_WAIT_POLICY", "passive"),
@@ -13,6 +13,9 @@ const SETTINGS: [(&str, &str); 4] = [
     // For the same reason blocks of GPU memory of one size do not fit the next batch; segments that grow leave no
     // holes behind.
     (CUDA_ALLOCATOR, "expandable_segments:True"),
+    // Where libtorch would choose cuDNN's attention, it plans anew for each shape, and a layer that is computed again for
+    // backward may get another kernel than the first time, with another dropout.
+    ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1"),
     // The profiler reports on stderr that a machine has no GPU.
     ("KINETO_LOG_LEVEL", "99"),
 ];

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::registry::MethodOptions;
 use super::{Method, Preset};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Parameter, ParameterKind, ParameterPlace};
 
 /// The options as typed in YAML: there are none.
@@ -35,5 +35,15 @@ impl Method for BitFit {
     fn trains(&self, parameter: &Parameter, _layers: usize) -> bool {
         let is_bias = matches!(parameter.kind, ParameterKind::Bias | ParameterKind::LayerNormBias);
         is_bias || parameter.place == ParameterPlace::Head
+    }
+
+    fn check(&self, declared: &[Parameter]) -> Result<()> {
+        let is_bias = |own: &Parameter| own.place != ParameterPlace::Head && self.trains(own, 0);
+        if declared.iter().any(is_bias) {
+            return Ok(());
+        }
+        Err(Error::configuration(
+            "bitfit: the model has no biases outside its head, so the head alone would train",
+        ))
     }
 }

@@ -6,10 +6,10 @@
 use std::sync::Arc;
 
 use super::registry::{MethodOptions, MethodSpec};
-use super::{Method, Parts, Preparation, Prepared, Preset};
+use super::{Method, Parts, Preparation, Prepared, Preset, layers_of};
 use crate::child::MaskScope;
 use crate::error::{Error, Result};
-use crate::model::{Classifier, ModelShape, Parameter, ParameterTable, Parameters};
+use crate::model::{Classifier, Parameter, ParameterTable};
 
 /// The methods as typed: a list within the list of methods.
 #[derive(Debug)]
@@ -119,8 +119,8 @@ impl Method for Composed {
         self.parts.iter().any(|part| part.has_fixed_mask())
     }
 
-    fn fixed_share(&self) -> Option<(f64, MaskScope)> {
-        self.parts.iter().find_map(|part| part.fixed_share())
+    fn fixed_share(&self, declared: &[Parameter]) -> Result<Option<(f64, MaskScope)>> {
+        self.parts.iter().find_map(|part| part.fixed_share(declared).transpose()).transpose()
     }
 
     fn trains(&self, parameter: &Parameter, layers: usize) -> bool {
@@ -148,14 +148,25 @@ impl Method for Composed {
         self.parts.iter().any(|part| part.prunes())
     }
 
-    fn state_bytes(&self, shape: &ModelShape, number: usize) -> usize {
-        self.parts.iter().map(|part| part.state_bytes(shape, number)).sum()
+    fn state_bytes(&self, declared: &[Parameter], number: usize) -> usize {
+        self.parts.iter().map(|part| part.state_bytes(declared, number)).sum()
     }
 
-    fn check(&self, parameters: &Parameters) -> Result<()> {
-        self.parts.iter().try_for_each(|part| part.check(parameters))?;
-        let further = self.further_weights(parameters.declared());
-        let trains = |own: &Parameter| self.trains(own, parameters.layers());
+    fn draws_anew(&self, parameter: &Parameter, layers: usize) -> bool {
+        self.parts.iter().any(|part| part.draws_anew(parameter, layers))
+    }
+
+    fn check(&self, declared: &[Parameter]) -> Result<()> {
+        self.parts.iter().try_for_each(|part| part.check(declared))?;
+        let layers = layers_of(declared);
+        let trains = |own: &Parameter| self.trains(own, layers);
+        if let Some(own) = declared.iter().find(|own| self.draws_anew(own, layers) && !trains(own)) {
+            return Err(Error::configuration(format!(
+                "method: of {}, one draws {} anew, and another does not let it train; remove one of them",
+                self.name, own.name
+            )));
+        }
+        let further = self.further_weights(declared);
         if self.adds_weights() && !further.iter().any(trains) {
             let name = &self.name;
             return Err(Error::configuration(format!(

@@ -14,10 +14,11 @@ use super::mixout::{Factors, StartOfMatrices, mixed};
 use super::registry::MethodOptions;
 use super::{
     ClipOrder, DecayScope, Method, Parts, Preparation, Prepared, Preset, TrainingPoint, WeightTransform,
+    weights_of,
 };
 use crate::child::{AdaptiveMask, GradientMask, MaskScope, Uses};
 use crate::error::{Error, Result};
-use crate::model::{ModelShape, Parameters};
+use crate::model::{Parameter, Parameters};
 use crate::values::{OneOrMany, Share, axis, yaml_name};
 
 /// The weights among which are chosen; all others train always.
@@ -127,10 +128,12 @@ impl Method for Dps {
         Parts { weights, dropout: self.dropout, ..Parts::default() }
     }
 
-    fn state_bytes(&self, shape: &ModelShape, number: usize) -> usize {
-        // A sum a matrix weight and a bit a weight; a mixed weight, and on which side of the cut it is; and the values to mix with.
-        let mixed = if self.mixes() { shape.matrix_weights * (number + 1) + shape.weights * 4 } else { 0 };
-        shape.matrix_weights * 4 + shape.weights.div_ceil(8) + mixed
+    fn state_bytes(&self, declared: &[Parameter], number: usize) -> usize {
+        let (all, matrices) = (weights_of(declared, |_| true), weights_of(declared, |own| SCOPE.covers(own)));
+        // A sum a matrix weight and a bit a weight; a mixed weight, its gradient, and on which side of the cut it is; and the
+        // values to mix with.
+        let mixed = if self.mixes() { matrices * (2 * number + 1) + all * 4 } else { 0 };
+        matrices * 4 + all.div_ceil(8) + mixed
     }
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {

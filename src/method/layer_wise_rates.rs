@@ -48,7 +48,7 @@ impl Method for LayerWiseRates {
         let below_head = match parameter.place {
             ParameterPlace::Embeddings => layers + 2,
             ParameterPlace::EncoderLayer(layer) => layers + 1 - layer,
-            ParameterPlace::Pooler | ParameterPlace::Head => 0,
+            ParameterPlace::AboveLayers | ParameterPlace::Pooler | ParameterPlace::Head => 0,
         };
         self.decay.powi(below_head as i32)
     }

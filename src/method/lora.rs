@@ -10,7 +10,7 @@ use serde::Deserialize;
 use tch::Tensor;
 
 use super::registry::MethodOptions;
-use super::{Method, Parts, Preset, TrainingPoint, WeightTransform};
+use super::{Method, Parts, Preset, TrainingPoint, WeightTransform, weights_of};
 use crate::error::{Error, Result};
 use crate::model::{
     Classifier, Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters,
@@ -100,8 +100,14 @@ impl Method for Lora {
         Parts { weights: vec![Box::new(LowRankUpdates(self.alpha / self.rank as f64))], ..Parts::default() }
     }
 
-    fn check(&self, parameters: &Parameters) -> Result<()> {
-        let mut found: Vec<&str> = parameters.declared().iter().filter_map(target).collect();
+    fn state_bytes(&self, declared: &[Parameter], number: usize) -> usize {
+        // In a step, the sums W that passes use and their gradients.
+        let targets = self.targets(declared);
+        2 * number * weights_of(declared, |own| target(own).is_some_and(|part| targets.contains(&part)))
+    }
+
+    fn check(&self, declared: &[Parameter]) -> Result<()> {
+        let mut found: Vec<&str> = declared.iter().filter_map(target).collect();
         found.sort_unstable();
         found.dedup();
         let what = match &self.targets {
@@ -110,10 +116,10 @@ impl Method for Lora {
         };
         let what = match what {
             Some(typed) => format!("names `{typed}`, but no matrix of the model is called so"),
-            None if self.targets(parameters.declared()).is_empty() => {
+            None if self.targets(declared).is_empty() => {
                 "is missing, and the matrices that it stands for are not in the model".into()
             }
-            None => return Ok(()),
+            None => return self.check_rank(declared),
         };
         Err(Error::configuration(format!("lora: `targets` {what}; there are {}", found.join(", "))))
     }
@@ -134,6 +140,21 @@ impl Method for Lora {
 }
 
 impl Lora {
+    /// Refuses a rank above that of every matrix that changes.
+    fn check_rank(&self, declared: &[Parameter]) -> Result<()> {
+        let targets = self.targets(declared);
+        let of_targets =
+            declared.iter().filter(|own| target(own).is_some_and(|part| targets.contains(&part)));
+        let most = of_targets.map(|own| sizes(own)[0].min(sizes(own)[1])).max().unwrap_or(0) as usize;
+        if self.rank <= most {
+            return Ok(());
+        }
+        Err(Error::configuration(format!(
+            "lora: `rank` is {}, but the matrices that change have rank {most} at most",
+            self.rank
+        )))
+    }
+
     /// Returns the last parts of the names of the matrices that change; nothing if the model has none by default.
     fn targets(&self, declared: &[Parameter]) -> Vec<&str> {
         let has = |part: &&str| declared.iter().any(|own| target(own) == Some(part));
@@ -258,7 +279,7 @@ mod tests {
             let further = method.further_weights(parameters.declared());
             let shapes: Vec<_> = further.iter().map(|own| own.shape.clone()).collect();
             assert_eq!(shapes, [[2, 3], [5, 2]].repeat(expected), "{names:?}");
-            assert_eq!(method.check(&parameters).is_ok(), expected > 0);
+            assert_eq!(method.check(parameters.declared()).is_ok(), expected > 0);
         }
     }
 
@@ -279,9 +300,11 @@ mod tests {
     #[test]
     fn targets_that_are_not_there_are_refused_by_name() {
         let parameters = model(&["a.query.weight", "a.value.weight", "b.value.weight"]);
-        let error = method("{targets: [value, bias]}").unwrap().check(&parameters).unwrap_err().to_string();
+        let error =
+            method("{targets: [value, bias]}").unwrap().check(parameters.declared()).unwrap_err().to_string();
         assert!(error.contains("`targets` names `bias`") && error.contains("query, value"), "{error}");
-        let error = method("{}").unwrap().check(&model(&["a.dense.weight"])).unwrap_err().to_string();
+        let error =
+            method("{}").unwrap().check(model(&["a.dense.weight"]).declared()).unwrap_err().to_string();
         assert!(error.contains("`targets` is missing") && error.contains("there are dense"), "{error}");
         assert!(method("{targets: []}").err().unwrap().to_string().contains("`targets`"));
     }

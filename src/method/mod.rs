@@ -49,7 +49,7 @@ use serde::{Deserialize, Serialize};
 use crate::child::{GradientMask, MaskScope, Uncertainty};
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, ModelShape, Parameter, ParameterTable, Parameters, Precision};
+use crate::model::{Classifier, Parameter, ParameterTable, Precision};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -166,25 +166,34 @@ pub trait Method: Send + Sync {
         false
     }
 
-    /// Returns the share of the weights in a scope that train where the mask is fixed, as far as it is known beforehand: the
-    /// others never have moments.
-    fn fixed_share(&self) -> Option<(f64, MaskScope)> {
-        None
-    }
-
-    /// Returns the bytes of what it keeps in training besides weights, gradients and optimizer state, in a model of a shape;
-    /// passes have numbers of `number` bytes.
-    fn state_bytes(&self, shape: &ModelShape, _number: usize) -> usize {
-        // A bit a weight.
-        if self.has_fixed_mask() { shape.weights.div_ceil(8) } else { 0 }
-    }
-
-    /// Checks that the method fits a model, before anything trains.
+    /// Returns the share of the weights in a scope that train where the mask is fixed, in a model that declares the given
+    /// parameters: the others never have moments.
     ///
     /// # Errors
-    /// Fails, naming the file at fault, if something that the method reads belongs to another model.
-    fn check(&self, _parameters: &Parameters) -> Result<()> {
+    /// As for [`Method::check`].
+    fn fixed_share(&self, _declared: &[Parameter]) -> Result<Option<(f64, MaskScope)>> {
+        Ok(None)
+    }
+
+    /// Returns the bytes of what it keeps in training besides weights, gradients and optimizer state, in a model that declares
+    /// the given parameters; passes have numbers of `number` bytes.
+    fn state_bytes(&self, declared: &[Parameter], _number: usize) -> usize {
+        // A bit a weight.
+        if self.has_fixed_mask() { weights_of(declared, |_| true).div_ceil(8) } else { 0 }
+    }
+
+    /// Checks that the method fits a model that declares the given parameters, before anything trains.
+    ///
+    /// # Errors
+    /// Fails, naming the option, if it asks for what the model does not have, or, naming the file, if something that the method
+    /// reads belongs to another model.
+    fn check(&self, _declared: &[Parameter]) -> Result<()> {
         Ok(())
+    }
+
+    /// Returns whether training starts from new values of a parameter, in a model with so many encoder layers.
+    fn draws_anew(&self, _parameter: &Parameter, _layers: usize) -> bool {
+        false
     }
 
     /// Changes the weights that training starts from, in a model that was reset for the run's seed, and adds its own.
@@ -202,6 +211,16 @@ pub trait Method: Send + Sync {
     fn prepare(&self, _preparation: &mut Preparation) -> Result<Prepared> {
         Ok(Prepared::default())
     }
+}
+
+/// Returns the number of encoder layers.
+fn layers_of(declared: &[Parameter]) -> usize {
+    declared.iter().map(Parameter::layer).max().unwrap_or(0)
+}
+
+/// Returns the number of weights of some parameters.
+fn weights_of(declared: &[Parameter], chosen: impl Fn(&Parameter) -> bool) -> usize {
+    declared.iter().filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
 }
 
 /// What a method may ask of whoever trains, before training.
@@ -235,6 +254,8 @@ pub struct Preparation<'a> {
     pub seed: u64,
     /// The number of examples of an optimizer step.
     pub batch_size: usize,
+    /// The number of examples of one pass, at most `batch_size`.
+    pub micro_batch: usize,
     /// The number type of the run's passes.
     pub precision: Precision,
     /// Whether examples are taken in another order than the file's.
@@ -263,6 +284,13 @@ pub struct Prepared {
     pub rates: HashMap<String, f64>,
     /// How uncertain the mask is, where it was chosen by a part of the training data.
     pub fisher: Option<Uncertainty>,
+}
+
+impl Prepared {
+    /// Returns the mask whose fixed child network alone decays, where decay is kept to one.
+    pub fn decayed(&self) -> Option<Arc<GradientMask>> {
+        GradientMask::fixed(self.mask.as_ref().filter(|_| self.decay == DecayScope::Child))
+    }
 }
 
 impl Default for Prepared {

@@ -44,6 +44,11 @@ impl Method for RDrop {
         format!("alpha={}", self.alpha)
     }
 
+    fn conflict(&self, other: &dyn Method) -> Option<&'static str> {
+        let both = self.alpha > 0.0 && !other.parts().dropout && other.name() != self.name();
+        both.then_some("its two passes differ by dropout alone, which the other turns off; give that one `dropout: true`")
+    }
+
     fn parts(&self) -> Parts {
         // Without a weight on their agreement, a second pass is only more of the first.
         let penalties: Vec<Box<dyn Penalty>> =

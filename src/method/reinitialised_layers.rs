@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::registry::MethodOptions;
 use super::{Method, Preset, top_layers};
 use crate::error::Result;
-use crate::model::{Classifier, Parameter, ParameterPlace, Parameters};
+use crate::model::{Classifier, Parameter, ParameterPlace};
 use crate::values::{OneOrMany, axis};
 
 /// The options as typed in YAML.
@@ -43,16 +43,20 @@ impl Method for ReinitialisedLayers {
         format!("layers={} pooler={}", self.layers, self.pooler)
     }
 
-    fn check(&self, parameters: &Parameters) -> Result<()> {
-        top_layers::check_count("reinitialised_layers: `layers`", self.layers, parameters)
+    fn check(&self, declared: &[Parameter]) -> Result<()> {
+        top_layers::check_count("reinitialised_layers: `layers`", self.layers, declared)
+    }
+
+    fn draws_anew(&self, parameter: &Parameter, layers: usize) -> bool {
+        match parameter.place {
+            ParameterPlace::EncoderLayer(layer) => layer >= layers.saturating_sub(self.layers),
+            ParameterPlace::Pooler => self.pooler,
+            ParameterPlace::Embeddings | ParameterPlace::AboveLayers | ParameterPlace::Head => false,
+        }
     }
 
     fn begin(&self, classifier: &mut Classifier, seed: u64) -> Result<()> {
         let layers = classifier.parameters.layers();
-        classifier.reinitialise(seed, |parameter: &Parameter| match parameter.place {
-            ParameterPlace::EncoderLayer(layer) => layer + self.layers >= layers,
-            ParameterPlace::Pooler => self.pooler,
-            ParameterPlace::Embeddings | ParameterPlace::Head => false,
-        })
+        classifier.reinitialise(seed, |parameter: &Parameter| self.draws_anew(parameter, layers))
     }
 }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::criterion::Criterion;
-use super::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared};
+use super::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared, weights_of};
 use crate::child::{ChildNetwork, Choice, Cut, GradientMask, MaskFile, MaskScope, Threshold, uncertainty};
 use crate::error::{Error, Result};
-use crate::model::Parameters;
+use crate::model::Parameter;
 use crate::values::{OneOrMany, Share, yaml_name};
 
 /// A method whose child network is the same at every step.
@@ -93,20 +93,23 @@ impl Method for SparseMask {
         self.outside == Outside::Prune
     }
 
-    fn fixed_share(&self) -> Option<(f64, MaskScope)> {
-        match &self.source {
-            // With a budget slightly fewer, by the head.
-            Source::Chosen { cut, .. } => Some((cut.p, cut.scope)),
-            Source::File { .. } => None,
-        }
+    fn fixed_share(&self, declared: &[Parameter]) -> Result<Option<(f64, MaskScope)>> {
+        let (kept, scope) = match &self.source {
+            Source::Chosen { cut, .. } => {
+                let count = cut.count(declared);
+                (count.map_err(|error| Error::configuration(format!("{}: {error}", self.name)))?, cut.scope)
+            }
+            Source::File { mask, .. } => (mask.kept(), mask.scope(declared)?),
+        };
+        let maskable = weights_of(declared, |parameter| scope.covers(parameter));
+        Ok(Some((kept as f64 / maskable as f64, scope)))
     }
 
-    fn check(&self, parameters: &Parameters) -> Result<()> {
+    fn check(&self, declared: &[Parameter]) -> Result<()> {
+        self.fixed_share(declared)?;
         match &self.source {
-            Source::Chosen { cut, .. } => {
-                cut.check(parameters).map_err(|error| Error::configuration(format!("{}: {error}", self.name)))
-            }
-            Source::File { mask, .. } => mask.child_network(parameters).map(|_| ()),
+            Source::Chosen { .. } => Ok(()),
+            Source::File { mask, .. } => mask.check(declared),
         }
     }
 

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{Method, Preset};
+use super::{Method, Preset, layers_of};
 use crate::error::{Error, Result};
-use crate::model::{Parameter, ParameterPlace, Parameters};
+use crate::model::{Parameter, ParameterPlace};
 use crate::values::OneOrMany;
 
 /// The options as typed in YAML.
@@ -44,14 +44,14 @@ impl Method for TopLayers {
 
     fn trains(&self, parameter: &Parameter, layers: usize) -> bool {
         match parameter.place {
-            ParameterPlace::EncoderLayer(layer) => layer + self.k >= layers,
+            ParameterPlace::EncoderLayer(layer) => layer >= layers.saturating_sub(self.k),
             ParameterPlace::Embeddings => false,
-            ParameterPlace::Pooler | ParameterPlace::Head => true,
+            ParameterPlace::AboveLayers | ParameterPlace::Pooler | ParameterPlace::Head => true,
         }
     }
 
-    fn check(&self, parameters: &Parameters) -> Result<()> {
-        check_count("top_layers: `k`", self.k, parameters)
+    fn check(&self, declared: &[Parameter]) -> Result<()> {
+        check_count("top_layers: `k`", self.k, declared)
     }
 }
 
@@ -59,8 +59,8 @@ impl Method for TopLayers {
 ///
 /// # Errors
 /// Fails if there are fewer than `count`.
-pub fn check_count(what: &str, count: usize, parameters: &Parameters) -> Result<()> {
-    let layers = parameters.layers();
+pub fn check_count(what: &str, count: usize, declared: &[Parameter]) -> Result<()> {
+    let layers = layers_of(declared);
     if count <= layers {
         return Ok(());
     }

@@ -1,18 +1,20 @@
 //! Hugging Face model folders: what of the weights becomes which parameter, and writing a folder that transformers loads.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, View};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use super::classifier::{Labels, Network};
 use super::config::ModelConfig;
-use super::params::{Parameter, ParameterId, ParameterPlace, ParameterTable, Parameters};
+use super::parameter::{Parameter, ParameterPlace};
+use super::params::{ParameterId, ParameterTable, Parameters};
 use super::weights::Weights;
 use crate::error::{Error, Result};
+use crate::files::write_whole;
 use crate::libtorch::elements;
 
 /// The file that is written.
@@ -208,44 +210,44 @@ pub fn write(
 
     let flat = parameters.values().f_to_device(tch::Device::Cpu)?;
     let flat: &[f32] = elements(&flat)?;
-    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = parameters
-        .iter()
-        .map(|(_, parameter)| {
-            let shape = parameter.shape.iter().map(|&size| size as usize).collect();
-            let bytes = flat[parameter.range.clone()].iter().flat_map(|value| value.to_le_bytes()).collect();
-            (parameter.name.clone(), shape, bytes)
-        })
-        .collect();
     let path = folder.join(WEIGHTS);
-    let unwritable =
-        |error: safetensors::SafeTensorError| Error::model(&path, format!("cannot be written: {error}"));
-    let views = bytes
-        .iter()
-        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(unwritable)?;
     let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-    // Written beside and renamed, so that a folder never holds half a file under the real name.
-    let temporary = folder.join(format!(".{WEIGHTS}.partial"));
-    safetensors::serialize_to_file(views, Some(metadata), &temporary).map_err(unwritable)?;
-    publish(&temporary, &path)
+    write_whole(&path, |temporary| {
+        let tensors = parameters.iter().map(|(_, parameter)| (&parameter.name, Values::of(parameter, flat)));
+        safetensors::serialize_to_file(tensors, Some(metadata), temporary)
+            .map_err(|error| Error::model(&path, format!("cannot be written: {error}")))
+    })
 }
 
-/// Gives a finished temporary file its real name, and the permissions of any other new file.
-///
-/// # Errors
-/// Fails if the file cannot be renamed.
-pub(crate) fn publish(temporary: &Path, path: &Path) -> Result<()> {
-    // safetensors makes its files readable by their owner only; a file that was made and opened plainly shows the mask
-    // that the user's other files have.
-    let plain = temporary.with_extension("mode");
-    let permissions =
-        File::create(&plain).and_then(|file| file.metadata()).map(|metadata| metadata.permissions());
-    let _ = std::fs::remove_file(&plain);
-    permissions
-        .and_then(|permissions| std::fs::set_permissions(temporary, permissions))
-        .map_err(Error::io("write", path))?;
-    std::fs::rename(temporary, path).map_err(Error::io("write", path))
+/// The values of a parameter, which become bytes when their turn to be written comes.
+struct Values<'a> {
+    shape: Vec<usize>,
+    values: &'a [f32],
+}
+
+impl<'a> Values<'a> {
+    fn of(parameter: &Parameter, flat: &'a [f32]) -> Self {
+        let shape = parameter.shape.iter().map(|&size| size as usize).collect();
+        Self { shape, values: &flat[parameter.range.clone()] }
+    }
+}
+
+impl View for Values<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>().into()
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
 }
 
 fn exported_config(config: &ModelConfig, network: &dyn Network, labels: &Labels) -> Map<String, Value> {

@@ -9,7 +9,8 @@ use super::attention::takes_head_size;
 use super::checkpoint::{self, LoadReport, ModelFolder};
 use super::config::ModelConfig;
 use super::layers::Linear;
-use super::params::{Parameter, ParameterId, ParameterKind, ParameterTable, Parameters, resized};
+use super::parameter::{Parameter, ParameterKind};
+use super::params::{ParameterId, ParameterTable, Parameters, resized};
 use super::pass::Pass;
 use crate::data::{LabelMap, Objective, TaskCard, TokenEncoder};
 use crate::error::{Error, Result};
@@ -374,15 +375,16 @@ impl Classifier {
         Ok(self.network.features(pass)?.f_to_kind(Kind::Float)?)
     }
 
-    /// Checks that a tokenizer makes only tokens that the model has embeddings for, and inputs that it has positions for.
+    /// Checks that a tokenizer makes only tokens that a model of a config has embeddings for, and inputs that it has positions
+    /// for.
     ///
     /// # Errors
-    /// Fails, naming the two sizes, if not.
-    pub fn check_inputs(&self, encoder: &TokenEncoder, max_length: usize) -> Result<()> {
-        let sizes = self.network.sizes();
+    /// Fails, naming the two sizes, if not, and as for [`Classifier::shape`].
+    pub fn check_inputs(config: &ModelConfig, encoder: &TokenEncoder, max_length: usize) -> Result<()> {
+        let sizes = config.family()?(config, 1, &mut ParameterTable::default())?.sizes();
         let entries = sizes.vocabulary as usize;
         if encoder.vocabulary_size() > entries {
-            return Err(self.config.error(format!(
+            return Err(config.error(format!(
                 "`vocab_size` is {entries}, but the folder's tokenizer makes ids up to {}; tokenizer and weights do not \
                  belong together",
                 encoder.vocabulary_size() - 1

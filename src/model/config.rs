@@ -26,6 +26,11 @@ pub const FAMILIES: &[(&str, Build)] = &[
     ("xlnet", xlnet::build),
 ];
 
+/// No size of a model is larger; so no product of two, and no sum of as many as a model has, overflows.
+const LARGEST_SIZE: i64 = 1 << 24;
+/// No model has more layers.
+const MOST_LAYERS: i64 = 1 << 10;
+
 /// A model's `config.json`, with the overrides of the experiment.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
@@ -118,13 +123,29 @@ impl ModelConfig {
     /// Returns a positive integer, if the key is there and not null.
     ///
     /// # Errors
-    /// Fails, naming file and key, if it is something else.
+    /// Fails, naming file and key, if it is something else, or larger than any size of a model.
     pub fn integer_if_any(&self, key: &str) -> Result<Option<i64>> {
         let positive = |value: &Value| {
-            let integer = value.as_i64().filter(|integer| *integer > 0);
-            integer.ok_or_else(|| self.error(format!("`{key}` must be a positive integer, not {value}")))
+            let integer = value.as_i64().filter(|integer| (1..=LARGEST_SIZE).contains(integer));
+            integer.ok_or_else(|| {
+                self.error(format!("`{key}` must be an integer from 1 to {LARGEST_SIZE}, not {value}"))
+            })
         };
         self.get(key).map(positive).transpose()
+    }
+
+    /// Returns the number of layers, a positive integer that must be there.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is missing, something else, or more than any model has.
+    pub fn layers(&self, key: &str) -> Result<i64> {
+        match self.integer(key)? {
+            layers if layers > MOST_LAYERS => {
+                Err(self
+                    .error(format!("`{key}` is {layers}; more than {MOST_LAYERS} layers are not supported")))
+            }
+            layers => Ok(layers),
+        }
     }
 
     /// Returns a positive integer, if the key is there and neither null nor an integer below 1, as configs say that there is
@@ -134,7 +155,10 @@ impl ModelConfig {
     /// Fails, naming file and key, if it is something else.
     pub fn count_if_any(&self, key: &str) -> Result<Option<i64>> {
         let integer = |value: &Value| {
-            value.as_i64().ok_or_else(|| self.error(format!("`{key}` must be an integer, not {value}")))
+            let integer = value.as_i64().filter(|integer| *integer <= LARGEST_SIZE);
+            integer.ok_or_else(|| {
+                self.error(format!("`{key}` must be an integer, at most {LARGEST_SIZE}, not {value}"))
+            })
         };
         Ok(self.get(key).map(integer).transpose()?.filter(|&integer| integer > 0))
     }
@@ -145,7 +169,7 @@ impl ModelConfig {
     /// Fails, naming file and key, if it is no integer from zero on.
     pub fn token_or(&self, key: &str, default: i64) -> Result<i64> {
         let token = |value: &Value| {
-            let number = value.as_i64().filter(|number| *number >= 0);
+            let number = value.as_i64().filter(|number| (0..=LARGEST_SIZE).contains(number));
             number.ok_or_else(|| self.error(format!("`{key}` must be the number of a token, not {value}")))
         };
         self.get(key).map_or(Ok(default), token)

@@ -11,7 +11,8 @@ use super::convolution::Convolution;
 use super::disentangled::{Disentangled, RelativePositions, Term};
 use super::layer_norm::LayerNorm;
 use super::layers::{Activation, Embedding, Linear};
-use super::params::{ParameterPlace, ParameterTable};
+use super::parameter::ParameterPlace;
+use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
 use super::post_norm::{Layer, LayerNames, LayerSettings, Layers};
 use crate::error::Result;
@@ -73,7 +74,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let hidden_dropout = config.dropout_or("hidden_dropout_prob", 0.1)?;
     let settings = LayerSettings {
         sizes,
-        layers: config.integer("num_hidden_layers")?,
+        layers: config.layers("num_hidden_layers")?,
         activation: Activation::parse(config.text_or("hidden_act", "gelu")?)?,
         epsilon: config.number_or("layer_norm_eps", 1e-7)?,
         hidden_dropout,
@@ -277,6 +278,9 @@ struct ConvolutionBlock {
     dropout: f64,
 }
 
+/// More than any model has, and little enough that sizes do not overflow.
+const LARGEST_KERNEL: i64 = 255;
+
 impl ConvolutionBlock {
     fn declare(
         config: &ModelConfig,
@@ -284,8 +288,10 @@ impl ConvolutionBlock {
         settings: &LayerSettings,
     ) -> Result<Option<Self>> {
         let Some(kernel) = config.count_if_any("conv_kernel_size")? else { return Ok(None) };
-        if kernel % 2 == 0 {
-            return Err(config.error(format!("`conv_kernel_size` must be odd, not {kernel}")));
+        if kernel % 2 == 0 || kernel > LARGEST_KERNEL {
+            return Err(config.error(format!(
+                "`conv_kernel_size` must be odd and at most {LARGEST_KERNEL}, not {kernel}"
+            )));
         }
         let groups = config.integer_if_any("conv_groups")?.unwrap_or(1);
         if groups > 1 {

@@ -8,7 +8,8 @@ use tch::Tensor;
 use super::classifier::{Network, Sizes};
 use super::config::ModelConfig;
 use super::layers::{Activation, Linear};
-use super::params::{ParameterPlace, ParameterTable};
+use super::parameter::ParameterPlace;
+use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
 use super::post_norm::{Embeddings, LayerNames, LayerSettings, Layers};
 use crate::error::Result;
@@ -50,7 +51,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     };
     let settings = LayerSettings {
         sizes,
-        layers: config.integer("n_layers")?,
+        layers: config.layers("n_layers")?,
         activation: Activation::parse(config.text_or("activation", "gelu")?)?,
         epsilon: EPSILON,
         hidden_dropout: config.dropout_or("dropout", 0.1)?,

@@ -30,7 +30,7 @@ impl Dropout {
     pub fn of_key(key: Key, first_slot: usize, device: Device) -> Self {
         if device.is_cuda() {
             // Masks draw from the same generator, so it is seeded for every pass.
-            tch::manual_seed((key.of_part(first_slot as u64).as_u64() >> 1) as i64);
+            key.of_part(first_slot as u64).seed_libtorch();
         }
         Self { key }
     }
@@ -39,8 +39,7 @@ impl Dropout {
     pub fn begin_segment(&self, site: u32, batch: &PackedBatch) {
         if batch.input_ids.device().is_cuda() {
             let first_slot = u64::from(batch.slots.first().copied().unwrap_or(0));
-            let key = self.key.of_part(first_slot).of_part(u64::from(site));
-            tch::manual_seed((key.as_u64() >> 1) as i64);
+            self.key.of_part(first_slot).of_part(u64::from(site)).seed_libtorch();
         }
     }
 
@@ -49,7 +48,7 @@ impl Dropout {
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn tokens(&self, rows: &Tensor, probability: f64, site: u32, batch: &PackedBatch) -> Result<Tensor> {
-        self.apply(rows, probability, token_counters(batch, site))
+        self.apply(rows, probability, || token_counters(batch, site))
     }
 
     /// Drops elements of one row an example, `[examples, width]`.
@@ -63,8 +62,7 @@ impl Dropout {
         site: u32,
         batch: &PackedBatch,
     ) -> Result<Tensor> {
-        let counters: Vec<_> = batch.slots.iter().map(|&slot| [0, slot, site]).collect();
-        self.apply(rows, probability, counters)
+        self.apply(rows, probability, || batch.slots.iter().map(|&slot| [0, slot, site]).collect())
     }
 
     /// Drops elements of rows that all examples share, `[copies · rows, width]`: in every copy the same.
@@ -73,8 +71,9 @@ impl Dropout {
     /// Fails if libtorch cannot allocate.
     pub fn shared(&self, rows: &Tensor, probability: f64, site: u32, copies: i64) -> Result<Tensor> {
         let own = (rows.size()[0] / copies) as u32;
-        let counters: Vec<_> = (0..copies).flat_map(|_| (0..own).map(|row| [row, u32::MAX, site])).collect();
-        self.apply(rows, probability, counters)
+        self.apply(rows, probability, || {
+            (0..copies).flat_map(|_| (0..own).map(|row| [row, u32::MAX, site])).collect()
+        })
     }
 
     /// Drops elements of the attention probabilities of some examples of a batch, `[examples · heads, length, length]`.
@@ -91,18 +90,20 @@ impl Dropout {
     ) -> Result<Tensor> {
         let [rows, length] = [0, 1].map(|dimension| probabilities.size()[dimension] as u32);
         let heads = rows / examples.len() as u32;
-        let counters: Vec<_> = examples
-            .iter()
-            .flat_map(|&example| {
-                let slot = batch.slots[example];
-                (0..heads)
-                    .flat_map(move |head| (0..length).map(move |query| [query | head << 16, slot, site]))
-            })
-            .collect();
-        self.apply(probabilities, probability, counters)
+        let of_example = |&example: &usize| {
+            let slot = batch.slots[example];
+            (0..heads).flat_map(move |head| (0..length).map(move |query| [query | head << 16, slot, site]))
+        };
+        self.apply(probabilities, probability, || examples.iter().flat_map(of_example).collect())
     }
 
-    fn apply(&self, input: &Tensor, probability: f64, counters: Vec<[u32; 3]>) -> Result<Tensor> {
+    /// Drops elements of rows; a GPU has no use for their counters.
+    fn apply(
+        &self,
+        input: &Tensor,
+        probability: f64,
+        counters: impl FnOnce() -> Vec<[u32; 3]>,
+    ) -> Result<Tensor> {
         if probability == 0.0 {
             return Ok(input.shallow_clone());
         }
@@ -114,7 +115,7 @@ impl Dropout {
             limit: Bernoulli::new(1.0 - probability).limit,
             scale: (1.0 / (1.0 - probability)) as f32,
         };
-        let rows = Rows { pattern, counters };
+        let rows = Rows { pattern, counters: counters() };
         // Backward multiplies by the same numbers, computed again: no pattern is kept.
         let dropped = rows.drop_elements(&input.detach())?;
         with_backward(dropped, &[input], move |gradient| Ok(vec![rows.drop_elements(gradient)?]))

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::params::{Parameter, ParameterKind, ParameterPlace, Parameters, leaf};
+use super::parameter::{Parameter, ParameterKind, ParameterPlace};
+use super::params::{Parameters, leaf};
 use crate::error::Result;
 
 /// The weights of the encoder in bfloat16, for all passes until the values change.
@@ -26,7 +27,7 @@ impl HalfCopy {
     pub fn new(parameters: &Parameters, kind: Kind) -> Result<Self> {
         let computes = |parameter: &Parameter| {
             let body = !matches!(parameter.place, ParameterPlace::Pooler | ParameterPlace::Head);
-            body && parameter.kind != ParameterKind::Embedding
+            body && !matches!(parameter.kind, ParameterKind::Embedding | ParameterKind::Unused)
         };
         let (mut runs, mut length) = (Vec::new(), 0);
         for span in parameters.trainable(computes).spans {

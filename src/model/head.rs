@@ -3,7 +3,8 @@
 use tch::Tensor;
 
 use super::layers::{Activation, Linear};
-use super::params::{ParameterPlace, ParameterTable};
+use super::parameter::ParameterPlace;
+use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
 use crate::error::Result;
 

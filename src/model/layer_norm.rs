@@ -4,7 +4,8 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::params::{ParameterId, ParameterKind, ParameterPlace, ParameterTable};
+use super::parameter::{ParameterKind, ParameterPlace};
+use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use crate::error::Result;
 use crate::libtorch::{elements, elements_mut, with_backward};

@@ -2,7 +2,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::params::{ParameterId, ParameterKind, ParameterPlace, ParameterTable};
+use super::parameter::{ParameterKind, ParameterPlace};
+use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use crate::error::{Error, Result};
 

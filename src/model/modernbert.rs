@@ -16,7 +16,8 @@ use super::config::ModelConfig;
 use super::fresh_weights::FreshWeights;
 use super::layer_norm::LayerNorm;
 use super::layers::{Embedding, Linear};
-use super::params::{ParameterId, ParameterPlace, ParameterTable};
+use super::parameter::ParameterPlace;
+use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use super::rotary::Rotation;
 use crate::error::{Error, Result};
@@ -67,7 +68,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let layers = (reaches_of_layers(config)?.into_iter().enumerate())
         .map(|(number, reach)| Layer::declare(&mut declare, number, reach, &settings.sizes))
         .collect();
-    let final_norm = declare.norm("model.final_norm", ParameterPlace::Embeddings);
+    let final_norm = declare.norm("model.final_norm", ParameterPlace::AboveLayers);
     // Pretraining brings the head's first layer and its normalisation.
     let (place, rows) = (ParameterPlace::Pooler, Rows::Examples);
     let (bias, spread) = (config.boolean_or("classifier_bias", false)?, declare.output_range);
@@ -119,7 +120,7 @@ impl<'a> Declaration<'a> {
             attention_bias: config.boolean_or("attention_bias", false)?,
             feed_forward_bias: config.boolean_or("mlp_bias", false)?,
             range,
-            output_range: range / (2.0 * config.integer("num_hidden_layers")? as f64).sqrt(),
+            output_range: range / (2.0 * config.layers("num_hidden_layers")? as f64).sqrt(),
             cutoff,
         })
     }
@@ -320,7 +321,7 @@ mod tests {
             assert!(spread > 0.1, "{pooling} {spread}");
             let half = logits(&model, &batch, Kind::BFloat16);
             assert!(largest(&(half - &exact)) < 0.1 * largest(&exact), "{pooling}");
-            let shape = BatchShape::of(&[20, 40, 7]);
+            let shape = BatchShape::of(&[20, 40, 7], 128);
             let (filled, _) = data.filled_batch(&[0, 2, 4], shape, Device::Cpu).unwrap();
             let found = logits(&model, &filled, Kind::Float);
             assert!(largest(&(found - &exact)) < 1e-5 * largest(&exact), "{pooling}");

@@ -44,8 +44,7 @@ impl Noise {
         let options = (Kind::Float, device);
         let unit = if device.is_cuda() {
             let first_slot = u64::from(batch.slots.first().copied().unwrap_or(0));
-            let key = key.of_part(first_slot).of_part(u64::from(site));
-            tch::manual_seed((key.as_u64() >> 1) as i64);
+            key.of_part(first_slot).of_part(u64::from(site)).seed_libtorch();
             match self.kind {
                 NoiseKind::Normal => Tensor::f_randn([tokens, width], options)?,
                 NoiseKind::Uniform => {

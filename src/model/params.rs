@@ -12,42 +12,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::fresh_weights::FreshWeights;
 use super::half_copy::HalfCopy;
+use super::parameter::{Parameter, ParameterKind, ParameterPlace};
 use super::trainable::{Trainable, TrainableGroup, Treatment};
 use crate::error::{Error, Result};
 use crate::random::{self, Key, Purpose};
 
 /// Ranges start at multiples of this many elements: a cache line, and one group of random numbers.
 pub const ALIGNMENT: usize = random::GROUP;
-
-/// What a parameter is to its layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ParameterKind {
-    /// The matrix of a linear layer, `[out, in]` or `[in, out]`; the second may be cut into heads.
-    Weight,
-    /// The bias of a linear layer, `[out]`.
-    Bias,
-    /// The scale of a layer normalisation.
-    LayerNormWeight,
-    /// The shift of a layer normalisation.
-    LayerNormBias,
-    /// A table of embeddings, `[entries, hidden]`.
-    Embedding,
-    /// A factor of the low-rank change of a matrix, which a method adds.
-    LowRank,
-}
-
-/// The part of the model that a parameter belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ParameterPlace {
-    /// The embeddings and what normalises them, and all else of the encoder that is in no layer.
-    Embeddings,
-    /// An encoder layer, counted from 0 at the input.
-    EncoderLayer(usize),
-    /// The pooler, which pretraining brings and the encoder layers feed.
-    Pooler,
-    /// The task's head, which fine-tuning adds.
-    Head,
-}
 
 /// Names one parameter of a model; valid for the table that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,45 +28,6 @@ impl ParameterId {
     /// Returns the parameter's number in the order of declaration.
     pub fn index(self) -> usize {
         self.0
-    }
-}
-
-/// One parameter, as a model declares it.
-#[derive(Clone, Debug)]
-pub struct Parameter {
-    /// Its name in transformers, such as `bert.encoder.layer.0.output.dense.weight`.
-    pub name: String,
-    /// Its shape.
-    pub shape: Vec<i64>,
-    /// What it is to its layer.
-    pub kind: ParameterKind,
-    /// Where in the model it is.
-    pub place: ParameterPlace,
-    /// Its elements in the flat buffers.
-    pub range: Range<usize>,
-    /// Where new weights come from, if it is a matrix or a table.
-    pub fresh: FreshWeights,
-    /// Whether it is a matrix whose first dimension is that of the inputs, not of the outputs.
-    pub input_first: bool,
-}
-
-impl Parameter {
-    /// Returns the number of the encoder layer that it belongs to, from 1 at the input; 0 if to none.
-    pub fn layer(&self) -> usize {
-        match self.place {
-            ParameterPlace::EncoderLayer(layer) => layer + 1,
-            _ => 0,
-        }
-    }
-
-    /// Returns whether weight decay applies: to matrices and embeddings, not to biases and layer normalisations.
-    pub fn decays(&self) -> bool {
-        matches!(self.kind, ParameterKind::Weight | ParameterKind::Embedding | ParameterKind::LowRank)
-    }
-
-    /// Returns the number of elements.
-    pub fn count(&self) -> usize {
-        self.range.len()
     }
 }
 
@@ -429,7 +361,7 @@ impl Parameters {
         let parameter = &self.parameters[id.0];
         let mut values = Tensor::f_zeros(&parameter.shape, (Kind::Float, Device::Cpu))?;
         match parameter.kind {
-            ParameterKind::Weight | ParameterKind::Embedding => {
+            ParameterKind::Weight | ParameterKind::Embedding | ParameterKind::Unused => {
                 let stream = parameter
                     .name
                     .bytes()

@@ -8,7 +8,8 @@ use super::classifier::Sizes;
 use super::config::ModelConfig;
 use super::layer_norm::LayerNorm;
 use super::layers::{Activation, Embedding, Linear};
-use super::params::{ParameterPlace, ParameterTable};
+use super::parameter::ParameterPlace;
+use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
 use crate::error::Result;
 
@@ -113,7 +114,7 @@ impl LayerSettings {
                 vocabulary: config.integer("vocab_size")?,
                 positions: Some(config.integer("max_position_embeddings")?),
             },
-            layers: config.integer("num_hidden_layers")?,
+            layers: config.layers("num_hidden_layers")?,
             activation: Activation::parse(config.text_or("hidden_act", "gelu")?)?,
             epsilon: config.number_or("layer_norm_eps", 1e-12)?,
             hidden_dropout,

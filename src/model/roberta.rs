@@ -32,7 +32,11 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let mut settings = LayerSettings::read(config)?;
     let padding = config.token_or("pad_token_id", 1)?;
     let rows = config.integer("max_position_embeddings")?;
-    settings.sizes.positions = Some(rows - padding - 1);
+    let positions = rows - padding - 1;
+    if positions < 1 {
+        return Err(config.error("`max_position_embeddings` leaves no position behind `pad_token_id`"));
+    }
+    settings.sizes.positions = Some(positions);
     let LayerSettings { sizes, epsilon, hidden_dropout, .. } = settings;
     let entries = [sizes.vocabulary, rows, config.integer("type_vocab_size")?];
     Ok(Box::new(Roberta {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::params::Parameter;
+use super::parameter::Parameter;
 
 /// The parameters that a run trains, as ranges of the flat buffers.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +26,17 @@ impl Trainable {
         let own = &parameter.range;
         let holds = |group: &&TrainableGroup| group.range.start <= own.start && own.end <= group.range.end;
         self.groups.iter().find(holds).map(|group| group.treatment)
+    }
+
+    /// Returns the parameters that train one by one, without the gaps behind them, in the order of the flat buffers.
+    pub fn one_by_one<'a>(&self, parameters: impl Iterator<Item = &'a Parameter>) -> Vec<TrainableGroup> {
+        let group = |parameter: &Parameter| {
+            let treatment = self.treatment(parameter)?;
+            Some(TrainableGroup { range: parameter.range.clone(), treatment })
+        };
+        let mut groups: Vec<TrainableGroup> = parameters.filter_map(group).collect();
+        groups.sort_by_key(|group| group.range.start);
+        groups
     }
 }
 

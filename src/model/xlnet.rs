@@ -15,7 +15,8 @@ use super::classifier::{Network, Sizes};
 use super::config::ModelConfig;
 use super::layer_norm::LayerNorm;
 use super::layers::{Activation, Embedding, Linear};
-use super::params::{ParameterKind, ParameterPlace, ParameterTable};
+use super::parameter::{ParameterKind, ParameterPlace};
+use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
 use super::xlnet_attention::{AttentionSettings, Pairs, RelativeAttention, Visible};
 use crate::data::PackedBatch;
@@ -70,8 +71,11 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let words = Embedding::declare(table, "transformer.word_embedding", sizes.vocabulary, hidden);
     // The word of targets in pretraining: part of the model, but of no classification.
     let place = ParameterPlace::Embeddings;
-    table.declare("transformer.mask_emb", &[1, 1, hidden], ParameterKind::Embedding, place);
-    let layers = size(config, "n_layer", "num_hidden_layers")?;
+    table.declare("transformer.mask_emb", &[1, 1, hidden], ParameterKind::Unused, place);
+    let layers = match config.integer_if_any("num_hidden_layers")? {
+        Some(_) => config.layers("num_hidden_layers")?,
+        None => config.layers("n_layer")?,
+    };
     let layers = (0..layers).map(|number| {
         let place = ParameterPlace::EncoderLayer(number as usize);
         let name = |part: &str| format!("transformer.layer.{number}.{part}");

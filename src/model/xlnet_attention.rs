@@ -13,7 +13,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::attention::Attention;
 use super::layers::{Linear, Vector};
-use super::params::{ParameterKind, ParameterPlace, ParameterTable};
+use super::parameter::{ParameterKind, ParameterPlace};
+use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
 use crate::data::{AttentionLayout, Rectangle};
 use crate::error::Result;

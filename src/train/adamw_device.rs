@@ -1,7 +1,6 @@
 //! AdamW on a GPU: libtorch's fused kernel, with moments for what trains only.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -14,7 +13,7 @@ use crate::model::{TrainableGroup, Treatment};
 /// The moments of the weights that train, on a device.
 pub struct DeviceMoments {
     groups: Vec<Group>,
-    mask: Option<Arc<GradientMask>>,
+    /// Whether weights outside a fixed child network decay.
     decays_outside: bool,
     /// Number of the step, as the kernel wants it.
     step: Tensor,
@@ -36,11 +35,11 @@ impl DeviceMoments {
     /// Fails if libtorch cannot allocate.
     pub fn new(
         groups: &[TrainableGroup],
-        mask: Option<Arc<GradientMask>>,
+        mask: Option<&GradientMask>,
         decays_outside: bool,
         device: Device,
     ) -> Result<Self> {
-        let child = mask.as_ref().and_then(|mask| mask.child());
+        let child = mask.and_then(GradientMask::child);
         let group = |group: &TrainableGroup| -> Result<Group> {
             let range = group.range.clone();
             let members = child.map(|child| child.members_on_device(range.clone(), device)).transpose()?;
@@ -56,7 +55,6 @@ impl DeviceMoments {
         };
         Ok(Self {
             groups: groups.iter().map(group).collect::<Result<_>>()?,
-            mask,
             decays_outside,
             step: Tensor::f_zeros([], (Kind::Float, device))?,
         })
@@ -93,28 +91,26 @@ impl DeviceMoments {
                 flat.f_narrow(0, (group.range.start - start) as i64, group.range.len() as i64)
             };
             let (mut values, gradients) = (part(values)?, part(gradients)?);
-            self.decay(&mut values, group, constants.decay_before)?;
-            match &group.members {
-                None => self.update(&values, &gradients, group, divisor, &constants)?,
-                Some(members) => {
-                    let own = values.f_index_select(0, members)?;
-                    let own_gradients = gradients.f_index_select(0, members)?;
-                    self.update(&own, &own_gradients, group, divisor, &constants)?;
-                    let _ = values.f_index_copy_(0, &members.f_to_kind(Kind::Int64)?, &own)?;
-                }
+            let Some(members) = &group.members else {
+                scale(&mut values, constants.decay_before)?;
+                self.update(&values, &gradients, group, divisor, &constants)?;
+                scale(&mut values, constants.decay_after)?;
+                continue;
+            };
+            if self.decays_outside {
+                scale(&mut values, constants.decay_before)?;
             }
-            self.decay(&mut values, group, constants.decay_after)?;
-        }
-        Ok(())
-    }
-
-    fn decay(&self, values: &mut Tensor, group: &Group, factor: f64) -> Result<()> {
-        let child = self.mask.as_ref().and_then(|mask| mask.child());
-        match child.filter(|_| !self.decays_outside) {
-            _ if factor == 1.0 => {}
-            Some(child) => child.scale_members(values, group.range.start, factor)?,
-            None => {
-                let _ = values.f_mul_scalar_(factor)?;
+            let mut own = values.f_index_select(0, members)?;
+            if !self.decays_outside {
+                scale(&mut own, constants.decay_before)?;
+            }
+            self.update(&own, &gradients.f_index_select(0, members)?, group, divisor, &constants)?;
+            if !self.decays_outside {
+                scale(&mut own, constants.decay_after)?;
+            }
+            let _ = values.f_index_copy_(0, &members.f_to_kind(Kind::Int64)?, &own)?;
+            if self.decays_outside {
+                scale(&mut values, constants.decay_after)?;
             }
         }
         Ok(())
@@ -142,4 +138,11 @@ impl DeviceMoments {
             gradient_divisor: divisor,
         })
     }
+}
+
+fn scale(values: &mut Tensor, factor: f64) -> Result<()> {
+    if factor != 1.0 {
+        let _ = values.f_mul_scalar_(factor)?;
+    }
+    Ok(())
 }

@@ -249,7 +249,7 @@ mod tests {
     use super::*;
     use crate::child::{Cut, MaskScope, Threshold, mask_in_place, random_scores};
     use crate::libtorch::{elements, elements_mut};
-    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters, TrainableGroup};
 
     fn parameters() -> Parameters {
         let mut table = ParameterTable::default();
@@ -400,17 +400,32 @@ mod tests {
                 train(&parameters, moments, &mask, 0.99, after);
                 parameters.values_copy().unwrap()
             };
-            let groups = start.trainable(|_| true).groups;
-            let mut moments =
-                DeviceMoments::new(&groups, Some(mask.clone()), decays_outside, Device::Cpu).unwrap();
+            let trainable = start.trainable(|_| true);
+            let one_by_one = trainable.one_by_one(start.iter().map(|(_, parameter)| parameter));
+            let released = parameters();
+            released.values_to_change().copy_(start.values());
+            let moments = |groups: &[TrainableGroup]| {
+                DeviceMoments::new(groups, Some(&mask), decays_outside, Device::Cpu).unwrap()
+            };
+            let (mut at_once, mut apart) = (moments(&trainable.groups), moments(&one_by_one));
             for step in 1..=10 {
                 let gradients = Tensor::from_slice(&gradients(&start, step, &mask)) * 0.7;
                 let values = start.values_to_change();
-                moments.apply(&values, &gradients, 0, None, step, constants(step, 0.99, after)).unwrap();
+                at_once.apply(&values, &gradients, 0, None, step, constants(step, 0.99, after)).unwrap();
+                // As gradients come that are released: parameter by parameter, the last first.
+                for (_, parameter) in released.iter().collect::<Vec<_>>().into_iter().rev() {
+                    let [values, gradients] = [&released.values_to_change(), &gradients].map(|flat| {
+                        flat.narrow(0, parameter.range.start as i64, parameter.range.len() as i64)
+                    });
+                    let constants = constants(step, 0.99, after);
+                    apart.apply(&values, &gradients, parameter.range.start, None, step, constants).unwrap();
+                }
             }
-            for (id, parameter) in start.iter() {
+            for (found, (id, parameter)) in
+                [&start, &released].into_iter().flat_map(|found| start.iter().map(move |own| (found, own)))
+            {
                 let part = |flat: &Tensor| start.part(flat, id).unwrap();
-                let difference = (part(start.values()) - part(&on_host)).abs().max();
+                let difference = (part(found.values()) - part(&on_host)).abs().max();
                 let difference = f64::try_from(difference).unwrap();
                 assert!(difference < 1e-6, "{}: {difference}", parameter.name);
             }

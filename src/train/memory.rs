@@ -4,10 +4,10 @@ use std::fs;
 
 use tch::Device;
 
-use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, OptimizerRule};
+use super::hyperparameters::{Checkpoint, Freeze, Hyperparameters, MicroBatch, OptimizerRule};
 use crate::data::{AttentionLayout, EncodedDataset};
 use crate::error::Result;
-use crate::libtorch::device_memory;
+use crate::libtorch::{device_memory, release_cached_memory};
 use crate::model::{Classifier, ModelShape, Precision};
 
 /// Bytes of a float32 number.
@@ -138,22 +138,46 @@ impl MemoryUse {
     }
 }
 
-/// Chooses the micro-batch by the memory that is left once moments and gradients are there, for as many passes as a step goes
-/// backward through at once.
+/// Returns the examples of one pass of training, as the run says, or as many as fit into the memory that is left once moments
+/// and gradients are there, for as many passes as a step goes backward through at once.
 ///
 /// # Errors
 /// Fails if the memory of the device cannot be asked for.
-pub fn fitting_micro_batch(
+pub fn micro_batch_of_training(
     classifier: &Classifier,
     data: &EncodedDataset,
     hyperparameters: &Hyperparameters,
     passes_held: usize,
 ) -> Result<usize> {
-    let device = classifier.parameters.device();
-    let batch_size = hyperparameters.batch_size;
-    let Some(available) = available_memory(device)? else { return Ok(batch_size) };
-    let shape = classifier.own_shape()?;
+    let (shape, device) = (classifier.own_shape()?, classifier.parameters.device());
     let memory = MemoryUse::new(&shape, hyperparameters, 0, device).with_method(0, passes_held);
+    micro_batch(&memory, data, hyperparameters)
+}
+
+/// Returns the examples of one pass of the preparation of a method, as the run says, or as many as fit.
+///
+/// # Errors
+/// Fails if the memory of the device cannot be asked for.
+pub fn micro_batch_of_preparation(
+    classifier: &Classifier,
+    data: &EncodedDataset,
+    hyperparameters: &Hyperparameters,
+) -> Result<usize> {
+    let (shape, device) = (classifier.own_shape()?, classifier.parameters.device());
+    let memory = MemoryUse::of_fisher_pass(&shape, hyperparameters.precision, device);
+    micro_batch(&memory, data, hyperparameters)
+}
+
+fn micro_batch(
+    memory: &MemoryUse,
+    data: &EncodedDataset,
+    hyperparameters: &Hyperparameters,
+) -> Result<usize> {
+    let batch_size = hyperparameters.batch_size;
+    if let MicroBatch::Examples(examples) = hyperparameters.micro_batch {
+        return Ok(examples);
+    }
+    let Some(available) = available_memory(memory.device)? else { return Ok(batch_size) };
     let lengths: Vec<usize> = data.inputs.iter().map(|input| input.ids.len()).collect();
     // Some of it for others, and for what the estimate does not know.
     Ok(memory.micro_batch(&lengths, batch_size, 0.8 * available as f64))
@@ -172,6 +196,8 @@ fn held(shape: &ModelShape, half: bool) -> f64 {
 /// Fails if libtorch cannot ask the device.
 pub fn available_memory(device: Device) -> Result<Option<u64>> {
     if let Device::Cuda(index) = device {
+        // What earlier runs have left in libtorch's cache is free, too.
+        release_cached_memory()?;
         return Ok(Some(device_memory(index)?.0));
     }
     let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();

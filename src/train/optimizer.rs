@@ -52,12 +52,20 @@ impl AdamW {
         mask: Option<&Arc<GradientMask>>,
         decay: DecayScope,
     ) -> Result<Self> {
-        // The whole network as child network is none, so that p = 1 is vanilla bit for bit.
-        let fixed = |mask: &&Arc<GradientMask>| mask.child().is_some_and(|child| !child.is_full());
-        let mask = mask.filter(fixed).cloned();
+        let mask = GradientMask::fixed(mask);
         let decays_outside = decay == DecayScope::All;
         let moments = if parameters.device().is_cuda() {
-            Moments::Device(DeviceMoments::new(&trainable.groups, mask, decays_outside, parameters.device())?)
+            // Gradients that are released come one by one.
+            let groups = match hyperparameters.release_gradients {
+                true => trainable.one_by_one(parameters.iter().map(|(_, parameter)| parameter)),
+                false => trainable.groups.clone(),
+            };
+            Moments::Device(DeviceMoments::new(
+                &groups,
+                mask.as_deref(),
+                decays_outside,
+                parameters.device(),
+            )?)
         } else {
             let treated = |parameter| Some((parameter, trainable.treatment(parameter)?));
             let mut list: Vec<_> =

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::control::{Control, Event, Progress};
 use super::hyperparameters::{Freeze, Hyperparameters, Order};
+use super::memory::micro_batch_of_preparation;
 use super::trainer::Trainer;
 use crate::data::EncodedDataset;
 use crate::error::Result;
@@ -24,11 +25,16 @@ pub fn prepare(
 ) -> Result<Prepared> {
     method.begin(classifier, seed)?;
     let total = method.examples_passed(data.len());
+    let micro_batch = match total {
+        0 => hyperparameters.batch_size,
+        _ => micro_batch_of_preparation(classifier, data, hyperparameters)?,
+    };
     let prepared = method.prepare(&mut Preparation {
         classifier,
         data,
         seed,
         batch_size: hyperparameters.batch_size,
+        micro_batch,
         precision: hyperparameters.precision,
         shuffled: hyperparameters.order == Order::Shuffled,
         steps: hyperparameters.total_steps(data.len()),

@@ -1,9 +1,12 @@
 //! What holds weights near to those that training started from, at work on the flat buffers.
 
+use std::sync::Arc;
+
 use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::Tensor;
 
+use crate::child::GradientMask;
 use crate::error::Result;
 use crate::libtorch::{elements, elements_mut};
 use crate::method::{DecayOrder, Pull, PullStrength};
@@ -18,19 +21,26 @@ pub struct Pulls {
     pulls: Vec<Box<dyn Pull>>,
     /// Coefficient of the weight decay that comes after them; zero where it comes with the update.
     weight_decay: f64,
+    /// The mask whose fixed child network alone decays; without one, all weights do.
+    decayed: Option<Arc<GradientMask>>,
 }
 
 impl Pulls {
     /// Takes the pulls of a method, and the weight decay of the run from the optimizer, if one of them does it or takes its
-    /// place. Returns what is left of it to the optimizer.
-    pub fn new(pulls: Vec<Box<dyn Pull>>, weight_decay: f64) -> (Self, f64) {
+    /// place. With `decayed` nothing but the members of its fixed child network is moved towards zero. Returns what is left
+    /// of the decay to the optimizer.
+    pub fn new(
+        pulls: Vec<Box<dyn Pull>>,
+        weight_decay: f64,
+        decayed: Option<Arc<GradientMask>>,
+    ) -> (Self, f64) {
         let order = pulls.iter().map(|pull| pull.decay()).max().unwrap_or(DecayOrder::WithUpdate);
         let (own, left) = match order {
             DecayOrder::WithUpdate => (0.0, weight_decay),
             DecayOrder::AfterPull => (weight_decay, 0.0),
             DecayOrder::Replaced => (0.0, 0.0),
         };
-        (Self { pulls, weight_decay: own }, left)
+        (Self { pulls, weight_decay: own, decayed }, left)
     }
 
     /// Returns the strengths of a step, numbered from 0.
@@ -48,26 +58,27 @@ impl Pulls {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn on_gradients(
+        &self,
         strength: &PullStrength,
         trainable: &Trainable,
         [gradients, values, start]: [&Tensor; 3],
     ) -> Result<()> {
-        let (pretrained, new) = strength.on_gradients;
         for group in &trainable.groups {
+            let is_pretrained = group.treatment.pretrained;
+            let (of_pretrained, of_new) = strength.on_gradients;
+            let strength = if is_pretrained { of_pretrained } else { of_new };
+            if strength == 0.0 {
+                continue;
+            }
             let [mut gradients, values, start] =
                 [part(gradients, group)?, part(values, group)?, part(start, group)?];
-            let strength = if group.treatment.pretrained { pretrained } else { new };
-            match group.treatment.pretrained {
-                _ if strength == 0.0 => {}
-                pretrained if gradients.device().is_cuda() => {
-                    let away = if pretrained { values.f_sub(&start)? } else { values };
-                    let _ = gradients.f_add_(&away.f_mul_scalar(strength)?)?;
-                }
-                true => {
-                    add(elements_mut(&mut gradients)?, elements(&values)?, Some(elements(&start)?), strength)
-                }
-                false => add(elements_mut(&mut gradients)?, elements(&values)?, None, strength),
+            if gradients.device().is_cuda() {
+                let away = if is_pretrained { values.f_sub(&start)? } else { values };
+                let _ = gradients.f_add_(&away.f_mul_scalar(strength)?)?;
+                continue;
             }
+            let start = is_pretrained.then(|| elements(&start)).transpose()?;
+            add(elements_mut(&mut gradients)?, elements(&values)?, start, strength);
         }
         Ok(())
     }
@@ -77,21 +88,20 @@ impl Pulls {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn before_update(
+        &self,
         strength: &PullStrength,
         learning_rate: f64,
         trainable: &Trainable,
-        values: &Tensor,
-        start: &Tensor,
+        [values, start]: [&Tensor; 2],
     ) -> Result<()> {
         let decays = |group: &&TrainableGroup| group.treatment.decays && strength.before_update != 0.0;
-        let groups = trainable.groups.iter().filter(decays);
-        for group in groups {
+        for group in trainable.groups.iter().filter(decays) {
             let way = learning_rate * group.treatment.rate * strength.before_update;
-            let mut values = part(values, group)?;
-            let _ = match group.treatment.pretrained {
-                true => values.f_lerp_(&part(start, group)?, way)?,
-                false => values.f_mul_scalar_(1.0 - way)?,
-            };
+            if group.treatment.pretrained {
+                let _ = part(values, group)?.f_lerp_(&part(start, group)?, way)?;
+            } else {
+                self.shrink(values, group, 1.0 - way)?;
+            }
         }
         Ok(())
     }
@@ -105,18 +115,27 @@ impl Pulls {
         strength: &PullStrength,
         learning_rate: f64,
         trainable: &Trainable,
-        values: &Tensor,
-        start: &Tensor,
+        [values, start]: [&Tensor; 2],
     ) -> Result<()> {
         for group in &trainable.groups {
             let rate = learning_rate * group.treatment.rate;
-            let mut values = part(values, group)?;
             if group.treatment.pretrained && strength.after_update != 0.0 {
-                let _ = values.f_lerp_(&part(start, group)?, rate * strength.after_update)?;
+                let way = rate * strength.after_update;
+                let _ = part(values, group)?.f_lerp_(&part(start, group)?, way)?;
             }
             if group.treatment.decays && self.weight_decay != 0.0 {
-                let _ = values.f_mul_scalar_(1.0 - rate * self.weight_decay)?;
+                self.shrink(values, group, 1.0 - rate * self.weight_decay)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Moves the weights of a group that decay towards zero. (A pull to the start holds for the others, too: they are there.)
+    fn shrink(&self, values: &Tensor, group: &TrainableGroup, factor: f64) -> Result<()> {
+        let mut values = part(values, group)?;
+        match self.decayed.as_ref().and_then(|mask| mask.child()) {
+            Some(child) => child.scale_members(&mut values, group.range.start, factor)?,
+            None => values.f_mul_scalar_(factor).map(|_| ())?,
         }
         Ok(())
     }

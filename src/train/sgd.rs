@@ -33,14 +33,12 @@ impl Sgd {
         mask: Option<&Arc<GradientMask>>,
         decay: DecayScope,
     ) -> Self {
-        // The whole network as child network decays as one, so that p = 1 is vanilla bit for bit.
-        let fixed = |mask: &&Arc<GradientMask>| mask.child().is_some_and(|child| !child.is_full());
         Self {
             weight_decay: hyperparameters.weight_decay,
             learning_rate: 0.0,
             pretrained_factor: 1.0,
             groups: trainable.groups.clone(),
-            decayed: mask.filter(|_| decay == DecayScope::Child).filter(fixed).cloned(),
+            decayed: GradientMask::fixed(mask.filter(|_| decay == DecayScope::Child)),
         }
     }
 

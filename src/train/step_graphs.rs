@@ -13,7 +13,7 @@ use super::hyperparameters::{Freeze, Hyperparameters};
 use crate::child::GradientHooks;
 use crate::data::{BatchShape, EncodedDataset, PackedBatch};
 use crate::error::Result;
-use crate::libtorch::{CudaGraph, OwnStream, flash_attention_runs};
+use crate::libtorch::{CudaGraph, OwnStream, flash_attention_runs, release_cached_memory};
 use crate::model::{Classifier, Dropout, Pass, Precision, loss};
 
 /// How often a shape runs before it is recorded.
@@ -27,6 +27,7 @@ pub struct StepGraphs {
     recorded: HashMap<BatchShape, Recorded>,
     seen: HashMap<BatchShape, usize>,
     warm_up: usize,
+    max_length: usize,
     _stream: OwnStream,
 }
 
@@ -60,7 +61,8 @@ impl StepGraphs {
             return Ok(None);
         }
         let _stream = OwnStream::enter(index)?;
-        Ok(Some(Self { recorded: HashMap::new(), seen: HashMap::new(), warm_up, _stream }))
+        let max_length = settings.max_length;
+        Ok(Some(Self { recorded: HashMap::new(), seen: HashMap::new(), warm_up, max_length, _stream }))
     }
 
     /// Runs examples forward and backward, from a record where there is one; the hooks collect what comes out. Whoever calls
@@ -77,7 +79,7 @@ impl StepGraphs {
         dropout: Dropout,
     ) -> Result<Tensor> {
         let lengths: Vec<usize> = examples.iter().map(|&number| data.inputs[number].ids.len()).collect();
-        let shape = BatchShape::of(&lengths);
+        let shape = BatchShape::of(&lengths, self.max_length);
         let (batch, targets) = data.filled_batch(examples, shape, classifier.parameters.device())?;
         if let Some(recorded) = self.recorded.get_mut(&shape) {
             recorded.batch.overwrite(&batch)?;
@@ -95,6 +97,8 @@ impl StepGraphs {
         if *seen <= self.warm_up || self.recorded.len() == MOST {
             return passes();
         }
+        // The memory of a record is its own, and cannot be what the passes before have left in the cache.
+        release_cached_memory()?;
         let sharing = self.recorded.values().next().map(|recorded| &recorded.graph);
         let (graph, loss) = CudaGraph::record(sharing, passes)?;
         let recorded = Recorded { graph, batch, targets, loss, collected: hooks.collected() };

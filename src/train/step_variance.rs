@@ -173,10 +173,7 @@ impl Moments {
     ) -> Result<Self> {
         let device = classifier.parameters.device();
         let numbers: Vec<usize> = (0..data.len()).collect();
-        let batches = numbers.chunks(batch_size).map(|numbers| {
-            let (batch, targets) = data.batch(numbers, 0, device)?;
-            Ok(FisherBatch { batch, targets, dropout: None })
-        });
+        let batches = numbers.chunks(batch_size).map(|numbers| FisherBatch::plain(data, numbers, device));
         let options = FisherOptions::of(Estimator::PerExample);
         let mut done = 0;
         let information = fisher_information(classifier, batches, &options, scope, |examples| {

@@ -9,8 +9,8 @@ use tch::{Kind, Tensor};
 use super::best_epoch::BestEpoch;
 use super::control::{Control, Event, Progress};
 use super::evaluate::{Evaluation, Scored, evaluate};
-use super::hyperparameters::{Checkpoint, Hyperparameters, MicroBatch};
-use super::memory::fitting_micro_batch;
+use super::hyperparameters::{Checkpoint, Hyperparameters};
+use super::memory::micro_batch_of_training;
 use super::prepare::{prepare, trainable};
 use super::pull::Pulls;
 use super::rule::{Clip, Optimizer};
@@ -142,8 +142,8 @@ impl<'a> Trainer<'a> {
         }
         let trainable = trainable(classifier, hyperparameters, &prepared);
         let parameters = &mut classifier.parameters;
-        let (pulls, weight_decay) =
-            Pulls::new(std::mem::take(&mut prepared.parts.pulls), hyperparameters.weight_decay);
+        let pulls = std::mem::take(&mut prepared.parts.pulls);
+        let (pulls, weight_decay) = Pulls::new(pulls, hyperparameters.weight_decay, prepared.decayed());
         let settings = Hyperparameters { weight_decay, ..hyperparameters.clone() };
         let mask = prepared.mask.as_ref();
         let optimizer = Optimizer::new(parameters, &trainable, &settings, mask, prepared.decay)?;
@@ -170,12 +170,8 @@ impl<'a> Trainer<'a> {
         let total = hyperparameters.total_steps(data.len());
         let warmup = hyperparameters.warmup.steps(total);
         let learning_rate = hyperparameters.learning_rate;
-        let micro_batch = match hyperparameters.micro_batch {
-            MicroBatch::Examples(examples) => examples,
-            MicroBatch::Auto => {
-                fitting_micro_batch(classifier, data, hyperparameters, prepared.parts.passes_held())?
-            }
-        };
+        let passes_held = prepared.parts.passes_held();
+        let micro_batch = micro_batch_of_training(classifier, data, hyperparameters, passes_held)?;
         Ok(Self {
             optimizer,
             trainable,
@@ -237,7 +233,7 @@ impl<'a> Trainer<'a> {
         if let Some(mask) = mask {
             mask.observe(parameters, |parameter| trainable.holds(parameter))?;
         }
-        Pulls::on_gradients(pull, trainable, [gradients, &values, &start])?;
+        self.pulls.on_gradients(pull, trainable, [gradients, &values, &start])?;
         if let Some(mask) = mask.filter(|_| self.masks_late && self.prepared.clip == ClipOrder::AfterMask) {
             mask.apply_to_all(parameters)?;
         }
@@ -245,9 +241,9 @@ impl<'a> Trainer<'a> {
         if let Some(mask) = mask.filter(|_| self.prepared.clip == ClipOrder::BeforeMask) {
             mask.apply_to_all(parameters)?;
         }
-        Pulls::before_update(pull, learning_rate, trainable, &values, &start)?;
+        self.pulls.before_update(pull, learning_rate, trainable, [&values, &start])?;
         lock(&self.optimizer).apply(&mut values, gradients, 0, &clip)?;
-        self.pulls.after_update(pull, learning_rate, trainable, &values, &start)
+        self.pulls.after_update(pull, learning_rate, trainable, [&values, &start])
     }
 
     /// Returns the parameters as they are now.

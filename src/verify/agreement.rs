@@ -181,7 +181,30 @@ pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Resul
                 },
             );
         }
+        check_ways(checks, &mut pair, &name)?;
         check_predictions(checks, &pair, &name)?;
+    }
+    Ok(())
+}
+
+/// Steps that take less memory against plain steps.
+fn check_ways(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> String) -> Result<()> {
+    const STEPS: usize = 3;
+    let plain = settings(BATCH);
+    let expected = change(&mut pair.reference, &pair.data, STEPS, &plain, Prepared::default())?;
+    for (way, settings) in [
+        ("with gradients released", Hyperparameters { release_gradients: true, ..plain.clone() }),
+        ("with gradient checkpointing", Hyperparameters { gradient_checkpointing: true, ..plain.clone() }),
+        ("in micro-batches of 3", Hyperparameters { micro_batch: MicroBatch::Examples(3), ..plain.clone() }),
+        ("in micro-batches that fit", Hyperparameters { micro_batch: MicroBatch::Auto, ..plain.clone() }),
+    ] {
+        let about = name(&format!("change of all weights in {STEPS} AdamW steps {way}"));
+        checks.at_most("steps", about, 1e-2, || {
+            difference(
+                &change(&mut pair.subject, &pair.data, STEPS, &settings, Prepared::default())?,
+                &expected,
+            )
+        });
     }
     Ok(())
 }

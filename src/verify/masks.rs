@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::method::{DecayScope, Prepared};
 use crate::model::{Classifier, Parameters};
 use crate::random::{Key, fill_normal};
-use crate::train::{Hyperparameters, MicroBatch, Trainer};
+use crate::train::{Hyperparameters, MicroBatch, Precision, Trainer};
 
 const SHARE: f64 = 0.3;
 const EXAMPLES: usize = 16;
@@ -173,10 +173,15 @@ pub(super) fn check_fisher(
 ) -> Result<()> {
     let Pair { reference, subject, data } = pair;
     for (estimator, word) in [(Estimator::PerExample, "per example"), (Estimator::Batch, "of batches")] {
-        let expected = fisher(reference, data, estimator)?;
-        checks.at_most("Fisher", name(&format!("Fisher information {word}")), 1e-3, || {
-            difference(&fisher(subject, data, estimator)?, &expected)
-        });
+        let expected = fisher(reference, data, &FisherOptions::of(estimator))?;
+        for (precision, kind, allowed) in
+            [(Precision::Float32, "float32", 1e-3), (Precision::Bf16, "bf16", 1e-1)]
+        {
+            checks.at_most("Fisher", name(&format!("Fisher information {word} in {kind}")), allowed, || {
+                let options = FisherOptions { precision, ..FisherOptions::of(estimator) };
+                difference(&fisher(subject, data, &options)?, &expected)
+            });
+        }
         if estimator == Estimator::PerExample {
             checks.at_most("Fisher", name("one pass a batch against one pass an example"), 1e-3, || {
                 let mut sum = expected.f_zeros_like()?;
@@ -191,14 +196,10 @@ pub(super) fn check_fisher(
 }
 
 /// Computes the Fisher information of all weights over the first examples, eight a batch, on the CPU.
-fn fisher(model: &mut Classifier, data: &EncodedDataset, estimator: Estimator) -> Result<Tensor> {
+fn fisher(model: &mut Classifier, data: &EncodedDataset, options: &FisherOptions) -> Result<Tensor> {
     let device = model.parameters.device();
     let numbers: Vec<usize> = (0..EXAMPLES).collect();
-    let batches = numbers.chunks(8).map(|numbers| {
-        let (batch, targets) = data.batch(numbers, 0, device)?;
-        Ok(FisherBatch { batch, targets, dropout: None })
-    });
-    let options = FisherOptions::of(estimator);
-    let information = fisher_information(model, batches, &options, MaskScope::All, |_| Ok(()))?;
+    let batches = numbers.chunks(8).map(|numbers| FisherBatch::plain(data, numbers, device));
+    let information = fisher_information(model, batches, options, MaskScope::All, |_| Ok(()))?;
     on_cpu(&information.values)
 }

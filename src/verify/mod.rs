@@ -109,11 +109,17 @@ impl<'a> Checks<'a> {
     }
 }
 
-/// Runs the whole suite: correctness first, then speed. `show` sees every check, `note` what is measured next.
+/// Runs the whole suite: correctness first, then speed. `show` sees every check, `note` what is measured next, and `keep` the
+/// report as far as it is: after the checks, after the speeds, and at the end.
 ///
 /// # Errors
-/// Fails if the reference cannot be computed; what fails on the device is a failed check.
-pub fn verify(options: Options, show: &mut dyn FnMut(&Check), note: &mut dyn FnMut(&str)) -> Result<Report> {
+/// Fails if the reference cannot be computed, or `keep` does; what fails on the device is a failed check.
+pub fn verify(
+    options: Options,
+    show: &mut dyn FnMut(&Check),
+    note: &mut dyn FnMut(&str),
+    keep: &mut dyn FnMut(&Report) -> Result<()>,
+) -> Result<Report> {
     let started_at = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
     let mut checks = Checks::new(show);
     let shapes = if options.quick { &[Shape::TINY][..] } else { &[Shape::TINY, Shape::SMALL] };
@@ -129,21 +135,25 @@ pub fn verify(options: Options, show: &mut dyn FnMut(&Check), note: &mut dyn FnM
     families::check(&mut checks, options.device)?;
     note("every method: whole trainings");
     methods::check(&mut checks, options.device)?;
-    let checks = checks.list;
-    let (speeds, fisher) = speed::measure(options, note)?;
-    note("the Python peer");
-    Ok(Report {
+    let mut report = Report {
         started_at,
         device: device_name(options.device),
         torch: libtorch::version(),
         version: env!("CARGO_PKG_VERSION"),
         commit: env!("CHILD_TUNING_COMMIT"),
         quick: options.quick,
-        checks,
-        speeds,
-        fisher,
-        peer: peer::measure(options),
-    })
+        checks: checks.list,
+        speeds: Vec::new(),
+        fisher: Err("not measured yet".into()),
+        peer: Vec::new(),
+    };
+    keep(&report)?;
+    (report.speeds, report.fisher) = speed::measure(options, note)?;
+    keep(&report)?;
+    note("the Python peer");
+    report.peer = peer::measure(options);
+    keep(&report)?;
+    Ok(report)
 }
 
 /// Returns ‖subject − reference‖ / ‖reference‖ in float64 on the CPU.

@@ -2,15 +2,13 @@
 
 use std::sync::Arc;
 
-use serde_json::json;
-use tch::{Device, Kind, Tensor};
-
-use crate::child::{BernoulliMask, ChildNetwork, Cut, GradientMask, MaskScope, Threshold};
+use crate::child::{BernoulliMask, ChildNetwork, Cut, GradientMask, MaskScope, Threshold, random_scores};
 use crate::data::{Encoded, EncodedDataset, Targets};
 use crate::error::{Error, Result};
 use crate::method::{DecayScope, Prepared};
 use crate::model::{Classifier, Labels, ModelConfig};
 use crate::random::{Key, philox};
+use serde_json::json;
 
 /// The share of the weights that the measured methods train.
 pub(super) const SHARE: f64 = 0.3;
@@ -159,7 +157,7 @@ pub fn measured_method(method: &str, share: f64, model: &Classifier) -> Result<P
             (Some(GradientMask::Bernoulli(mask)), DecayScope::All)
         }
         "child_tuning_d" => {
-            let scores = Tensor::f_rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu))?;
+            let scores = random_scores(parameters.buffer_len(), SEED);
             let cut = Cut::highest(share, MaskScope::EncoderLayers, Threshold::Global);
             let child = ChildNetwork::from_scores(parameters, &scores, &cut)?;
             (Some(GradientMask::Fixed(child)), DecayScope::Child)

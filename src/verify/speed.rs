@@ -256,10 +256,8 @@ fn fisher_times(workload: &Workload, options: Options) -> Result<FisherTimes> {
     let mut model = model(workload, options.device)?;
     let mut exact = |numbers: &[usize], batch_size: usize, estimator: Estimator| -> Result<f64> {
         let started = Instant::now();
-        let batches = numbers.chunks(batch_size).map(|numbers| {
-            let (batch, targets) = data.batch(numbers, 0, options.device)?;
-            Ok(FisherBatch { batch, targets, dropout: None })
-        });
+        let batches =
+            numbers.chunks(batch_size).map(|numbers| FisherBatch::plain(data, numbers, options.device));
         let fisher = FisherOptions::of(estimator);
         let information = fisher_information(&mut model, batches, &fisher, MaskScope::Backbone, |_| Ok(()))?;
         wait(&information.values.f_select(0, 0)?)?;

@@ -58,7 +58,10 @@ fn options_of_methods_that_contradict_each_other_are_refused() {
     );
     refuse("child_tuning_d: {mask: {choose: lowst}}", &["experiment.yaml:1:", "did you mean `lowest`?"]);
     refuse("child_tuning_d: {outside: prone}", &["experiment.yaml:1:", "did you mean `prune`?"]);
-    refuse("vanilla: {learning_rate_factor: 0}", &["learning_rate_factor", "a finite number above 0, not 0"]);
+    refuse(
+        "vanilla: {learning_rate_factor: 0}",
+        &["learning_rate_factor", "a number above 0 that float32 can hold, not 0"],
+    );
     refuse("vanilla: {learning_rate: 1}", &["`learning_rate`", "did you mean `learning_rate_factor`?"]);
     refused("train: {optimizer: adam}", &[], 2, &["experiment.yaml:1:", "did you mean `adamw`?"]);
 }

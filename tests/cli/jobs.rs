@@ -48,9 +48,11 @@ fn outcomes(rows: &[Row]) -> HashMap<Key, Vec<String>> {
 }
 
 fn assert_tidy(workplace: &Workplace, results: &str) {
-    for suffix in [".claims", ".sources", ".tmp"] {
-        assert!(!workplace.path(&format!("{results}{suffix}")).exists(), "{results}{suffix} was left");
+    for left in [".claims", ".sources"].map(|suffix| format!("{results}{suffix}")) {
+        assert!(!workplace.path(&left).exists(), "{left} was left");
     }
+    let (folder, name) = results.rsplit_once('/').unwrap_or((".", results));
+    assert!(!workplace.path(folder).join(format!(".{name}.partial")).exists());
 }
 
 /// A started `run` whose standard error is read line by line.

@@ -171,7 +171,7 @@ fn what_cannot_be_compared_is_refused_before_anything_trains() {
         ("task: rte\nevaluate: {task: rte, spilt: test}\n", "unknown field `spilt`"),
         (
             "then: {freeze: encoder, task: cola, method: child_tuning_d}\n",
-            "child_tuning_d chooses among the encoder",
+            "goes with vanilla, not with child_tuning_d",
         ),
         ("then: {task: cola}\nselect: {by: dev, on_seeds: 7}\n", "`select` and `then` exclude each other"),
         (

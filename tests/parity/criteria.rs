@@ -250,7 +250,8 @@ fn lt_sft_rewinds_bit_for_bit() {
 fn a_budget_that_the_head_uses_up_is_refused() {
     let classifier = classifier("bert_pair");
     // 99 of 28211 weights are in the head.
-    let error = method("fish_mask: {p: 0.0035}").check(&classifier.parameters).unwrap_err().to_string();
+    let error =
+        method("fish_mask: {p: 0.0035}").check(classifier.parameters.declared()).unwrap_err().to_string();
     assert!(error.contains("fish_mask: `p: 0.0035` of the model are 99 weights, and the 99"), "{error}");
-    method("fish_mask: {p: 0.0036}").check(&classifier.parameters).unwrap();
+    method("fish_mask: {p: 0.0036}").check(classifier.parameters.declared()).unwrap();
 }

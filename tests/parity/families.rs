@@ -109,10 +109,9 @@ fn one_pass_squares_of_single_examples_equal_a_batch_of_one_loop() {
     for mut fixture in fixtures() {
         let numbers = fixture.all();
         for batch_size in [1, 2, numbers.len()] {
-            let batches = numbers.chunks(batch_size).map(|numbers| {
-                let (batch, targets) = fixture.data.batch(numbers, 0, Device::Cpu)?;
-                Ok(FisherBatch { batch, targets, dropout: None })
-            });
+            let batches = numbers
+                .chunks(batch_size)
+                .map(|numbers| FisherBatch::plain(&fixture.data, numbers, Device::Cpu));
             let options = FisherOptions::of(Estimator::PerExample);
             let model = &mut fixture.model;
             let found = fisher_information(model, batches, &options, MaskScope::All, |_| Ok(())).unwrap();
@@ -206,8 +205,7 @@ fn bf16_stays_near_float32() {
         let (half, float) = (gradient(Kind::BFloat16), gradient(Kind::Float));
         assert_near(&format!("{} gradient", fixture.name), &half, &float);
         let mut squares = |precision: Precision| {
-            let batch = fixture.data.batch(&numbers, 0, Device::Cpu);
-            let batch = batch.map(|(batch, targets)| FisherBatch { batch, targets, dropout: None });
+            let batch = FisherBatch::plain(&fixture.data, &numbers, Device::Cpu);
             let options = FisherOptions { precision, ..FisherOptions::of(Estimator::PerExample) };
             let batches = std::iter::once(batch);
             let model = &mut fixture.model;
@@ -225,7 +223,7 @@ fn transformed_weights_train() {
         for text in ["lora", "mixout: {q: 0.3}", "mixout: {q: 0.3, mask: weight}"] {
             let spec: MethodSpec = serde_yaml::from_str(text).unwrap();
             let method = spec.resolve(Preset::Paper).unwrap().remove(0);
-            method.check(&model.parameters).unwrap();
+            method.check(model.parameters.declared()).unwrap();
             let further = method.further_weights(model.parameters.declared());
             let factors: Vec<&str> = further.iter().map(|own| own.name.as_str()).collect();
             let settings = Hyperparameters { batch_size: data.len(), ..hyperparameters() };
@@ -249,8 +247,48 @@ fn transformed_weights_train() {
                     trainable += parameter.count();
                 }
             }
-            assert!(changed > 0, "{name} {text}");
+            match text {
+                // In one direction the first token attends to itself alone, whatever query and key are.
+                "lora" if name == "xlnet_uni" => assert!(changed > 0),
+                "lora" => assert_eq!(changed, factors.len() / 2, "{name}: all matrices that it is for"),
+                _ => assert!(changed > 0, "{name} {text}"),
+            }
             assert_eq!(trained.trainable, trainable, "{name} {text}");
+        }
+    }
+}
+
+/// What stands above the layers trains, at the full rate; BitFit says so where it would train the head alone.
+#[test]
+fn methods_reach_the_parameters_of_every_family_by_their_place() {
+    let method = |text: &str| {
+        serde_yaml::from_str::<MethodSpec>(text).unwrap().resolve(Preset::Paper).unwrap().remove(0)
+    };
+    let [bitfit, top, rates] = ["bitfit", "top_layers: {k: 1}", "layer_wise_rates: {decay: 0.5}"].map(method);
+    for Fixture { name, model, .. } in fixtures() {
+        let (declared, layers) = (model.parameters.declared(), model.parameters.layers());
+        let has_biases =
+            declared.iter().any(|own| own.name.ends_with("bias") && own.place != ParameterPlace::Head);
+        assert_eq!(bitfit.check(declared).is_ok(), has_biases, "{name}");
+        for own in declared {
+            let above = [
+                "final_norm",
+                "pooler",
+                "head.",
+                "pre_classifier",
+                "classifier",
+                "sequence_summary",
+                "logits_proj",
+            ];
+            let is_above = above.iter().any(|part| own.name.contains(part)) && own.layer() == 0;
+            let is_last = own.layer() == layers;
+            assert_eq!(top.trains(own, layers), is_above || is_last, "{name} {}", own.name);
+            let expected = match (is_above, own.layer()) {
+                (true, _) => 0,
+                (_, 0) => layers + 2,
+                (_, layer) => layers + 2 - layer,
+            };
+            assert_eq!(rates.rate(own, layers), 0.5f64.powi(expected as i32), "{name} {}", own.name);
         }
     }
 }

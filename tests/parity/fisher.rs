@@ -36,10 +36,7 @@ fn information_of(
     batch_size: usize,
     options: &FisherOptions,
 ) -> FisherInformation {
-    let batches = numbers.chunks(batch_size).map(|numbers| {
-        let (batch, targets) = data.batch(numbers, 0, Device::Cpu)?;
-        Ok(FisherBatch { batch, targets, dropout: None })
-    });
+    let batches = numbers.chunks(batch_size).map(|numbers| FisherBatch::plain(data, numbers, Device::Cpu));
     fisher_information(classifier, batches, options, MaskScope::All, |_| Ok(())).unwrap()
 }
 

@@ -62,7 +62,7 @@ fn is_above(parameter: &Parameter, first: usize) -> bool {
     match parameter.place {
         ParameterPlace::EncoderLayer(layer) => layer >= first,
         ParameterPlace::Embeddings => false,
-        ParameterPlace::Pooler | ParameterPlace::Head => true,
+        ParameterPlace::AboveLayers | ParameterPlace::Pooler | ParameterPlace::Head => true,
     }
 }
 
@@ -101,7 +101,7 @@ fn composed_methods_change_what_each_of_them_changes() {
 fn more_layers_than_there_are_is_refused() {
     let classifier = classifier("bert_pair");
     for (text, key) in [("top_layers: {k: 4}", "`k`"), ("reinitialised_layers: {layers: 4}", "`layers`")] {
-        let error = method(text).check(&classifier.parameters).unwrap_err().to_string();
+        let error = method(text).check(classifier.parameters.declared()).unwrap_err().to_string();
         assert!(error.contains(&format!("{key} is 4, but the model has 3 layers")), "{error}");
     }
 }

@@ -106,12 +106,14 @@ fn layers_that_are_computed_again_give_the_same_bits() {
 #[test]
 fn bf16_trains_to_nearly_the_same_place() {
     let bf16 = Hyperparameters { precision: Precision::Bf16, ..settings() };
+    let mut start = classifier("bert_pair");
+    start.reset(3).unwrap();
+    let start = start.parameters.values();
     for text in ALL {
-        let (found, expected) = (weights_after(text, &bf16, 3), weights_after(text, &settings(), 3));
-        assert_ne!(found, expected, "{text}");
-        // Twelve steps of about 1e-3 each at most, and a head that is divided by a number near 1.
-        let difference = (found - expected).abs().max().double_value(&[]);
-        assert!(difference < 1.5e-2, "{text}: {difference}");
+        let (half, float) = (weights_after(text, &bf16, 3), weights_after(text, &settings(), 3));
+        let away = |from: &Tensor, to: &Tensor| (to - from).to_kind(Kind::Double).norm().double_value(&[]);
+        let (apart, way) = (away(&half, &float), away(start, &float));
+        assert!(apart > 0.0 && apart < 0.3 * way, "{text}: {apart} of {way}");
     }
 }
 
@@ -135,7 +137,13 @@ fn the_order_of_composed_methods_makes_no_difference() {
 #[test]
 fn a_fixed_mask_holds_whatever_is_composed_with_it() {
     let data = dataset(&tensors("bert_pair/reference.safetensors"));
-    for others in ["hype: {scale: 0.05}, r_drop: {}", "r3f: {}, smart: {}, l2_sp: {}", "r4f: {}"] {
+    for others in [
+        "hype: {scale: 0.05}, r_drop: {}",
+        "r3f: {}, smart: {}, l2_sp: {}",
+        "r4f: {}",
+        "recadam: {t0: 3, gamma: 50}",
+        "prior_weight_decay: {strength: 50}",
+    ] {
         let text = format!("[{others}, child_tuning_d: {{p: 0.3, mask: {{scope: all}}}}]");
         let mut classifier = classifier("bert_pair");
         let before = classifier.parameters.values_copy().unwrap();

@@ -268,7 +268,7 @@ fn tokens_that_fill_a_batch_up_change_nothing() {
     let lengths = numbers.map(|number| data.inputs[number].ids.len());
     let passed = |filled: bool| {
         let (batch, targets) = match filled {
-            true => data.filled_batch(&numbers, BatchShape::of(&lengths), Device::Cpu),
+            true => data.filled_batch(&numbers, BatchShape::of(&lengths, 40), Device::Cpu),
             false => data.batch(&numbers, 0, Device::Cpu),
         }
         .unwrap();
@@ -335,9 +335,11 @@ fn bf16_trains_to_nearly_the_same_place() {
     let expected = weights_after("child_tuning_d", &settings(), 3);
     let found =
         weights_after("child_tuning_d", &Hyperparameters { precision: Precision::Bf16, ..settings() }, 3);
-    assert_ne!(found, expected);
-    // Ten steps of at most 1e-3 each.
-    assert!((found - expected).abs().max().double_value(&[]) < 1.2e-2);
+    let mut start = classifier("bert_pair");
+    start.reset(3).unwrap();
+    let away = |from: &Tensor, to: &Tensor| (to - from).to_kind(Kind::Double).norm().double_value(&[]);
+    let (apart, way) = (away(&found, &expected), away(start.parameters.values(), &expected));
+    assert!(apart > 0.0 && apart < 0.3 * way, "{apart} of {way}");
 }
 
 #[test]

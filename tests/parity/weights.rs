@@ -288,7 +288,10 @@ fn lora_lets_what_others_leave_it_train() {
         let [new, old] = [&top, &start].map(|model| part(&model.parameters, values(model), &parameter.name));
         assert_eq!(new != old, parameter.place == ParameterPlace::EncoderLayer(2), "{}", parameter.name);
     }
-    let error = method("[lora, bitfit]").check(&start.parameters).unwrap_err().to_string();
+    let error = method("[lora, bitfit]").check(start.parameters.declared()).unwrap_err().to_string();
     assert!(error.contains("bitfit+lora"), "{error}");
-    method("[lora, child_tuning_f, reinitialised_layers]").check(&start.parameters).unwrap();
+    let error =
+        method("[lora, reinitialised_layers]").check(start.parameters.declared()).unwrap_err().to_string();
+    assert!(error.contains("one draws") && error.contains("anew"), "{error}");
+    method("[lora, child_tuning_f]").check(start.parameters.declared()).unwrap();
 }

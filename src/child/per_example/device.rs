@@ -33,10 +33,8 @@ pub(super) fn add_squared_products(
 
 /// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`, from dY `[rows, width]`.
 pub(super) fn add_squared_vector(sums: &Moments, gradient: &Tensor, examples: &Examples) -> Result<()> {
-    let parts = upload(&examples.part_of_row(), gradient.device())?;
-    let shape = [examples.parts().count() as i64, gradient.size()[1]];
-    let empty = Tensor::f_zeros(shape, (gradient.kind(), gradient.device()))?;
-    add(sums, &empty.f_index_add(0, &parts, gradient)?.f_square()?, examples)
+    let rows = Rectangle::new(examples, gradient)?.lay_out(gradient)?;
+    add(sums, &rows.f_sum_dim_intlist(1i64, false, Kind::Float)?.f_square()?, examples)
 }
 
 /// Adds the squared gradients of a table's entries to sums of the shape `[entries, width]`, from dY `[rows, width]` and the
@@ -49,30 +47,35 @@ pub(super) fn add_squared_entries(
 ) -> Result<()> {
     // An entry used twice in one example has one gradient, the sum of both rows, before it is squared.
     let device = gradient.device();
-    let (count, width) = (sums.squares.size()[0], gradient.size()[1]);
+    let count = sums.squares.size()[0];
     let parts = upload(&examples.part_of_row(), device)?;
     let uses = parts.f_mul_scalar(count)?.f_add(entries)?;
     let (distinct, row_of_use, _) = uses.f_unique_dim(0, true, true, false)?;
-    let empty = Tensor::f_zeros([distinct.size()[0], width], (gradient.kind(), device))?;
-    let squares = empty.f_index_add(0, &row_of_use, gradient)?.f_square()?;
+    let squares = sums_at(gradient, &row_of_use, distinct.size()[0])?.f_square()?;
     let entry = distinct.f_remainder(count)?;
     let Some(further) = &sums.further else {
-        let _ = sums.squares.shallow_clone().f_index_add_(0, &entry, &squares)?;
+        let _ = sums.squares.shallow_clone().f_add_(&sums_at(&squares, &entry, count)?)?;
         return Ok(());
     };
     // The copies of an example come together before the square is squared.
     let example = distinct.f_div_scalar_mode(count * examples.copies() as i64, "floor")?;
     let places = example.f_mul_scalar(count)?.f_add(&entry)?;
     let (places, line, _) = places.f_unique_dim(0, true, true, false)?;
-    let empty = Tensor::f_zeros([places.size()[0], width], (gradient.kind(), device))?;
-    let squares = empty.f_index_add(0, &line, &squares)?;
+    let squares = sums_at(&squares, &line, places.size()[0])?;
     let entry = places.f_remainder(count)?;
-    let _ = sums.squares.shallow_clone().f_index_add_(0, &entry, &squares)?;
-    let _ = further.fourths.shallow_clone().f_index_add_(0, &entry, &squares.f_square()?)?;
-    let sums_of_lines = squares.f_sum_dim_intlist(1i64, false, Kind::Double)?;
+    let _ = sums.squares.shallow_clone().f_add_(&sums_at(&squares, &entry, count)?)?;
+    let _ = further.fourths.shallow_clone().f_add_(&sums_at(&squares.f_square()?, &entry, count)?)?;
+    let sums_of_lines = squares.f_sum_dim_intlist(1i64, true, Kind::Double)?;
     let example = places.f_div_scalar_mode(count, "floor")?;
-    let _ = further.totals.shallow_clone().f_index_add_(0, &example, &sums_of_lines)?;
+    let totals = sums_at(&sums_of_lines, &example, further.totals.size()[0])?;
+    let _ = further.totals.shallow_clone().f_add_(&totals.f_flatten(0, -1)?)?;
     Ok(())
+}
+
+/// Adds rows `[rows, width]` up at their places among so many: `[count, width]`. In one order, where `index_add` on a GPU
+/// takes them as they come and its last bits differ from time to time.
+fn sums_at(rows: &Tensor, places: &Tensor, count: i64) -> Result<Tensor> {
+    Ok(Tensor::f_embedding_dense_backward(rows, places, count, -1, false)?)
 }
 
 /// Adds squares of the parts, `[parts, ...]`, to sums of the shape `[...]`.

@@ -110,7 +110,7 @@ fn a_retried_run_takes_the_place_of_its_failed_rows() {
         ]
     );
     assert_eq!(finished(&results), [1, 3]);
-    assert!(!beside(&path, ".tmp").exists());
+    assert!(!path.with_file_name(".results.csv.partial").exists());
 }
 
 #[test]

@@ -81,7 +81,9 @@ impl Criterion for Fisher {
     }
 
     fn scores(&self, preparation: &mut Preparation, scope: MaskScope) -> Result<Scores> {
-        let Preparation { classifier, data, seed, batch_size, precision, shuffled, host, .. } = preparation;
+        let Preparation {
+            classifier, data, seed, batch_size, micro_batch, precision, shuffled, host, ..
+        } = preparation;
         let device = classifier.parameters.device();
         let of_batches = self.estimator == Estimator::Batch;
         let examples = self.examples(data.len());
@@ -101,9 +103,11 @@ impl Criterion for Fisher {
         if !of_batches {
             order.sort_by_key(|&number| data.inputs[number].ids.len());
         }
-        // Copies of examples take memory as examples do.
-        let batch_size = (*batch_size / self.estimator.copies(classifier.labels())).max(1);
-        let batches = order.chunks(batch_size).enumerate().map(|(number, examples)| {
+        // Where results do not depend on who shares a batch, one has the size of those of training; copies of examples take
+        // memory as examples do.
+        let together = if of_batches || self.dropout { *batch_size } else { *micro_batch };
+        let together = (together / self.estimator.copies(classifier.labels())).max(1);
+        let batches = order.chunks(together).enumerate().map(|(number, examples)| {
             let (batch, targets) = data.batch(examples, 0, device)?;
             let dropout =
                 self.dropout.then(|| Dropout::new(*seed, Purpose::FisherDropout, number as u64, 0, device));

@@ -25,7 +25,7 @@ impl Criterion for GradientMagnitude {
     }
 
     fn scores(&self, preparation: &mut Preparation, _scope: MaskScope) -> Result<Scores> {
-        let Preparation { classifier, data, seed, batch_size, precision, shuffled, host, .. } = preparation;
+        let Preparation { classifier, data, seed, micro_batch, precision, shuffled, host, .. } = preparation;
         let device = classifier.parameters.device();
         let mut order = match shuffled {
             true => random::permutation(data.len(), Key::derive(*seed, Purpose::Order, 0)),
@@ -36,8 +36,8 @@ impl Criterion for GradientMagnitude {
         let weights = classifier.parameters.compute_weights(precision.kind())?;
         let hooks = GradientHooks::collect(&classifier.parameters, &weights, |_| true, None)?;
         hooks.begin_step();
-        for (part, examples) in order.chunks(*batch_size).enumerate() {
-            let first_slot = part * *batch_size;
+        for (part, examples) in order.chunks(*micro_batch).enumerate() {
+            let first_slot = part * *micro_batch;
             let (batch, targets) = data.batch(examples, first_slot, device)?;
             let dropout = self.dropout.then(|| Dropout::new(*seed, Purpose::Dropout, 0, first_slot, device));
             let logits = classifier.logits(&Pass::new(&weights, &batch, dropout))?;

@@ -128,7 +128,7 @@ fn theta(config: &ModelConfig, layers: &str, older_key: &str, default: f64) -> R
 /// # Errors
 /// Fails if the config names something else, or not one for each layer.
 pub(super) fn reaches_of_layers(config: &ModelConfig) -> Result<Vec<usize>> {
-    let count = config.integer("num_hidden_layers")? as usize;
+    let count = config.layers("num_hidden_layers")? as usize;
     let every = config.integer_if_any("global_attn_every_n_layers")?.unwrap_or(3) as usize;
     let names = config.words("layer_types", &REACHES)?;
     if names.is_empty() {
