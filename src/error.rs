@@ -3,6 +3,7 @@
 //! A message is a lower-case fragment that reads well after `error: `; it names the file, the
 //! place in it and, where there is one, the mend.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Shorthand for a result with this crate's [`Error`].
@@ -97,10 +98,12 @@ impl Error {
         matches!(self, Error::Libtorch(message) if TEXTS.iter().any(|text| message.contains(text)))
     }
 
-    /// The exit code of the command line for this error: 2 configuration, 3 environment, 1 a failed run.
+    /// The exit code of the command line for this error: 2 configuration, 3 environment, 1 a failed run, 130 an interruption.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Configuration(_) | Error::Data { .. } | Error::Model { .. } => 2,
+            // Somebody typed the name of a file that is not there.
+            Error::Io { action: "read", source, .. } if source.kind() == ErrorKind::NotFound => 2,
             Error::Environment(_) | Error::Io { .. } => 3,
             Error::Libtorch(_) | Error::Diverged(_) => 1,
             Error::Interrupted => 130,

@@ -8,11 +8,11 @@
 //! | [`verify`] | a device against the CPU, and its speed |
 //! | [`analysis`] | comparisons, from result CSVs only |
 //! | [`experiment`] | YAML as typed → plan of runs → runner → result CSV |
+//! | [`hub`] | models from the Hugging Face Hub, and its cache |
 //! | [`train`] | the training loop, optimizer, schedule, evaluation of one run |
 //! | [`method`] | fine-tuning methods behind one trait |
 //! | [`child`] | child networks: Bernoulli and Fisher masks, gradient hooks |
 //! | [`model`] | pretrained encoders, one file a family, and Hugging Face folders |
-//! | [`hub`] | models from the Hugging Face Hub, and its cache |
 //! | [`data`] | tasks, readers, tokens, batches, metrics |
 //! | [`transfer`] | files over HTTP |
 //! | [`libtorch`] | what tch leaves out; the only `unsafe` code |
@@ -37,3 +37,4 @@ pub mod train;
 pub mod transfer;
 pub mod values;
 pub mod verify;
+pub mod yaml;

@@ -1,14 +1,16 @@
-//! What the benchmarks have in common.
+//! What the benchmarks have in common; the allocator is the program's.
 
 use std::path::Path;
 
 use child_tuning::train::Precision;
 use tch::Device;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Sets libtorch and the threads up as the program does, and returns the device that `cpu` or `cuda` names.
 pub fn set_up(threads: usize, device: &str) -> anyhow::Result<Device> {
     child_tuning::libtorch::with_a_considerate_environment();
-    child_tuning::libtorch::keep_freed_memory();
     child_tuning::libtorch::keep_the_order_of_sums();
     tch::set_num_threads(threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;

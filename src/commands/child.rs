@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::experiment::ExperimentArguments;
 use super::progress::Display;
 use super::table::table;
-use super::{ComputeArguments, show};
+use super::{ComputeArguments, show, tell};
 
 #[derive(Args)]
 pub struct ChildArguments {
@@ -125,7 +125,7 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
                     }
                 }
                 if masks.is_empty() {
-                    eprintln!("{}: no method of this experiment has a fixed mask", plan.name);
+                    tell(format_args!("{}: no method of this experiment has a fixed mask", plan.name));
                 }
             }
         }

@@ -18,7 +18,7 @@ use indicatif::BinaryBytes;
 use super::progress::TransferDisplay;
 use super::signals::end_at_once;
 use super::table::table;
-use super::{DataArguments, show};
+use super::{DataArguments, show, tell};
 
 #[derive(Args)]
 pub struct DataCommandArguments {
@@ -33,7 +33,7 @@ enum DataCommand {
         #[command(flatten)]
         data: DataArguments,
     },
-    /// Download data sets from where they are published; goes on where it was cut off.
+    /// Download data sets from where they are published; resumes an interrupted download.
     ///
     /// Experiments find what was fetched without being told where. Every file is compared with its published SHA-256. The
     /// licences of the data sets are their own: they are shown first, and stand beside the data in SOURCE.txt.
@@ -97,7 +97,7 @@ enum Format {
 /// Calls the subcommand.
 pub fn data(arguments: DataCommandArguments) -> Result<ExitCode> {
     match arguments.command {
-        DataCommand::List { data } => list(&data.roots()),
+        DataCommand::List { data } => list(&data.roots()?),
         DataCommand::Fetch(arguments) => fetch(&arguments),
         DataCommand::Check(arguments) => check(&arguments),
     }
@@ -168,8 +168,8 @@ fn fetch(arguments: &FetchArguments) -> Result<ExitCode> {
 fn fetch_one(card: &TaskCard, download: &Download, options: &FetchOptions) -> Result<()> {
     let folder = options.to.join(&download.folder);
     if !download.is_complete(&options.to) {
-        eprintln!("{}: {}, {}", card.name, card.source, BinaryBytes(download.bytes()));
-        eprintln!("licence: {}", card.licence);
+        tell(format_args!("{}: {}, {}", card.name, card.source, BinaryBytes(download.bytes())));
+        tell(format_args!("licence: {}", card.licence));
     }
     let mut display = TransferDisplay::new();
     let result = download.fetch(card, options, &mut |event| match event {
@@ -179,14 +179,14 @@ fn fetch_one(card: &TaskCard, download: &Download, options: &FetchOptions) -> Re
     display.finish();
     let result = result?;
     if Some(&options.to) == fetched_data_folder().as_ref() {
-        let roots = data_roots(&[], &[]);
+        let roots = data_roots(&[], &[])?;
         let before = roots.iter().take_while(|root| **root != options.to);
         let mut folders = before.flat_map(|root| card.folders.iter().map(move |folder| root.join(folder)));
         if let Some(nearer) = folders.find(|path| path.exists()) {
             let (nearer, to) = (nearer.display(), options.to.display());
-            eprintln!(
+            tell(format_args!(
                 "note: experiments started here find {nearer} first; --data {to} puts what was fetched before it"
-            );
+            ));
         }
     }
     match result {
@@ -200,7 +200,7 @@ fn check(arguments: &CheckArguments) -> Result<ExitCode> {
         arguments.tasks.iter().map(|task| named_card(task, Path::new(""))).collect::<Result<Vec<_>, _>>()?;
     let all = named.is_empty();
     let cards = if all { builtin_cards() } else { named };
-    let roots = arguments.data.roots();
+    let roots = arguments.data.roots()?;
     let encoder = |name: &String| TokenEncoder::from_folder(&model_folder(name)?.0);
     let encoder = arguments.model.as_ref().map(encoder).transpose()?;
     let mut csv = csv::Writer::from_writer(Vec::new());
@@ -213,7 +213,7 @@ fn check(arguments: &CheckArguments) -> Result<ExitCode> {
             Ok(splits) => splits,
             Err(error) => {
                 // The other tasks are worth a look all the same.
-                eprintln!("error: {error}");
+                tell(format_args!("error: {error}"));
                 unreadable = true;
                 continue;
             }

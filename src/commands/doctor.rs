@@ -34,7 +34,7 @@ pub fn doctor(arguments: DoctorArguments) -> Result<ExitCode> {
     ))?;
     show(format_args!("libtorch       {}, {} threads", libtorch::version(), tch::get_num_threads()))?;
     show_cuda()?;
-    show_data(&arguments.data.roots())?;
+    show_data(&arguments.data.roots()?)?;
     show_models(&arguments.models)?;
     show_hub()?;
     Ok(ExitCode::SUCCESS)

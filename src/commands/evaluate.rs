@@ -40,7 +40,7 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
     let (model, _) = model_folder(&arguments.model)?;
     let folder = ModelFolder::open(&model)?;
     let encoder = TokenEncoder::from_folder(&model)?;
-    let roots = arguments.data.roots();
+    let roots = arguments.data.roots()?;
     let mut table = csv::Writer::from_writer(Vec::new());
     table.write_record(["task", "split", "examples", "metric", "value"])?;
     for task in &arguments.tasks {
@@ -61,7 +61,9 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
         let about = [card.name.clone(), arguments.split.to_string(), data.len().to_string()];
         let scores = evaluation.scores.iter().map(|(metric, value)| (metric.to_string(), *value));
         for (measure, value) in scores.chain([("loss".to_owned(), evaluation.loss)]) {
-            table.write_record(about.iter().chain([&measure, &value.to_string()]))?;
+            // As in the results file, what is undefined is an empty field.
+            let value = if value.is_nan() { String::new() } else { value.to_string() };
+            table.write_record(about.iter().chain([&measure, &value]))?;
         }
     }
     let text = String::from_utf8(table.into_inner().context("cannot finish the CSV")?)?;

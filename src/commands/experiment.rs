@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use child_tuning::analysis::compare;
 use child_tuning::error::Error;
-use child_tuning::experiment::results::{self, ResultsFile};
+use child_tuning::experiment::results;
 use child_tuning::experiment::{
     ExperimentSpec, Forecast, Override, Pace, Plan, PlanOptions, Run, RunEvent, Runner, Speed, Summary,
-    Tokens, execute, forecast,
+    Tokens, check_places, execute, forecast,
 };
 use child_tuning::hub::missing_models;
 use clap::Args;
@@ -23,7 +23,7 @@ use super::jobs::{JobsArguments, WorkerPlace, worker_pool};
 use super::model::fetch_model;
 use super::progress::Display;
 use super::signals::stop_between_batches;
-use super::{ComputeArguments, DataArguments, show};
+use super::{ComputeArguments, DataArguments, is_broken_pipe, show, tell};
 
 /// What to do with which experiments.
 #[derive(Args)]
@@ -84,7 +84,7 @@ impl ExperimentArguments {
 
     /// Reads and resolves all experiments before anything runs.
     pub(super) fn plans(&self) -> Result<Vec<Plan>, Error> {
-        let options = PlanOptions { data: self.data.data.clone(), only: self.only.clone() };
+        let options = PlanOptions { data: self.data.folders(), only: self.only.clone() };
         let plan = |path: &PathBuf| {
             let spec = ExperimentSpec::read(path, &self.overrides)?;
             Plan::resolve(&spec, path, &options).map_err(|error| match error {
@@ -111,6 +111,12 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
     is_training.store(true, Ordering::Relaxed);
     let plans = experiment.plans()?;
     let places = jobs.places(&compute, &plans)?;
+    // Before the first run of the first, so that a bad place of the last does not cost trained runs.
+    for plan in &plans {
+        if let Some(repair) = check_places(plan)?.repaired() {
+            tell(format_args!("note: {repair}"));
+        }
+    }
     let mut pool = (places.len() > 1).then(|| worker_pool(&places));
     let mut failed = false;
     for (number, plan) in plans.iter().enumerate() {
@@ -124,9 +130,11 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
             None => execute(plan, &mut Runner::new(plan, device, &interrupted, &mut report), &interrupted)?,
         };
         display.finish();
-        show_comparison(&plan.results)?;
-        show(sentence(plan, &summary, started.elapsed()))?;
-        failed |= summary.failed > 0;
+        let shown =
+            show_comparison(&plan.results).and_then(|()| show(sentence(plan, &summary, started.elapsed())));
+        // Whoever read this may have seen enough; the runs of the other experiments are wanted all the same.
+        shown.or_else(|error| if is_broken_pipe(&error) { Ok(()) } else { Err(error) })?;
+        failed |= summary.failed > 0 || summary.diverged_before > 0;
         if summary.interrupted {
             return Ok(ExitCode::from(130));
         }
@@ -153,7 +161,7 @@ pub fn plan(arguments: PlanArguments) -> Result<ExitCode> {
 /// Shows the runs of a plan that are not done, with their number of steps and what they will cost.
 fn show_plan(plan: &Plan, device: Device, speed: &Speed, jobs: usize) -> Result<()> {
     let (recorded, rows) = match plan.results.exists() {
-        true => (ResultsFile::open(&plan.results)?.recorded()?, results::read(&plan.results)?),
+        true => (results::recorded(&plan.results)?, results::read(&plan.results)?),
         false => Default::default(),
     };
     let (chosen, open): (Vec<_>, Vec<_>) = plan
@@ -261,7 +269,7 @@ fn duration(seconds: f64) -> String {
         0..60 => seconds,
         60..3600 => seconds.next_multiple_of(10),
         3600..86_400 => seconds.next_multiple_of(60),
-        _ => seconds.next_multiple_of(3600),
+        _ => seconds.checked_next_multiple_of(3600).unwrap_or(seconds),
     };
     humantime::format_duration(Duration::from_secs(rounded)).to_string()
 }
@@ -279,13 +287,14 @@ fn sentence(plan: &Plan, summary: &Summary, time: Duration) -> String {
     for (count, what) in [
         (summary.failed, "diverged or failed (their rows say why)"),
         (summary.skipped, "were there already"),
+        (summary.diverged_before, "of these had diverged"),
         (summary.elsewhere, "left to another process at work on them"),
     ] {
         if count > 0 {
             parts.push(format!("{count} {what}"));
         }
     }
-    let again = if summary.interrupted { "; interrupted: the same command goes on from here" } else { "" };
+    let again = if summary.interrupted { "; interrupted: run the same command again to resume" } else { "" };
     let took = match time.as_secs() {
         0..60 => format!("{:.1} s", time.as_secs_f64()),
         seconds => humantime::format_duration(Duration::from_secs(seconds)).to_string(),

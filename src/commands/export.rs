@@ -12,6 +12,8 @@ use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder};
 use clap::Args;
 use tch::Device;
 
+use super::tell;
+
 #[derive(Args)]
 pub struct ExportArguments {
     /// Model folder, in any form that this program reads, or a model of the Hub that `model fetch` has fetched
@@ -55,10 +57,10 @@ pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
         ("left out, of pretraining", &report.ignored),
     ] {
         if !names.is_empty() {
-            eprintln!("{what}: {}", names.join(", "));
+            tell(format_args!("{what}: {}", names.join(", ")));
         }
     }
-    eprintln!("{} written", arguments.output.display());
+    tell(format_args!("{} written", arguments.output.display()));
     Ok(ExitCode::SUCCESS)
 }
 

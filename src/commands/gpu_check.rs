@@ -10,7 +10,7 @@ use child_tuning::verify::{Check, Options, Outcome, Report, verify};
 use clap::Args;
 use tch::Cuda;
 
-use super::{device_named, show};
+use super::{device_named, show, tell};
 
 #[derive(Args)]
 pub struct GpuCheckArguments {
@@ -45,8 +45,12 @@ pub fn gpu_check(arguments: GpuCheckArguments) -> Result<ExitCode> {
         write_bytes(&arguments.output.join("gpu_check.json"), json.as_bytes())?;
         write_bytes(&arguments.output.join("gpu_check.md"), report.markdown().as_bytes())
     };
-    let report =
-        verify(options, &mut |check| show_check(check), &mut |what| eprintln!("{what} …"), &mut keep)?;
+    let report = verify(
+        options,
+        &mut |check| show_check(check),
+        &mut |what| tell(format_args!("{what} …")),
+        &mut keep,
+    )?;
     let [passed, failed, skipped] =
         [Outcome::Passed, Outcome::Failed, Outcome::Skipped].map(|outcome| report.count(&outcome));
     show(format_args!("{passed} checks passed, {failed} failed, {skipped} skipped"))?;

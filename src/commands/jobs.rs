@@ -24,6 +24,9 @@ pub struct JobsArguments {
     jobs: Jobs,
 }
 
+/// More processes than any machine has room for.
+const MOST_JOBS: usize = 1024;
+
 #[derive(Clone, Copy)]
 enum Jobs {
     Auto,
@@ -36,8 +39,8 @@ impl FromStr for Jobs {
     fn from_str(text: &str) -> Result<Self, String> {
         match (text, text.parse()) {
             ("auto", _) => Ok(Jobs::Auto),
-            (_, Ok(count @ 1..)) => Ok(Jobs::Count(count)),
-            _ => Err("neither a number from 1 on nor `auto`".into()),
+            (_, Ok(count @ 1..=MOST_JOBS)) => Ok(Jobs::Count(count)),
+            _ => Err(format!("must be a whole number from 1 to {MOST_JOBS}, or `auto`")),
         }
     }
 }

@@ -54,7 +54,7 @@ pub struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Train the runs of experiments that their results files do not have yet.
+    /// Train the runs that are missing from the experiments' results files.
     Run(experiment::RunArguments),
     /// Show what `run` would do: runs, steps, what is finished. Trains nothing.
     Plan(experiment::PlanArguments),
@@ -74,7 +74,7 @@ enum Command {
     Export(export::ExportArguments),
     /// Show what is installed here (libtorch, CUDA, data, models) and what to do about what is not.
     Doctor(doctor::DoctorArguments),
-    /// Compare a GPU with the CPU, measure its speed, and write both down.
+    /// Compare a GPU with the CPU, measure its speed, and write a report.
     GpuCheck(gpu_check::GpuCheckArguments),
 }
 
@@ -92,6 +92,16 @@ impl Arguments {
 /// Writes a line to standard output; an error instead of a panic where nobody reads it any more.
 pub fn show(text: impl Display) -> Result<()> {
     Ok(writeln!(std::io::stdout().lock(), "{text}")?)
+}
+
+/// Writes a line to standard error. That nobody reads it, or a full disk takes no more of it, must not end what it tells of.
+pub fn tell(text: impl Display) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// Returns whether an error is that nobody reads the output any more.
+pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// Calls the command that was asked for.
@@ -118,7 +128,7 @@ pub struct ComputeArguments {
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
     /// Threads to compute with on the CPU [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 }
 
@@ -156,21 +166,31 @@ fn device_named(name: &str) -> Result<Device, Error> {
         0 => "no CUDA device is usable here; leave --device out to run on the CPU (`make experiment` does), and see \
               `child-tuning doctor` for what is missing"
             .into(),
-        _ => format!("there is no cuda:{index}; this machine has {devices} CUDA devices, counted from 0"),
+        _ => format!("there is no cuda:{index}; the CUDA devices of this machine are 0 to {}", devices - 1),
     }))
 }
 
 /// Folders with data sets.
 #[derive(Args)]
 pub struct DataArguments {
-    /// Folder with data sets, searched before those of the experiment, `data/` and what was fetched; may be repeated
-    #[arg(long = "data", value_name = "FOLDER", env = "DATA")]
+    /// Folder with data sets, searched before those of the experiment, `data/` and what was fetched; may be repeated [env:
+    /// DATA]
+    #[arg(long = "data", value_name = "FOLDER")]
     data: Vec<PathBuf>,
 }
 
 impl DataArguments {
     /// Returns where data sets are looked for outside experiments.
-    fn roots(&self) -> Vec<PathBuf> {
-        data_roots(&self.data, &[])
+    fn roots(&self) -> Result<Vec<PathBuf>, Error> {
+        data_roots(&self.folders(), &[])
+    }
+
+    /// Returns the folders of the command line; without any, that of the environment, unless it is empty.
+    fn folders(&self) -> Vec<PathBuf> {
+        let of_environment = || std::env::var_os("DATA").filter(|folder| !folder.is_empty());
+        match self.data.is_empty() {
+            true => of_environment().map(PathBuf::from).into_iter().collect(),
+            false => self.data.clone(),
+        }
     }
 }

@@ -11,8 +11,8 @@ use comfy_table::{Table, presets};
 use indicatif::BinaryBytes;
 
 use super::progress::TransferDisplay;
-use super::show;
 use super::signals::end_at_once;
+use super::{show, tell};
 
 #[derive(Args)]
 pub struct ModelArguments {
@@ -22,7 +22,7 @@ pub struct ModelArguments {
 
 #[derive(Subcommand)]
 enum ModelCommand {
-    /// Download models of the Hugging Face Hub into its cache; goes on where it was cut off.
+    /// Download models of the Hugging Face Hub into its cache; resumes an interrupted download.
     ///
     /// Config, tokenizer and weights in one format are loaded, and compared with the hashes that the Hub names. What the
     /// cache has already, of Python as well, is compared and kept. A branch or tag is looked up anew: this is how a model
@@ -61,7 +61,7 @@ fn fetch(models: &[ModelId]) -> Result<ExitCode> {
         let Snapshot { commit, folder, .. } = fetch_model(id)?;
         show(format_args!("{id}: commit {commit}, in {}", folder.display()))?;
         if let ModelPlace::Folder(nearer) = place_of(&id.to_string()) {
-            eprintln!("note: experiments started here find the folder {} first", nearer.display());
+            tell(format_args!("note: experiments started here find the folder {} first", nearer.display()));
         }
     }
     Ok(ExitCode::SUCCESS)

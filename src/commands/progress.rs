@@ -9,6 +9,8 @@ use child_tuning::train::Event;
 use child_tuning::transfer::TransferEvent;
 use indicatif::{BinaryBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
+use super::tell;
+
 /// How often a transfer reports where there is no bar.
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
@@ -67,7 +69,7 @@ impl Display {
                 let Turn { number, total, run } = turn;
                 let name = format!("[{number}/{total}] {}", run.label());
                 if self.bars.is_none() {
-                    eprintln!("{name}: {} steps", run.total_steps());
+                    tell(format_args!("{name}: {} steps", run.total_steps()));
                 }
                 let bars = &self.bars;
                 let place = place(&mut self.places, worker);
@@ -159,7 +161,7 @@ impl Display {
         match &self.bars {
             // Fails where the terminal is gone, and then nobody reads the line.
             Some(bars) => drop(bars.all.println(text)),
-            None => eprintln!("{text}"),
+            None => tell(format_args!("{text}")),
         }
     }
 }
@@ -190,8 +192,19 @@ fn outcome(rows: &[Row]) -> String {
     let score = |row: &Row| {
         let score = row.score.filter(|score| score.is_finite());
         let score = score.map_or("undefined".to_owned(), |score| format!("{:.2}", 100.0 * score));
-        let degenerate = if row.degenerate == Some(true) { ", predicts one class only" } else { "" };
-        let place = if rows.len() > 1 { format!("{} ", row.evaluated_on) } else { String::new() };
+        let degenerate = match row.degenerate {
+            Some(true) if matches!(row.headline.as_str(), "combined" | "pearson" | "spearman") => {
+                ", predicts nearly one value only"
+            }
+            Some(true) => ", predicts one class only",
+            _ => "",
+        };
+        let of_task = rows.iter().filter(|other| other.evaluated_on == row.evaluated_on);
+        let place = match (rows.len(), of_task.count()) {
+            (1, _) => String::new(),
+            (_, 1) => format!("{} ", row.evaluated_on),
+            _ => format!("{} {} ", row.evaluated_on, row.split),
+        };
         format!("{place}{} {score}{degenerate}", row.headline)
     };
     format!("{} ({seconds:.1} s)", rows.iter().map(score).collect::<Vec<_>>().join(", "))
@@ -267,7 +280,7 @@ impl TransferDisplay {
                 }
             };
             let share = 100.0 * done as f64 / self.bytes as f64;
-            eprintln!("{}: {share:.0} %, {}/s{left}", self.name, BinaryBytes(speed as u64));
+            tell(format_args!("{}: {share:.0} %, {}/s{left}", self.name, BinaryBytes(speed as u64)));
         }
     }
 
@@ -275,7 +288,7 @@ impl TransferDisplay {
     pub fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
-            None => eprintln!("{text}"),
+            None => tell(format_args!("{text}")),
         }
     }
 }

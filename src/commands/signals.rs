@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 
+use super::tell;
+
 /// The exit code of a command that was interrupted.
 const INTERRUPTED: i32 = 130;
 
@@ -35,6 +37,6 @@ fn listen(handler: impl FnMut() + Send + 'static) -> Result<()> {
 }
 
 fn end() {
-    eprintln!("\ninterrupted: the same command goes on from here");
+    tell(format_args!("\ninterrupted: run the same command again to resume"));
     exit(INTERRUPTED);
 }

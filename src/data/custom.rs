@@ -16,6 +16,7 @@ use super::table::Format;
 use super::task::{Objective, Split, TaskCard};
 use crate::error::{Error, Result};
 use crate::values::OneOrMany;
+use crate::yaml;
 
 /// More different labels than this are taken for scores or free text, not for classes.
 const MOST_COLLECTED_LABELS: usize = 100;
@@ -194,6 +195,13 @@ impl CustomTask {
         let name = |spelling: String| self.spellings.get(&spelling).cloned().unwrap_or(spelling);
         let labels: BTreeSet<String> = spellings.map(name).collect();
         let mut labels: Vec<String> = labels.into_iter().collect();
+        // Labels are read without regard to case: of spellings that differ in it alone, the last in order names the class.
+        let all = labels.clone();
+        let mut place = 0;
+        labels.retain(|label| {
+            place += 1;
+            !all[place..].iter().any(|later| later.eq_ignore_ascii_case(label))
+        });
         if labels.len() > MOST_COLLECTED_LABELS {
             let message = format!(
                 "column `{}` holds {} different labels; if they are scores, set `objective: regression`, \
@@ -220,8 +228,7 @@ impl TaskCard {
     /// column; [`Error::Io`] if the file cannot be read.
     pub fn load(path: &Path) -> Result<TaskCard> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-        let task: CustomTask = serde_yaml::from_str(&text)
-            .map_err(|error| Error::configuration(format!("{}: {error}", path.display())))?;
+        let task: CustomTask = yaml::parse(&text, path)?;
         let card = task.into_card(path.parent().unwrap_or(Path::new("")));
         card.map_err(|error| match error {
             Error::Configuration(message) => Error::configuration(format!("{}: {message}", path.display())),
@@ -418,6 +425,7 @@ mod tests {
             ),
             (with("labels: [a, b]\nobjective: regression"), "exclude each other"),
             (with("labels: [a, a]"), "the label `a` is listed twice"),
+            (with("labels: [a, b, A]"), "the label `A` is listed twice"),
             (with("labels: [a, b]\nspellings: {c: d}"), "`c` for `d`, which is none of its labels"),
             (with("labels: [a, b]\ndrop_labels: [a]"), "`drop_labels` has `a`, which is a label"),
             (refusal(&CARD.replace("t.csv", "t-*.csv")), "there is no file of such a name"),
@@ -428,12 +436,13 @@ mod tests {
             (refusal(&CARD.replace("label: verdict", "label: verdicts")), "has no label column"),
             (with("metrics: [acuracy]"), "did you mean `accuracy`?"),
             (with("lables: [a, b]"), "unknown field `lables`"),
+            (with("lables: [a, b]"), "did you mean `labels`?"),
             (with("text: []"), "text"),
         ];
         for (message, expected) in cases {
             assert!(message.contains(expected), "{expected}: {message}");
         }
-        assert!(with("lables: [a, b]").contains("line 6 column 1"), "{}", with("lables: [a, b]"));
+        assert!(with("lables: [a, b]").contains("card.yaml:6:1: "), "{}", with("lables: [a, b]"));
     }
 
     #[test]

@@ -204,7 +204,7 @@ impl Download {
             return Ok(());
         }
         Err(Error::configuration(format!(
-            "{} is there and was not fetched by this program, so it is left alone; name another folder with --to, or \
+            "{} already exists and was not fetched by this program, so it was not touched; name another folder with --to, or \
              move it away",
             folder.display()
         )))

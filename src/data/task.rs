@@ -198,7 +198,10 @@ impl TaskCard {
             if labels.len() < 2 {
                 return refuse(format!("classification needs at least two labels, not {}", labels.len()));
             }
-            if let Some(label) = labels.iter().enumerate().find(|(id, label)| labels[..*id].contains(label)) {
+            let is_there = |(id, label): &(usize, &String)| {
+                labels[..*id].iter().any(|other| other.eq_ignore_ascii_case(label))
+            };
+            if let Some(label) = labels.iter().enumerate().find(is_there) {
                 return refuse(format!("the label `{}` is listed twice", label.1));
             }
         }

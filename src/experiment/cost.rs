@@ -58,7 +58,7 @@ pub fn method_cost(run: &Run) -> Result<MethodCost> {
         trainable,
         optimizer_bytes: moments * size_of::<f32>() * trainable,
         method_bytes: run.method.state_bytes(declared, number),
-        passes: run.method.parts().passes(),
+        passes: run.method.parts().passes(labels == Labels::Score),
         examples_prepared: run.method.examples_passed(run.training_examples()),
         fine_tunes_first: run.method.fine_tunes_first(),
     })

@@ -229,7 +229,16 @@ impl Catalogue {
 
 /// Returns where data sets are looked for, in order: the folders of the command line, those of the experiment, the
 /// folder `data`, and what was fetched. The miniature data that come with the program stand behind what was fetched.
-pub fn data_roots(first: &[PathBuf], then: &[PathBuf]) -> Vec<PathBuf> {
+///
+/// # Errors
+/// Fails, naming it, if a folder of the command line is none, or if all of the experiment are none: other data would take their
+/// place unnoticed. (An experiment may list the folders of several machines.)
+pub fn data_roots(first: &[PathBuf], then: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let missing = first.iter().find(|folder| !folder.is_dir());
+    let missing = missing.or_else(|| then.first().filter(|_| !then.iter().any(|folder| folder.is_dir())));
+    if let Some(missing) = missing {
+        return Err(Error::configuration(format!("there is no folder {} with data sets", missing.display())));
+    }
     let own = PathBuf::from("data");
     let is_miniature = own.join("MINIATURE").exists();
     let mut last = vec![own];
@@ -237,7 +246,7 @@ pub fn data_roots(first: &[PathBuf], then: &[PathBuf]) -> Vec<PathBuf> {
     if is_miniature {
         last.reverse();
     }
-    first.iter().chain(then).cloned().chain(last).collect()
+    Ok(first.iter().chain(then).cloned().chain(last).collect())
 }
 
 /// Finds a task by its built-in name, or by its card file beside the experiment or in the working folder.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::plan::Plan;
 use super::queue::{Queue, Turn};
-use super::results::{ResultsFile, Status, read};
+use super::results::{Ended, ResultsFile, Status, read};
 use super::run::Run;
 use super::runner::{Attempt, RunEvent, kept_folder};
 use crate::error::{Error, Result};
@@ -47,6 +47,8 @@ pub struct Summary {
     pub failed: usize,
     /// Runs that were there already.
     pub skipped: usize,
+    /// Of these, runs that had diverged.
+    pub diverged_before: usize,
     /// Runs that another process is at work on, or that wait for one of those.
     pub elsewhere: usize,
     /// Whether the user stopped the experiment.
@@ -61,11 +63,10 @@ pub struct Summary {
 /// # Errors
 /// Fails if the results file cannot be used, or a model cannot be loaded.
 pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBool) -> Result<Summary> {
-    let results = ResultsFile::open(&plan.results)?;
+    let results = check_places(plan)?;
     if let Some(repair) = results.repaired() {
         executor.report(RunEvent::Note(repair.to_owned()));
     }
-    make_folders(plan)?;
     let recorded = results.recorded()?;
     let missing: Vec<_> = plan.all_runs().filter(|run| !recorded.has(&run.id, run.rows())).collect();
     executor.prepare(&missing)?;
@@ -77,7 +78,18 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
         execution.train_missing(&runs)?;
     }
     clear_sources(plan, &execution.results)?;
+    let had_diverged = |run: &&Arc<Run>| recorded.ended(&run.id) == Some(Ended::Diverged);
+    execution.summary.diverged_before = plan.all_runs().filter(had_diverged).count();
     Ok(execution.summary)
+}
+
+/// Opens the results file of a plan, and makes the folders of its models and masks.
+///
+/// # Errors
+/// Fails if one of them cannot be used.
+pub fn check_places(plan: &Plan) -> Result<ResultsFile> {
+    make_folders(plan)?;
+    ResultsFile::open(&plan.results)
 }
 
 struct Execution<'a> {

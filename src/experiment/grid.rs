@@ -48,6 +48,12 @@ impl GridPoint {
                 "train.micro_batch {micro_batch} is larger than train.batch_size {batch_size}"
             )));
         }
+        if hyperparameters.epochs > MOST_EPOCHS {
+            return Err(Error::configuration(format!(
+                "train.epochs is {}; more than {MOST_EPOCHS} are not supported",
+                hyperparameters.epochs
+            )));
+        }
         if let Some(obstacle) = recording_obstacle(&hyperparameters) {
             return Err(Error::configuration(format!("train.cuda_graphs records passes, but {obstacle}")));
         }
@@ -73,6 +79,9 @@ impl GridPoint {
         Ok(hyperparameters)
     }
 }
+
+/// More than anyone trains, and little enough that steps can be counted.
+const MOST_EPOCHS: f64 = 1e6;
 
 /// Of finer noise on numbers around 1, rounding to bfloat16 (steps of 2⁻⁸ and 2⁻⁷) leaves next to nothing.
 const FINEST_BF16_NOISE: f64 = 2e-3;

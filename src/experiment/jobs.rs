@@ -205,7 +205,7 @@ impl Executor for PoolExecutor<'_> {
         let order = Order { plan: self.number, run: turn.run.id.clone() };
         let line = serde_json::to_string(&order).map_err(|error| Error::Environment(error.to_string()))?;
         let worker = self.pool.idle().ok_or_else(|| {
-            Error::Environment("all worker processes have ended; the same command goes on from here".into())
+            Error::Environment("all worker processes have ended; run the same command again to resume".into())
         })?;
         worker.turn = Some(turn);
         if let Some(orders) = &mut worker.orders {

@@ -27,7 +27,7 @@ mod worker;
 
 pub use cost::{MethodCost, method_cost};
 pub use entries::{Evaluated, ModelEntry, SplitEntry, TaskEntry, data_roots, named_card};
-pub use execution::{Executor, Summary, execute};
+pub use execution::{Executor, Summary, check_places, execute};
 pub use forecast::{Forecast, Speed, forecast};
 pub use jobs::WorkerPool;
 pub use machine::{device_name, graphics_cards, peak_memory, reset_peak_memory};

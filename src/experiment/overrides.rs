@@ -32,6 +32,13 @@ impl FromStr for Override {
     }
 }
 
+impl Override {
+    /// Returns whether it sets a key, a part of it, or something that holds it; the key is a dotted path.
+    pub fn concerns(&self, key: &str) -> bool {
+        self.path.iter().zip(key.split('.')).all(|(own, part)| own == part)
+    }
+}
+
 impl fmt::Display for Override {
     fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
         formatter.write_str(&self.typed)
@@ -54,13 +61,13 @@ pub fn apply(tree: &mut Value, change: &Override) -> Result<()> {
                 let length = list.len();
                 key.parse::<usize>().ok().and_then(|index| list.get_mut(index)).ok_or_else(|| {
                     Error::configuration(format!(
-                        "--set {change}: `{key}` is no position in a list of {length}, from 0"
+                        "--set {change}: `{key}` is not an index into a list of {length} (from 0)"
                     ))
                 })?
             }
             _ => {
                 return Err(Error::configuration(format!(
-                    "--set {change}: what stands above `{key}` has no keys"
+                    "--set {change}: the value above `{key}` has no keys"
                 )));
             }
         };

@@ -1,8 +1,8 @@
 //! The plan: every run of an experiment with no options left, checked before anything trains.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::entries::{Catalogue, Evaluated, ModelEntry, TaskEntry, data_roots};
 use super::grid::GridPoint;
@@ -56,13 +56,19 @@ impl Plan {
     pub fn resolve(spec: &ExperimentSpec, file: &Path, options: &PlanOptions) -> Result<Self> {
         let preset = spec.preset.unwrap_or_default();
         let name = spec.name.clone().unwrap_or_else(|| "experiment".into());
+        // It becomes the name of the results file.
+        if name.trim().is_empty() || name.contains(['/', '\\']) || name.starts_with('.') {
+            return Err(Error::configuration(format!(
+                "name: `{name}` cannot name a file; take a word without `/` that does not begin with a dot"
+            )));
+        }
         let base = file.parent().unwrap_or(Path::new(""));
         let methods = resolve_methods(&spec.method, preset)?;
         let overrides = spec.model_config.clone().unwrap_or_default();
         let models = (spec.model.0.iter())
             .map(|name| ModelEntry::open(name, &overrides).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
-        let mut catalogue = Catalogue::new(base, data_roots(&options.data, listed(&spec.data)));
+        let mut catalogue = Catalogue::new(base, data_roots(&options.data, listed(&spec.data))?);
         let tasks = open_tasks(&mut catalogue, &spec.task, &spec.evaluate)?;
         let next = NextStage::open(&spec.then, preset, &mut catalogue)?;
         let seeds = spec.seeds.as_ref().map_or(vec![42], |seeds| seeds.0.clone());
@@ -108,7 +114,27 @@ impl Plan {
         };
         plan.keep_only(&options.only)?;
         plan.check_fits()?;
+        plan.tell_runs_apart();
         Ok(plan)
+    }
+
+    /// Gives runs that are called the same the settings in which they differ.
+    fn tell_runs_apart(&self) {
+        let mut alike: HashMap<String, Vec<&Arc<Run>>> = HashMap::new();
+        for run in self.all_runs() {
+            alike.entry(run.label()).or_default().push(run);
+        }
+        for runs in alike.values().filter(|runs| runs.len() > 1) {
+            let settings: Vec<_> = runs.iter().map(|run| run.further_settings()).collect();
+            for (run, own) in runs.iter().zip(&settings) {
+                let differs = |key: &String| settings.iter().any(|other| other.get(key) != own.get(key));
+                let telling = own.iter().filter(|(key, _)| differs(key));
+                let telling: Vec<_> = telling
+                    .map(|(key, value)| format!("{key}={}", value.to_string().trim_matches('"')))
+                    .collect();
+                let _ = run.distinction.set(telling.join(" "));
+            }
+        }
     }
 
     /// Checks that methods and lengths fit the models, once for each of their kinds.
@@ -156,7 +182,13 @@ impl Plan {
             let wanted =
                 |run: &Run| get(run) == *value || (column == "seed" && run.purpose == RunPurpose::Selection);
             if !self.all_runs().any(|run| get(run) == *value) {
-                return Err(Error::configuration(format!("--only {column}={value} leaves no run")));
+                let there: BTreeSet<String> = self.all_runs().map(|run| get(run)).collect();
+                let there: Vec<&str> = there.iter().map(String::as_str).collect();
+                return Err(Error::configuration(format!(
+                    "--only {column}={value} leaves no run{}; there are {}",
+                    suggestion(value, there.iter().copied()),
+                    if there.is_empty() { "none left".into() } else { there.join(", ") }
+                )));
             }
             let mut kept: Vec<Arc<Run>> = Vec::new();
             for run in self.runs.iter().rev() {
@@ -224,11 +256,13 @@ impl Stage<'_> {
             task: task.clone(),
             method: method.clone(),
             hyperparameters: point.settle(method.as_ref(), self.preset, self.freeze)?,
-            examples: point.examples,
+            // As many as there are is all.
+            examples: point.examples.filter(|&examples| examples < task.train.dataset.examples.len()),
             label_noise: point.label_noise,
             seed,
             evaluations: evaluations.clone(),
             purpose,
+            distinction: OnceLock::new(),
         };
         run.id = run.identity();
         Ok(Arc::new(run))

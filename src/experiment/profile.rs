@@ -29,53 +29,74 @@ const SHRINK: usize = 25;
 
 impl Profile {
     /// Changes an experiment into its smaller version. What it compares stays as it is: tasks, methods, stages, and all
-    /// axes but model and data.
-    pub fn apply(self, spec: &mut ExperimentSpec) {
+    /// axes but model and data; and so do the keys that `is_typed` says the command line sets.
+    pub fn apply(self, spec: &mut ExperimentSpec, is_typed: &dyn Fn(&str) -> bool) {
         let Profile::Tiny = self;
-        spec.model = MODEL.to_owned().into();
-        spec.model_config = None;
-        spec.data = Some(PathBuf::from(DATA).into());
+        if !is_typed("model") {
+            spec.model = MODEL.to_owned().into();
+        }
+        if !is_typed("model_config") {
+            spec.model_config = None;
+        }
+        if !is_typed("data") {
+            spec.data = Some(PathBuf::from(DATA).into());
+        }
         for seeds in spec.seeds.iter_mut().chain(spec.select.iter_mut().map(|select| &mut select.on_seeds)) {
-            seeds.0.truncate(SEEDS);
+            if !is_typed("seeds") {
+                seeds.0.truncate(SEEDS);
+            }
         }
         spec.seeds.get_or_insert(Seeds(vec![42]));
-        shrink(spec.train.get_or_insert_default(), true);
-        spec.then.iter_mut().flat_map(|then| &mut then.0).for_each(shrink_stage);
+        shrink(spec.train.get_or_insert_default(), true, &|key| is_typed(&format!("train.{key}")));
+        if !is_typed("then") {
+            spec.then.iter_mut().flat_map(|then| &mut then.0).for_each(shrink_stage);
+        }
         let name = spec.name.as_deref().unwrap_or("experiment");
-        spec.results = Some(PathBuf::from(format!("results/tiny/{name}.csv")));
-        let beside = |what: &str| Some(PathBuf::from(format!("results/tiny/{name}-{what}")));
-        spec.save = spec.save.take().and_then(|_| beside("models"));
-        spec.masks = spec.masks.take().and_then(|_| beside("masks"));
+        if !is_typed("results") {
+            spec.results = Some(PathBuf::from(format!("results/tiny/{name}.csv")));
+        }
+        for (key, folder, what) in [("save", &mut spec.save, "models"), ("masks", &mut spec.masks, "masks")] {
+            if !is_typed(key) && folder.is_some() {
+                *folder = Some(PathBuf::from(format!("results/tiny/{name}-{what}")));
+            }
+        }
     }
 }
 
 fn shrink_stage(stage: &mut ThenSpec) {
     if let Some(train) = &mut stage.train {
-        shrink(train, false);
+        shrink(train, false, &|_| false);
     }
     stage.then.iter_mut().flat_map(|then| &mut then.0).for_each(shrink_stage);
 }
 
-/// Makes training short. Only the first stage sets what later ones take over.
-fn shrink(train: &mut TrainSpec, first: bool) {
-    if first || train.epochs.is_some() {
+/// Makes training short, but for the keys that are typed. Only the first stage sets what later ones take over.
+fn shrink(train: &mut TrainSpec, first: bool, is_typed: &dyn Fn(&str) -> bool) {
+    if (first || train.epochs.is_some()) && !is_typed("epochs") {
         train.epochs = Some(Positive(1.0).into());
     }
-    if first || train.max_length.is_some() {
+    if (first || train.max_length.is_some()) && !is_typed("max_length") {
         train.max_length = Some(Count(LENGTH).into());
     }
-    train.batch_size = train.batch_size.take().map(|sizes| each(sizes, |size: Count| Count(size.0.min(16))));
-    train.micro_batch = train.micro_batch.take().map(|sizes| {
-        each(sizes, |size| match size {
-            MicroBatch::Examples(examples) => MicroBatch::Examples(examples.min(16)),
-            MicroBatch::Auto => MicroBatch::Auto,
-        })
-    });
-    if train.precision.is_some() {
+    if !is_typed("batch_size") {
+        train.batch_size =
+            train.batch_size.take().map(|sizes| each(sizes, |size: Count| Count(size.0.min(16))));
+    }
+    if !is_typed("micro_batch") {
+        train.micro_batch = train.micro_batch.take().map(|sizes| {
+            each(sizes, |size| match size {
+                MicroBatch::Examples(examples) => MicroBatch::Examples(examples.min(16)),
+                MicroBatch::Auto => MicroBatch::Auto,
+            })
+        });
+    }
+    if train.precision.is_some() && !is_typed("precision") {
         train.precision = Some(Precision::Float32.into());
     }
-    let sizes = train.examples.take().unwrap_or_else(|| Count(EXAMPLES * SHRINK).into());
-    train.examples = Some(each(sizes, |size| Count((size.0 / SHRINK).clamp(1, 10 * EXAMPLES))));
+    if !is_typed("examples") {
+        let sizes = train.examples.take().unwrap_or_else(|| Count(EXAMPLES * SHRINK).into());
+        train.examples = Some(each(sizes, |size| Count((size.0 / SHRINK).clamp(1, 10 * EXAMPLES))));
+    }
 }
 
 /// Changes every value of a list, keeping each that comes out once.

@@ -174,7 +174,7 @@ impl ResultsFile {
 
     /// Reads the file, which the caller has locked, and mends what a cut-off write left of its end.
     fn contents(&self) -> Result<Contents> {
-        let header = text::header().map_err(|error| Error::io("write", &self.path)(error.into()))?;
+        let header = header(&self.path)?;
         let mut bytes = match fs::read(&self.path) {
             Ok(bytes) => bytes,
             // Deleted by the user while runs were going on: those that end from here on start a new one.
@@ -184,6 +184,10 @@ impl ResultsFile {
         if bytes.len() < header.len() && header.starts_with(&bytes) {
             write_bytes(&self.path, &header)?;
             bytes.clone_from(&header);
+        }
+        if lacks_newline(&bytes) {
+            self.append_in_place(bytes.len(), b"\n")?;
+            bytes.push(b'\n');
         }
         let mut contents = Contents::find(&self.path, bytes, &header)?;
         if let Some(torn) = contents.take_torn() {
@@ -246,6 +250,36 @@ fn lock(results: &Path) -> Result<File> {
     let file = open_lock_file(&path)?;
     file.lock().map_err(Error::io("lock", path))?;
     Ok(file)
+}
+
+/// Tells what is there of every run, without a lock, and without mending or writing anything.
+///
+/// # Errors
+/// Fails if the file cannot be read, has other columns or another schema version.
+pub fn recorded(path: &Path) -> Result<Recorded> {
+    let mut bytes = fs::read(path).map_err(Error::io("read", path))?;
+    let header = header(path)?;
+    if bytes.len() < header.len() && header.starts_with(&bytes) {
+        bytes.clone_from(&header);
+    }
+    if lacks_newline(&bytes) {
+        bytes.push(b'\n');
+    }
+    let mut contents = Contents::find(path, bytes, &header)?;
+    // Not there yet: its run is done again.
+    let _ = contents.take_torn();
+    Ok(contents.recorded())
+}
+
+fn header(path: &Path) -> Result<Vec<u8>> {
+    text::header().map_err(|error| Error::io("write", path)(error.into()))
+}
+
+/// Returns whether the last row is all there but for its newline, as an editor may leave it: it ends with a whole time.
+fn lacks_newline(bytes: &[u8]) -> bool {
+    let last = bytes.rsplit(|&byte| byte == b'\n').next().unwrap_or_default();
+    let time = last.rsplit(|&byte| byte == b',').next().unwrap_or_default();
+    std::str::from_utf8(time).is_ok_and(|time| humantime::parse_rfc3339(time).is_ok())
 }
 
 fn open_lock_file(path: &Path) -> Result<File> {

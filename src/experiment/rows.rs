@@ -32,6 +32,7 @@ pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, starte
     let settings = &run.hyperparameters;
     let source = run.source();
     let overrides = &run.model.overrides;
+    let cost = method_cost(run).ok();
     Row {
         experiment: plan.name.clone(),
         run: run.id.clone(),
@@ -80,9 +81,9 @@ pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, starte
         early_stopping: settings.early_stopping.map(|patience| patience as u64),
         label_noise: run.label_noise,
         headline: on.card.headline.name().to_owned(),
-        passes_per_step: run.method.parts().passes() as u64,
         examples_prepared: run.method.examples_passed(run.training_examples()) as u64,
-        method_state_mb: method_cost(run).ok().map(|cost| cost.method_bytes as f64 / MEBIBYTE),
+        passes_per_step: cost.as_ref().map_or(0, |cost| cost.passes as u64),
+        method_state_mb: cost.map(|cost| cost.method_bytes as f64 / MEBIBYTE),
         examples_train: run.training_examples() as u64,
         examples_evaluated: on.dataset.examples.len() as u64,
         device: machine::device_name(device),

@@ -1,6 +1,6 @@
 //! One run with no options left, and the identity that it has by its contents.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -41,6 +41,8 @@ pub struct Run {
     pub evaluations: Arc<[Evaluated]>,
     /// What it is for.
     pub purpose: RunPurpose,
+    /// What sets it apart from other runs of its plan that are called the same otherwise, once the plan is there.
+    pub distinction: OnceLock<String>,
 }
 
 /// What a run is for.
@@ -65,9 +67,22 @@ impl Run {
         };
         let trial = if self.purpose == RunPurpose::Selection { "trial " } else { "" };
         let (task, method) = (&self.task.card.name, self.method.name());
-        let words = [format!("{trial}{source}{task}"), method.into(), self.method.options()];
+        let distinction = self.distinction.get().cloned().unwrap_or_default();
+        let words = [format!("{trial}{source}{task}"), method.into(), self.method.options(), distinction];
         let words: Vec<String> = words.into_iter().filter(|word| !word.is_empty()).collect();
         format!("{} seed {}", words.join(" "), self.seed)
+    }
+
+    /// Returns the settings that a label leaves out, by name.
+    pub(super) fn further_settings(&self) -> Map<String, Value> {
+        let mut settings = match serde_json::to_value(&self.hyperparameters) {
+            Ok(Value::Object(settings)) => settings,
+            _ => Map::new(),
+        };
+        settings.insert("model".into(), self.model.name.clone().into());
+        settings.insert("examples".into(), self.examples.into());
+        settings.insert("label_noise".into(), self.label_noise.into());
+        settings
     }
 
     /// Returns the number of training examples.
@@ -181,7 +196,7 @@ pub fn refuse_repeated(run: &Run, others: &[Arc<Run>]) -> Result<()> {
         return Ok(());
     }
     Err(Error::configuration(format!(
-        "the experiment holds the same run twice: {}; remove the repeated entry",
+        "the experiment contains the same run twice: {}; remove the repeated entry",
         run.label()
     )))
 }

@@ -14,9 +14,9 @@ use crate::data::CustomTask;
 use crate::error::{Error, Result};
 use crate::method::{MethodSpec, Preset};
 use crate::model::HeadStart;
-use crate::spelling::suggestion;
 use crate::train::{AdamWForm, Checkpoint, Freeze, MicroBatch, OptimizerRule, Order, Precision, Warmup};
 use crate::values::{Count, Limit, NonNegative, OneOrMany, PartialShare, Positive, typed};
+use crate::yaml;
 
 /// The seeds of the paper's runs (alibaba/AliceMind, issue 24).
 pub const PAPER_SEEDS: [u64; 10] = [42, 52, 57, 63, 78, 96, 127, 140, 298, 375];
@@ -193,7 +193,7 @@ impl<'de> Visitor<'de> for SeedsVisitor {
         let mut seeds = Vec::new();
         while let Some(seed) = sequence.next_element::<u64>()? {
             if seeds.contains(&seed) {
-                return Err(A::Error::custom(format!("seed {seed} stands in the list twice")));
+                return Err(A::Error::custom(format!("seed {seed} is listed twice")));
             }
             seeds.push(seed);
         }
@@ -215,17 +215,18 @@ impl ExperimentSpec {
             spec.name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
         }
         if let Some(profile) = spec.profile {
-            profile.apply(&mut spec);
+            let is_typed = |key: &str| overrides.iter().any(|change| change.concerns(key));
+            profile.apply(&mut spec, &is_typed);
         }
         Ok(spec)
     }
 
     fn parse(text: &str, path: &Path, overrides: &[Override]) -> Result<Self> {
-        let typed = serde_yaml::from_str::<Self>(text).map_err(|error| located(&error, text, path));
+        let typed = yaml::parse::<Self>(text, path);
         if overrides.is_empty() {
             return typed;
         }
-        let mut tree = serde_yaml::from_str(text).map_err(|error| located(&error, text, path))?;
+        let mut tree = yaml::parse(text, path)?;
         for change in overrides {
             overrides::apply(&mut tree, change)?;
         }
@@ -234,47 +235,14 @@ impl ExperimentSpec {
             Err(in_file) => in_file,
             Ok(_) => {
                 let changes: Vec<_> = overrides.iter().map(|change| format!("--set {change}")).collect();
-                Error::configuration(format!("{}: {}", changes.join(" "), described(&error.to_string())))
+                Error::configuration(format!(
+                    "{}: {}",
+                    changes.join(" "),
+                    yaml::described(&error.to_string())
+                ))
             }
         })
     }
-}
-
-/// Turns a YAML error into `file:line:column: key: message; did you mean …`.
-fn located(error: &serde_yaml::Error, text: &str, path: &Path) -> Error {
-    let message = error.to_string();
-    let Some(location) = error.location() else {
-        return Error::configuration(format!("{}: {}", path.display(), described(&message)));
-    };
-    let message = message.split(" at line ").next().unwrap_or_default();
-    let (line, column) = place_of_key(message, text, location.line(), location.column());
-    Error::configuration(format!("{}:{line}:{column}: {}", path.display(), described(message)))
-}
-
-/// The parser points at the start of the mapping that holds a bad key; the key itself is found from there.
-fn place_of_key(message: &str, text: &str, line: usize, column: usize) -> (usize, usize) {
-    let Some(key) = message.split('`').nth(1).filter(|_| message.contains("unknown field")) else {
-        return (line, column);
-    };
-    let found = text.lines().enumerate().skip(line.saturating_sub(1)).find_map(|(number, content)| {
-        content.match_indices(key).find_map(|(start, _)| {
-            let before = content[..start].chars().next_back();
-            let starts = before.is_none_or(|letter| letter.is_whitespace() || "{,-".contains(letter));
-            let after = content[start + key.len()..].trim_start();
-            (starts && after.starts_with(':')).then_some((number + 1, start + 1))
-        })
-    });
-    found.unwrap_or((line, column))
-}
-
-/// Adds the nearest valid spelling to "unknown field" and "unknown variant" messages.
-fn described(message: &str) -> String {
-    let words: Vec<&str> = message.split('`').collect();
-    if !message.contains("unknown field") && !message.contains("unknown variant") || words.len() < 4 {
-        return message.to_owned();
-    }
-    let known: Vec<&str> = words.iter().skip(3).step_by(2).copied().collect();
-    format!("{message}{}", suggestion(words[1], known))
 }
 
 #[cfg(test)]

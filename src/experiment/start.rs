@@ -8,7 +8,7 @@ use super::entries::{ModelEntry, open_folder};
 use super::run::Run;
 use super::transfer::{EarlierRuns, InitFrom};
 use crate::error::{Error, Result};
-use crate::model::ModelFolder;
+use crate::model::{Classifier, Labels, ModelFolder, ParameterPlace};
 use crate::spelling::suggestion;
 
 /// The weights that a run starts from.
@@ -84,10 +84,37 @@ fn start_folder(init_from: &InitFrom, model: &ModelEntry, seed: u64) -> Result<S
         Error::Model { path, message } => Error::Model { path, message: format!("init_from: {message}") },
         other => other,
     })?;
+    same_architecture(&folder, model)?;
     let sha256 = folder.sha256()?;
     let source =
         if source.run.is_empty() { Source { run: sha256[..16].to_owned(), ..source } } else { source };
     Ok(StartFolder { folder, sha256, source })
+}
+
+/// Refuses to start from a model whose encoder has other parameters than the one that the experiment names.
+fn same_architecture(folder: &ModelFolder, model: &ModelEntry) -> Result<()> {
+    let encoder = |folder: &ModelFolder| -> Result<Vec<(String, Vec<i64>)>> {
+        let table = Classifier::declared(&folder.config, &Labels::Score)?;
+        let encoder = table.iter().filter(|own| own.place != ParameterPlace::Head);
+        Ok(encoder.map(|own| (own.name.clone(), own.shape.clone())).collect())
+    };
+    let (own, other) = (encoder(&model.folder)?, encoder(folder)?);
+    let Some(foreign) = (0..own.len().max(other.len())).find(|&place| own.get(place) != other.get(place))
+    else {
+        return Ok(());
+    };
+    let words = |of: &[(String, Vec<i64>)]| {
+        of.get(foreign).map_or("nothing".into(), |(name, shape)| format!("{name} {shape:?}"))
+    };
+    Err(Error::model(
+        &folder.path,
+        format!(
+            "init_from: has another architecture than {}: {} where that has {}",
+            model.name,
+            words(&other),
+            words(&own)
+        ),
+    ))
 }
 
 /// Finds the one run of another experiment that has this model and seed and the columns asked for.

@@ -59,7 +59,7 @@ impl FromStr for ModelId {
             return Ok(Self { repository: repository.to_owned(), revision: revision.to_owned() });
         }
         Err(Error::configuration(format!(
-            "`{text}` is no model of the Hub; write it as bert-large-cased or owner/name, with @ and a branch, tag or \
+            "`{text}` is not the name of a model on the Hub; write it as bert-large-cased or owner/name, with @ and a branch, tag or \
              commit behind it where it is not to be the newest"
         )))
     }
@@ -112,7 +112,10 @@ mod tests {
             "a@b@c", "@a", "a%2Fb", "a?b", "a#b", &long,
         ] {
             let error = text.parse::<ModelId>().unwrap_err();
-            assert!(error.exit_code() == 2 && error.to_string().contains("is no model of the Hub"), "{text}");
+            assert!(
+                error.exit_code() == 2 && error.to_string().contains("is not the name of a model on the Hub"),
+                "{text}"
+            );
         }
         assert!(ModelId::of_folder_name("datasets--a").is_none());
         assert!(ModelId::of_folder_name("models--..--a").is_none());

@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::os::unix::process::CommandExt;
 
 /// What libtorch reads from the environment, and what this program sets it to where the user says nothing.
-const SETTINGS: [(&str, &str); 5] = [
+const SETTINGS: [(&str, &str); 6] = [
     // Idle threads sleep instead of spin. Where another process wants the cores, spinning at every barrier made a run
     // that takes two minutes take more than ten.
     ("OMP_WAIT_POLICY", "passive"),
@@ -16,6 +16,9 @@ const SETTINGS: [(&str, &str); 5] = [
     // Where libtorch would choose cuDNN's attention, it plans anew for each shape, and a layer that is computed again for
     // backward may get another kernel than the first time, with another dropout.
     ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1"),
+    // A step frees and allocates the same megabytes; given back to the system at once, every page would be handed out,
+    // cleared and taken back each time. (Milliseconds.)
+    ("MIMALLOC_PURGE_DELAY", "1000"),
     // The profiler reports on stderr that a machine has no GPU.
     ("KINETO_LOG_LEVEL", "99"),
 ];
@@ -74,27 +77,5 @@ pub fn keep_the_order_of_sums() -> bool {
         let set: extern "C" fn(c_int) -> c_int = std::mem::transmute(set);
         // Refused after the first product only, and then sums are as they were.
         branch() >= FIRST_STRICT_BRANCH && set(AUTO | STRICT) == SUCCESS
-    }
-}
-
-/// Makes the C allocator keep freed memory for the next tensor instead of giving it back to the system.
-///
-/// A training step frees and allocates the same megabytes again and again; without this, Linux hands out, clears and
-/// takes back every page each time, a tenth of a step on the CPU. For the whole process; a no-op but on glibc.
-pub fn keep_freed_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    {
-        const M_TRIM_THRESHOLD: c_int = -1;
-        const M_MMAP_THRESHOLD: c_int = -3;
-        /// The largest that glibc takes.
-        const MMAP_THRESHOLD_MAX: c_int = 32 << 20;
-        unsafe extern "C" {
-            fn mallopt(parameter: c_int, value: c_int) -> c_int;
-        }
-        // SAFETY: mallopt changes two numbers of the allocator under its own lock; a refusal changes nothing.
-        unsafe {
-            mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_MAX);
-            mallopt(M_TRIM_THRESHOLD, c_int::MAX);
-        }
     }
 }

@@ -31,7 +31,20 @@ impl MethodOptions for Options {
             };
             grid = grid.iter().flat_map(with).collect();
         }
-        grid.into_iter().map(|parts| Ok(Arc::new(Composed::new(parts)?) as Arc<dyn Method>)).collect()
+        grid.into_iter().map(together).collect()
+    }
+}
+
+/// Puts methods together. Vanilla as it is adds nothing to the others, and one method alone is that method.
+fn together(mut parts: Vec<Arc<dyn Method>>) -> Result<Arc<dyn Method>> {
+    let is_plain = |part: &Arc<dyn Method>| part.name() == "vanilla" && part.options().is_empty();
+    while parts.len() > 1 && parts.iter().any(is_plain) {
+        let plain = parts.iter().position(is_plain);
+        plain.map(|place| parts.remove(place));
+    }
+    match parts.len() {
+        1 => Ok(parts.remove(0)),
+        _ => Ok(Arc::new(Composed::new(parts)?)),
     }
 }
 
@@ -41,7 +54,7 @@ impl Composed {
         parts.sort_by(|left, right| left.name().cmp(right.name()));
         let refuse = |left: &dyn Method, right: &dyn Method, why: &str| {
             let (left, right) = (left.name(), right.name());
-            Err(Error::configuration(format!("method: {left} and {right} do not go together: {why}")))
+            Err(Error::configuration(format!("method: {left} and {right} cannot be combined: {why}")))
         };
         let twice = parts.iter().zip(parts.iter().skip(1)).find(|(left, right)| left.name() == right.name());
         if let Some((left, right)) = twice {
@@ -211,14 +224,18 @@ mod tests {
         let found = resolved("[bitfit, {vanilla: {learning_rate_factor: 50}}]").unwrap();
         let options = "bitfit() vanilla(learning_rate_factor=50)".to_owned();
         assert_eq!(found, [("bitfit".to_owned(), options)]);
-        assert_eq!(resolved("[vanilla]").unwrap()[0].0, "vanilla");
+        for (list, alone) in
+            [("[vanilla]", "vanilla"), ("[bitfit]", "bitfit"), ("[vanilla, r_drop]", "r_drop")]
+        {
+            assert_eq!(resolved(list).unwrap(), resolved(alone).unwrap(), "{list}");
+        }
     }
 
     #[test]
     fn what_does_not_go_together_is_refused_by_name() {
         for (text, parts) in [
             ("[child_tuning_f, child_tuning_d]", ["child_tuning_d and child_tuning_f", "both have a mask"]),
-            ("[r3f, r4f]", ["r4f and r3f", "has the other's term"]),
+            ("[r3f, r4f]", ["r4f and r3f", "already includes r3f's term"]),
             ("[mixout, dps: {form: mix}]", ["dps and mixout", "both mix"]),
             ("[lora, dps]", ["dps and lora", "the model's own matrices"]),
             ("[lora, child_tuning_d]", ["child_tuning_d and lora", "weights that it adds"]),

@@ -50,9 +50,9 @@ impl Parts {
         self
     }
 
-    /// Returns the number of forward passes over each example of a step.
-    pub fn passes(&self) -> usize {
-        1 + self.penalties.iter().map(|penalty| penalty.further_passes()).sum::<usize>()
+    /// Returns the number of forward passes over each example of a step, of a regression or a classification.
+    pub fn passes(&self, regression: bool) -> usize {
+        1 + self.penalties.iter().map(|penalty| penalty.further_passes(regression)).sum::<usize>()
     }
 
     /// Returns the number of passes that backward goes through at once.
@@ -68,8 +68,8 @@ impl Parts {
 
 /// A term that is added to the loss.
 pub trait Penalty: Send {
-    /// Returns the number of forward passes that it needs besides the first.
-    fn further_passes(&self) -> usize;
+    /// Returns the number of forward passes that it needs besides the first, of a regression or a classification.
+    fn further_passes(&self, regression: bool) -> usize;
 
     /// Computes the term for the examples of a micro-batch, divided by the number of examples of the step: a float32 scalar.
     /// `logits` are those of the first pass, `[examples, outputs]` in float32; as all of [`Passes`] they are leaves of the loss's

@@ -89,8 +89,8 @@ impl Method for R3F {
 }
 
 impl Penalty for R3F {
-    fn further_passes(&self) -> usize {
-        1
+    fn further_passes(&self, regression: bool) -> usize {
+        usize::from(!regression || self.regression == Regression::Mse)
     }
 
     fn term(&self, passes: &Passes, logits: &Tensor) -> Result<Tensor> {

@@ -45,7 +45,7 @@ impl Method for R4F {
     }
 
     fn conflict(&self, other: &dyn Method) -> Option<&'static str> {
-        (other.name() == "r3f").then_some("the one has the other's term; remove r3f")
+        (other.name() == "r3f").then_some("r4f already includes r3f's term; remove r3f")
     }
 
     fn parts(&self) -> Parts {

@@ -58,7 +58,7 @@ impl Method for RDrop {
 }
 
 impl Penalty for RDrop {
-    fn further_passes(&self) -> usize {
+    fn further_passes(&self, _regression: bool) -> usize {
         1
     }
 

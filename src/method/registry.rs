@@ -111,12 +111,7 @@ impl<'de> Visitor<'de> for SpecVisitor {
         if parts.is_empty() {
             return Err(A::Error::custom("a list within `method` names no method"));
         }
-        // One method in a list of its own is that method.
-        Ok(if let [alone] = &parts[..] {
-            alone.clone()
-        } else {
-            MethodSpec(Arc::new(composed::Options(parts)))
-        })
+        Ok(MethodSpec(Arc::new(composed::Options(parts))))
     }
 
     fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<MethodSpec, E> {

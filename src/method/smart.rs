@@ -74,7 +74,7 @@ impl Method for Smart {
 }
 
 impl Penalty for Smart {
-    fn further_passes(&self) -> usize {
+    fn further_passes(&self, _regression: bool) -> usize {
         2
     }
 

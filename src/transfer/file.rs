@@ -148,7 +148,7 @@ impl Transfer<'_> {
                 let bytes = self.bytes;
                 Err(self
                     .fault(format!(
-                        "has {found} bytes where {bytes} were published, so it is another file; nothing was kept"
+                        "has {found} bytes, but {bytes} were published, so it is a different file; the download was discarded"
                     ))
                     .into())
             }

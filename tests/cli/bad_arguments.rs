@@ -76,7 +76,7 @@ fn bad_overrides_are_refused() {
     let misspelt = ["--set train.epoch=2: ", "`epoch`", "did you mean `epochs`?"];
     refused("", &["--set", "train.epoch=2"], 2, &misspelt);
     refused("", &["--set", "train.epochs.a=2"], 2, &["--set train.epochs.a=2: ", "`a`"]);
-    let position = ["--set method.3=vanilla: ", "`3` is no position in a list of 1"];
+    let position = ["--set method.3=vanilla: ", "`3` is not an index into a list of 1"];
     refused("method: [vanilla]", &["--set", "method.3=vanilla"], 2, &position);
 }
 

@@ -84,7 +84,7 @@ fn an_interrupted_fetch_says_so() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130));
     let text = String::from_utf8(output.stderr).unwrap();
-    assert!(text.contains("interrupted: the same command goes on from here"), "{text}");
+    assert!(text.contains("interrupted: run the same command again to resume"), "{text}");
     assert!(workplace.path("cache/data/.fetching/CoLA-CoLA.zip.part").exists());
 }
 

@@ -151,7 +151,8 @@ fn a_run_that_diverges_becomes_a_row_and_the_others_still_run() {
     assert_eq!((&same["score"], &same["loss"]), (&alone["score"], &alone["loss"]));
 
     // It would end in the same way again.
-    assert!(workplace.run(&[]).with_code(0).stdout.contains("0 runs done, 4 were there already"));
+    let again = workplace.run(&[]).with_code(1).stdout;
+    assert!(again.contains("0 runs done, 4 were there already, 2 of these had diverged"), "{again}");
 }
 
 #[test]

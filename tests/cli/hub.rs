@@ -133,7 +133,12 @@ fn what_cannot_be_fetched_is_refused_in_one_line() {
     let fetch = |name: &str| call(&workplace, &server, &["model", "fetch", name]);
     fetch("bert_pear").refused(2, &["has no model `bert_pear`; did you mean `bert_pair`?", "HF_TOKEN"]);
     fetch("owner/tiny@v9").refused(2, &["model `owner/tiny` has no revision `v9`"]);
-    assert!(fetch("./bert_pair").with_code(2).stderr.contains("`./bert_pair` is no model of the Hub"));
+    assert!(
+        fetch("./bert_pair")
+            .with_code(2)
+            .stderr
+            .contains("`./bert_pair` is not the name of a model on the Hub")
+    );
     workplace.experiment("model: bert_pear");
     let offline = [
         "bert_pear: no such model folder; did you mean `bert_pair`?",
@@ -175,5 +180,5 @@ fn an_interrupted_download_says_that_it_can_be_gone_on_with() {
     let output = child.wait_with_output().unwrap();
     let message = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{message}");
-    assert!(message.contains("interrupted: the same command goes on from here"), "{message}");
+    assert!(message.contains("interrupted: run the same command again to resume"), "{message}");
 }

@@ -85,7 +85,7 @@ fn an_interrupted_grid_says_so_and_goes_on() {
     let signal = Command::new("sh").arg("-c").arg(format!("kill -INT {}", child.id())).status().unwrap();
     assert!(signal.success());
     let answer = end(child).with_code(130);
-    assert!(answer.stdout.contains("interrupted: the same command goes on from here"), "{}", answer.stdout);
+    assert!(answer.stdout.contains("interrupted: run the same command again to resume"), "{}", answer.stdout);
     let before = workplace.rows("results.csv").len();
     assert!((1..RUNS).contains(&before));
     assert!(!workplace.path("results.csv.claims").exists());

@@ -241,7 +241,7 @@ fn methods_say_how_many_passes_they_take() {
     for (text, expected) in [(R_DROP, 1), (R3F, 1), (R4F, 1), (SMART, 2), (HYPE, 0), ("r3f: {lambda: 0}", 0)]
     {
         let passes: usize =
-            method(text).parts().penalties.iter().map(|penalty| penalty.further_passes()).sum();
+            method(text).parts().penalties.iter().map(|penalty| penalty.further_passes(false)).sum();
         assert_eq!(passes, expected, "{text}");
     }
 }

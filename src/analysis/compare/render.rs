@@ -8,7 +8,7 @@ use super::{Block, Comparison, Difference, Group};
 /// What is said once below all tables, as they show it.
 const LEGEND: &str = "\
 Scores are times 100; ± is the standard deviation over seeds. Mean, median and best are of the runs that ended ok,
-degenerate ones (one class predicted) among them; failed counts diverged runs too. The difference to vanilla is taken
+degenerate ones (one class predicted) among them; failed counts diverged runs too. The difference from vanilla is taken
 seed by seed; behind it, in brackets, the number of common seeds.";
 
 const CSV_HEADER: [&str; 25] = [
@@ -146,7 +146,7 @@ impl Block {
         let with_models = self.models().len() > 1;
         let texts = if with_models { 2 } else { 1 };
         let mut header =
-            vec!["method", "runs", "ok", "mean ± sd", "median", "best", "failed", "degenerate", "to vanilla"];
+            vec!["method", "runs", "ok", "mean ± sd", "median", "best", "failed", "degenerate", "vs vanilla"];
         if with_models {
             header.insert(0, "model");
         }
@@ -217,11 +217,11 @@ impl Block {
         let Some((best, _, difference)) = best else {
             let others = groups().any(|group| !group.is_baseline);
             return others
-                .then(|| "no difference to vanilla: no vanilla runs with these settings and seeds".into());
+                .then(|| "no difference from vanilla: no vanilla runs with these settings and seeds".into());
         };
         let choice = match compared().count() {
             1 => String::new(),
-            count => format!(" (the best mean of {count}, a choice that flatters it)"),
+            count => format!(" (the best of {count} means, which favours it)"),
         };
         Some(format!("{}: {}{choice}", best.label(), difference.sentence()))
     }
@@ -246,7 +246,7 @@ impl Difference {
         let seeds = self.seeds;
         let Some(half_width) = self.half_width else {
             return format!(
-                "difference to vanilla {mean} on 1 common seed, which says nothing about the spread"
+                "difference from vanilla {mean} on 1 common seed, which says nothing about the spread"
             );
         };
         let (low, high) = (self.mean - half_width, self.mean + half_width);
@@ -255,10 +255,10 @@ impl Difference {
         } else if high < 0.0 {
             "worse than vanilla"
         } else {
-            "which does not tell them apart"
+            "which does not separate them"
         };
         format!(
-            "difference to vanilla {} over {seeds} common seeds; 95 % interval of the mean {} to {}, {verdict}",
+            "difference from vanilla {} over {seeds} common seeds; 95 % interval of the mean {} to {}, {verdict}",
             with_spread(Some(mean), self.standard_deviation),
             signed_percent(low),
             signed_percent(high)

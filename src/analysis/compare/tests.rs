@@ -184,7 +184,7 @@ fn says_what_the_statistics_leave_out() {
     assert!(text.contains("1 of 3 runs ended ok without a score"), "{text}");
     assert!(text.contains("1 of 3 runs repeat a seed of their group"), "{text}");
     let lonely = compare(&[broken("r3f", 1, Status::Diverged)]).to_text();
-    assert!(lonely.contains("no difference to vanilla: no vanilla runs"), "{lonely}");
+    assert!(lonely.contains("no difference from vanilla: no vanilla runs"), "{lonely}");
 }
 
 #[test]
@@ -193,13 +193,13 @@ fn text_is_aligned_and_scaled() {
     let expected = "\
 rte (dev), bert: accuracy
 ───────────────────────────────────────────────────────────────────────────────────────────────────────
- method           runs   ok        mean ± sd   median    best   failed   degenerate         to vanilla
+ method           runs   ok        mean ± sd   median    best   failed   degenerate         vs vanilla
 ═══════════════════════════════════════════════════════════════════════════════════════════════════════
  vanilla             3    3     62.00 ± 2.00    62.00   64.00        0            0                  -
  child_tuning_d      6    4   * 68.00 ± 8.16    65.00   80.00        2            1   +2.00 ± 2.00 (3)
 ───────────────────────────────────────────────────────────────────────────────────────────────────────
-child_tuning_d: difference to vanilla +2.00 ± 2.00 over 3 common seeds; 95 % interval of the mean -2.97 to +6.97, \
-which does not tell them apart
+child_tuning_d: difference from vanilla +2.00 ± 2.00 over 3 common seeds; 95 % interval of the mean -2.97 to +6.97, \
+which does not separate them
 ";
     assert!(text.starts_with(expected), "{text}");
     assert!(text.ends_with("* marks the best mean of a model."), "{text}");
@@ -216,7 +216,7 @@ fn a_verdict_needs_a_spread_that_excludes_zero() {
     };
     assert!(verdict(&[0.60, 0.61, 0.62]).ends_with(", better than vanilla"));
     assert!(verdict(&[0.40, 0.41, 0.42]).ends_with(", worse than vanilla"));
-    assert!(verdict(&[0.50, 0.50, 0.50]).ends_with("+0.00 to +0.00, which does not tell them apart"));
+    assert!(verdict(&[0.50, 0.50, 0.50]).ends_with("+0.00 to +0.00, which does not separate them"));
     assert!(verdict(&[0.60]).ends_with("+10.00 on 1 common seed, which says nothing about the spread"));
 }
 
@@ -234,7 +234,7 @@ fn markdown_marks_the_best_and_escapes_bars() {
     );
     assert!(markdown.contains("| **68.00 ± 8.16** |"), "{markdown}");
     assert!(markdown.contains("| a\\|b "), "{markdown}");
-    assert!(markdown.contains("(the best mean of 2, a choice that flatters it)"), "{markdown}");
+    assert!(markdown.contains("(the best of 2 means, which favours it)"), "{markdown}");
     assert!(lines.iter().filter(|line| line.starts_with('|')).all(|line| line.ends_with('|')), "{markdown}");
 }
 

@@ -167,9 +167,9 @@ fn a_file_of_the_wrong_length_or_content_is_refused_and_removed() {
     for (change, parts) in [
         (
             (|page: &mut Page| page.content.push(0)) as fn(&mut Page),
-            ["where", "were published, so it is another file"],
+            ["but", "were published, so it is a different file"],
         ),
-        (|page| page.content.truncate(100), ["has 100 bytes", "nothing was kept"]),
+        (|page| page.content.truncate(100), ["has 100 bytes", "the download was discarded"]),
         (|page| page.content[0] ^= 1, ["has the SHA-256", "the file was removed"]),
     ] {
         let setting = setting(change);

@@ -168,11 +168,15 @@ fn check_header(
         }
     }
     let name = |column: Option<&[u8]>| match column {
-        Some(name) => format!("`{}`", String::from_utf8_lossy(name)),
+        Some(name) => {
+            // A foreign file may hold anything, and a terminal obeys control characters.
+            let text: String = String::from_utf8_lossy(name).chars().take(40).collect();
+            format!("`{}`", text.escape_debug())
+        }
         None => "the end of the line".into(),
     };
     Err(Error::configuration(format!(
-        "{}: is not a results file of this program: column {} is {} where {} is due; name another file with `results:`",
+        "{}: is not a results file of this program: column {} is {}, expected {}; name another file with `results:`",
         path.display(),
         index + 1,
         name(header.get(index)),

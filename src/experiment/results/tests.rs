@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::{Ended, ResultsFile, Row, Status, beside, read};
+use super::{Ended, ResultsFile, Row, Status, beside, read, recorded};
 use crate::data::Split;
 use crate::error::Error;
 
@@ -123,8 +123,11 @@ fn a_row_cut_off_anywhere_is_removed_and_done_again() {
     let last = Row { reason: Some("a, \"b\"".into()), status: Status::Diverged, ..row(2, "rte") };
     results.append(std::slice::from_ref(&last)).unwrap();
     let whole = fs::read(&path).unwrap();
-    for cut in start..whole.len() {
+    for cut in start..whole.len() - 1 {
         fs::write(&path, &whole[..cut]).unwrap();
+        // Who only looks mends nothing.
+        assert!(!recorded(&path).unwrap().has(&last.run, []));
+        assert_eq!(fs::read(&path).unwrap(), whole[..cut]);
         let results = ResultsFile::open(&path).unwrap();
         assert_eq!(results.repaired().is_some(), cut > start, "cut at {cut}");
         assert_eq!(fs::read(&path).unwrap(), whole[..start], "cut at {cut}");
@@ -132,6 +135,12 @@ fn a_row_cut_off_anywhere_is_removed_and_done_again() {
         assert_eq!(results.append(std::slice::from_ref(&last)).unwrap(), 1);
         assert_eq!(fs::read(&path).unwrap(), whole, "cut at {cut}");
     }
+    // An editor may leave the last newline away; the row is all there.
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    assert!(recorded(&path).unwrap().has(&last.run, []));
+    let results = ResultsFile::open(&path).unwrap();
+    assert_eq!((results.repaired(), fs::read(&path).unwrap()), (None, whole));
+    assert_eq!(finished(&results), [1, 2]);
 }
 
 #[test]
@@ -252,13 +261,13 @@ fn refuses_foreign_files_and_leaves_them_alone() {
         assert!(message.starts_with(&path.display().to_string()), "{message}");
         message
     };
-    assert!(message("name,score\nx,1").contains("column 1 is `name` where `schema_version` is due"));
+    assert!(message("name,score\nx,1").contains("column 1 is `name`, expected `schema_version`"));
     let renamed = header.replace(",task,", ",dataset,");
-    assert!(message(&renamed).contains("column 7 is `dataset` where `task` is due"));
+    assert!(message(&renamed).contains("column 7 is `dataset`, expected `task`"));
     let shorter = header.replace(",started_at", "");
-    assert!(message(&shorter).contains("is the end of the line where `started_at` is due"));
+    assert!(message(&shorter).contains("is the end of the line, expected `started_at`"));
     let longer = header.replace(",started_at", ",started_at,mood");
-    assert!(message(&longer).contains("is `mood` where the end of the line is due"));
+    assert!(message(&longer).contains("is `mood`, expected the end of the line"));
     assert!(message("schema_version,shape\n5,round\n").contains("has schema version `5`"));
     let newer = format!("{header}5{}\n", ",x".repeat(header.matches(',').count()));
     assert!(message(&newer).contains(":2: has schema version `5`"));

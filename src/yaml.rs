@@ -1,0 +1,95 @@
+//! YAML files that users write, and errors that lead to the place in them.
+
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Result};
+use crate::spelling::suggestion;
+
+/// Reads a value from the text of a file.
+///
+/// # Errors
+/// [`Error::Configuration`] that names file, line and column, the key, and the nearest valid spelling.
+pub fn parse<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T> {
+    // Some editors begin a file with a byte order mark.
+    let text = text.trim_start_matches('\u{feff}');
+    serde_yaml::from_str(text).map_err(|error| located(&error, text, path))
+}
+
+/// Turns a YAML error into `file:line:column: key: message; did you mean …`.
+fn located(error: &serde_yaml::Error, text: &str, path: &Path) -> Error {
+    let message = error.to_string();
+    let Some(location) = error.location() else {
+        return Error::configuration(format!("{}: {}", path.display(), described(&message)));
+    };
+    let message = message.split(" at line ").next().unwrap_or_default();
+    let (line, column) = place_of_key(message, text, location.line(), location.column());
+    Error::configuration(format!("{}:{line}:{column}: {}", path.display(), described(message)))
+}
+
+/// The parser points at the start of the mapping that holds a bad key; the key itself is found from there.
+fn place_of_key(message: &str, text: &str, line: usize, column: usize) -> (usize, usize) {
+    let Some(key) = message.split('`').nth(1).filter(|_| message.contains("unknown field")) else {
+        return (line, column);
+    };
+    let found = text.lines().enumerate().skip(line.saturating_sub(1)).find_map(|(number, content)| {
+        content.match_indices(key).find_map(|(start, _)| {
+            let before = content[..start].chars().next_back();
+            let starts = before.is_none_or(|letter| letter.is_whitespace() || "{,-".contains(letter));
+            let after = content[start + key.len()..].trim_start();
+            (starts && after.starts_with(':')).then_some((number + 1, start + 1))
+        })
+    });
+    found.unwrap_or((line, column))
+}
+
+/// Puts an error's message in the words of YAML, with the nearest valid spelling where a name is unknown.
+pub fn described(message: &str) -> String {
+    let message = &in_the_words_of_yaml(message);
+    let words: Vec<&str> = message.split('`').collect();
+    if !message.contains("unknown field") && !message.contains("unknown variant") || words.len() < 4 {
+        return message.to_owned();
+    }
+    let known: Vec<&str> = words.iter().skip(3).step_by(2).copied().collect();
+    format!("{message}{}", suggestion(words[1], known))
+}
+
+/// Replaces the names that types have in this program.
+fn in_the_words_of_yaml(message: &str) -> String {
+    let mut text = message.to_owned();
+    if let Some((before, name)) = message.split_once("expected struct ") {
+        let rest = name.trim_start_matches(|letter: char| letter.is_alphanumeric() || letter == '_');
+        text = format!("{before}expected keys with values{rest}");
+    }
+    for (type_name, words) in [
+        ("expected f64", "expected a number"),
+        ("expected u64", "expected a whole number"),
+        ("expected usize", "expected a whole number"),
+        ("unit value", "null"),
+    ] {
+        text = text.replace(type_name, words);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_have_no_names_of_types() {
+        for (message, expected) in [
+            (
+                "train: invalid type: integer `3`, expected struct TrainSpec",
+                "train: invalid type: integer `3`, expected keys with values",
+            ),
+            (
+                "seeds: invalid type: unit value, expected u64",
+                "seeds: invalid type: null, expected a whole number",
+            ),
+        ] {
+            assert_eq!(described(message), expected);
+        }
+    }
+}
