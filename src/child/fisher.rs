@@ -12,7 +12,7 @@ use super::network::MaskScope;
 use super::per_example::{FurtherMoments, Moments, SquaredGradients};
 use crate::data::{EncodedDataset, PackedBatch};
 use crate::error::{Error, Result};
-use crate::model::{Classifier, Dropout, Labels, Pass, Precision, loss};
+use crate::model::{Classifier, Dropout, Labels, Pass, Precision, loss, span};
 
 /// What is squared and averaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -215,8 +215,7 @@ fn add_batch(
     let gradients = classifier.parameters.gradients()?;
     if let Some(limit) = options.clip {
         for (_, parameter) in classifier.parameters.iter() {
-            let range = &parameter.range;
-            let mut gradient = gradients.f_narrow(0, range.start as i64, range.len() as i64)?;
+            let mut gradient = span(gradients, &parameter.range)?;
             // torch.nn.utils.clip_grad_norm_ on this tensor alone.
             let factor = gradient.f_norm()?.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?;
             let _ = gradient.f_mul_(&factor.f_clamp_max(1.0)?)?;

@@ -24,7 +24,7 @@ use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::libtorch::{GradientHook, elements, elements_mut};
 use crate::model::{
-    Convolution, Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows, Vector,
+    Convolution, Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows, Vector, span,
 };
 
 /// Sums over examples of f_b = (∂ loss_b / ∂w)², element by element.
@@ -186,11 +186,7 @@ impl<'a> SquaredGradients<'a> {
         if !self.scope.covers(parameter) {
             return Ok(None);
         }
-        let range = &parameter.range;
-        let part = |flat: &Tensor| {
-            let flat = flat.f_narrow(0, range.start as i64, range.len() as i64)?;
-            Ok(flat.f_view(parameter.shape.as_slice())?)
-        };
+        let part = |flat: &Tensor| Ok(span(flat, &parameter.range)?.f_view(parameter.shape.as_slice())?);
         self.sums.try_map(part).map(Some)
     }
 

@@ -117,7 +117,7 @@ impl Dropout {
         };
         let rows = Rows { pattern, counters: counters() };
         // Backward multiplies by the same numbers, computed again: no pattern is kept.
-        let dropped = rows.drop_elements(&input.detach())?;
+        let dropped = rows.drop_elements(&input.f_detach()?)?;
         with_backward(dropped, &[input], move |gradient| Ok(vec![rows.drop_elements(gradient)?]))
     }
 }

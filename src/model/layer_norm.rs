@@ -84,7 +84,7 @@ impl LayerNorm {
 
     /// libtorch's forward with a backward of our own.
     fn on_cpu(&self, input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let (rows, scale) = (input.detach().f_contiguous()?, weight.detach());
+        let (rows, scale) = (input.f_detach()?.f_contiguous()?, weight.f_detach()?);
         let shift = bias.map(Tensor::detach);
         let (output, mean, inverse_deviation) =
             rows.f_native_layer_norm([self.width], Some(&scale), shift.as_ref(), self.epsilon)?;

@@ -42,7 +42,7 @@ pub use layers::{Embedding, Linear, Vector, loss};
 pub use noise::{Noise, NoiseKind};
 pub(crate) use noise::{normal_rows, uniform_numbers};
 pub use parameter::{Parameter, ParameterKind, ParameterPlace};
-pub use params::{ParameterId, ParameterTable, Parameters};
+pub use params::{ParameterId, ParameterTable, Parameters, span};
 pub use pass::{LayerObserver, Pass, Rows, Shift};
 pub use precision::Precision;
 pub use trainable::{Trainable, TrainableGroup, Treatment};

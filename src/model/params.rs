@@ -240,8 +240,7 @@ impl Parameters {
     /// # Errors
     /// Fails if the buffer is shorter than those of the model.
     pub fn part(&self, flat: &Tensor, id: ParameterId) -> Result<Tensor> {
-        let range = &self.get(id).range;
-        Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?)
+        span(flat, &self.get(id).range)
     }
 
     /// Copies the values of all parameters, for [`Parameters::restore`].
@@ -374,6 +373,14 @@ impl Parameters {
         }
         self.set(id, &values)
     }
+}
+
+/// Returns the elements of a flat buffer in a range, `[range]`.
+///
+/// # Errors
+/// Fails if the buffer is shorter.
+pub fn span(flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
+    Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?)
 }
 
 /// Copies a flat buffer to one of another length; what is new in it is zero.

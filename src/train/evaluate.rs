@@ -1,6 +1,6 @@
 //! Predictions and their scores.
 
-use tch::{IndexOp, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::data::{
     Encoded, EncodedDataset, LabelMap, Metric, PackedBatch, Targets, TaskCard, score_classes, score_values,
@@ -169,8 +169,8 @@ fn class_loss(logits: &Tensor, actual: &[usize], labels: &LabelMap) -> Result<f6
 /// # Errors
 /// Fails if libtorch refuses an operation.
 pub fn classes(logits: &Tensor) -> Result<Vec<usize>> {
-    let ids = logits.f_argmax(1, false)?;
-    Ok((0..ids.size()[0]).map(|row| ids.i(row).int64_value(&[]) as usize).collect())
+    let ids = Vec::<i64>::try_from(&logits.f_argmax(1, false)?)?;
+    Ok(ids.into_iter().map(|id| id as usize).collect())
 }
 
 /// Whether the predictions differ by less than a thousandth of a point: no ranking can be read from them.

@@ -10,7 +10,7 @@ use crate::child::GradientMask;
 use crate::error::Result;
 use crate::libtorch::{elements, elements_mut};
 use crate::method::{DecayOrder, Pull, PullStrength};
-use crate::model::{Trainable, TrainableGroup};
+use crate::model::{Trainable, TrainableGroup, span};
 use crate::random::GROUP;
 
 /// Elements that one thread works on at a time.
@@ -143,7 +143,7 @@ impl Pulls {
 
 /// The elements of a group, with the zeros of the gaps.
 fn part(flat: &Tensor, group: &TrainableGroup) -> Result<Tensor> {
-    Ok(flat.f_narrow(0, group.range.start as i64, group.range.len() as i64)?)
+    span(flat, &group.range)
 }
 
 /// g ← g + strength (w − w₀), or g + strength w without w₀.

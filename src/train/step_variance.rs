@@ -24,7 +24,7 @@ use crate::child::{
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::method::{Method, Prepared};
-use crate::model::{Classifier, Parameters, Pass, loss};
+use crate::model::{Classifier, Parameters, Pass, loss, span};
 use crate::random::{self, Key, Purpose};
 
 /// Mean and variance of a step as the theorem predicts and as draws show them. Sums and norms are over all weights in the
@@ -235,9 +235,6 @@ fn add_gradient(
 /// Lays the weights in a scope one after the other, in float64.
 fn gathered(parameters: &Parameters, flat: &Tensor, scope: MaskScope) -> Result<Tensor> {
     let parts = parameters.iter().filter(|(_, parameter)| scope.covers(parameter));
-    let parts = parts.map(|(_, parameter)| {
-        let range = &parameter.range;
-        Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?)
-    });
+    let parts = parts.map(|(_, parameter)| span(flat, &parameter.range));
     Ok(Tensor::f_cat(&parts.collect::<Result<Vec<_>>>()?, 0)?.f_to_kind(Kind::Double)?)
 }

@@ -24,7 +24,7 @@ use crate::libtorch::release_cached_memory;
 use crate::method::{
     ClipOrder, Method, Outside, PassSettings, Passes, Prepared, PullStrength, TrainingPoint,
 };
-use crate::model::{Classifier, Dropout, Parameter, Parameters, Trainable, loss};
+use crate::model::{Classifier, Dropout, Parameter, Parameters, Trainable, loss, span};
 use crate::random::Purpose;
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
@@ -159,9 +159,8 @@ impl<'a> Trainer<'a> {
             // and has no more use for this one.
             let (optimizer, values) = (optimizer.clone(), parameters.values_to_change().f_data()?);
             GradientHooks::hand_on(parameters, &weights, trains, mask, move |parameter, gradient| {
-                let range = &parameter.range;
-                let mut values = values.f_narrow(0, range.start as i64, range.len() as i64)?;
-                lock(&optimizer).apply(&mut values, gradient, range.start, &Clip::Factor(1.0))
+                let mut values = span(&values, &parameter.range)?;
+                lock(&optimizer).apply(&mut values, gradient, parameter.range.start, &Clip::Factor(1.0))
             })?
         } else {
             let mask = mask.filter(|_| prepared.clip == ClipOrder::AfterMask && !masks_late);
@@ -261,40 +260,43 @@ impl<'a> Trainer<'a> {
     fn accumulate(&mut self, examples: &[usize]) -> Result<Tensor> {
         let device = self.classifier.parameters.device();
         if let Some(graphs) = self.graphs.as_mut().filter(|_| examples.len() <= self.micro_batch) {
-            let weights = plain_weights(
-                &self.classifier.parameters,
-                &self.trainable,
-                self.hyperparameters.pass_precision(),
-            )?;
+            let precision = self.hyperparameters.pass_precision();
+            let weights = plain_weights(&self.classifier.parameters, &self.trainable, precision)?;
             let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, 0, device);
             return graphs.run(self.classifier, &weights, &self.hooks, (self.data, examples), dropout);
         }
-        let parts = &self.prepared.parts;
         let mut mean_loss = Tensor::f_zeros([], (Kind::Float, device))?;
         for (part, micro_batch) in examples.chunks(self.micro_batch).enumerate() {
-            let first_slot = part * self.micro_batch;
-            let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
-            let weights = self.weights()?;
-            let settings = PassSettings {
-                seed: self.seed,
-                step: self.step,
-                first_slot,
-                dropout: parts.dropout,
-                hidden_noise: parts.hidden_noise,
-                checkpointing: self.hyperparameters.gradient_checkpointing,
-            };
-            let passes =
-                Passes::new(self.classifier, &weights.used, (&batch, &targets), examples.len(), settings);
-            let logits = passes.logits()?;
-            let mut total = loss(&logits, &targets, examples.len())?;
-            for penalty in &parts.penalties {
-                total = total.f_add(&penalty.term(&passes, &logits)?)?;
-            }
-            passes.backward(&total)?;
-            weights.backward()?;
-            mean_loss = mean_loss.f_add(&total.f_detach()?)?;
+            let loss = self.backward(micro_batch, part * self.micro_batch, examples.len())?;
+            mean_loss = mean_loss.f_add(&loss)?;
         }
         Ok(mean_loss)
+    }
+
+    /// Runs a micro-batch forward and backward, of a step over so many examples, of which it begins with number `first_slot`.
+    /// Returns its part of the step's mean loss, on the device.
+    fn backward(&self, micro_batch: &[usize], first_slot: usize, examples: usize) -> Result<Tensor> {
+        let device = self.classifier.parameters.device();
+        let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
+        let weights = self.weights()?;
+        let parts = &self.prepared.parts;
+        let settings = PassSettings {
+            seed: self.seed,
+            step: self.step,
+            first_slot,
+            dropout: parts.dropout,
+            hidden_noise: parts.hidden_noise,
+            checkpointing: self.hyperparameters.gradient_checkpointing,
+        };
+        let passes = Passes::new(self.classifier, &weights.used, (&batch, &targets), examples, settings);
+        let logits = passes.logits()?;
+        let mut total = loss(&logits, &targets, examples)?;
+        for penalty in &parts.penalties {
+            total = total.f_add(&penalty.term(&passes, &logits)?)?;
+        }
+        passes.backward(&total)?;
+        weights.backward()?;
+        Ok(total.f_detach()?)
     }
 
     /// Returns the weights of the passes over a micro-batch, as the method's transforms make them.
@@ -340,9 +342,8 @@ impl<'a> Trainer<'a> {
             };
             return Ok(Clip::Factor((limit / (norm + 1e-6)).min(1.0) as f32));
         }
-        let norm =
-            |span: &Range<usize>| gradients.f_narrow(0, span.start as i64, span.len() as i64)?.f_norm();
-        let norms = self.trainable.spans.iter().map(norm).collect::<Result<Vec<_>, _>>()?;
+        let norm = |range: &Range<usize>| Ok(span(gradients, range)?.f_norm()?);
+        let norms = self.trainable.spans.iter().map(norm).collect::<Result<Vec<_>>>()?;
         let norm = Tensor::f_stack(&norms, 0)?.f_norm()?;
         Ok(Clip::Divisor(norm.f_add_scalar(1e-6)?.f_div_scalar(limit)?.f_clamp_min(1.0)?))
     }
@@ -365,7 +366,9 @@ impl<'a> Trainer<'a> {
             self.epoch(epoch, control)?;
             train_time += started.elapsed();
             let Some(dev) = dev else { continue };
-            let training = self.settle()?;
+            let training =
+                if self.settles() { Some(self.classifier.parameters.values_copy()?) } else { None };
+            self.settle()?;
             let evaluation = self.score(dev, control)?;
             (control.report)(Event::Epoch { epoch: epoch + 1, headline: evaluation.headline });
             selection.consider(evaluation.headline, &self.classifier.parameters, self.step)?;
@@ -384,7 +387,7 @@ impl<'a> Trainer<'a> {
                 self.classifier.parameters.restore(&best.values)?;
                 step = best.step;
             }
-            _ => drop(self.settle()?),
+            _ => self.settle()?,
         }
         let changing = self.changing();
         // Without what the method has added to the model.
@@ -455,17 +458,16 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Writes the weights that the model is scored and kept with, where they are not those that train; returns these then.
-    fn settle(&mut self) -> Result<Option<Tensor>> {
-        let transforms = &self.prepared.parts.weights;
-        if !transforms.iter().any(|transform| transform.settles()) {
-            return Ok(None);
-        }
+    /// Returns whether the model is scored and kept with other weights than those that train.
+    fn settles(&self) -> bool {
+        self.prepared.parts.weights.iter().any(|transform| transform.settles())
+    }
+
+    /// Writes the weights that the model is scored and kept with.
+    fn settle(&mut self) -> Result<()> {
         let parameters = &self.classifier.parameters;
-        let training = parameters.values_copy()?;
         let start = self.classifier.start().unwrap_or(parameters.values());
-        transforms.iter().try_for_each(|transform| transform.settle(parameters, start))?;
-        Ok(Some(training))
+        self.prepared.parts.weights.iter().try_for_each(|transform| transform.settle(parameters, start))
     }
 }
 

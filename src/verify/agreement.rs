@@ -9,7 +9,7 @@ use crate::child::{GradientHooks, GradientMask};
 use crate::data::{EncodedDataset, LabelMap, TaskCard};
 use crate::error::{Error, Result};
 use crate::method::Prepared;
-use crate::model::{Classifier, Labels, ModelConfig, Pass, loss};
+use crate::model::{Classifier, Labels, ModelConfig, Pass, loss, span};
 use crate::train::{
     Hyperparameters, MicroBatch, Order, Precision, Scored, Trainer, Warmup, evaluate, predict,
 };
@@ -146,9 +146,8 @@ fn largest_difference(model: &Classifier, subject: &Tensor, reference: &Tensor) 
     let least = 1e-4 * norm(reference)?;
     let mut largest = 0f64;
     for (_, parameter) in model.parameters.iter() {
-        let part =
-            |flat: &Tensor| flat.f_narrow(0, parameter.range.start as i64, parameter.range.len() as i64);
-        let (subject, reference) = (part(subject)?, part(reference)?);
+        let [subject, reference] = [subject, reference].map(|flat| span(flat, &parameter.range));
+        let (subject, reference) = (subject?, reference?);
         let relative = norm(&subject.f_sub(&reference)?)? / norm(&reference)?.max(least);
         // A comparison that is no number must not get lost.
         largest = if relative.is_nan() { f64::NAN } else { largest.max(relative) };

@@ -13,7 +13,7 @@ use crate::child::{
 use crate::data::EncodedDataset;
 use crate::error::Result;
 use crate::method::{DecayScope, Prepared};
-use crate::model::{Classifier, Parameters};
+use crate::model::{Classifier, Parameters, span};
 use crate::random::{Key, fill_normal};
 use crate::train::{Hyperparameters, MicroBatch, Precision, Trainer};
 
@@ -151,7 +151,7 @@ fn step_gradients(
     let matrix = model.parameters.find("bert.encoder.layer.0.output.dense.weight");
     let range = matrix.map_or(0..0, |id| model.parameters.get(id).range.clone());
     // A view of the buffer, which the trainer's steps fill.
-    let gradient = model.parameters.gradients()?.f_narrow(0, range.start as i64, range.len() as i64)?;
+    let gradient = span(model.parameters.gradients()?, &range)?;
     let mask = GradientMask::Bernoulli(BernoulliMask::new(MaskScope::EncoderLayers, SHARE, true, SEED));
     let mask = masked.then(|| Arc::new(mask));
     let mut trainer = Trainer::new(model, data, settings, Prepared { mask, ..Prepared::default() }, SEED)?;

@@ -118,8 +118,8 @@ fn a_file_of_another_length_or_content_is_refused_and_removed() {
     let mut other = weights();
     other[12_000] ^= 1;
     for (sent, part) in [
-        (shorter, "has 100 bytes where 12800 were published"),
-        (longer, "has 12801 bytes where 12800 were published"),
+        (shorter, "has 100 bytes, but 12800 were published"),
+        (longer, "has 12801 bytes, but 12800 were published"),
         (other, "has the SHA-256 "),
     ] {
         let setting = Setting::new(|_| {});

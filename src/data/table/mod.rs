@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
@@ -87,11 +86,6 @@ impl DataFile {
 
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Adds the file's bytes, as they are on disk, to a checksum.
-    pub fn add_to(&self, checksum: &mut Sha256) {
-        checksum.update(&self.bytes);
     }
 
     /// Finds out how the cells are told apart, from the content more than from the name: the
@@ -229,13 +223,5 @@ mod tests {
         let message = |path: &Path| DataFile::read(path).err().unwrap().to_string();
         assert!(message(folder.path()).contains("is a folder"));
         assert!(message(&folder.path().join("none.tsv")).contains("there is no such file"));
-    }
-
-    #[test]
-    fn checksum_is_of_the_bytes_on_disk() {
-        let mut checksum = Sha256::new();
-        file("f.tsv", "\u{feff}abc").1.add_to(&mut checksum);
-        let expected = "1c28dc3f1f804a1ad9c9b4b4cf5e2658d16ad4ed08e3020d04a8d2865018947c";
-        assert_eq!(crate::values::hexadecimal(&checksum.finalize()), expected);
     }
 }
