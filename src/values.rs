@@ -5,7 +5,7 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
-use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Serialize};
 
 /// Returns the YAML spelling of a setting, such as `per_example`.
@@ -123,7 +123,7 @@ macro_rules! checked_number {
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                deserializer.deserialize_f64(NumberVisitor { what: $what, check: Self::try_from })
+                deserializer.deserialize_f64(NumberVisitor { what: $what, check: Self::try_from, null: None })
             }
         }
     };
@@ -133,6 +133,8 @@ macro_rules! checked_number {
 struct NumberVisitor<T> {
     what: &'static str,
     check: fn(f64) -> Result<T, String>,
+    /// What null stands for, where it may stand.
+    null: Option<T>,
 }
 
 impl<T> Visitor<'_> for NumberVisitor<T> {
@@ -144,6 +146,10 @@ impl<T> Visitor<'_> for NumberVisitor<T> {
 
     fn visit_f64<E: Error>(self, value: f64) -> Result<T, E> {
         (self.check)(value).map_err(E::custom)
+    }
+
+    fn visit_unit<E: Error>(mut self) -> Result<T, E> {
+        self.null.take().ok_or_else(|| E::invalid_type(Unexpected::Unit, &self))
     }
 
     fn visit_i64<E: Error>(self, value: i64) -> Result<T, E> {
@@ -187,33 +193,9 @@ pub struct Limit(pub Option<f64>);
 
 impl<'de> Deserialize<'de> for Limit {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(LimitVisitor)
-    }
-}
-
-struct LimitVisitor;
-
-impl Visitor<'_> for LimitVisitor {
-    type Value = Limit;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        formatter.write_str("a number of at least 0, or null")
-    }
-
-    fn visit_unit<E: Error>(self) -> Result<Limit, E> {
-        Ok(Limit(None))
-    }
-
-    fn visit_f64<E: Error>(self, value: f64) -> Result<Limit, E> {
-        NonNegative::try_from(value).map(|limit| Limit(Some(limit.0))).map_err(E::custom)
-    }
-
-    fn visit_i64<E: Error>(self, value: i64) -> Result<Limit, E> {
-        self.visit_f64(value as f64)
-    }
-
-    fn visit_u64<E: Error>(self, value: u64) -> Result<Limit, E> {
-        self.visit_f64(value as f64)
+        let check = |value| NonNegative::try_from(value).map(|limit| Limit(Some(limit.0)));
+        let what = "a number of at least 0, or null";
+        deserializer.deserialize_any(NumberVisitor { what, check, null: Some(Limit(None)) })
     }
 }
 

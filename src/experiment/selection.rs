@@ -8,7 +8,6 @@ use super::results::{Row, Status};
 use super::run::{Run, refuse_repeated};
 use super::spec::ExperimentSpec;
 use crate::error::{Error, Result};
-use crate::train::Hyperparameters;
 
 /// The trials of an experiment, and what they choose between.
 #[derive(Default)]
@@ -30,7 +29,7 @@ pub struct Choice {
 /// One point of the grid.
 pub struct Candidate {
     /// Its hyper-parameters, and the options of its method.
-    settings: (Hyperparameters, String),
+    settings: (Map<String, Value>, String),
     /// The trials that judge it.
     pub trials: Vec<Arc<Run>>,
     /// The runs that are reported if it is chosen.
@@ -54,7 +53,7 @@ impl Selection {
         let Some(run) = trials.first() else { return Ok(()) };
         refuse_repeated(run, &self.trials)?;
         let what = conditions(run);
-        let settings = (run.hyperparameters.clone(), run.method.options());
+        let settings = (run.further_settings(), run.method.options());
         let candidate = Candidate { settings, trials: trials.clone(), reports };
         self.trials.extend(trials);
         match self.choices.iter_mut().find(|choice| choice.what == what) {
@@ -138,16 +137,14 @@ impl Choice {
 
     /// Says what a candidate is made of: its method's options, and what of its hyper-parameters not all candidates share.
     pub fn settings_of(&self, candidate: &Candidate) -> String {
-        let values = |candidate: &Candidate| match serde_json::to_value(&candidate.settings.0) {
-            Ok(Value::Object(values)) => values,
-            _ => Map::new(),
+        let (own, options) = &candidate.settings;
+        let is_shared = |key: &String, value: &Value| {
+            self.candidates.iter().all(|other| other.settings.0.get(key) == Some(value))
         };
-        let others: Vec<_> = self.candidates.iter().map(values).collect();
-        let telling = values(candidate)
-            .into_iter()
-            .filter(|(key, value)| others.iter().any(|other| other.get(key) != Some(value)))
+        let telling = (own.iter())
+            .filter(|(key, value)| !is_shared(key, value))
             .map(|(key, value)| format!("{key}={value}"));
-        let options = Some(candidate.settings.1.clone()).filter(|options| !options.is_empty());
+        let options = Some(options.clone()).filter(|options| !options.is_empty());
         let all: Vec<String> = options.into_iter().chain(telling).collect();
         if all.is_empty() { "the only settings".into() } else { all.join(" ") }
     }

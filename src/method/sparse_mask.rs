@@ -107,10 +107,10 @@ impl Method for SparseMask {
 
     fn check(&self, declared: &[Parameter]) -> Result<()> {
         self.fixed_share(declared)?;
-        match &self.source {
-            Source::Chosen { .. } => Ok(()),
-            Source::File { mask, .. } => mask.check(declared),
+        if let Source::File { mask, .. } = &self.source {
+            mask.check(declared)?;
         }
+        Ok(())
     }
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {

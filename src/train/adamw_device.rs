@@ -97,21 +97,16 @@ impl DeviceMoments {
                 scale(&mut values, constants.decay_after)?;
                 continue;
             };
-            if self.decays_outside {
-                scale(&mut values, constants.decay_before)?;
-            }
+            // What decays: all of the group, or the members alone.
+            let of_all = |factor| if self.decays_outside { factor } else { 1.0 };
+            let of_members = |factor| if self.decays_outside { 1.0 } else { factor };
+            scale(&mut values, of_all(constants.decay_before))?;
             let mut own = values.f_index_select(0, members)?;
-            if !self.decays_outside {
-                scale(&mut own, constants.decay_before)?;
-            }
+            scale(&mut own, of_members(constants.decay_before))?;
             self.update(&own, &gradients.f_index_select(0, members)?, group, divisor, &constants)?;
-            if !self.decays_outside {
-                scale(&mut own, constants.decay_after)?;
-            }
+            scale(&mut own, of_members(constants.decay_after))?;
             let _ = values.f_index_copy_(0, &members.f_to_kind(Kind::Int64)?, &own)?;
-            if self.decays_outside {
-                scale(&mut values, constants.decay_after)?;
-            }
+            scale(&mut values, of_all(constants.decay_after))?;
         }
         Ok(())
     }
