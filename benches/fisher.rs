@@ -15,6 +15,7 @@ use child_tuning::child::{
 use child_tuning::data::EncodedDataset;
 use child_tuning::experiment::peak_memory;
 use child_tuning::model::{Classifier, Labels, Pass, Precision, loss};
+use child_tuning::statistics::{maximum, median, minimum};
 use child_tuning::verify::{Shape, random_data};
 use clap::Parser;
 use common::{precision, set_up, token_counts};
@@ -103,8 +104,8 @@ fn main() -> anyhow::Result<()> {
                 plain.push(seconds);
             }
         }
-        println!("{precision:?}: plain epoch of {} examples, s: {}", data.len(), spread(&mut plain));
-        for (ratios, (name, ..)) in ratios.iter_mut().zip(&passes) {
+        println!("{precision:?}: plain epoch of {} examples, s: {}", data.len(), spread(&plain));
+        for (ratios, (name, ..)) in ratios.iter().zip(&passes) {
             println!("{precision:?}: {name}, plain epochs: {}", spread(ratios));
         }
         let peak = peak_memory(Device::Cpu).unwrap_or(0) - resident_before;
@@ -114,13 +115,10 @@ fn main() -> anyhow::Result<()> {
 }
 
 /// Shows the median of values, the lowest and the highest.
-fn spread(values: &mut [f64]) -> String {
-    values.sort_by(f64::total_cmp);
-    match values {
-        [] => "-".into(),
-        values => {
-            format!("{:.3} ({:.3} to {:.3})", values[values.len() / 2], values[0], values[values.len() - 1])
-        }
+fn spread(values: &[f64]) -> String {
+    match [median, minimum, maximum].map(|of| of(values)) {
+        [Some(middle), Some(least), Some(most)] => format!("{middle:.3} ({least:.3} to {most:.3})"),
+        _ => "-".into(),
     }
 }
 

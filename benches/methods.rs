@@ -14,6 +14,7 @@ use std::time::Instant;
 use child_tuning::data::EncodedDataset;
 use child_tuning::method::{MethodSpec, Preset};
 use child_tuning::model::{Classifier, Labels};
+use child_tuning::statistics::{maximum, median, minimum};
 use child_tuning::train::{Control, Hyperparameters, MicroBatch, Order, Precision, Trainer, prepare};
 use child_tuning::verify::{Shape, random_data};
 use clap::Parser;
@@ -126,13 +127,10 @@ fn main() -> anyhow::Result<()> {
             // The first one warms up.
             ratios.extend((turn > 0).then_some(ratio));
         }
-        ratios.sort_by(f64::total_cmp);
-        let median = ratios[ratios.len() / 2];
+        let [middle, least, most] = [median, minimum, maximum].map(|of| of(&ratios).unwrap_or(f64::NAN));
         println!(
-            "| `{text}` | {passes:.2} | {median:.2} | {:.2} | {:.2} | {:.2} |",
-            ratios[0],
-            ratios[ratios.len() - 1],
-            median / passes
+            "| `{text}` | {passes:.2} | {middle:.2} | {least:.2} | {most:.2} | {:.2} |",
+            middle / passes
         );
     }
     Ok(())

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use child_tuning::child::{ChildNetwork, Cut, MaskScope, Threshold};
 use child_tuning::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
+use child_tuning::statistics::{maximum, median, minimum};
 use clap::Parser;
 use tch::{Device, Kind, Tensor};
 
@@ -50,13 +51,12 @@ fn main() -> anyhow::Result<()> {
             seconds.push(started.elapsed().as_secs_f64());
             kept = child.kept();
         }
-        seconds.sort_by(f64::total_cmp);
         println!(
             "{threshold:?}: {kept} of {} kept, {:.2} s ({:.2} to {:.2}), {:.0} MB at most besides the scores, bits included",
             parameters.count(),
-            seconds[seconds.len() / 2],
-            seconds[0],
-            seconds[seconds.len() - 1],
+            median(&seconds).unwrap_or(f64::NAN),
+            minimum(&seconds).unwrap_or(f64::NAN),
+            maximum(&seconds).unwrap_or(f64::NAN),
             resident("VmHWM") - before,
         );
     }

@@ -33,6 +33,7 @@ pub mod method;
 pub mod model;
 pub mod random;
 pub mod spelling;
+pub mod statistics;
 pub mod train;
 pub mod transfer;
 pub mod values;

@@ -248,3 +248,83 @@ impl Visitor<'_> for CountVisitor {
         }
     }
 }
+
+/// What a cell of a table is to hold: a text, number or truth value, as typed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cell(String);
+
+impl Cell {
+    /// Returns whether a cell of a file holds this: the same text, or the same number in other digits.
+    pub fn is(&self, cell: &str) -> bool {
+        let number = |text: &str| text.parse::<f64>().ok();
+        self.0 == cell || number(&self.0).is_some_and(|own| number(cell) == Some(own))
+    }
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Cell {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(CellVisitor)
+    }
+}
+
+struct CellVisitor;
+
+impl Visitor<'_> for CellVisitor {
+    type Value = Cell;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a text, a number, or true or false")
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<Cell, E> {
+        Ok(Cell(value.to_owned()))
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Cell, E> {
+        Ok(Cell(value.to_string()))
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Cell, E> {
+        Ok(Cell(value.to_string()))
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Cell, E> {
+        Ok(Cell(value.to_string()))
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Cell, E> {
+        Ok(Cell(value.to_string()))
+    }
+
+    /// Null is an empty cell.
+    fn visit_unit<E: Error>(self) -> Result<Cell, E> {
+        Ok(Cell(String::new()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cell_is_its_text_or_its_number() {
+        let cell = |yaml: &str| serde_yaml::from_str::<Cell>(yaml).unwrap();
+        for (yaml, same, other) in [
+            ("1e-4", "0.0001", "0.001"),
+            ("1", "1.0", "10"),
+            ("'0.0001'", "1e-4", "0"),
+            ("true", "true", "false"),
+            ("vanilla", "vanilla", "Vanilla"),
+            ("null", "", "null"),
+        ] {
+            assert!(cell(yaml).is(same) && !cell(yaml).is(other), "{yaml}");
+        }
+        assert!(serde_yaml::from_str::<Cell>("[1]").is_err());
+    }
+}

@@ -7,8 +7,11 @@ mod render;
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::statistics::{confidence_half_width, maximum, mean, median, standard_deviation};
+pub(super) use render::markdown_cell;
+
+use super::cost::Cost;
 use crate::experiment::results::{Row, Status};
+use crate::statistics::{confidence_half_width, maximum, mean, median, standard_deviation};
 
 /// Name of the method that the others are set against: plain fine-tuning.
 const BASELINE: &str = "vanilla";
@@ -64,6 +67,8 @@ pub struct Group {
     pub degenerate: usize,
     /// Runs beyond the first of a seed: they differ in something that the result file has no column for.
     pub surplus: usize,
+    /// The scores of the runs that have one.
+    pub scores: Vec<f64>,
     /// Mean score.
     pub mean: Option<f64>,
     /// Standard deviation of the scores over seeds.
@@ -80,6 +85,12 @@ pub struct Group {
     pub has_best_mean: bool,
     /// What sets it apart from vanilla with the same model and hyper-parameters.
     pub difference: Option<Difference>,
+    /// The differences that it sums up, one a common seed.
+    pub differences: Vec<f64>,
+    /// What the runs took.
+    pub cost: Cost,
+    /// Seconds of preparation and training over those of this vanilla, where the devices are the same.
+    pub relative_time: Option<f64>,
 }
 
 /// The differences of scores to vanilla, seed by seed.
@@ -170,20 +181,15 @@ struct Identity<'r> {
 }
 
 impl Identity<'_> {
-    fn value(&self, name: &str) -> Option<&str> {
-        let mut settings = self.method_settings.iter().chain(&self.hyperparameters);
-        settings.find(|(other, _)| other == name).map(|(_, value)| value.as_str())
-    }
-
     /// Returns the settings that are needed to tell this group from the others: a method's own settings from groups of the
     /// same method, hyper-parameters from all.
     fn telling_settings(&self, others: &[Identity]) -> String {
         let same_method = |other: &&Identity| other.method == self.method;
-        let own = self.method_settings.iter().filter(|(name, value)| {
-            others.iter().filter(same_method).any(|other| other.value(name) != Some(value))
+        let own = self.method_settings.iter().filter(|&setting| {
+            others.iter().filter(same_method).any(|other| !other.method_settings.contains(setting))
         });
         let shared = (self.hyperparameters.iter())
-            .filter(|(name, value)| others.iter().any(|other| other.value(name) != Some(value)));
+            .filter(|&setting| others.iter().any(|other| !other.hyperparameters.contains(setting)));
         own.chain(shared).map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
     }
 
@@ -224,28 +230,29 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
     })
     .into_iter()
     .unzip();
-    let scores: Vec<BTreeMap<u64, f64>> = members.iter().map(|members| scores_by_seed(members)).collect();
     let mut groups: Vec<Group> = identities
         .iter()
         .zip(&members)
-        .enumerate()
-        .map(|(index, (identity, members))| {
+        .map(|(identity, rows)| {
             let baseline = identities.iter().position(|other| identity.has_baseline(other));
-            let difference = baseline.and_then(|baseline| difference(&scores[index], &scores[baseline]));
-            group(identity, identity.telling_settings(&identities), members, difference)
+            let settings = identity.telling_settings(&identities);
+            group(identity, settings, rows, baseline.map(|baseline| &members[baseline][..]))
         })
         .collect();
     mark_best_means(&mut groups);
     groups
 }
 
-fn group(identity: &Identity, settings: String, rows: &[&Row], difference: Option<Difference>) -> Group {
+/// Makes the group of some rows; `baseline` are the rows of the vanilla that it is set against.
+fn group(identity: &Identity, settings: String, rows: &[&Row], baseline: Option<&[&Row]>) -> Group {
     let with = |status| rows.iter().filter(|row| row.status == status).count();
     let ok: Vec<&&Row> = rows.iter().filter(|row| row.status == Status::Ok).collect();
     let scores: Vec<f64> = ok.iter().filter_map(|row| row.score).collect();
     let mut seeds: Vec<u64> = rows.iter().map(|row| row.seed).collect();
     seeds.sort_unstable();
     seeds.dedup();
+    let differences = baseline.map_or(Vec::new(), |baseline| differences(rows, baseline));
+    let cost = Cost::of(rows);
     Group {
         model: identity.model.to_owned(),
         method: identity.method.clone(),
@@ -264,7 +271,11 @@ fn group(identity: &Identity, settings: String, rows: &[&Row], difference: Optio
         best: maximum(&scores),
         is_baseline: identity.is_baseline(),
         has_best_mean: false,
-        difference,
+        difference: difference(&differences),
+        relative_time: baseline.and_then(|baseline| cost.relative_time(&Cost::of(baseline))),
+        scores,
+        differences,
+        cost,
     }
 }
 
@@ -279,14 +290,19 @@ fn scores_by_seed(rows: &[&Row]) -> BTreeMap<u64, f64> {
     scores
 }
 
-fn difference(scores: &BTreeMap<u64, f64>, baseline: &BTreeMap<u64, f64>) -> Option<Difference> {
-    let differences: Vec<f64> =
-        scores.iter().filter_map(|(seed, score)| Some(score - baseline.get(seed)?)).collect();
+/// Returns what sets the scores of some rows apart from those of others, one number a common seed.
+fn differences(rows: &[&Row], baseline: &[&Row]) -> Vec<f64> {
+    let baseline = scores_by_seed(baseline);
+    let scores = scores_by_seed(rows);
+    scores.iter().filter_map(|(seed, score)| Some(score - baseline.get(seed)?)).collect()
+}
+
+fn difference(differences: &[f64]) -> Option<Difference> {
     Some(Difference {
         seeds: differences.len(),
-        mean: mean(&differences)?,
-        standard_deviation: standard_deviation(&differences),
-        half_width: confidence_half_width(&differences),
+        mean: mean(differences)?,
+        standard_deviation: standard_deviation(differences),
+        half_width: confidence_half_width(differences),
     })
 }
 

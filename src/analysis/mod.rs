@@ -1,4 +1,6 @@
-//! What result files say: statistics over seeds and the comparison of methods.
+//! What result files say: the comparison of methods over seeds, and reports with figures.
 
 pub mod compare;
-pub mod statistics;
+pub mod cost;
+mod figure;
+pub mod report;

@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::model::Parameter;
 use crate::random::{Bernoulli, Key, Purpose};
 
-/// The masks of a run: M_t ~ Bernoulli(p) for every element and step t, kept gradients scaled by 1/p (Algorithm 1 and
-/// section 3.1 of the paper).
+/// The masks of a run: M_t ~ Bernoulli(p) for every element and step t, kept gradients scaled by 1/p (Algorithm 1 of
+/// the paper).
 ///
 /// On the CPU a mask is never stored: each element's fate is a pure function of seed, step and the element's place in
 /// the flat gradient, so that all micro-batches of a step and any number of threads see the same mask.

@@ -1,6 +1,6 @@
 //! Diagonal Fisher information: how much each weight matters to the task's likelihood.
 //!
-//! The paper's definition (section 3.2) is the mean over examples of the squared gradient of log p(y | x; w) at the labels
+//! The paper's definition is the mean over examples of the squared gradient of log p(y | x; w) at the labels
 //! of the data; the released code squares the gradient of each batch's mean loss instead; and the Fisher information of
 //! statistics takes the expectation over the labels that the model itself predicts. All three are here, by their names.
 

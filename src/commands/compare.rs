@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use child_tuning::analysis::compare::compare as compare_rows;
 use child_tuning::error::Error;
-use child_tuning::experiment::results;
+use child_tuning::experiment::results::{self, Row};
 use clap::{Args, ValueEnum};
 
 use super::show;
@@ -33,18 +33,23 @@ enum Format {
 
 /// Shows the comparison of all rows of the files.
 pub fn compare(arguments: CompareArguments) -> Result<ExitCode> {
-    let mut rows = Vec::new();
-    for file in &arguments.files {
-        rows.extend(results::read(file)?);
-    }
-    if rows.is_empty() {
-        return Err(Error::configuration("the result files hold no rows yet").into());
-    }
-    let comparison = compare_rows(&rows);
+    let comparison = compare_rows(&read_rows(&arguments.files)?);
     match arguments.format {
         Format::Text => show(comparison.to_text())?,
         Format::Markdown => show(comparison.to_markdown())?,
         Format::Csv => show(comparison.to_csv().trim_end())?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reads the rows of result files.
+pub fn read_rows(files: &[PathBuf]) -> Result<Vec<Row>, Error> {
+    let mut rows = Vec::new();
+    for file in files {
+        rows.extend(results::read(file)?);
+    }
+    match rows.is_empty() {
+        true => Err(Error::configuration("the result files hold no rows yet")),
+        false => Ok(rows),
+    }
 }

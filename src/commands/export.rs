@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use anyhow::Result;
 use child_tuning::data::TokenEncoder;
 use child_tuning::error::Error;
-use child_tuning::experiment::named_card;
 use child_tuning::hub::model_folder;
-use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder};
+use child_tuning::model::{Classifier, HeadStart, ModelFolder};
 use clap::Args;
 use tch::Device;
 
+use super::model_inspect::head_labels;
 use super::tell;
 
 #[derive(Args)]
@@ -37,15 +37,9 @@ pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
         return Err(Error::configuration("--output is the folder of --model; name another one").into());
     }
     let folder = ModelFolder::open(&model)?;
-    let labels = match (&arguments.task, folder.config.labels()) {
-        (Some(task), _) => Labels::from(&named_card(task, Path::new(""))?.objective),
-        (None, Some(names)) if names.len() > 1 => Labels::Classes(names),
-        (None, Some(_)) => Labels::Score,
-        (None, None) => {
-            let text = "has no labels in config.json; name the task of the head with --task";
-            return Err(Error::model(&model, text).into());
-        }
-    };
+    let labels = head_labels(&folder, arguments.task.as_deref())?.ok_or_else(|| {
+        Error::model(&model, "has no labels in config.json; name the task of the head with --task")
+    })?;
     let encoder = TokenEncoder::from_folder(&model)?;
     let mut classifier = Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu)?;
     classifier.reset(arguments.seed)?;

@@ -11,8 +11,10 @@ mod export;
 mod gpu_check;
 mod jobs;
 mod model;
+mod model_inspect;
 mod predict;
 mod progress;
+mod report;
 mod signals;
 mod table;
 
@@ -45,7 +47,8 @@ Examples:
   child-tuning plan experiments/quickstart.yaml
   child-tuning run experiments/glue.yaml --device cuda --set train.learning_rate='[2e-5, 4e-5]'
   child-tuning run experiments/glue.yaml --only task=rte --only method=vanilla
-  child-tuning compare results/glue.csv"
+  child-tuning compare results/glue.csv
+  child-tuning report results/glue.csv --output report"
 )]
 pub struct Arguments {
     #[command(subcommand)]
@@ -60,6 +63,8 @@ enum Command {
     Plan(experiment::PlanArguments),
     /// Show mean, spread, best and failures per task and method of result files.
     Compare(compare::CompareArguments),
+    /// Write a report of result files: tables, figures, costs, failures and where the numbers come from.
+    Report(report::ReportArguments),
     /// Score a fine-tuned model, as it is, on data sets.
     Evaluate(evaluate::EvaluateArguments),
     /// Predict the examples of a file with a fine-tuned model.
@@ -68,7 +73,7 @@ enum Command {
     Child(child::ChildArguments),
     /// List, fetch and check data sets.
     Data(data::DataCommandArguments),
-    /// Fetch and list models of the Hugging Face Hub.
+    /// Fetch and list models of the Hugging Face Hub, and inspect model folders.
     Model(model::ModelArguments),
     /// Write a model folder, head included, in the form that transformers loads.
     Export(export::ExportArguments),
@@ -84,7 +89,11 @@ impl Arguments {
     pub fn computes(&self) -> bool {
         !matches!(
             self.command,
-            Command::Compare(_) | Command::Data(_) | Command::Model(_) | Command::Doctor(_)
+            Command::Compare(_)
+                | Command::Report(_)
+                | Command::Data(_)
+                | Command::Model(_)
+                | Command::Doctor(_)
         )
     }
 }
@@ -110,6 +119,7 @@ pub fn call(arguments: Arguments) -> Result<ExitCode> {
         Command::Run(arguments) => experiment::run(arguments),
         Command::Plan(arguments) => experiment::plan(arguments),
         Command::Compare(arguments) => compare::compare(arguments),
+        Command::Report(arguments) => report::report(arguments),
         Command::Evaluate(arguments) => evaluate::evaluate(arguments),
         Command::Predict(arguments) => predict::predict(arguments),
         Command::Child(arguments) => child::child(arguments),

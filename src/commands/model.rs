@@ -1,4 +1,4 @@
-//! `model`: models of the Hugging Face Hub.
+//! `model`: models of the Hugging Face Hub, and what is in a model folder.
 
 use std::process::ExitCode;
 
@@ -10,6 +10,7 @@ use clap::{Args, Subcommand};
 use comfy_table::{Table, presets};
 use indicatif::BinaryBytes;
 
+use super::model_inspect::{InspectArguments, inspect};
 use super::progress::TransferDisplay;
 use super::signals::end_at_once;
 use super::{show, tell};
@@ -45,6 +46,8 @@ Examples:
     },
     /// Show the models in the Hugging Face cache, and whether they are complete.
     List,
+    /// Show a model: its sizes and parts, what of its files is used, and how many weights a mask can reach.
+    Inspect(InspectArguments),
 }
 
 /// Calls the subcommand.
@@ -52,6 +55,7 @@ pub fn model(arguments: ModelArguments) -> Result<ExitCode> {
     match arguments.command {
         ModelCommand::Fetch { models } => fetch(&models),
         ModelCommand::List => list(),
+        ModelCommand::Inspect(arguments) => inspect(arguments),
     }
 }
 

@@ -16,6 +16,7 @@ use super::training_set::training_set;
 use crate::data::EncodedDataset;
 use crate::error::Result;
 use crate::model::{Classifier, Labels, ModelShape};
+use crate::statistics::median;
 use crate::train::{MemoryUse, Precision};
 
 /// Share of the rate of one large matrix product that training reaches in all.
@@ -98,8 +99,7 @@ fn repeated(device: Device, mut operation: impl FnMut() -> Result<Tensor>) -> Re
         }
         times.push(started.elapsed().as_secs_f64());
     }
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    Ok(median(&times).unwrap_or(0.0))
 }
 
 /// Tells what a run will cost.

@@ -9,6 +9,7 @@ use super::resident::Tokens;
 use super::results::{Row, Status};
 use super::run::Run;
 use crate::error::Result;
+use crate::statistics::median;
 use crate::values::yaml_name;
 
 /// Speeds of the finished runs of a results file on one device.
@@ -94,10 +95,4 @@ impl Pace {
 /// Returns a device's name without its number, which says nothing about its speed.
 fn alike(device: &str) -> &str {
     device.split_once(" (").map_or(device, |(_, name)| name)
-}
-
-fn median(values: &[f64]) -> Option<f64> {
-    let mut sorted: Vec<f64> = values.iter().copied().filter(|value| value.is_finite()).collect();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied()
 }

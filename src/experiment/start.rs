@@ -121,9 +121,8 @@ fn same_architecture(folder: &ModelFolder, model: &ModelEntry) -> Result<()> {
 fn earlier_run(earlier: &EarlierRuns, model: &ModelEntry, seed: u64) -> Result<(PathBuf, Source)> {
     let path = &earlier.results;
     let fault = |found: String, mend: &str| {
-        let mut columns = earlier.columns.clone();
-        columns.insert("seed".into(), seed.to_string());
-        let columns: Vec<_> = columns.iter().map(|(column, value)| format!("{column}={value}")).collect();
+        let named = earlier.columns.iter().map(|(column, value)| format!("{column}={value}"));
+        let columns: Vec<_> = named.chain([format!("seed={seed}")]).collect();
         Error::configuration(format!(
             "init_from: {}: {found} with {}{mend}",
             path.display(),
@@ -145,7 +144,7 @@ fn earlier_run(earlier: &EarlierRuns, model: &ModelEntry, seed: u64) -> Result<(
     for row in reader.deserialize::<BTreeMap<String, String>>() {
         let row = row.map_err(unreadable)?;
         let get = |column: &str| row.get(column).map(String::as_str).unwrap_or_default();
-        let wanted = earlier.columns.iter().all(|(column, value)| get(column) == value)
+        let wanted = earlier.columns.iter().all(|(column, value)| value.is(get(column)))
             && get("seed") == seed.to_string()
             && get("model_sha256") == model.sha256
             && get("status") == "ok";

@@ -14,7 +14,7 @@ use crate::data::Split;
 use crate::method::MethodSpec;
 use crate::model::HeadStart;
 use crate::train::Freeze;
-use crate::values::OneOrMany;
+use crate::values::{Cell, OneOrMany};
 
 /// A data set to score on without training on it: a task's name, or `{task: snli, split: test}`.
 #[derive(Clone, Debug)]
@@ -95,7 +95,7 @@ pub struct EarlierRuns {
     pub models: PathBuf,
     /// Columns of the results and the values that tell which run of a seed is meant.
     #[serde(default, rename = "where")]
-    pub columns: BTreeMap<String, String>,
+    pub columns: BTreeMap<String, Cell>,
 }
 
 impl<'de> Deserialize<'de> for InitFrom {

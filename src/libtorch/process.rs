@@ -4,12 +4,14 @@ use std::ffi::{c_char, c_int, c_void};
 use std::os::unix::process::CommandExt;
 
 /// What libtorch reads from the environment, and what this program sets it to where the user says nothing.
-const SETTINGS: [(&str, &str); 6] = [
+const SETTINGS: [(&str, &str); 7] = [
     // Idle threads sleep instead of spin. Where another process wants the cores, spinning at every barrier made a run
     // that takes two minutes take more than ten.
     ("OMP_WAIT_POLICY", "passive"),
-    // Every batch has its own number of tokens, and oneDNN keeps what it compiled for the last 1024 shapes: gigabytes.
+    // Every batch has its own number of tokens, and both oneDNN and the layer through which libtorch calls it (ideep) keep
+    // what was compiled for the last 1024 shapes: gigabytes.
     ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"),
+    ("LRU_CACHE_CAPACITY", "128"),
     // For the same reason blocks of GPU memory of one size do not fit the next batch; segments that grow leave no
     // holes behind.
     (CUDA_ALLOCATOR, "expandable_segments:True"),

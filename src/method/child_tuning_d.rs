@@ -1,5 +1,5 @@
-//! Child-Tuning_D, task-driven: the weights with the highest Fisher information train (section 3.2 of the paper); and the
-//! ablations of section 4.3: the lowest, random ones, or the others pruned.
+//! Child-Tuning_D, task-driven: the weights with the highest Fisher information train; and the
+//! ablations of Table 5: the lowest, random ones, or the others pruned.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

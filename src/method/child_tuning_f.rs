@@ -1,4 +1,4 @@
-//! Child-Tuning_F, task-free: a fresh Bernoulli mask at every step (section 3.1 of the paper).
+//! Child-Tuning_F, task-free: a fresh Bernoulli mask at every step.
 
 use std::sync::Arc;
 

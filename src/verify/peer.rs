@@ -10,6 +10,7 @@ use tch::Device;
 
 use super::Options;
 use super::report::measured;
+use crate::statistics::median;
 
 const SCRIPT: &str = "benches/peer.py";
 const LENGTHS: &str = "benches/rte_lengths.txt";
@@ -62,13 +63,12 @@ fn tokens_per_second(method: &str, precision: &str, device: Device) -> Result<f6
         _ => None,
     };
     let ended = peer.wait_with_output().map_err(|error| error.to_string())?;
-    let mut speeds = speeds.ok_or_else(|| {
+    let speeds = speeds.ok_or_else(|| {
         // A Python error ends with what is wrong.
         let text = String::from_utf8_lossy(&ended.stderr);
         text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").trim().to_owned()
     })?;
-    speeds.sort_by(f64::total_cmp);
-    Ok(speeds[speeds.len() / 2])
+    median(&speeds).ok_or_else(|| "it measured nothing".to_owned())
 }
 
 /// Speaks the protocol of the script: `go N` in, a line of JSON out.

@@ -14,6 +14,7 @@ use crate::experiment::{peak_memory, reset_peak_memory};
 use crate::libtorch::{Profile, ProfileRow, profile, release_cached_memory};
 use crate::method::Prepared;
 use crate::model::{Classifier, Labels};
+use crate::statistics::median;
 use crate::train::{Hyperparameters, MicroBatch, Order, Precision, Trainer};
 use crate::values::yaml_name;
 
@@ -223,18 +224,13 @@ fn training(
     let peak_memory = peak_memory(options.device);
     let (_, profile) = profile(|| take_steps(&mut trainer, &mut batches, data, 1))?;
     Ok(Speed {
-        sequences_per_second: median(sequences),
-        tokens_per_second: median(tokens),
+        sequences_per_second: median(&sequences).unwrap_or(f64::NAN),
+        tokens_per_second: median(&tokens).unwrap_or(f64::NAN),
         launches_per_step: profile.launches(),
         operators_per_step: profile.operator_calls(),
         peak_memory,
         longest: longest(&profile),
     })
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn longest(profile: &Profile) -> Vec<Longest> {

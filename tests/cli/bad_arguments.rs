@@ -125,11 +125,13 @@ fn every_command_has_help_that_names_its_options() {
     let workplace = Workplace::with_models(&[]);
     let experiment = ["EXPERIMENT.yaml", "--set", "--only", "--data"];
     let compute = ["--device", "--threads"];
-    let cases: [(&[&str], &[&str]); 12] = [
+    let cases: [(&[&str], &[&str]); 14] = [
         (&[], &["run", "plan", "compare", "predict", "child", "export", "doctor", "Exit codes"]),
         (&["run"], &[&experiment[..], &compute].concat()),
         (&["plan"], &experiment),
         (&["compare"], &["RESULTS.csv", "--format"]),
+        (&["report"], &["RESULTS.csv", "--output"]),
+        (&["model", "inspect"], &["MODEL", "--task", "--tensors"]),
         (&["predict"], &["--model", "--task", "--input", "--output", "--max-length", "--logits", "--device"]),
         (&["child"], &["compute", "inspect", "overlap", "variance"]),
         (&["child", "compute"], &[&experiment[..], &compute, &["--output"]].concat()),

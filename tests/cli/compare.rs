@@ -1,4 +1,4 @@
-//! `compare` on the results of a real grid.
+//! `compare` and `report` on the results of a real grid.
 
 use crate::support::{Row, Workplace};
 
@@ -84,4 +84,24 @@ fn rows_that_stand_in_two_files_count_once() {
     assert_eq!(once, twice);
     let text = workplace.call(&["compare", "results.csv", "results.csv"]).with_code(0).stdout;
     assert!(text.contains("12 rows left out: the same run was there already."), "{text}");
+}
+
+#[test]
+fn a_report_is_a_text_with_figures_that_are_there() {
+    let (workplace, _) = grid();
+    let report = |output: &str| workplace.call(&["report", "results.csv", "--output", output]);
+    let answer = report("papers/report").with_code(0);
+    assert_eq!((answer.stdout.as_str(), answer.stderr.as_str()), ("papers/report/report.md\n", ""));
+    assert_eq!(workplace.files("papers/report"), ["01_rte_dev.svg", "02_mrpc_dev.svg", "report.md"]);
+    let text = workplace.read("papers/report/report.md");
+    for figure in ["01_rte_dev.svg", "02_mrpc_dev.svg"] {
+        assert!(text.contains(&format!("]({figure})")), "{text}");
+        assert!(workplace.read(&format!("papers/report/{figure}")).trim_end().ends_with("</svg>"));
+    }
+    let table = workplace.call(&["compare", "results.csv", "--format", "markdown"]).with_code(0).stdout;
+    let rows = table.lines().filter(|line| line.starts_with('|'));
+    assert!(rows.into_iter().all(|row| text.contains(row)), "{text}");
+    assert!(text.contains("12 runs, 12 of them ended ok.") && !text.contains("did not end well"), "{text}");
+
+    report("results.csv").with_code(3);
 }

@@ -1,4 +1,4 @@
-//! `export`: folders that transformers loads, from checkpoints in any of their usual forms.
+//! `export`: folders that transformers loads, from checkpoints in any of their usual forms; and `model inspect`.
 
 use std::process::Command;
 
@@ -161,4 +161,36 @@ fn exports_that_make_no_sense_are_refused() {
     workplace.edit("bert_single/config.json", "\"id2label\"", "\"id2name\"");
     refused("exported", 2, &["bert_single: ", "no labels in config.json", "--task"]);
     assert_eq!(workplace.tensors("bert_single/model.safetensors"), before);
+}
+
+#[test]
+fn inspecting_a_model_counts_its_weights_and_names_what_does_not_fit() {
+    let workplace = Workplace::with_models(&["bert_single"]);
+    let weights = "bert_single/model.safetensors";
+    let all: usize = workplace.tensors(weights).values().map(|bytes| bytes.len() / 4).sum();
+    let inspect = |further: &[&str]| {
+        workplace.call(&[&["model", "inspect", "bert_single"], further].concat()).with_code(0).stdout
+    };
+    let last_of = |text: &str, start: &str| -> usize {
+        let line = text.lines().find(|line| line.trim().starts_with(start)).unwrap();
+        line.split_whitespace().last().unwrap().parse().unwrap()
+    };
+    let text = inspect(&[]);
+    assert!(text.contains("labels        unacceptable, acceptable\n") && !text.contains("new:"), "{text}");
+    // The parts add up to the file's weights; a mask reaches all, or all but the head.
+    let parts = text.lines().filter(|line| line.contains(" tensors ")).map(|line| last_of(line, ""));
+    assert_eq!(parts.sum::<usize>(), 2 * all, "{text}");
+    assert_eq!(last_of(&text, "all "), all);
+    let scopes = text.split("scope of a mask").nth(1).unwrap();
+    assert_eq!(last_of(scopes, "all "), all);
+    assert_eq!(last_of(scopes, "backbone "), all - last_of(&text, "head "));
+    assert!(inspect(&["--tensors"]).contains("bert.encoder.layer.0.output.dense.weight"));
+
+    let text = inspect(&["--task", "mnli"]);
+    assert!(text.contains("new: classifier.weight, classifier.bias\n"), "{text}");
+    assert!(text.contains("labels        entailment, neutral, contradiction\n"), "{text}");
+
+    rename(&workplace, weights, &["stray.weight"], |name| Some(name.to_owned()));
+    assert!(inspect(&[]).contains("left out, not used by the model: stray.weight\n"));
+    workplace.call(&["model", "inspect", "absent"]).with_code(2);
 }

@@ -8,8 +8,8 @@ use super::{Block, Comparison, Difference, Group};
 /// What is said once below all tables, as they show it.
 const LEGEND: &str = "\
 Scores are times 100; ± is the standard deviation over seeds. Mean, median and best are of the runs that ended ok,
-degenerate ones (one class predicted) among them; failed counts diverged runs too. The difference from vanilla is taken
-seed by seed; behind it, in brackets, the number of common seeds.";
+degenerate ones (one class predicted) among them; failed counts diverged runs too. The difference from vanilla is the mean
+over common seeds, with its 95 % interval and, in brackets, the number of these seeds.";
 
 const CSV_HEADER: [&str; 25] = [
     "source_task",
@@ -67,8 +67,13 @@ const MARKDOWN: Style = Style {
     gap: "\n",
     best: ["**", "**"],
     best_legend: "The best mean of a model is bold.",
-    escape: |text| text.replace('|', "\\|"),
+    escape: markdown_cell,
 };
+
+/// Writes a text so that it stays in its cell of a Markdown table.
+pub(in crate::analysis) fn markdown_cell(text: &str) -> String {
+    text.replace('|', "\\|")
+}
 
 impl Comparison {
     /// Returns aligned tables for the terminal, one a block, each with what the spread of its runs allows to say.
@@ -95,15 +100,18 @@ impl Comparison {
     }
 
     fn render(&self, style: &Style) -> String {
+        let blocks: String = self.blocks.iter().map(|block| block.render(style) + "\n").collect();
+        blocks + &self.notes(style)
+    }
+
+    /// Returns in Markdown what is said once below all tables.
+    pub(in crate::analysis) fn markdown_notes(&self) -> String {
+        self.notes(&MARKDOWN)
+    }
+
+    fn notes(&self, style: &Style) -> String {
         let gap = style.gap;
         let mut text = String::new();
-        for block in &self.blocks {
-            text += &format!("{}{}\n{gap}{}\n", style.heading, block.title(style), block.table(style));
-            for line in block.conclusions(style) {
-                text += &format!("{gap}{line}\n");
-            }
-            text += "\n";
-        }
         if self.repeated > 0 {
             let rows = if self.repeated == 1 { "row" } else { "rows" };
             text += &format!("{} {rows} left out: the same run was there already.\n{gap}", self.repeated);
@@ -116,6 +124,29 @@ impl Comparison {
 }
 
 impl Block {
+    /// Returns title, table and conclusions as Markdown.
+    pub(in crate::analysis) fn to_markdown(&self) -> String {
+        self.render(&MARKDOWN)
+    }
+
+    /// Returns what names a group in this block: the method, the settings that tell it apart and, of several, the model.
+    pub(in crate::analysis) fn label(&self, group: &Group) -> String {
+        match self.models().len() {
+            1 => group.label(),
+            _ => format!("{}  {}", group.model, group.label()),
+        }
+    }
+
+    fn render(&self, style: &Style) -> String {
+        let gap = style.gap;
+        let title = (style.escape)(&self.title());
+        let mut text = format!("{}{title}\n{gap}{}\n", style.heading, self.table(style));
+        for line in self.conclusions(style) {
+            text += &format!("{gap}{line}\n");
+        }
+        text
+    }
+
     /// Returns the models, in the order in which they first appear.
     fn models(&self) -> Vec<&str> {
         let mut models: Vec<&str> = Vec::new();
@@ -127,7 +158,8 @@ impl Block {
         models
     }
 
-    fn title(&self, style: &Style) -> String {
+    /// Returns the tasks, the split, the model if there is one only, and the metric.
+    pub(in crate::analysis) fn title(&self) -> String {
         let mut task = match self.source_task.is_empty() {
             true => self.task.clone(),
             false => format!("{} > {}", self.source_task.replace('>', " > "), self.task),
@@ -139,7 +171,7 @@ impl Block {
             [model] => format!(", {model}"),
             _ => String::new(),
         };
-        (style.escape)(&format!("{task} ({}){model}: {}", self.split, self.headline))
+        format!("{task} ({}){model}: {}", self.split, self.headline)
     }
 
     fn table(&self, style: &Style) -> String {
@@ -163,14 +195,7 @@ impl Block {
                 group.best.map_or("-".into(), percent),
                 (group.failed + group.diverged).to_string(),
                 group.degenerate.to_string(),
-                group.difference.map_or("-".into(), |difference| {
-                    let mean = signed_percent(difference.mean);
-                    format!(
-                        "{} ({})",
-                        with_spread(Some(mean), difference.standard_deviation),
-                        difference.seeds
-                    )
-                }),
+                group.difference.map_or("-".into(), |difference| difference.cell()),
             ];
             if with_models {
                 cells.insert(0, (style.escape)(&group.model));
@@ -241,15 +266,26 @@ impl Group {
 }
 
 impl Difference {
+    /// Returns the ends of the 95 % interval of the mean.
+    fn interval(&self) -> Option<(f64, f64)> {
+        self.half_width.map(|half_width| (self.mean - half_width, self.mean + half_width))
+    }
+
+    fn cell(&self) -> String {
+        let interval = self.interval().map_or(String::new(), |(low, high)| {
+            format!(" [{}, {}]", signed_percent(low), signed_percent(high))
+        });
+        format!("{}{interval} ({})", signed_percent(self.mean), self.seeds)
+    }
+
     fn sentence(&self) -> String {
         let mean = signed_percent(self.mean);
         let seeds = self.seeds;
-        let Some(half_width) = self.half_width else {
+        let Some((low, high)) = self.interval() else {
             return format!(
                 "difference from vanilla {mean} on 1 common seed, which says nothing about the spread"
             );
         };
-        let (low, high) = (self.mean - half_width, self.mean + half_width);
         let verdict = if low > 0.0 {
             "better than vanilla"
         } else if high < 0.0 {

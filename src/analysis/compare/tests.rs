@@ -96,6 +96,15 @@ fn shows_settings_only_where_they_tell_groups_apart() {
 }
 
 #[test]
+fn a_setting_of_a_method_is_not_taken_for_a_hyperparameter_of_the_same_name() {
+    let rows = [
+        Row { epsilon: 1e-8, ..run("vanilla", 1, 0.5) },
+        Row { epsilon: 1e-8, method_config: "epsilon=0.00001".into(), ..run("r3f", 1, 0.5) },
+    ];
+    assert_eq!(labels(&compare(&rows)), ["vanilla", "r3f"]);
+}
+
+#[test]
 fn sets_a_method_against_vanilla_with_the_same_hyperparameters_only() {
     let slow = |row: Row| Row { learning_rate: 2e-5, run: format!("{} slow", row.run), ..row };
     let rows = [
@@ -192,12 +201,12 @@ fn text_is_aligned_and_scaled() {
     let text = compare(&example()).to_text();
     let expected = "\
 rte (dev), bert: accuracy
-───────────────────────────────────────────────────────────────────────────────────────────────────────
- method           runs   ok        mean ± sd   median    best   failed   degenerate         vs vanilla
-═══════════════════════════════════════════════════════════════════════════════════════════════════════
- vanilla             3    3     62.00 ± 2.00    62.00   64.00        0            0                  -
- child_tuning_d      6    4   * 68.00 ± 8.16    65.00   80.00        2            1   +2.00 ± 2.00 (3)
-───────────────────────────────────────────────────────────────────────────────────────────────────────
+───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+ method           runs   ok        mean ± sd   median    best   failed   degenerate                 vs vanilla
+═══════════════════════════════════════════════════════════════════════════════════════════════════════════════
+ vanilla             3    3     62.00 ± 2.00    62.00   64.00        0            0                          -
+ child_tuning_d      6    4   * 68.00 ± 8.16    65.00   80.00        2            1   +2.00 [-2.97, +6.97] (3)
+───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 child_tuning_d: difference from vanilla +2.00 ± 2.00 over 3 common seeds; 95 % interval of the mean -2.97 to +6.97, \
 which does not separate them
 ";

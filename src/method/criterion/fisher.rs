@@ -1,4 +1,4 @@
-//! Fisher information of the training data (section 3.2 of the paper): the options of its pass, and the examples it takes.
+//! Fisher information of the training data: the options of its pass, and the examples it takes.
 
 use serde::Deserialize;
 
