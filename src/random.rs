@@ -49,6 +49,8 @@ pub enum Purpose {
     SecondDropout = 13,
     /// Noise in further passes of a step; the index is the optimizer step.
     SecondNoise = 14,
+    /// The choice of what trials hold out of the training data.
+    HeldOut = 15,
 }
 
 impl Key {

@@ -256,7 +256,7 @@ pub struct Cell(String);
 impl Cell {
     /// Returns whether a cell of a file holds this: the same text, or the same number in other digits.
     pub fn is(&self, cell: &str) -> bool {
-        let number = |text: &str| text.parse::<f64>().ok();
+        let number = |text: &str| text.parse::<f64>().ok().filter(|number| number.is_finite());
         self.0 == cell || number(&self.0).is_some_and(|own| number(cell) == Some(own))
     }
 }
@@ -279,7 +279,7 @@ impl Visitor<'_> for CellVisitor {
     type Value = Cell;
 
     fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        formatter.write_str("a text, a number, or true or false")
+        formatter.write_str("a text, a number, true, false or null")
     }
 
     fn visit_str<E: Error>(self, value: &str) -> Result<Cell, E> {
@@ -325,6 +325,7 @@ mod tests {
         ] {
             assert!(cell(yaml).is(same) && !cell(yaml).is(other), "{yaml}");
         }
+        assert!(!cell("12345678e1234567").is("99999999e9999999"), "run ids that look like huge numbers");
         assert!(serde_yaml::from_str::<Cell>("[1]").is_err());
     }
 }

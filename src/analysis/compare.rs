@@ -7,7 +7,7 @@ mod render;
 
 use std::collections::{BTreeMap, HashMap};
 
-pub(super) use render::markdown_cell;
+pub(super) use render::markdown_text;
 
 use super::cost::Cost;
 use crate::experiment::results::{Row, Status};
@@ -125,12 +125,13 @@ pub fn compare(rows: &[Row]) -> Comparison {
     Comparison { blocks, repeated, trials: trials.len() }
 }
 
-/// Keeps one row of each (run, data set, split, hash of the data), and counts the others. The first is kept, unless it failed.
-fn without_repetition(rows: &[Row]) -> (Vec<&Row>, usize) {
+/// Keeps one row of each (run, purpose, data set, split, hash of the data), and counts the others. The first is kept, unless it
+/// failed.
+pub(super) fn without_repetition(rows: &[Row]) -> (Vec<&Row>, usize) {
     let mut places: HashMap<_, usize> = HashMap::new();
     let mut kept: Vec<&Row> = Vec::new();
     for row in rows {
-        let key = (&row.run, &row.evaluated_on, &row.split, &row.evaluated_sha256);
+        let key = (&row.run, &row.purpose, &row.evaluated_on, &row.split, &row.evaluated_sha256);
         let place = *places.entry(key).or_insert(kept.len());
         match kept.get_mut(place) {
             None => kept.push(row),
@@ -155,8 +156,14 @@ fn gather<'r, K: PartialEq>(rows: &[&'r Row], key: impl Fn(&'r Row) -> K) -> Vec
     collected
 }
 
-/// Names and values of settings.
-type Settings = Vec<(String, String)>;
+/// A setting of a method or a run.
+#[derive(PartialEq)]
+struct Setting {
+    /// The stage that it belongs to, in a chain of them.
+    stage: usize,
+    name: String,
+    value: String,
+}
 
 /// Hyper-parameters that trials may choose for each method on its own; methods are then compared across them.
 const TUNED: [&str; 8] = [
@@ -175,8 +182,8 @@ const TUNED: [&str; 8] = [
 struct Identity<'r> {
     model: &'r str,
     method: String,
-    method_settings: Settings,
-    hyperparameters: Settings,
+    method_settings: Vec<Setting>,
+    hyperparameters: Vec<Setting>,
     tuned: bool,
 }
 
@@ -190,7 +197,7 @@ impl Identity<'_> {
         });
         let shared = (self.hyperparameters.iter())
             .filter(|&setting| others.iter().any(|other| !other.hyperparameters.contains(setting)));
-        own.chain(shared).map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+        own.chain(shared).map(|own| format!("{}={}", own.name, own.value)).collect::<Vec<_>>().join(" ")
     }
 
     /// Whether every stage is plain fine-tuning.
@@ -201,13 +208,12 @@ impl Identity<'_> {
     /// Whether the other is vanilla, and all that vanilla shares with this one is equal.
     fn has_baseline(&self, other: &Identity) -> bool {
         let stages = |identity: &Identity| identity.method.split('>').count();
-        let alike = |(left, right): (&(String, String), &(String, String))| {
-            left == right || (self.tuned && TUNED.contains(&left.0.as_str()))
+        let alike = |(left, right): (&Setting, &Setting)| {
+            left == right || (self.tuned && TUNED.contains(&left.name.as_str()))
         };
         other.is_baseline()
             && !self.is_baseline()
             && other.model == self.model
-            && other.tuned == self.tuned
             && stages(other) == stages(self)
             && other.hyperparameters.len() == self.hyperparameters.len()
             && other.hyperparameters.iter().zip(&self.hyperparameters).all(alike)
@@ -323,16 +329,20 @@ fn chain(earlier: &str, own: &str) -> String {
 }
 
 /// Splits the text of a method's settings, or of those of several stages, into names and values.
-fn method_settings(config: &str) -> Settings {
-    let pair = |setting: &str| match setting.split_once('=') {
-        Some((name, value)) => (name.to_owned(), value.to_owned()),
-        None => (setting.to_owned(), "true".to_owned()),
+fn method_settings(config: &str) -> Vec<Setting> {
+    let of_stage = |(stage, config): (usize, &str)| {
+        let setting = move |text: &str| {
+            let (name, value) = text.split_once('=').unwrap_or((text, "true"));
+            Setting { stage, name: name.to_owned(), value: value.to_owned() }
+        };
+        let words = config.split(' ').filter(|word| !word.is_empty());
+        words.map(setting).collect::<Vec<_>>()
     };
-    config.split([' ', '>']).filter(|setting| !setting.is_empty()).map(pair).collect()
+    config.split('>').enumerate().flat_map(of_stage).collect()
 }
 
 /// Returns what a run shares with runs of every other method.
-fn hyperparameters(row: &Row, size_is_setting: bool) -> Settings {
+fn hyperparameters(row: &Row, size_is_setting: bool) -> Vec<Setting> {
     let mut settings = vec![
         ("preset", row.preset.clone()),
         ("learning_rate", short(row.learning_rate)),
@@ -356,6 +366,7 @@ fn hyperparameters(row: &Row, size_is_setting: bool) -> Settings {
         ("freeze", row.freeze.clone()),
         ("head", row.head.clone()),
         ("model_config", row.model_config.clone()),
+        ("purpose", row.purpose.clone()),
     ];
     // Runs that start from a folder of unknown making: all that tells them apart is what is in it.
     if row.source_method.is_empty() && !row.source_run.is_empty() {
@@ -364,7 +375,7 @@ fn hyperparameters(row: &Row, size_is_setting: bool) -> Settings {
     if size_is_setting {
         settings.push(("examples_train", row.examples_train.to_string()));
     }
-    settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    settings.into_iter().map(|(name, value)| Setting { stage: 0, name: name.to_owned(), value }).collect()
 }
 
 /// Writes a number as people write hyper-parameters: `0.01`, but `2e-5`.

@@ -1,5 +1,6 @@
 //! What runs took: time, memory and weights.
 
+use crate::experiment::device_kind;
 use crate::experiment::results::{Row, Status};
 use crate::statistics::median;
 
@@ -22,7 +23,7 @@ pub struct Cost {
     pub train_seconds: Option<f64>,
     /// Seconds of both.
     pub seconds: Option<f64>,
-    /// Names of the devices, each once.
+    /// The kinds of devices, each once: their names without the numbers.
     pub devices: Vec<String>,
 }
 
@@ -33,7 +34,7 @@ impl Cost {
         let median_of = |number: fn(&Row) -> Option<f64>| {
             median(&ok.iter().filter_map(|row| number(row)).collect::<Vec<f64>>())
         };
-        let mut devices: Vec<String> = ok.iter().map(|row| row.device.clone()).collect();
+        let mut devices: Vec<String> = ok.iter().map(|row| device_kind(&row.device).to_owned()).collect();
         devices.sort_unstable();
         devices.dedup();
         Self {
@@ -49,9 +50,11 @@ impl Cost {
         }
     }
 
-    /// Returns the seconds as a multiple of those of other runs; nothing where the devices differ.
+    /// Returns the seconds as a multiple of those of other runs; nothing unless all ran on devices of one kind.
     pub fn relative_time(&self, other: &Self) -> Option<f64> {
-        (self.devices == other.devices).then(|| Some(self.seconds? / other.seconds?)).flatten()
+        let alike = self.devices.len() == 1 && self.devices == other.devices;
+        let ratio = self.seconds? / other.seconds?;
+        Some(ratio).filter(|ratio| alike && ratio.is_finite())
     }
 }
 
@@ -91,5 +94,8 @@ mod tests {
         assert_eq!(of("cpu", 9.0).relative_time(&of("cpu", 4.0)), Some(2.0));
         assert_eq!(of("cuda", 9.0).relative_time(&of("cpu", 4.0)), None);
         assert_eq!(of("cpu", 9.0).relative_time(&Cost::default()), None);
+        assert_eq!(of("cuda:0 (H100)", 9.0).relative_time(&of("cuda:1 (H100)", 4.0)), Some(2.0));
+        let mixed = Cost::of(&[&run("cpu", 9.0), &run("cuda", 9.0)]);
+        assert_eq!(mixed.relative_time(&mixed), None);
     }
 }

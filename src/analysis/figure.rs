@@ -25,10 +25,13 @@ struct Spread {
 }
 
 impl Spread {
+    /// Takes what can be drawn; a file may hold infinity.
     fn new(dots: &[f64], mean: Option<f64>, reach: Option<f64>) -> Self {
+        let finite = |number: &f64| number.is_finite();
+        let reach = reach.filter(finite).unwrap_or(0.0);
         Self {
-            dots: dots.iter().map(|dot| 100.0 * dot).collect(),
-            mean: mean.map(|mean| (100.0 * mean, 100.0 * reach.unwrap_or(0.0))),
+            dots: dots.iter().filter(|dot| finite(dot)).map(|dot| 100.0 * dot).collect(),
+            mean: mean.filter(finite).map(|mean| (100.0 * mean, 100.0 * reach)),
         }
     }
 
@@ -116,7 +119,8 @@ fn panel<'s>(
         .disable_y_mesh()
         .y_labels(0)
         .x_labels(8)
-        .x_label_formatter(&|score| format!("{}", (100.0 * score).round() / 100.0))
+        // The sum turns a zero that rounding left negative into one without a sign.
+        .x_label_formatter(&|score| format!("{}", (100.0 * score).round() / 100.0 + 0.0))
         .light_line_style(TRANSPARENT)
         .label_style(FONT)
         .axis_desc_style(FONT)
@@ -182,6 +186,8 @@ mod tests {
 
     #[test]
     fn nothing_to_draw_is_drawn_too() {
+        let infinite = run("r3f", 1, f64::INFINITY);
+        assert!(!figure_of(&[infinite]).contains("<circle"));
         let svg = figure_of(&[Row { score: None, ..run("a<b & c", 1, 0.0) }]);
         assert!(svg.contains("a&lt;b &amp; c") && !svg.contains("<circle"), "{svg}");
     }

@@ -5,9 +5,17 @@ use std::collections::BTreeMap;
 use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
 
-use super::compare::{Block, compare, markdown_cell};
+use super::compare::{Block, compare, markdown_text, without_repetition};
 use super::figure::figure;
 use crate::experiment::results::{Row, Status};
+
+/// What is said once of all tables of costs.
+const COSTS_LEGEND: &str = "\
+Costs are medians over the runs that ended ok. Passes are forward passes over each example of a step; state is that of the
+optimizer and the method; times are by the clock, so that what else the machine did is in them.";
+
+/// The `purpose` of a trial.
+const SELECTION: &str = "selection";
 
 /// A Markdown text and the figures that it shows, as files of one folder.
 #[derive(Clone, Debug)]
@@ -27,28 +35,33 @@ pub fn report(rows: &[Row]) -> Report {
         .enumerate()
         .map(|(place, block)| (file_name(place + 1, block), figure(block)))
         .collect();
-    let experiments = listed(rows, |row| row.experiment.clone());
-    let mut markdown = format!("# {experiments}\n\n{}\n\n", opening(rows));
+    let (rows, _) = without_repetition(rows);
+    let experiments = markdown_text(&listed(&rows, |row| row.experiment.clone()));
+    let mut markdown = format!("# {experiments}\n\n{}\n\n", opening(&rows));
     for (block, (name, _)) in comparison.blocks.iter().zip(&figures) {
-        markdown += &format!("{}\n![{}]({name})\n\n{}\n\n", block.to_markdown(), block.title(), costs(block));
+        let title = markdown_text(&block.title());
+        markdown += &format!("{}\n![{title}]({name})\n\n{}\n\n", block.to_markdown(), costs(block));
     }
     markdown += &format!("{}\n\n{COSTS_LEGEND}\n\n", comparison.markdown_notes());
-    if let Some(failures) = failures(rows) {
+    if let Some(failures) = failures(&rows) {
         markdown += &format!("## Runs that did not end well\n\n{failures}\n\n");
     }
-    markdown += &format!("## Where the numbers come from\n\n{}\n", origin(rows));
+    markdown += &format!("## Where the numbers come from\n\n{}\n", origin(&rows));
     Report { markdown, figures }
 }
 
-const COSTS_LEGEND: &str = "\
-Costs are medians over the runs that ended ok. Passes are forward passes over each example of a step; state is that of the
-optimizer and the method; times are by the clock, so that what else the machine did is in them.";
-
 /// Counts the runs, each once, however many data sets it was scored on.
-fn opening(rows: &[Row]) -> String {
-    let runs: BTreeMap<&str, Status> = rows.iter().map(|row| (row.run.as_str(), row.status)).collect();
-    let ok = runs.values().filter(|status| **status == Status::Ok).count();
-    format!("{} runs, {ok} of them ended ok.", runs.len())
+fn opening(rows: &[&Row]) -> String {
+    let count = |is_trial: bool| {
+        let mut runs: BTreeMap<&str, bool> = BTreeMap::new();
+        for row in rows.iter().filter(|row| (row.purpose == SELECTION) == is_trial) {
+            *runs.entry(&row.run).or_insert(true) &= row.status == Status::Ok;
+        }
+        (runs.len(), runs.values().filter(|ok| **ok).count())
+    };
+    let ((runs, ok), (trials, _)) = (count(false), count(true));
+    let before = if trials > 0 { format!("; {trials} trials chose the settings") } else { String::new() };
+    format!("Runs: {runs}, of which {ok} ended ok{before}.")
 }
 
 /// Returns a name that says what the figure shows, and by its number is the only one.
@@ -58,14 +71,16 @@ fn file_name(number: usize, block: &Block) -> String {
     let mut words: Vec<String> = what.map(|word| word.chars().map(plain).collect()).to_vec();
     words.retain(|word| !word.is_empty());
     words.dedup();
-    format!("{number:02}_{}.svg", words.join("_"))
+    // File names have an end.
+    let stem: String = words.join("_").chars().take(80).collect();
+    format!("{number:02}_{stem}.svg")
 }
 
 fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
     let mut table = Table::new();
     table.load_style(ASCII_MARKDOWN).set_header(header.to_vec());
     for row in rows {
-        table.add_row(row.iter().map(|cell| markdown_cell(cell)));
+        table.add_row(row.iter().map(|cell| markdown_text(cell)));
     }
     table
 }
@@ -106,9 +121,9 @@ fn costs(block: &Block) -> String {
 }
 
 /// Lists what went wrong, each reason once, with an example to look for.
-fn failures(rows: &[Row]) -> Option<String> {
+fn failures(rows: &[&Row]) -> Option<String> {
     let mut reasons: Vec<(Status, &str, Vec<&Row>)> = Vec::new();
-    for row in rows.iter().filter(|row| row.status != Status::Ok) {
+    for row in rows.iter().copied().filter(|row| row.status != Status::Ok) {
         let reason = row.reason.as_deref().unwrap_or("");
         match reasons.iter_mut().find(|(status, other, _)| (*status, *other) == (row.status, reason)) {
             Some((_, _, rows)) => rows.push(row),
@@ -129,7 +144,7 @@ fn failures(rows: &[Row]) -> Option<String> {
 }
 
 /// Says with what the numbers were made.
-fn origin(rows: &[Row]) -> String {
+fn origin(rows: &[&Row]) -> String {
     let short = |hash: &str| hash.chars().take(12).collect::<String>();
     let model = |row: &Row| match row.model_revision.as_str() {
         "" => format!("{} (SHA-256 {})", row.model, short(&row.model_sha256)),
@@ -142,13 +157,14 @@ fn origin(rows: &[Row]) -> String {
         None => row.version.clone(),
     };
     let day = |row: &Row| row.started_at.chars().take(10).collect::<String>();
-    let (first, last) = (rows.iter().map(day).min(), rows.iter().map(day).max());
+    let (first, last) = (rows.iter().map(|row| day(row)).min(), rows.iter().map(|row| day(row)).max());
     let mut days: Vec<String> = first.into_iter().chain(last).collect();
     days.dedup();
+    let reports: Vec<&Row> = rows.iter().copied().filter(|row| row.purpose != SELECTION).collect();
     let facts = [
         ("model", listed(rows, model)),
         ("data", listed(rows, data)),
-        ("seeds", listed(rows, |row| row.seed.to_string())),
+        ("seeds", listed(&reports, |row| row.seed.to_string())),
         ("precision", listed(rows, |row| row.precision.clone())),
         ("device", listed(rows, |row| row.device.clone())),
         ("child-tuning", listed(rows, program)),
@@ -159,9 +175,9 @@ fn origin(rows: &[Row]) -> String {
 }
 
 /// Joins what the rows say, each once, in the order in which it first appears.
-fn listed(rows: &[Row], value: impl Fn(&Row) -> String) -> String {
+fn listed(rows: &[&Row], value: impl Fn(&Row) -> String) -> String {
     let mut found: Vec<String> = Vec::new();
-    for value in rows.iter().map(value).filter(|value| !value.is_empty()) {
+    for value in rows.iter().map(|row| value(row)).filter(|value| !value.is_empty()) {
         if !found.contains(&value) {
             found.push(value);
         }
@@ -217,7 +233,7 @@ mod tests {
     fn shows_scores_costs_failures_and_origin() {
         let Report { markdown, figures } = report(&example());
         let has = |text: &str| assert!(markdown.contains(text), "{text} is not in {markdown}");
-        has("# small\n\n7 runs, 4 of them ended ok.");
+        has("# small\n\nRuns: 7, of which 4 ended ok.\n");
         has("### rte (dev), bert: accuracy");
         has("![rte (dev), bert: accuracy](01_rte_dev.svg)");
         has("**70.00 ± 0.00**");
@@ -229,6 +245,32 @@ mod tests {
         assert_eq!(figures.len(), 1);
         assert_eq!(figures[0].0, "01_rte_dev.svg");
         assert!(figures[0].1.starts_with("<svg"));
+    }
+
+    #[test]
+    fn a_run_counts_once_and_as_it_ended_at_last() {
+        let mut rows = example();
+        rows.push(run("r3f", 3, 0.7));
+        rows.extend(example());
+        rows.push(Row { purpose: SELECTION.into(), ..run("r3f", 9, 0.7) });
+        let markdown = report(&rows).markdown;
+        assert!(
+            markdown.contains("Runs: 7, of which 5 ended ok; 1 trials chose the settings."),
+            "{markdown}"
+        );
+        assert!(
+            markdown.contains("| failed | out of memory \\| killed | 1    | rte r3f seed 4"),
+            "{markdown}"
+        );
+        assert!(markdown.contains("| 1, 2, 3, 4, 5 "), "seeds of trials are not reported: {markdown}");
+    }
+
+    #[test]
+    fn names_are_shown_as_they_are() {
+        let rows = [Row { experiment: "a <b> [c] *d*".into(), task: "x|y".into(), ..run("vanilla", 1, 0.5) }];
+        let markdown = report(&rows).markdown;
+        assert!(markdown.starts_with("# a \\<b> \\[c\\] \\*d\\*\n"), "{markdown}");
+        assert!(markdown.contains("![x\\|y, evaluated on rte"), "{markdown}");
     }
 
     #[test]

@@ -216,7 +216,7 @@ fn inspection(mask: &MaskFile, by_tensor: bool) -> String {
     }
     table.add_row(["all".to_owned(), all.to_string(), kept.to_string(), percent(kept, all)]);
     lines.push(String::new());
-    lines.push(table.to_string());
+    lines.push(table.trim_fmt());
     lines.join("\n")
 }
 

@@ -11,7 +11,7 @@ use child_tuning::model::{Classifier, HeadStart, ModelFolder};
 use clap::Args;
 use tch::Device;
 
-use super::model_inspect::head_labels;
+use super::model_inspect::{head_labels, printable};
 use super::tell;
 
 #[derive(Args)]
@@ -51,7 +51,7 @@ pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
         ("left out, of pretraining", &report.ignored),
     ] {
         if !names.is_empty() {
-            tell(format_args!("{what}: {}", names.join(", ")));
+            tell(format_args!("{what}: {}", printable(names)));
         }
     }
     tell(format_args!("{} written", arguments.output.display()));

@@ -67,7 +67,7 @@ pub fn inspect(arguments: InspectArguments) -> Result<ExitCode> {
         ("left out, of pretraining", &report.ignored),
     ] {
         if !names.is_empty() {
-            show(format_args!("{what}: {}", names.join(", ")))?;
+            show(format_args!("{what}: {}", printable(names)))?;
         }
     }
     show(format_args!("\n{}\n\n{}", parts(parameters, arguments.tensors), scopes(parameters)))?;
@@ -85,16 +85,22 @@ pub fn head_labels(folder: &ModelFolder, task: Option<&str>) -> Result<Option<La
     }))
 }
 
+/// Joins names that a stranger's file may hold, which must not reach the terminal as they are.
+pub fn printable(names: &[String]) -> String {
+    names.iter().map(|name| name.escape_debug().to_string()).collect::<Vec<_>>().join(", ")
+}
+
 fn described(labels: &Labels) -> String {
     match labels {
-        Labels::Classes(names) => names.join(", "),
+        Labels::Classes(names) => printable(names),
         Labels::Score => "one number".to_owned(),
     }
 }
 
 /// Shows the parts of the model, from the input to the output.
 fn parts(parameters: &[Parameter], by_tensor: bool) -> String {
-    let mut table = table(&["part", "shape", "weights"], 1..3);
+    let header = if by_tensor { ["tensor", "shape", "weights"] } else { ["part", "tensors", "weights"] };
+    let mut table = table(&header, 1..3);
     if by_tensor {
         for parameter in parameters {
             let shape: Vec<String> = parameter.shape.iter().map(i64::to_string).collect();
@@ -107,11 +113,12 @@ fn parts(parameters: &[Parameter], by_tensor: bool) -> String {
             *group = (group.0 + 1, group.1 + parameter.count());
         }
         for (part, (tensors, weights)) in groups {
-            table.add_row([part.to_string(), format!("{tensors} tensors"), weights.to_string()]);
+            table.add_row([part.to_string(), tensors.to_string(), weights.to_string()]);
         }
     }
     let all: usize = parameters.iter().map(Parameter::count).sum();
-    table.add_row(["all".to_owned(), format!("{} tensors", parameters.len()), all.to_string()]);
+    let tensors = if by_tensor { String::new() } else { parameters.len().to_string() };
+    table.add_row(["all".to_owned(), tensors, all.to_string()]);
     table.trim_fmt()
 }
 

@@ -7,11 +7,13 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::spec::TaskSpec;
+use super::training_set::subset;
 use super::transfer::EvaluationSpec;
 use crate::data::{Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, holds, read_split};
 use crate::error::{Error, Result};
 use crate::hub::model_folder;
 use crate::model::ModelFolder;
+use crate::random::{Key, Purpose};
 use crate::spelling::suggestion;
 use crate::values::hexadecimal;
 
@@ -84,6 +86,22 @@ pub struct SplitEntry {
     pub sha256: String,
 }
 
+impl SplitEntry {
+    fn new(card: Arc<TaskCard>, split: Split, dataset: Dataset) -> Arc<Self> {
+        let sha256 = dataset.examples_sha256();
+        Arc::new(Self { card, split, dataset: Arc::new(dataset), sha256 })
+    }
+
+    /// Returns some of the examples, in their order.
+    fn part(&self, kept: impl Fn(usize) -> bool) -> Arc<Self> {
+        let examples = self.dataset.examples.iter().enumerate();
+        let examples =
+            examples.filter(|(number, _)| kept(*number)).map(|(_, example)| example.clone()).collect();
+        let dataset = Dataset { examples, dropped: 0, path: self.dataset.path.clone() };
+        Self::new(self.card.clone(), self.split, dataset)
+    }
+}
+
 /// A task with the data that runs train on and are scored on.
 pub struct TaskEntry {
     /// What the task is.
@@ -92,6 +110,37 @@ pub struct TaskEntry {
     pub train: Arc<SplitEntry>,
     /// Data that runs are scored on.
     pub dev: Arc<SplitEntry>,
+}
+
+impl TaskEntry {
+    /// Returns the task with a share of the training data in the place of dev, and the rest to train on. The share is random,
+    /// with each class in its proportion, and the same for all runs.
+    ///
+    /// # Errors
+    /// Fails if there are fewer than two training examples.
+    pub fn with_held_out(&self, share: f64) -> Result<Self> {
+        let examples = &self.train.dataset.examples;
+        let most = examples.len().saturating_sub(1);
+        if most == 0 {
+            return Err(Error::configuration(format!(
+                "select: `{}` has too few training examples to hold some out",
+                self.card.name
+            )));
+        }
+        let count = ((share * examples.len() as f64).round() as usize).clamp(1, most);
+        let held_out = subset(examples, count, Key::derive(0, Purpose::HeldOut, 0));
+        let is_held_out = |number: usize| held_out.binary_search(&number).is_ok();
+        let (train, dev) = (self.train.part(|number| !is_held_out(number)), self.train.part(is_held_out));
+        Ok(Self { card: self.card.clone(), train, dev })
+    }
+
+    /// Returns its own dev data, as a run is scored on them.
+    ///
+    /// # Errors
+    /// Fails if the labels of the task cannot be compared with themselves.
+    pub fn own_evaluation(&self) -> Result<Evaluated> {
+        Ok(Evaluated { on: self.dev.clone(), labels: LabelMap::between(&self.card, &self.card)? })
+    }
 }
 
 /// A data set that a run is scored on.
@@ -155,8 +204,7 @@ impl Catalogue {
     /// # Errors
     /// Fails if data cannot be read or have no labels, or if the task's labels cannot be compared with theirs.
     pub fn evaluations(&mut self, task: &TaskEntry, further: &[EvaluationSpec]) -> Result<Arc<[Evaluated]>> {
-        let own = Evaluated { on: task.dev.clone(), labels: LabelMap::between(&task.card, &task.card)? };
-        let mut all = vec![own];
+        let mut all = vec![task.own_evaluation()?];
         for spec in further {
             let card = self.card(&spec.task)?;
             let usual = if card.splits.contains_key(&Split::Dev) { Split::Dev } else { Split::Test };
@@ -218,10 +266,7 @@ impl Catalogue {
         if let Some((entry, _)) = self.splits.iter().find(is_it) {
             return Ok(entry.clone());
         }
-        let dataset = read_split(card, roots, split)?;
-        let sha256 = dataset.examples_sha256();
-        let entry = SplitEntry { card: Arc::new(card.clone()), split, dataset: Arc::new(dataset), sha256 };
-        let entry = Arc::new(entry);
+        let entry = SplitEntry::new(Arc::new(card.clone()), split, read_split(card, roots, split)?);
         self.splits.push((entry.clone(), roots.to_vec()));
         Ok(entry)
     }
@@ -267,4 +312,44 @@ pub fn named_card(name: &str, base: &Path) -> Result<TaskCard> {
         suggestion(name, known.iter().copied()),
         known.join(", ")
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Example, Label};
+
+    fn task(count: usize) -> TaskEntry {
+        let card = Arc::new(TaskCard::builtin("rte").unwrap());
+        let example = |number: usize| Example {
+            first: number.to_string(),
+            second: Some("b".into()),
+            label: Some(Label::Class(usize::from(number.is_multiple_of(4)))),
+        };
+        let dataset = |count| Dataset {
+            examples: (0..count).map(example).collect(),
+            dropped: 3,
+            path: "rte.tsv".into(),
+        };
+        TaskEntry {
+            train: SplitEntry::new(card.clone(), Split::Train, dataset(count)),
+            dev: SplitEntry::new(card.clone(), Split::Dev, dataset(5)),
+            card,
+        }
+    }
+
+    #[test]
+    fn what_is_held_out_is_stratified_and_not_trained_on() {
+        let whole = task(100);
+        let own = whole.with_held_out(0.2).unwrap();
+        let (train, dev) = (&own.train.dataset.examples, &own.dev.dataset.examples);
+        assert_eq!((train.len(), dev.len(), own.dev.dataset.dropped), (80, 20, 0));
+        assert!(dev.iter().all(|example| !train.contains(example)));
+        assert_eq!(dev.iter().filter(|example| example.label == Some(Label::Class(1))).count(), 5);
+        // Where this changes, so do the ids of trials, and worker processes choose for themselves.
+        let first: Vec<&str> = dev[..5].iter().map(|example| example.first.as_str()).collect();
+        assert_eq!(first, ["2", "8", "9", "13", "15"]);
+        assert_eq!(task(2).with_held_out(0.9).unwrap().train.dataset.examples.len(), 1);
+        assert!(task(1).with_held_out(0.5).is_err());
+    }
 }

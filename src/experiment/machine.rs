@@ -27,6 +27,11 @@ pub fn device_name(device: Device) -> String {
     }
 }
 
+/// Returns a device's name without its number, which says nothing about its speed.
+pub fn device_kind(name: &str) -> &str {
+    name.split_once(" (").map_or(name, |(_, kind)| kind)
+}
+
 /// Returns the names of the graphics cards that CUDA sees, as NVIDIA's tool lists them; empty without driver or tool.
 pub fn graphics_cards() -> Vec<String> {
     let mut question = std::process::Command::new("nvidia-smi");

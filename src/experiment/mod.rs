@@ -30,7 +30,7 @@ pub use entries::{Evaluated, ModelEntry, SplitEntry, TaskEntry, data_roots, name
 pub use execution::{Executor, Summary, check_places, execute};
 pub use forecast::{Forecast, Speed, forecast};
 pub use jobs::WorkerPool;
-pub use machine::{device_name, graphics_cards, peak_memory, reset_peak_memory};
+pub use machine::{device_kind, device_name, graphics_cards, peak_memory, reset_peak_memory};
 pub use overrides::Override;
 pub use pace::Pace;
 pub use plan::{Plan, PlanOptions};

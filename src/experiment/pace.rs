@@ -42,7 +42,9 @@ impl Pace {
     pub fn of(rows: &[Row], device: Device) -> Self {
         let here = machine::device_name(device);
         let mut kinds: HashMap<Kind, Speeds> = HashMap::new();
-        for row in rows.iter().filter(|row| row.status == Status::Ok && alike(&row.device) == alike(&here)) {
+        for row in rows.iter().filter(|row| {
+            row.status == Status::Ok && machine::device_kind(&row.device) == machine::device_kind(&here)
+        }) {
             let kind = Kind {
                 model: row.model_sha256.clone(),
                 precision: row.precision.clone(),
@@ -50,7 +52,9 @@ impl Pace {
                 freeze: row.freeze.clone(),
             };
             let speeds = kinds.entry(kind).or_default();
-            speeds.tokens_per_second.extend(row.tokens_per_second.filter(|speed| *speed > 0.0));
+            speeds
+                .tokens_per_second
+                .extend(row.tokens_per_second.filter(|speed| speed.is_finite() && *speed > 0.0));
             speeds
                 .prepare
                 .extend(row.prepare_seconds.map(|seconds| seconds / row.examples_train.max(1) as f64));
@@ -90,9 +94,4 @@ impl Pace {
         }
         Ok(Some(seconds))
     }
-}
-
-/// Returns a device's name without its number, which says nothing about its speed.
-fn alike(device: &str) -> &str {
-    device.split_once(" (").map_or(device, |(_, name)| name)
 }

@@ -74,22 +74,27 @@ impl Plan {
         let seeds = spec.seeds.as_ref().map_or(vec![42], |seeds| seeds.0.clone());
         let points = GridPoint::default().next_stage(&spec.train.clone().unwrap_or_default());
         selection::check(spec, &seeds)?;
+        let trial_tasks = match &spec.select {
+            Some(select) => selection::trial_tasks(select, &tasks)?,
+            None => tasks.clone(),
+        };
 
         let (mut runs, mut selection) = (Vec::new(), Selection::default());
         for model in &models {
             let mut starts = Starts::new(spec.init_from.as_ref(), model);
-            for open in &tasks {
+            for (open, trial_open) in tasks.iter().zip(&trial_tasks) {
                 let (freeze, head) = (spec.freeze.unwrap_or_default(), spec.head.unwrap_or_default());
                 let stage = Stage { model, open, freeze, head, preset };
                 for point in &points {
                     if let Some(select) = &spec.select {
                         for method in &methods {
-                            let mut on = |seeds: &[u64], purpose| {
+                            let mut on = |stage: &Stage, seeds: &[u64], purpose| {
                                 let run = |&seed| stage.run(method, point, starts.of(seed)?, seed, purpose);
                                 seeds.iter().map(run).collect::<Result<Vec<_>>>()
                             };
-                            let trials = on(&select.on_seeds.0, RunPurpose::Selection)?;
-                            selection.add(trials, on(&seeds, RunPurpose::Tuned)?)?;
+                            let trial_stage = Stage { open: trial_open, ..stage };
+                            let trials = on(&trial_stage, &select.on_seeds.0, RunPurpose::Selection)?;
+                            selection.add(trials, on(&stage, &seeds, RunPurpose::Tuned)?)?;
                         }
                         continue;
                     }
@@ -207,7 +212,7 @@ impl Plan {
 }
 
 /// A task, and what its runs are scored on.
-type OpenTask = (Arc<TaskEntry>, Arc<[Evaluated]>);
+pub(super) type OpenTask = (Arc<TaskEntry>, Arc<[Evaluated]>);
 
 /// Opens the tasks of a stage: all that are trained before those that are only scored.
 fn open_tasks(
@@ -216,6 +221,16 @@ fn open_tasks(
     evaluate: &Option<OneOrMany<EvaluationSpec>>,
 ) -> Result<Vec<OpenTask>> {
     let tasks = tasks.0.iter().map(|spec| catalogue.task(spec)).collect::<Result<Vec<_>>>()?;
+    for (place, task) in tasks.iter().enumerate() {
+        let is_namesake =
+            |other: &&TaskEntry| other.card.name == task.card.name && other.train.sha256 != task.train.sha256;
+        if tasks[..place].iter().any(|other| is_namesake(&other)) {
+            return Err(Error::configuration(format!(
+                "task: two tasks with different data are called `{}`; give one of them another `name`",
+                task.card.name
+            )));
+        }
+    }
     let open = |task: TaskEntry| {
         let evaluations = catalogue.evaluations(&task, listed(evaluate))?;
         Ok((Arc::new(task), evaluations))
@@ -224,6 +239,7 @@ fn open_tasks(
 }
 
 /// What the runs of a stage on one task have in common.
+#[derive(Clone, Copy)]
 struct Stage<'a> {
     model: &'a Arc<ModelEntry>,
     open: &'a OpenTask,
@@ -306,7 +322,7 @@ fn add_chain(
     preset: Preset,
     runs: &mut Vec<Arc<Run>>,
 ) -> Result<()> {
-    refuse_repeated(&run, runs)?;
+    refuse_repeated(&run, runs.iter())?;
     runs.push(run.clone());
     for NextStage { spec, tasks, methods, next } in next {
         let points = point.next_stage(&spec.train.clone().unwrap_or_default());

@@ -191,8 +191,8 @@ impl Run {
 ///
 /// # Errors
 /// Fails, naming the run, if it is among the others.
-pub fn refuse_repeated(run: &Run, others: &[Arc<Run>]) -> Result<()> {
-    if !others.iter().any(|other| other.id == run.id) {
+pub fn refuse_repeated<'r>(run: &Run, others: impl IntoIterator<Item = &'r Arc<Run>>) -> Result<()> {
+    if others.into_iter().all(|other| other.id != run.id) {
         return Ok(());
     }
     Err(Error::configuration(format!(

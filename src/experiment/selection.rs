@@ -4,10 +4,13 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use super::plan::OpenTask;
 use super::results::{Row, Status};
 use super::run::{Run, refuse_repeated};
 use super::spec::ExperimentSpec;
+use super::transfer::{SelectBy, SelectSpec};
 use crate::error::{Error, Result};
+use crate::values::PartialShare;
 
 /// The trials of an experiment, and what they choose between.
 #[derive(Default)]
@@ -48,14 +51,20 @@ impl Selection {
     /// Adds a point of the grid as a candidate: its trials, and what is reported if it is chosen.
     ///
     /// # Errors
-    /// Fails if a trial is there already.
+    /// Fails if what would be reported is there already.
     pub fn add(&mut self, trials: Vec<Arc<Run>>, reports: Vec<Arc<Run>>) -> Result<()> {
-        let Some(run) = trials.first() else { return Ok(()) };
-        refuse_repeated(run, &self.trials)?;
+        let Some(run) = reports.first() else { return Ok(()) };
+        let candidates = self.choices.iter().flat_map(|choice| &choice.candidates);
+        refuse_repeated(run, candidates.flat_map(|candidate| &candidate.reports))?;
         let what = conditions(run);
         let settings = (run.further_settings(), run.method.options());
-        let candidate = Candidate { settings, trials: trials.clone(), reports };
-        self.trials.extend(trials);
+        // Two sizes of the training data may both be all that is not held out.
+        for trial in &trials {
+            if self.trials.iter().all(|other| other.id != trial.id) {
+                self.trials.push(trial.clone());
+            }
+        }
+        let candidate = Candidate { settings, trials, reports };
         match self.choices.iter_mut().find(|choice| choice.what == what) {
             Some(choice) => choice.candidates.push(candidate),
             None => self.choices.push(Choice { what, candidates: vec![candidate] }),
@@ -92,7 +101,8 @@ fn conditions(run: &Run) -> String {
 /// Refuses selections that contradict the rest of the experiment.
 ///
 /// # Errors
-/// Fails, naming the keys, if there are stages too, or if a seed would both choose and be reported.
+/// Fails, naming the keys, if there are stages too, if a seed would both choose and be reported, or if a share is to be held
+/// out that nothing holds out.
 pub fn check(spec: &ExperimentSpec, seeds: &[u64]) -> Result<()> {
     let Some(select) = &spec.select else { return Ok(()) };
     if spec.then.is_some() {
@@ -100,6 +110,14 @@ pub fn check(spec: &ExperimentSpec, seeds: &[u64]) -> Result<()> {
             "`select` and `then` exclude each other; tune in one experiment, and go on from its runs in another \
              (`init_from`)",
         ));
+    }
+    if select.share.is_some() && select.by != SelectBy::HeldOut {
+        return Err(Error::configuration(
+            "select: `share` is what `by: held_out` holds out, and goes with that only",
+        ));
+    }
+    if select.share == Some(PartialShare(0.0)) {
+        return Err(Error::configuration("select: `share` must be above 0 and below 1, not 0"));
     }
     let shared = select.on_seeds.0.iter().find(|seed| seeds.contains(seed));
     match shared {
@@ -111,8 +129,27 @@ pub fn check(spec: &ExperimentSpec, seeds: &[u64]) -> Result<()> {
     }
 }
 
+/// Returns the tasks as trials train on them and are scored: as reports are, or with a part of train in the place of dev.
+///
+/// # Errors
+/// Fails if a task has too few examples to hold some out.
+pub fn trial_tasks(select: &SelectSpec, tasks: &[OpenTask]) -> Result<Vec<OpenTask>> {
+    /// What is held out where the experiment does not say.
+    const SHARE: f64 = 0.1;
+    if select.by == SelectBy::Dev {
+        return Ok(tasks.to_vec());
+    }
+    let share = select.share.map_or(SHARE, |share| share.0);
+    let held_out = |(task, _): &OpenTask| {
+        let task = task.with_held_out(share)?;
+        let own = task.own_evaluation()?;
+        Ok((Arc::new(task), Arc::from([own])))
+    };
+    tasks.iter().map(held_out).collect()
+}
+
 impl Choice {
-    /// Chooses the candidate with the highest mean dev score, among those with the most trials that have one; the first of
+    /// Chooses the candidate with the highest mean score, among those with the most trials that have one; the first of
     /// equals. Returns nothing while a trial is missing or failed.
     pub fn choose(&self, rows: &[Row]) -> Option<Chosen<'_>> {
         let mut best: Option<(usize, f64, &Candidate)> = None;

@@ -15,7 +15,11 @@ use crate::random::{self, Key, Purpose};
 pub fn training_set<'d>(all: &'d EncodedDataset, run: &Run) -> Result<Cow<'d, EncodedDataset>> {
     let chosen = match run.examples {
         None => Cow::Borrowed(all),
-        Some(count) => Cow::Owned(all.part(&subset(&run.task.train.dataset.examples, count, run.seed))?),
+        Some(count) => Cow::Owned(all.part(&subset(
+            &run.task.train.dataset.examples,
+            count,
+            Key::derive(run.seed, Purpose::Subset, 0),
+        ))?),
     };
     if run.label_noise == 0.0 {
         return Ok(chosen);
@@ -26,9 +30,9 @@ pub fn training_set<'d>(all: &'d EncodedDataset, run: &Run) -> Result<Cow<'d, En
 }
 
 /// Returns the numbers of `count` examples, in file order. Each class has its share to within one example, and for one
-/// seed a smaller subset is part of every larger one.
-fn subset(examples: &[Example], count: usize, seed: u64) -> Vec<usize> {
-    let order = random::permutation(examples.len(), Key::derive(seed, Purpose::Subset, 0));
+/// key a smaller subset is part of every larger one.
+pub(super) fn subset(examples: &[Example], count: usize, key: Key) -> Vec<usize> {
+    let order = random::permutation(examples.len(), key);
     let class = |number: usize| match examples[number].label {
         Some(Label::Class(id)) => id,
         _ => 0,
@@ -65,13 +69,13 @@ mod tests {
     fn subsets_are_stratified_nested_and_seeded() {
         let classes: Vec<usize> = (0..300).map(|number| usize::from(number % 3 == 0)).collect();
         let examples = examples(&classes);
-        let small = subset(&examples, 30, 1);
-        let large = subset(&examples, 90, 1);
+        let subset = |count, seed| subset(&examples, count, Key::derive(seed, Purpose::Subset, 0));
+        let (small, large) = (subset(30, 1), subset(90, 1));
         assert_eq!((small.len(), large.len()), (30, 90));
         assert!(small.iter().all(|number| large.contains(number)));
         let minority = large.iter().filter(|&&number| classes[number] == 1).count();
         assert!((29..=31).contains(&minority), "{minority}");
-        assert_ne!(small, subset(&examples, 30, 2));
-        assert_eq!(subset(&examples, 300, 5), (0..300).collect::<Vec<_>>());
+        assert_ne!(small, subset(30, 2));
+        assert_eq!(subset(300, 5), (0..300).collect::<Vec<_>>());
     }
 }

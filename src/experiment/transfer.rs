@@ -14,7 +14,7 @@ use crate::data::Split;
 use crate::method::MethodSpec;
 use crate::model::HeadStart;
 use crate::train::Freeze;
-use crate::values::{Cell, OneOrMany};
+use crate::values::{Cell, OneOrMany, PartialShare};
 
 /// A data set to score on without training on it: a task's name, or `{task: snli, split: test}`.
 #[derive(Clone, Debug)]
@@ -130,6 +130,8 @@ pub struct SelectSpec {
     pub by: SelectBy,
     /// Seeds of the trials.
     pub on_seeds: Seeds,
+    /// Share of the training data that is held out, with [`SelectBy::HeldOut`].
+    pub share: Option<PartialShare>,
     /// Allows seeds that are reported as well, which flatters the report.
     #[serde(default)]
     pub share_seeds: bool,
@@ -139,6 +141,8 @@ pub struct SelectSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SelectBy {
-    /// The mean over seeds of the headline metric on the dev split.
+    /// The mean over seeds of the headline metric on the dev split, where the reports are scored, too.
     Dev,
+    /// The same on a part of the training data that the trials do not train on, so that dev has no say.
+    HeldOut,
 }

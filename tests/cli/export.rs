@@ -177,8 +177,8 @@ fn inspecting_a_model_counts_its_weights_and_names_what_does_not_fit() {
     };
     let text = inspect(&[]);
     assert!(text.contains("labels        unacceptable, acceptable\n") && !text.contains("new:"), "{text}");
-    // The parts add up to the file's weights; a mask reaches all, or all but the head.
-    let parts = text.lines().filter(|line| line.contains(" tensors ")).map(|line| last_of(line, ""));
+    // The parts add up to the file's weights, and their sum stands below them; a mask reaches all, or all but the head.
+    let parts = text.split("\n\n").nth(1).unwrap().lines().skip(1).map(|line| last_of(line, ""));
     assert_eq!(parts.sum::<usize>(), 2 * all, "{text}");
     assert_eq!(last_of(&text, "all "), all);
     let scopes = text.split("scope of a mask").nth(1).unwrap();

@@ -215,6 +215,49 @@ fn runs_start_from_those_of_another_experiment() {
 }
 
 #[test]
+fn trials_may_be_scored_on_what_they_hold_out_of_the_training_data() {
+    let workplace = Workplace::new();
+    let select = |select: &str, train: &str| {
+        workplace.experiment(&format!(
+            "task: rte\nmethod: {{child_tuning_f: {{p: [0.3, 0.9]}}}}\nseeds: [5]\nevaluate: qnli\nselect: {select}\n\
+             train: {{epochs: 1, max_length: 32{train}}}\n"
+        ));
+    };
+    select("{by: dev, on_seeds: [1, 2], share: 0.25}", "");
+    workplace.run(&[]).refused(2, &["select: `share` is what `by: held_out` holds out"]);
+    select("{by: held_out, on_seeds: [1, 2], share: 0.25}", "");
+    workplace.run(&["--jobs", "2"]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    let (trials, reports): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row["purpose"] == "selection");
+    assert_eq!((trials.len(), reports.len()), (2 * 2, 2));
+    for trial in &trials {
+        // A quarter of the 320 of train; neither dev nor what the reports are scored on besides.
+        let columns = ["evaluated_on", "split", "examples_evaluated", "examples_train"];
+        assert_eq!(columns.map(|column| trial[column].as_str()), ["rte", "train", "80", "240"]);
+        assert_eq!(trial["evaluated_sha256"], trials[0]["evaluated_sha256"]);
+    }
+    let mut scored: Vec<[&str; 2]> =
+        reports.iter().map(|row| ["evaluated_on", "split"].map(|name| row[name].as_str())).collect();
+    scored.sort_unstable();
+    assert_eq!(scored, [["qnli", "dev"], ["rte", "dev"]]);
+    assert!(reports.iter().all(|row| row["examples_train"] == "320"));
+    let answer = workplace.run(&[]).with_code(0);
+    for there in ["4 of 4 runs are in the results already", "1 of 1 runs are in the results already"] {
+        assert!(answer.stderr.contains(there), "{}", answer.stderr);
+    }
+
+    // Both sizes are all that is left to a trial; each is reported.
+    select("{by: held_out, on_seeds: [1, 2], share: 0.25}", ", examples: [250, 300]");
+    workplace.run(&["--set", "results=sizes.csv", "--set", "method=vanilla"]).with_code(0);
+    let sizes: Vec<String> =
+        workplace.rows("sizes.csv").iter().map(|row| row["examples_train"].clone()).collect();
+    assert_eq!(sizes.iter().filter(|size| *size == "240").count(), 2);
+    for size in ["250", "300"] {
+        assert_eq!(sizes.iter().filter(|other| *other == size).count(), 2, "a row for rte and one for qnli");
+    }
+}
+
+#[test]
 fn trials_choose_the_settings_of_the_runs_that_are_reported() {
     let workplace = Workplace::new();
     let text = "task: rte\nmethod: [vanilla, child_tuning_f: {p: [0.3, 0.9]}]\nseeds: [5]\n\

@@ -9,7 +9,7 @@ use super::{Block, Comparison, Difference, Group};
 const LEGEND: &str = "\
 Scores are times 100; ± is the standard deviation over seeds. Mean, median and best are of the runs that ended ok,
 degenerate ones (one class predicted) among them; failed counts diverged runs too. The difference from vanilla is the mean
-over common seeds, with its 95 % interval and, in brackets, the number of these seeds.";
+over common seeds, with its 95 % interval in square brackets and the number of these seeds in round ones.";
 
 const CSV_HEADER: [&str; 25] = [
     "source_task",
@@ -67,12 +67,20 @@ const MARKDOWN: Style = Style {
     gap: "\n",
     best: ["**", "**"],
     best_legend: "The best mean of a model is bold.",
-    escape: markdown_cell,
+    escape: markdown_text,
 };
 
-/// Writes a text so that it stays in its cell of a Markdown table.
-pub(in crate::analysis) fn markdown_cell(text: &str) -> String {
-    text.replace('|', "\\|")
+/// Writes a text so that Markdown shows its characters, in a cell of a table, too.
+pub(in crate::analysis) fn markdown_text(text: &str) -> String {
+    let mut escaped = String::new();
+    for character in text.chars() {
+        match character {
+            '\\' | '|' | '<' | '*' | '`' | '[' | ']' => escaped.extend(['\\', character]),
+            _ if character.is_control() => escaped.push(' '),
+            _ => escaped.push(character),
+        }
+    }
+    escaped
 }
 
 impl Comparison {
@@ -266,9 +274,11 @@ impl Group {
 }
 
 impl Difference {
-    /// Returns the ends of the 95 % interval of the mean.
+    /// Returns the ends of the 95 % interval of the mean; nothing where the seeds tell nothing of the spread: one alone, or
+    /// several that happen to agree, as accuracies of few examples do.
     fn interval(&self) -> Option<(f64, f64)> {
-        self.half_width.map(|half_width| (self.mean - half_width, self.mean + half_width))
+        let half_width = self.half_width.filter(|half_width| *half_width > 1e-12)?;
+        Some((self.mean - half_width, self.mean + half_width))
     }
 
     fn cell(&self) -> String {
@@ -282,9 +292,17 @@ impl Difference {
         let mean = signed_percent(self.mean);
         let seeds = self.seeds;
         let Some((low, high)) = self.interval() else {
-            return format!(
-                "difference from vanilla {mean} on 1 common seed, which says nothing about the spread"
-            );
+            return match seeds {
+                1 => {
+                    format!(
+                        "difference from vanilla {mean} on 1 common seed, which says nothing about the spread"
+                    )
+                }
+                _ => format!(
+                    "difference from vanilla {mean} over {seeds} common seeds, the same on each, so that nothing is known \
+                     of the spread"
+                ),
+            };
         };
         let verdict = if low > 0.0 {
             "better than vanilla"

@@ -105,6 +105,39 @@ fn a_setting_of_a_method_is_not_taken_for_a_hyperparameter_of_the_same_name() {
 }
 
 #[test]
+fn settings_of_two_stages_are_told_apart() {
+    let chain = |first: &str, second: &str| Row {
+        run: format!("{first}>{second}"),
+        source_task: "mrpc".into(),
+        source_method: "child_tuning_d".into(),
+        source_config: first.into(),
+        method_config: second.into(),
+        ..run("child_tuning_d", 1, 0.5)
+    };
+    let rows = [chain("p=0.1", "p=0.3"), chain("p=0.3", "p=0.1")];
+    assert_eq!(
+        labels(&compare(&rows)),
+        ["child_tuning_d>child_tuning_d p=0.1 p=0.3", "child_tuning_d>child_tuning_d p=0.3 p=0.1"]
+    );
+}
+
+#[test]
+fn tuned_runs_stand_beside_the_same_runs_of_a_fixed_setting() {
+    let tuned = |row: Row| Row { purpose: "tuned".into(), ..row };
+    let fixed = |row: Row| Row { purpose: "report".into(), ..row };
+    let rows = [
+        fixed(run("vanilla", 1, 0.5)),
+        tuned(run("vanilla", 1, 0.5)),
+        tuned(Row { learning_rate: 1e-5, ..run("child_tuning_f", 1, 0.6) }),
+    ];
+    let comparison = compare(&rows);
+    assert_eq!(comparison.repeated, 0);
+    let child = &comparison.blocks[0].groups[2];
+    near(child.difference.map(|difference| difference.mean), 0.1);
+    assert_eq!(labels(&comparison)[0], "vanilla learning_rate=4e-5 purpose=report");
+}
+
+#[test]
 fn sets_a_method_against_vanilla_with_the_same_hyperparameters_only() {
     let slow = |row: Row| Row { learning_rate: 2e-5, run: format!("{} slow", row.run), ..row };
     let rows = [
@@ -225,7 +258,8 @@ fn a_verdict_needs_a_spread_that_excludes_zero() {
     };
     assert!(verdict(&[0.60, 0.61, 0.62]).ends_with(", better than vanilla"));
     assert!(verdict(&[0.40, 0.41, 0.42]).ends_with(", worse than vanilla"));
-    assert!(verdict(&[0.50, 0.50, 0.50]).ends_with("+0.00 to +0.00, which does not separate them"));
+    let equal = ", the same on each, so that nothing is known of the spread";
+    assert!(verdict(&[0.50, 0.50, 0.50]).ends_with(equal) && verdict(&[0.60, 0.60]).ends_with(equal));
     assert!(verdict(&[0.60]).ends_with("+10.00 on 1 common seed, which says nothing about the spread"));
 }
 
