@@ -109,7 +109,7 @@ pub struct Difference {
 /// Compares runs. All headline metrics are taken to be better the higher they are.
 pub fn compare(rows: &[Row]) -> Comparison {
     let (rows, repeated) = without_repetition(rows);
-    let (trials, rows): (Vec<&Row>, Vec<&Row>) = rows.into_iter().partition(|row| row.purpose == "selection");
+    let (trials, rows): (Vec<&Row>, Vec<&Row>) = rows.into_iter().partition(|row| row.is_trial());
     let blocks =
         gather(&rows, |row| (&row.source_task, &row.task, &row.evaluated_on, &row.split, &row.headline))
             .into_iter()
@@ -184,7 +184,6 @@ struct Identity<'r> {
     method: String,
     method_settings: Vec<Setting>,
     hyperparameters: Vec<Setting>,
-    tuned: bool,
 }
 
 impl Identity<'_> {
@@ -208,8 +207,10 @@ impl Identity<'_> {
     /// Whether the other is vanilla, and all that vanilla shares with this one is equal.
     fn has_baseline(&self, other: &Identity) -> bool {
         let stages = |identity: &Identity| identity.method.split('>').count();
+        let is_tuned = |own: &Setting| own.name == "purpose" && own.value == "tuned";
+        let tuned = self.hyperparameters.iter().any(is_tuned);
         let alike = |(left, right): (&Setting, &Setting)| {
-            left == right || (self.tuned && TUNED.contains(&left.name.as_str()))
+            left == right || (tuned && TUNED.contains(&left.name.as_str()))
         };
         other.is_baseline()
             && !self.is_baseline()
@@ -232,7 +233,6 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
         method: chain(&row.source_method, &row.method),
         method_settings: method_settings(&chain(&row.source_config, &row.method_config)),
         hyperparameters: hyperparameters(row, size_is_setting),
-        tuned: row.purpose == "tuned",
     })
     .into_iter()
     .unzip();

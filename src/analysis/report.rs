@@ -8,14 +8,12 @@ use comfy_table::{CellAlignment, Table};
 use super::compare::{Block, compare, markdown_text, without_repetition};
 use super::figure::figure;
 use crate::experiment::results::{Row, Status};
+use crate::values::yaml_name;
 
 /// What is said once of all tables of costs.
 const COSTS_LEGEND: &str = "\
 Costs are medians over the runs that ended ok. Passes are forward passes over each example of a step; state is that of the
 optimizer and the method; times are by the clock, so that what else the machine did is in them.";
-
-/// The `purpose` of a trial.
-const SELECTION: &str = "selection";
 
 /// A Markdown text and the figures that it shows, as files of one folder.
 #[derive(Clone, Debug)]
@@ -54,13 +52,13 @@ pub fn report(rows: &[Row]) -> Report {
 fn opening(rows: &[&Row]) -> String {
     let count = |is_trial: bool| {
         let mut runs: BTreeMap<&str, bool> = BTreeMap::new();
-        for row in rows.iter().filter(|row| (row.purpose == SELECTION) == is_trial) {
+        for row in rows.iter().filter(|row| row.is_trial() == is_trial) {
             *runs.entry(&row.run).or_insert(true) &= row.status == Status::Ok;
         }
         (runs.len(), runs.values().filter(|ok| **ok).count())
     };
     let ((runs, ok), (trials, _)) = (count(false), count(true));
-    let before = if trials > 0 { format!("; {trials} trials chose the settings") } else { String::new() };
+    let before = if trials > 0 { format!("; trials that chose settings: {trials}") } else { String::new() };
     format!("Runs: {runs}, of which {ok} ended ok{before}.")
 }
 
@@ -132,9 +130,8 @@ fn failures(rows: &[&Row]) -> Option<String> {
     }
     let rows = reasons.iter().map(|(status, reason, rows)| {
         let Row { task, method, seed, run, .. } = rows[0];
-        let status = if *status == Status::Diverged { "diverged" } else { "failed" };
         vec![
-            status.to_owned(),
+            yaml_name(status),
             (*reason).to_owned(),
             rows.len().to_string(),
             format!("{task} {method} seed {seed} ({run})"),
@@ -160,7 +157,7 @@ fn origin(rows: &[&Row]) -> String {
     let (first, last) = (rows.iter().map(|row| day(row)).min(), rows.iter().map(|row| day(row)).max());
     let mut days: Vec<String> = first.into_iter().chain(last).collect();
     days.dedup();
-    let reports: Vec<&Row> = rows.iter().copied().filter(|row| row.purpose != SELECTION).collect();
+    let reports: Vec<&Row> = rows.iter().copied().filter(|row| !row.is_trial()).collect();
     let facts = [
         ("model", listed(rows, model)),
         ("data", listed(rows, data)),
@@ -252,10 +249,10 @@ mod tests {
         let mut rows = example();
         rows.push(run("r3f", 3, 0.7));
         rows.extend(example());
-        rows.push(Row { purpose: SELECTION.into(), ..run("r3f", 9, 0.7) });
+        rows.push(Row { purpose: "selection".into(), ..run("r3f", 9, 0.7) });
         let markdown = report(&rows).markdown;
         assert!(
-            markdown.contains("Runs: 7, of which 5 ended ok; 1 trials chose the settings."),
+            markdown.contains("Runs: 7, of which 5 ended ok; trials that chose settings: 1."),
             "{markdown}"
         );
         assert!(

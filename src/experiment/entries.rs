@@ -7,9 +7,10 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::spec::TaskSpec;
-use super::training_set::subset;
 use super::transfer::EvaluationSpec;
-use crate::data::{Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, holds, read_split};
+use crate::data::{
+    Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, holds, read_split, subset,
+};
 use crate::error::{Error, Result};
 use crate::hub::model_folder;
 use crate::model::ModelFolder;
@@ -151,6 +152,9 @@ pub struct Evaluated {
     /// How the classes of the run's task compare with it.
     pub labels: LabelMap,
 }
+
+/// A task, and what its runs are scored on.
+pub type OpenTask = (Arc<TaskEntry>, Arc<[Evaluated]>);
 
 /// Finds tasks and reads their data, each split once.
 pub struct Catalogue {

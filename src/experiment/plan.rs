@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use super::entries::{Catalogue, Evaluated, ModelEntry, TaskEntry, data_roots};
+use super::entries::{Catalogue, ModelEntry, OpenTask, TaskEntry, data_roots};
 use super::grid::GridPoint;
 use super::run::{Run, RunPurpose, refuse_repeated};
 use super::selection::{self, Selection};
@@ -210,9 +210,6 @@ impl Plan {
         Ok(())
     }
 }
-
-/// A task, and what its runs are scored on.
-pub(super) type OpenTask = (Arc<TaskEntry>, Arc<[Evaluated]>);
 
 /// Opens the tasks of a stage: all that are trained before those that are only scored.
 fn open_tasks(

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::plan::OpenTask;
+use super::entries::OpenTask;
 use super::results::{Row, Status};
 use super::run::{Run, refuse_repeated};
 use super::spec::ExperimentSpec;

@@ -215,6 +215,18 @@ fn runs_start_from_those_of_another_experiment() {
 }
 
 #[test]
+fn two_tasks_of_one_name_must_have_the_same_data() {
+    let workplace = Workplace::new();
+    let task = |file: &str| {
+        format!("{{custom: {{name: claims, text: claim, label: verdict, train: {file}, dev: {file}}}}}")
+    };
+    workplace.write("a.csv", "claim,verdict\nsun,true\nrain,false\n");
+    workplace.write("b.csv", "claim,verdict\nsnow,true\nwind,false\n");
+    workplace.experiment(&format!("task: [{}, {}]\n", task("a.csv"), task("b.csv")));
+    workplace.run(&[]).refused(2, &["task: two tasks with different data are called `claims`"]);
+}
+
+#[test]
 fn trials_may_be_scored_on_what_they_hold_out_of_the_training_data() {
     let workplace = Workplace::new();
     let select = |select: &str, train: &str| {

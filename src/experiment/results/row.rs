@@ -206,6 +206,13 @@ pub struct Row {
     pub started_at: String,
 }
 
+impl Row {
+    /// Returns whether the run was a trial that chose hyper-parameters.
+    pub fn is_trial(&self) -> bool {
+        self.purpose == "selection"
+    }
+}
+
 impl Default for Row {
     /// Returns a row of the present schema version in which all else is empty.
     fn default() -> Self {
