@@ -65,12 +65,13 @@ fn main() {
     println!("cargo:rustc-link-lib=c10");
 }
 
-/// Finds the headers of the CUDA runtime, which the wheels of PyTorch bring along; CUDA graphs need them. Without them the
+/// Finds the headers of the CUDA runtime, first those that the wheels of PyTorch bring along; CUDA graphs need them. Without them the
 /// program builds, and says so where a graph is asked for.
 fn cuda_headers(library_folder: &Path) -> Option<PathBuf> {
     let site_packages = library_folder.canonicalize().ok()?.join("../../nvidia/cu13/include");
     let home = env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("include"));
-    home.into_iter().chain([site_packages, PathBuf::from("/usr/local/cuda/include")]).find(|folder| {
+    let others = home.into_iter().chain([PathBuf::from("/usr/local/cuda/include")]);
+    std::iter::once(site_packages).chain(others).find(|folder| {
         ["cuda_runtime.h", "crt/host_config.h"].iter().all(|header| folder.join(header).exists())
     })
 }

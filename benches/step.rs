@@ -82,7 +82,7 @@ fn main() -> anyhow::Result<()> {
     let mut trainer = Trainer::new(&mut classifier, &data, &settings, prepared, SEED)?;
     finished(trainer.step(batches[0])?)?;
     if arguments.profile {
-        let (_, profile) = child_tuning::libtorch::profile(|| trainer.step(batches[1]))?;
+        let (_, profile) = child_tuning::libtorch::profile(device, || trainer.step(batches[1]))?;
         print_profile(&profile);
         return Ok(());
     }
@@ -201,7 +201,7 @@ fn print_profile(profile: &Profile) {
     let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
     for (what, calls, rows) in [
         ("operator calls", profile.operator_calls(), &profile.operators),
-        ("kernel launches", profile.launches(), &profile.kernels),
+        ("kernels", profile.kernel_runs(), &profile.kernels),
     ] {
         let all: Duration = rows.iter().map(|row| row.own).sum();
         println!("{calls} {what}, {:.1} ms", milliseconds(all));

@@ -14,7 +14,7 @@ fixed seeds: a second run writes the same bytes. Steps, batches and examples cou
     fisher_regression/                           see write_fisher_regression
     weights/                                     see write_weights in weight_fixtures.py
     families/                                    see family_fixtures.py
-    methods/                                     see method_fixtures.py and dps_fixtures.py; in float64
+    methods/                                     see method_fixtures.py, dps_fixtures.py and order_fixtures.py; in float64
     criteria/                                    see criterion_fixtures.py; in float64
 """
 
@@ -34,6 +34,7 @@ from criterion_fixtures import write_criteria  # noqa: E402
 from dps_fixtures import write_dps  # noqa: E402
 from family_fixtures import write_families  # noqa: E402
 from method_fixtures import write_methods  # noqa: E402
+from order_fixtures import write_orders  # noqa: E402
 from tiny_bert import encode, random_classifier, tiny_config, write_json, write_model_folder  # noqa: E402
 from weight_fixtures import write_weights  # noqa: E402
 
@@ -431,6 +432,7 @@ def main():
     write_methods()
     write_criteria()
     write_dps()
+    write_orders()
 
 
 if __name__ == "__main__":

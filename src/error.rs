@@ -88,11 +88,15 @@ impl Error {
 
     /// Returns whether libtorch could not get memory, on the CPU or on a GPU: a smaller batch may get through.
     pub fn is_out_of_memory(&self) -> bool {
-        // libtorch's CUDA allocator, the CUDA runtime, cuBLAS for its workspace, and the allocator of the CPU.
-        const TEXTS: [&str; 4] = [
+        // libtorch's CUDA allocator, the CUDA runtime, the driver (segments that grow), cuBLAS for its workspace or as a whole
+        // on a full GPU, and the allocator of the CPU.
+        const TEXTS: [&str; 7] = [
             "CUDA out of memory",
             "CUDA error: out of memory",
+            "CUDA driver error: out of memory",
             "CUBLAS_STATUS_ALLOC_FAILED",
+            "CUBLAS_STATUS_NOT_INITIALIZED",
+            "OOM trying to allocate workspace for cublaslt",
             "DefaultCPUAllocator: can't allocate memory",
         ];
         matches!(self, Error::Libtorch(message) if TEXTS.iter().any(|text| message.contains(text)))

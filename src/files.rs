@@ -14,10 +14,10 @@ use crate::error::{Error, Result};
 /// Those of `write`, and an [`Error::Io`] if the file cannot be renamed; nothing is left behind then.
 pub fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let place = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-    let old = place.metadata().ok();
-    if old.as_ref().is_some_and(|old| !old.is_file() && !old.is_dir()) {
+    if is_pipe(&place) {
         return write(path);
     }
+    let old = place.metadata().ok();
     let temporary = place.with_file_name(format!(".{}.partial", name_of(&place).to_string_lossy()));
     let written = write(&temporary).and_then(|()| {
         let placed = || {
@@ -57,6 +57,11 @@ pub fn beside(path: &Path, suffix: &str) -> PathBuf {
 /// Returns the folder that a file is in, which for a bare name is the present one.
 pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Returns whether a path is there and neither file nor folder, such as a pipe, which can be read only once.
+pub fn is_pipe(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir())
 }
 
 fn name_of(path: &Path) -> &OsStr {

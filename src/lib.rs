@@ -23,12 +23,14 @@
 
 pub mod analysis;
 pub mod child;
+mod csv_lines;
 pub mod data;
 pub mod error;
 pub mod experiment;
 pub mod files;
 pub mod hub;
 pub mod libtorch;
+mod locking;
 pub mod method;
 pub mod model;
 pub mod random;

@@ -67,11 +67,10 @@ impl Key {
         Key([block[0], block[1]])
     }
 
-    /// Seeds libtorch's generators, for what a GPU draws.
-    pub fn seed_libtorch(self) {
-        let number = u64::from(self.0[0]) | u64::from(self.0[1]) << 32;
-        // Positive, as libtorch takes it.
-        tch::manual_seed((number >> 1) as i64);
+    /// Returns the key as a seed of another generator, such as libtorch's for what a GPU draws: 63 bits, since it takes
+    /// positive numbers.
+    pub fn to_seed(self) -> u64 {
+        (u64::from(self.0[0]) | u64::from(self.0[1]) << 32) >> 1
     }
 }
 

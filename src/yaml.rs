@@ -7,14 +7,20 @@ use serde::de::DeserializeOwned;
 use crate::error::{Error, Result};
 use crate::spelling::suggestion;
 
-/// Reads a value from the text of a file.
+/// Reads a value from the text of a file. Merge keys (`<<: *other`) are resolved.
 ///
 /// # Errors
-/// [`Error::Configuration`] that names file, line and column, the key, and the nearest valid spelling.
+/// [`Error::Configuration`] that names file, line and column, the key, and the nearest valid spelling; in a file with merge
+/// keys, from which the parser remembers no places, the key alone.
 pub fn parse<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T> {
     // Some editors begin a file with a byte order mark.
     let text = text.trim_start_matches('\u{feff}');
-    serde_yaml::from_str(text).map_err(|error| located(&error, text, path))
+    let in_file = |error| located(&error, text, path);
+    if !text.contains("<<") {
+        return serde_yaml::from_str(text).map_err(in_file);
+    }
+    let mut tree: serde_yaml::Value = serde_yaml::from_str(text).map_err(in_file)?;
+    tree.apply_merge().and_then(|()| serde_yaml::from_value(tree)).map_err(in_file)
 }
 
 /// Turns a YAML error into `file:line:column: key: message; did you mean …`.
@@ -30,18 +36,20 @@ fn located(error: &serde_yaml::Error, text: &str, path: &Path) -> Error {
 
 /// The parser points at the start of the mapping that holds a bad key; the key itself is found from there.
 fn place_of_key(message: &str, text: &str, line: usize, column: usize) -> (usize, usize) {
-    let Some(key) = message.split('`').nth(1).filter(|_| message.contains("unknown field")) else {
+    let second = message.contains("duplicate field");
+    let Some(key) = message.split('`').nth(1).filter(|_| second || message.contains("unknown field")) else {
         return (line, column);
     };
-    let found = text.lines().enumerate().skip(line.saturating_sub(1)).find_map(|(number, content)| {
-        content.match_indices(key).find_map(|(start, _)| {
+    let lines = text.lines().enumerate().skip(line.saturating_sub(1));
+    let mut found = lines.flat_map(|(number, content)| {
+        content.match_indices(key).filter_map(move |(start, _)| {
             let before = content[..start].chars().next_back();
             let starts = before.is_none_or(|letter| letter.is_whitespace() || "{,-".contains(letter));
             let after = content[start + key.len()..].trim_start();
             (starts && after.starts_with(':')).then_some((number + 1, start + 1))
         })
     });
-    found.unwrap_or((line, column))
+    found.nth(usize::from(second)).unwrap_or((line, column))
 }
 
 /// Puts an error's message in the words of YAML, with the nearest valid spelling where a name is unknown.
@@ -66,6 +74,8 @@ fn in_the_words_of_yaml(message: &str) -> String {
         ("expected f64", "expected a number"),
         ("expected u64", "expected a whole number"),
         ("expected usize", "expected a whole number"),
+        ("expected any YAML value", "expected a smaller number"),
+        ("expected an array of length 2", "expected a list of 2"),
         ("unit value", "null"),
     ] {
         text = text.replace(type_name, words);
@@ -75,7 +85,20 @@ fn in_the_words_of_yaml(message: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+
+    #[test]
+    fn merge_keys_take_over_what_is_not_typed_anew() {
+        type Numbers = BTreeMap<String, BTreeMap<String, u64>>;
+        let numbers: Numbers =
+            parse("one: &one {a: 1, b: 2}\ntwo:\n  <<: *one\n  b: 3\n", Path::new("x.yaml")).unwrap();
+        assert_eq!(numbers["two"], [("a".into(), 1), ("b".into(), 3)].into());
+        let fault = parse::<Numbers>("one: &one {a: 1}\ntwo: {<<: *one, b: x}\n", Path::new("x.yaml"));
+        let message = fault.unwrap_err().to_string();
+        assert!(message.starts_with("x.yaml: two.b: ") || message.starts_with("x.yaml: "), "{message}");
+    }
 
     #[test]
     fn messages_have_no_names_of_types() {

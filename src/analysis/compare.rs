@@ -40,6 +40,8 @@ pub struct Block {
     pub split: String,
     /// Name of the headline metric.
     pub headline: String,
+    /// The beginning of the hash of the data that were scored, where other blocks have other data under the same names.
+    pub data: String,
     /// The groups, in the order in which they first appear.
     pub groups: Vec<Group>,
 }
@@ -110,19 +112,38 @@ pub struct Difference {
 pub fn compare(rows: &[Row]) -> Comparison {
     let (rows, repeated) = without_repetition(rows);
     let (trials, rows): (Vec<&Row>, Vec<&Row>) = rows.into_iter().partition(|row| row.is_trial());
-    let blocks =
-        gather(&rows, |row| (&row.source_task, &row.task, &row.evaluated_on, &row.split, &row.headline))
-            .into_iter()
-            .map(|((source_task, task, evaluated_on, split, headline), rows)| Block {
-                source_task: source_task.clone(),
-                task: task.clone(),
-                evaluated_on: evaluated_on.clone(),
-                split: split.clone(),
-                headline: headline.clone(),
-                groups: groups(&rows),
-            })
-            .collect();
+    let mut blocks: Vec<Block> = gather(&rows, |row| {
+        ([&row.source_task, &row.task, &row.evaluated_on, &row.split, &row.headline], &row.evaluated_sha256)
+    })
+    .into_iter()
+    .map(|(([source_task, task, evaluated_on, split, headline], data), rows)| Block {
+        source_task: source_task.clone(),
+        task: task.clone(),
+        evaluated_on: evaluated_on.clone(),
+        split: split.clone(),
+        headline: headline.clone(),
+        data: short_hash(data),
+        groups: groups(&rows),
+    })
+    .collect();
+    let names: Vec<[String; 5]> = blocks.iter().map(Block::names).collect();
+    for block in &mut blocks {
+        if names.iter().filter(|names| **names == block.names()).count() == 1 {
+            block.data.clear();
+        }
+    }
     Comparison { blocks, repeated, trials: trials.len() }
+}
+
+impl Block {
+    fn names(&self) -> [String; 5] {
+        [&self.source_task, &self.task, &self.evaluated_on, &self.split, &self.headline].map(String::clone)
+    }
+}
+
+/// Returns enough of a hash to tell two things apart.
+fn short_hash(hash: &str) -> String {
+    hash.chars().take(12).collect()
 }
 
 /// Keeps one row of each (run, purpose, data set, split, hash of the data), and counts the others. The first is kept, unless it
@@ -181,6 +202,8 @@ const TUNED: [&str; 8] = [
 #[derive(PartialEq)]
 struct Identity<'r> {
     model: &'r str,
+    /// SHA-256 of the pretrained weights, which may have been others under the same name.
+    weights: &'r str,
     method: String,
     method_settings: Vec<Setting>,
     hyperparameters: Vec<Setting>,
@@ -196,7 +219,12 @@ impl Identity<'_> {
         });
         let shared = (self.hyperparameters.iter())
             .filter(|&setting| others.iter().any(|other| !other.hyperparameters.contains(setting)));
-        own.chain(shared).map(|own| format!("{}={}", own.name, own.value)).collect::<Vec<_>>().join(" ")
+        let mut settings: Vec<String> =
+            own.chain(shared).map(|own| format!("{}={}", own.name, own.value)).collect();
+        if others.iter().any(|other| other.model == self.model && other.weights != self.weights) {
+            settings.push(format!("weights={}", short_hash(self.weights)));
+        }
+        settings.join(" ")
     }
 
     /// Whether every stage is plain fine-tuning.
@@ -214,7 +242,7 @@ impl Identity<'_> {
         };
         other.is_baseline()
             && !self.is_baseline()
-            && other.model == self.model
+            && (other.model, other.weights) == (self.model, self.weights)
             && stages(other) == stages(self)
             && other.hyperparameters.len() == self.hyperparameters.len()
             && other.hyperparameters.iter().zip(&self.hyperparameters).all(alike)
@@ -230,6 +258,7 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
     let size_is_setting = sizes.len() > 1;
     let (identities, members): (Vec<Identity>, Vec<Vec<&Row>>) = gather(rows, |row| Identity {
         model: &row.model,
+        weights: &row.model_sha256,
         method: chain(&row.source_method, &row.method),
         method_settings: method_settings(&chain(&row.source_config, &row.method_config)),
         hyperparameters: hyperparameters(row, size_is_setting),
@@ -245,7 +274,8 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
             group(identity, settings, rows, baseline.map(|baseline| &members[baseline][..]))
         })
         .collect();
-    mark_best_means(&mut groups);
+    let models: Vec<_> = identities.iter().map(|identity| (identity.model, identity.weights)).collect();
+    mark_best_means(&mut groups, &models);
     groups
 }
 
@@ -312,13 +342,13 @@ fn difference(differences: &[f64]) -> Option<Difference> {
     })
 }
 
-/// Marks, among the groups of each model, those that no other surpasses. A group that stands alone is not marked.
-fn mark_best_means(groups: &mut [Group]) {
-    let means: Vec<(String, Option<f64>)> =
-        groups.iter().map(|group| (group.model.clone(), group.mean)).collect();
-    for group in groups {
-        let rivals: Vec<f64> =
-            means.iter().filter(|(model, _)| *model == group.model).filter_map(|(_, mean)| *mean).collect();
+/// Marks, among the groups of each model and its weights, those that no other surpasses. A group that stands alone is not
+/// marked.
+fn mark_best_means(groups: &mut [Group], models: &[(&str, &str)]) {
+    let means: Vec<Option<f64>> = groups.iter().map(|group| group.mean).collect();
+    for (group, model) in groups.iter_mut().zip(models) {
+        let of_model = models.iter().zip(&means).filter(|(other, _)| *other == model);
+        let rivals: Vec<f64> = of_model.filter_map(|(_, mean)| *mean).collect();
         group.has_best_mean = rivals.len() > 1 && group.mean == maximum(&rivals);
     }
 }

@@ -25,9 +25,9 @@ struct Spread {
 }
 
 impl Spread {
-    /// Takes what can be drawn; a file may hold infinity.
+    /// Takes what can be drawn; a file may hold infinity, and numbers far from any score.
     fn new(dots: &[f64], mean: Option<f64>, reach: Option<f64>) -> Self {
-        let finite = |number: &f64| number.is_finite();
+        let finite = |number: &f64| number.abs() < 1e3;
         let reach = reach.filter(finite).unwrap_or(0.0);
         Self {
             dots: dots.iter().filter(|dot| finite(dot)).map(|dot| 100.0 * dot).collect(),
@@ -186,8 +186,9 @@ mod tests {
 
     #[test]
     fn nothing_to_draw_is_drawn_too() {
-        let infinite = run("r3f", 1, f64::INFINITY);
-        assert!(!figure_of(&[infinite]).contains("<circle"));
+        for none in [f64::INFINITY, f64::NAN, 1e308] {
+            assert!(!figure_of(&[run("r3f", 1, none)]).contains("<circle"));
+        }
         let svg = figure_of(&[Row { score: None, ..run("a<b & c", 1, 0.0) }]);
         assert!(svg.contains("a&lt;b &amp; c") && !svg.contains("<circle"), "{svg}");
     }

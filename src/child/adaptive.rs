@@ -1,7 +1,7 @@
 //! DPS: child networks that the gradients of the steps before choose.
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,6 +9,7 @@ use super::masking::{StepMask, add_squares};
 use super::network::{ChildNetwork, MaskScope};
 use crate::error::Result;
 use crate::libtorch::{elements, elements_mut};
+use crate::locking::locked;
 use crate::model::{Parameter, Parameters};
 
 /// The masks of a run in stages of equally many steps. In the first, third ... everything trains, and the squares of each step's
@@ -70,12 +71,12 @@ impl AdaptiveMask {
 
     /// Returns the share of the maskable weights that the last child network has.
     pub fn share(&self) -> f64 {
-        self.lock().child.share()
+        locked(&self.state).child.share()
     }
 
     /// Returns the step in which the current step's child network was chosen; nothing where everything trains.
     pub fn chosen_in(&self) -> Option<u64> {
-        let state = self.lock();
+        let state = locked(&self.state);
         state.masks.then(|| state.step - state.step % self.stage)
     }
 
@@ -85,7 +86,7 @@ impl AdaptiveMask {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn members(&self, parameter: &Parameter, device: Device) -> Result<Option<Tensor>> {
-        let state = self.lock();
+        let state = locked(&self.state);
         state.masks.then(|| state.child.device_mask(parameter.range.clone(), device)).transpose()
     }
 
@@ -94,7 +95,7 @@ impl AdaptiveMask {
     /// # Errors
     /// [`Error::Diverged`](crate::error::Error::Diverged) if a child network is due and gradients were not numbers.
     pub fn begin_step(&self, step: u64) -> Result<()> {
-        let mut state = self.lock();
+        let mut state = locked(&self.state);
         let State { child, sums, masks, .. } = &mut *state;
         *masks = step / self.stage % 2 == 1;
         if *masks && step.is_multiple_of(self.stage) {
@@ -126,7 +127,7 @@ impl AdaptiveMask {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn observe(&self, parameters: &Parameters, trains: impl Fn(&Parameter) -> bool) -> Result<()> {
-        let mut state = self.lock();
+        let mut state = locked(&self.state);
         let State { step, masks, sums, .. } = &mut *state;
         if *masks {
             return Ok(());
@@ -148,7 +149,7 @@ impl AdaptiveMask {
 
     /// Hands out the mask of the current step, for the CPU.
     pub fn on_cpu<T>(&self, work: impl FnOnce(StepMask) -> T) -> T {
-        let state = self.lock();
+        let state = locked(&self.state);
         work(if state.masks { state.child.on_cpu() } else { StepMask::Everything })
     }
 
@@ -157,12 +158,8 @@ impl AdaptiveMask {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
-        let state = self.lock();
+        let state = locked(&self.state);
         if state.masks { state.child.on_device(gradient, parameter) } else { Ok(gradient.shallow_clone()) }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,12 +1,15 @@
 //! Child-Tuning_F: a fresh Bernoulli mask at every optimizer step.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::masking::StepMask;
 use super::network::MaskScope;
 use crate::error::Result;
+use crate::libtorch::seed_generators;
+use crate::locking::locked;
 use crate::model::Parameter;
 use crate::random::{Bernoulli, Key, Purpose};
 
@@ -22,6 +25,8 @@ pub struct BernoulliMask {
     scale: f32,
     seed: u64,
     step: AtomicU64,
+    /// `scale` on the device that last asked for it.
+    scale_on_device: Mutex<Option<Tensor>>,
 }
 
 impl BernoulliMask {
@@ -34,6 +39,7 @@ impl BernoulliMask {
             scale: if rescale { (1.0 / probability) as f32 } else { 1.0 },
             seed,
             step: AtomicU64::new(0),
+            scale_on_device: Mutex::new(None),
         }
     }
 
@@ -62,9 +68,9 @@ impl BernoulliMask {
         StepMask::Random { key: self.key(), limit: self.keep.limit, scale: self.scale }
     }
 
-    /// Returns a parameter's gradient with the mask of the current step, on a GPU: libtorch's dropout draws, masks and
-    /// scales in one kernel. Seeded anew for each parameter and step, so that micro-batches share a mask that nobody
-    /// stores.
+    /// Returns a parameter's gradient, of any type, with zeros where the mask of the current step drops it, on a GPU; what is kept
+    /// is not scaled yet ([`BernoulliMask::scale_on`]). libtorch draws, seeded anew for each parameter and step, so that
+    /// micro-batches share a mask that nobody stores.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
@@ -73,11 +79,27 @@ impl BernoulliMask {
         if self.probability == 1.0 {
             return Ok(gradient.shallow_clone());
         }
-        self.key().of_part(parameter.range.start as u64).seed_libtorch();
-        let (masked, _) = gradient.f_native_dropout(1.0 - self.probability, true)?;
-        // Dropout scales by 1/p always.
-        let unscale = f64::from(self.scale) * self.probability;
-        Ok(if self.scale == 1.0 { masked.f_mul_scalar(unscale)? } else { masked })
+        seed_generators(self.key().of_part(parameter.range.start as u64).to_seed())?;
+        // A tensor of its own, since which number an element gets depends on the type of what is drawn.
+        let kept = Tensor::f_empty(gradient.size(), (Kind::Bool, gradient.device()))?
+            .f_bernoulli_float_(self.probability)?;
+        Ok(gradient.f_mul(&kept)?)
+    }
+
+    /// Returns the factor on what is kept as one float32 number `[1]` on a device, where it is not 1: multiplied by it,
+    /// gradients of any type become float32 and are rounded no more than that.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn scale_on(&self, device: Device) -> Result<Option<Tensor>> {
+        if self.scale == 1.0 {
+            return Ok(None);
+        }
+        let mut on_device = locked(&self.scale_on_device);
+        if on_device.as_ref().is_none_or(|scale| scale.device() != device) {
+            *on_device = Some(Tensor::f_full([1], f64::from(self.scale), (Kind::Float, device))?);
+        }
+        Ok(on_device.as_ref().map(Tensor::shallow_clone))
     }
 
     fn key(&self) -> Key {

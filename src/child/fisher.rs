@@ -162,6 +162,12 @@ fn add_examples(
     sums: &Moments,
 ) -> Result<()> {
     let copies = estimator.copies(classifier.labels());
+    if copies > 1 && batch.dropout.is_some() && classifier.parameters.device().is_cuda() {
+        return Err(Error::configuration(
+            "fisher: `estimator: expected` with `dropout: true` and more than two classes needs one dropout pattern for all copies of \
+             an example, which a GPU does not draw; set `dropout: false`, or compute on the CPU",
+        ));
+    }
     let repeated = if copies > 1 { Some(batch.batch.repeated(copies)?) } else { None };
     let packed = repeated.as_ref().unwrap_or(&batch.batch);
     let squares = SquaredGradients::new(&classifier.parameters, sums, scope, packed, copies);

@@ -1,8 +1,8 @@
 //! Masks at work: a gradient hook on every parameter.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::adaptive::AdaptiveMask;
 use super::bernoulli::BernoulliMask;
@@ -10,6 +10,7 @@ use super::masking::{self, Gradient, StepMask, mask_in_place};
 use super::network::{ChildNetwork, MaskScope};
 use crate::error::Result;
 use crate::libtorch::{AccumulationHook, elements, elements_mut};
+use crate::locking::locked;
 use crate::model::{Parameter, Parameters};
 use crate::random::GROUP;
 
@@ -91,7 +92,16 @@ impl GradientMask {
         }
     }
 
-    /// Returns a parameter's gradient with the mask of the current step, on a GPU.
+    /// Returns the factor on what the mask lets through, on a GPU, where there is one.
+    fn scale_on(&self, device: Device) -> Result<Option<Tensor>> {
+        match self {
+            GradientMask::Bernoulli(mask) => mask.scale_on(device),
+            GradientMask::Fixed(_) | GradientMask::Adaptive(_) => Ok(None),
+        }
+    }
+
+    /// Returns a parameter's gradient with the mask of the current step, on a GPU, without the factor of
+    /// [`GradientMask::scale_on`].
     fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
         match self {
             GradientMask::Bernoulli(mask) => mask.on_device(gradient, parameter),
@@ -108,7 +118,7 @@ impl GradientMask {
         for (id, parameter) in parameters.iter().filter(|(_, parameter)| self.scope().covers(parameter)) {
             let mut gradient = parameters.part(parameters.gradients()?, id)?;
             if gradient.device().is_cuda() {
-                gradient.f_copy_(&self.on_device(&gradient, parameter)?)?;
+                deposit_on_device(&mut gradient.shallow_clone(), &gradient, Some(self), parameter, false)?;
             } else {
                 let (gradient, first_group) = (elements_mut(&mut gradient)?, parameter.range.start / GROUP);
                 self.on_cpu(|mask| mask_in_place(gradient, mask, first_group));
@@ -159,7 +169,7 @@ impl GradientHooks {
             slots.push(Slot { place: place.shallow_clone(), arrived: arrived.clone() });
             let (mask, parameter) = (reaching(mask, parameter), parameter.clone());
             hooks.push(AccumulationHook::register(&weights[id.index()], move |gradient| {
-                let mut arrived = lock(&arrived);
+                let mut arrived = locked(&arrived);
                 arrived.squares = deposit(&mut place, &gradient, mask.as_deref(), &parameter, arrived.any)?;
                 arrived.any = true;
                 Ok(())
@@ -189,7 +199,7 @@ impl GradientHooks {
                 let options = (Kind::Float, gradient.device());
                 let mut masked = Tensor::f_empty([parameter.count() as i64], options)?;
                 deposit(&mut masked, &gradient, mask.as_deref(), &parameter, false)?;
-                lock(&update)(&parameter, &masked)
+                locked(&update)(&parameter, &masked)
             })?);
         }
         Ok(Self { slots: Vec::new(), _hooks: hooks })
@@ -197,7 +207,7 @@ impl GradientHooks {
 
     /// Starts a step: the next gradients take the place of what is there.
     pub fn begin_step(&self) {
-        self.slots.iter().for_each(|slot| *lock(&slot.arrived) = Arrived::default());
+        self.slots.iter().for_each(|slot| *locked(&slot.arrived) = Arrived::default());
     }
 
     /// Ends a step: parameters that the loss did not reach have a gradient of zero.
@@ -205,7 +215,7 @@ impl GradientHooks {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn end_step(&self) -> Result<()> {
-        for slot in self.slots.iter().filter(|slot| !lock(&slot.arrived).any) {
+        for slot in self.slots.iter().filter(|slot| !locked(&slot.arrived).any) {
             let _ = slot.place.shallow_clone().f_zero_()?;
         }
         Ok(())
@@ -213,30 +223,26 @@ impl GradientHooks {
 
     /// Returns which parameters the step has collected a gradient of.
     pub fn collected(&self) -> Vec<bool> {
-        self.slots.iter().map(|slot| lock(&slot.arrived).any).collect()
+        self.slots.iter().map(|slot| locked(&slot.arrived).any).collect()
     }
 
     /// Notes that the buffer holds the gradients of the parameters that [`GradientHooks::collected`] named, although no hook
     /// has run: what they do on a GPU was started again from a record.
     pub fn note_collected(&self, collected: &[bool]) {
         for (slot, &any) in self.slots.iter().zip(collected) {
-            lock(&slot.arrived).any = any;
+            locked(&slot.arrived).any = any;
         }
     }
 
     /// Returns the norm of all that the step has collected, on the CPU; nothing on a GPU, where the buffer is at hand.
     pub fn norm(&self) -> f64 {
-        self.slots.iter().map(|slot| lock(&slot.arrived).squares).sum::<f64>().sqrt()
+        self.slots.iter().map(|slot| locked(&slot.arrived).squares).sum::<f64>().sqrt()
     }
 }
 
 /// Returns the mask, if it reaches a parameter.
 fn reaching(mask: Option<&Arc<GradientMask>>, parameter: &Parameter) -> Option<Arc<GradientMask>> {
     mask.filter(|mask| mask.scope().covers(parameter)).cloned()
-}
-
-fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
-    shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// Puts a masked gradient to its place, or adds it to what is there; returns the sum of squares of what is there then (on
@@ -249,14 +255,7 @@ fn deposit(
     adds: bool,
 ) -> Result<f64> {
     if gradient.device().is_cuda() {
-        let gradient = gradient.f_contiguous()?.f_view([-1])?;
-        let masked =
-            mask.map_or(Ok(gradient.shallow_clone()), |mask| mask.on_device(&gradient, parameter))?;
-        if adds {
-            let _ = place.f_add_(&masked)?;
-        } else {
-            place.f_copy_(&masked)?;
-        }
+        deposit_on_device(place, gradient, mask, parameter, adds)?;
         return Ok(0.0);
     }
     let first_group = parameter.range.start / GROUP;
@@ -275,6 +274,28 @@ fn deposit(
         Some(mask) => mask.on_cpu(put),
         None => put(StepMask::Everything),
     }
+}
+
+/// Does the same with libtorch, on a GPU; `place` may be the gradient itself.
+fn deposit_on_device(
+    place: &mut Tensor,
+    gradient: &Tensor,
+    mask: Option<&GradientMask>,
+    parameter: &Parameter,
+    adds: bool,
+) -> Result<()> {
+    let gradient = gradient.f_contiguous()?.f_view([-1])?;
+    let (masked, scale) = match mask {
+        Some(mask) => (mask.on_device(&gradient, parameter)?, mask.scale_on(gradient.device())?),
+        None => (gradient, None),
+    };
+    match (scale, adds) {
+        (None, false) => place.f_copy_(&masked)?,
+        (None, true) => *place = place.f_add_(&masked)?,
+        (Some(scale), false) => *place = masked.f_mul_out(place, &scale)?,
+        (Some(scale), true) => *place = place.f_addcmul_(&masked, &scale)?,
+    }
+    Ok(())
 }
 
 /// Reads a gradient's numbers in float32 or bfloat16.
@@ -372,5 +393,38 @@ mod tests {
         let [body, head] = backward(&parameters);
         assert!(body.iter().enumerate().all(|(index, &value)| value == if index >= 750 { 3.0 } else { 0.0 }));
         assert_eq!(head, [3.0; 10]);
+    }
+
+    /// What libtorch does on a GPU, on the CPU. Each draw is looked at by itself, since other tests share libtorch's generator;
+    /// that draws are the same where they must be is in `tests/generator.rs`.
+    #[test]
+    fn on_a_device_f_masks_gradients_of_any_type_and_scales_them_in_float32() {
+        let mut table = ParameterTable::default();
+        let id = table.declare("body", &[40, 250], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        let parameter = table.as_slice()[id.index()].clone();
+        let half = Tensor::randn([40, 250], (Kind::BFloat16, Device::Cpu));
+        let float = half.to_kind(Kind::Float).view([-1]);
+        for rescale in [true, false] {
+            let mask = GradientMask::Bernoulli(BernoulliMask::new(MaskScope::All, 0.3, rescale, 1));
+            let whole = &float * if rescale { f64::from((1.0 / 0.3) as f32) } else { 1.0 };
+            let check = |found: &Tensor, tolerance: f64| {
+                let kept = found.abs().gt(tolerance);
+                assert!(found.allclose(&(&whole * &kept), 0.0, tolerance, false));
+                let share = kept.sum(Kind::Int64).int64_value(&[]) as f64 / 10_000.0;
+                assert!((share - 0.3).abs() < 5.0 * (0.3f64 * 0.7 / 10_000.0).sqrt(), "{share}");
+            };
+            for gradient in [&half, &float] {
+                let mut place = Tensor::full([10_000], 0.5, (Kind::Float, Device::Cpu));
+                deposit_on_device(&mut place, gradient, Some(&mask), &parameter, false).unwrap();
+                check(&place, 0.0);
+                let _ = place.fill_(0.5);
+                deposit_on_device(&mut place, gradient, Some(&mask), &parameter, true).unwrap();
+                check(&(place - 0.5), 2e-6);
+            }
+            // In its own place, as where clipping comes first.
+            let own = float.copy();
+            deposit_on_device(&mut own.shallow_clone(), &own, Some(&mask), &parameter, false).unwrap();
+            check(&own, 0.0);
+        }
     }
 }

@@ -31,6 +31,10 @@ pub fn write_mask(path: &Path, child: &ChildNetwork, about: &[(&str, String)]) -
         about.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
     metadata.insert("format".into(), FORMAT.into());
     metadata.insert("sha256".into(), child.sha256());
+    let mut by_name: Vec<_> = child.tensors().iter().zip(&packed).collect();
+    by_name.sort_by(|(left, _), (right, _)| left.name.cmp(&right.name));
+    let by_name = by_name.iter().map(|(tensor, bits)| (tensor.name.as_str(), tensor.shape.as_slice(), bits));
+    metadata.insert("sha256_by_name".into(), sha256_of_mask(by_name));
     for tensor in child.tensors() {
         metadata.insert(format!("shape/{}", tensor.name), format!("{:?}", tensor.shape));
         metadata.insert(format!("place/{}", tensor.name), tensor.place.to_string());
@@ -203,6 +207,16 @@ pub fn read_mask(path: &Path) -> Result<MaskFile> {
         return Err(damaged("it masks no tensor".into()));
     }
     tensors.sort_by(|left, right| left.name.cmp(&right.name));
+    let by_name = tensors
+        .iter()
+        .map(|tensor: &MaskedTensor| (tensor.name.as_str(), tensor.shape.as_slice(), &tensor.bits));
+    let noted = about.get("sha256_by_name");
+    if noted.is_some_and(|noted| *noted != sha256_of_mask(by_name)) {
+        return Err(Error::model(
+            path,
+            "is damaged: its bits do not have the `sha256_by_name` of its metadata",
+        ));
+    }
     Ok(MaskFile { path: path.to_path_buf(), about, tensors })
 }
 

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::masking::{StepMask, mask_in_place};
 use crate::error::{Error, Result};
 use crate::libtorch::elements_mut;
+use crate::locking::locked;
 use crate::model::{Parameter, ParameterKind, ParameterPlace, Parameters};
 use crate::values::hexadecimal;
 
@@ -258,7 +259,7 @@ impl ChildNetwork {
 
     /// Returns the bits of a range as booleans on a device, `[range]`, and keeps them for the next time.
     pub(super) fn device_mask(&self, range: Range<usize>, device: Device) -> Result<Tensor> {
-        let mut on_device = self.on_device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut on_device = locked(&self.on_device);
         if let Some(mask) = on_device.get(&range) {
             return Ok(mask.shallow_clone());
         }

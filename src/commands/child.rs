@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::experiment::ExperimentArguments;
 use super::progress::Display;
 use super::table::table;
-use super::{ComputeArguments, show, tell};
+use super::{ComputeArguments, check_output, show, tell};
 
 #[derive(Args)]
 pub struct ChildArguments {
@@ -112,8 +112,7 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
         ChildCommand::Compute { experiment, compute, output } => {
             let device = compute.device()?;
             let never = AtomicBool::new(false);
-            experiment.fetch_models()?;
-            for plan in experiment.plans()? {
+            for plan in experiment.plans_with_models()? {
                 let mut display = Display::new();
                 let masks = Runner::new(&plan, device, &never, &mut |event| display.show(event))
                     .compute_masks(&output)?;
@@ -131,6 +130,9 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
         }
         ChildCommand::Inspect { mask, tensors } => show(inspection(&read_mask(&mask)?, tensors))?,
         ChildCommand::Overlap { masks, output, by } => {
+            if let Some(output) = &output {
+                check_output(output, masks.iter().map(PathBuf::as_path))?;
+            }
             let masks = masks.iter().map(|mask| read_mask(mask)).collect::<Result<Vec<_>, Error>>()?;
             let pairs = overlaps(&masks, by.unwrap_or(By::Layer).into())?;
             show(matrices(&pairs))?;
@@ -139,10 +141,10 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
             }
         }
         ChildCommand::Variance { experiment, compute, draws, output } => {
+            check_output(&output, experiment.files())?;
             let device = compute.device()?;
             let never = AtomicBool::new(false);
-            experiment.fetch_models()?;
-            let plans = experiment.plans()?;
+            let plans = experiment.plans_with_models()?;
             let mut rows = Vec::new();
             for plan in &plans {
                 let mut display = Display::new();
@@ -157,12 +159,16 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
                         method_config: run.method.options(),
                         seed: run.seed,
                     };
-                    show(format_args!(
-                        "{}: variance {:.4} ± {:.4} of the predicted one",
-                        run.label(),
-                        variance.ratio,
-                        variance.standard_error_of_ratio
-                    ))?;
+                    let label = run.label();
+                    show(match (variance.ratio, variance.standard_error_of_ratio) {
+                        (Some(ratio), Some(error)) => {
+                            format!("{label}: variance {ratio:.4} ± {error:.4} of the predicted one")
+                        }
+                        _ => format!(
+                            "{label}: no variance is predicted, since every step has all {} examples and no mask",
+                            variance.examples
+                        ),
+                    })?;
                     rows.push((about, variance));
                 }
             }
@@ -207,6 +213,9 @@ fn inspection(mask: &MaskFile, by_tensor: bool) -> String {
     let mut lines = Vec::new();
     for key in ["experiment", "run", "task", "method", "seed", "model_sha256", "sha256"] {
         if let Some(value) = mask.about.get(key) {
+            // A foreign file may hold anything, and a terminal obeys control characters.
+            let value: String =
+                value.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
             lines.push(format!("{key:13} {value}"));
         }
     }

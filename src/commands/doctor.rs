@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use child_tuning::data::{Split, TaskCard, read_split};
+use child_tuning::data::{Split, TaskCard, TokenEncoder, read_split};
 use child_tuning::experiment::graphics_cards;
 use child_tuning::hub::Hub;
 use child_tuning::libtorch;
@@ -99,6 +99,7 @@ fn show_models(folder: &Path) -> Result<()> {
     for path in &paths {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let shape_of = |folder: ModelFolder| {
+            TokenEncoder::from_folder(path)?;
             Classifier::shape(&folder.config, &Labels::Score).map(|shape| (folder, shape))
         };
         match ModelFolder::open(path).and_then(shape_of) {

@@ -58,6 +58,13 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
         })?;
         let scored = Scored { data: &data, card: &card, labels: &labels };
         let evaluation = score(&classifier, scored, Precision::Float32, |_| Ok(()))?;
+        if !evaluation.loss.is_finite() {
+            return Err(Error::Diverged(format!(
+                "{}: its loss on {} is no finite number, and so its scores would say nothing; its weights or config are at fault",
+                arguments.model, card.name
+            ))
+            .into());
+        }
         let about = [card.name.clone(), arguments.split.to_string(), data.len().to_string()];
         let scores = evaluation.scores.iter().map(|(metric, value)| (metric.to_string(), *value));
         for (measure, value) in scores.chain([("loss".to_owned(), evaluation.loss)]) {

@@ -14,6 +14,7 @@ use child_tuning::experiment::{
     ExperimentSpec, Forecast, Override, Pace, Plan, PlanOptions, Run, RunEvent, Runner, Speed, Summary,
     Tokens, check_places, execute, forecast,
 };
+use child_tuning::files::is_pipe;
 use child_tuning::hub::missing_models;
 use clap::Args;
 use tch::Device;
@@ -71,30 +72,57 @@ fn column_and_value(text: &str) -> Result<(String, String), String> {
 }
 
 impl ExperimentArguments {
-    /// Downloads the models of the Hub that the experiments name and the cache lacks.
-    pub(super) fn fetch_models(&self) -> Result<(), Error> {
-        for path in &self.experiments {
-            let spec = ExperimentSpec::read(path, &self.overrides)?;
-            for id in missing_models(spec.model.0.iter().map(String::as_str))? {
-                fetch_model(&id)?;
-            }
-        }
-        Ok(())
+    /// Returns the experiment files.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.experiments.iter().map(PathBuf::as_path)
     }
 
-    /// Reads and resolves all experiments before anything runs.
-    pub(super) fn plans(&self) -> Result<Vec<Plan>, Error> {
+    /// Reads the experiments, each file once: it may be a pipe.
+    fn specs(&self) -> Result<Vec<ExperimentSpec>, Error> {
+        self.experiments.iter().map(|path| ExperimentSpec::read(path, &self.overrides)).collect()
+    }
+
+    /// Resolves the experiments before anything runs.
+    fn resolve(&self, specs: &[ExperimentSpec]) -> Result<Vec<Plan>, Error> {
         let options = PlanOptions { data: self.data.folders(), only: self.only.clone() };
-        let plan = |path: &PathBuf| {
-            let spec = ExperimentSpec::read(path, &self.overrides)?;
-            Plan::resolve(&spec, path, &options).map_err(|error| match error {
+        let plan = |(path, spec): (&PathBuf, _)| {
+            Plan::resolve(spec, path, &options).map_err(|error| match error {
                 Error::Configuration(message) => {
                     Error::configuration(format!("{}: {message}", path.display()))
                 }
                 other => other,
             })
         };
-        self.experiments.iter().map(plan).collect()
+        self.experiments.iter().zip(specs).map(plan).collect()
+    }
+
+    /// Reads and resolves all experiments.
+    fn plans(&self) -> Result<Vec<Plan>, Error> {
+        self.resolve(&self.specs()?)
+    }
+
+    /// Does the same, after it has downloaded the models of the Hub that they name and the cache lacks.
+    pub(super) fn plans_with_models(&self) -> Result<Vec<Plan>, Error> {
+        let specs = self.specs()?;
+        for spec in &specs {
+            for id in missing_models(spec.model.0.iter().map(String::as_str))? {
+                fetch_model(&id)?;
+            }
+        }
+        self.resolve(&specs)
+    }
+
+    /// Refuses pipes where several processes have to read the experiments.
+    fn check_shared(&self) -> Result<(), Error> {
+        // What is called so is another file in another process, whatever it is here.
+        let is_of_process = |path: &PathBuf| path.starts_with("/dev") || path.starts_with("/proc");
+        match self.experiments.iter().find(|path| is_pipe(path) || is_of_process(path)) {
+            None => Ok(()),
+            Some(path) => Err(Error::configuration(format!(
+                "{} is no file, and can be read only once; write the experiment to a file, or use --jobs 1",
+                path.display()
+            ))),
+        }
     }
 }
 
@@ -107,10 +135,12 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
     let device = compute.device()?;
     let is_training = Arc::new(AtomicBool::new(false));
     let interrupted = stop_between_batches(is_training.clone())?;
-    experiment.fetch_models()?;
+    let plans = experiment.plans_with_models()?;
     is_training.store(true, Ordering::Relaxed);
-    let plans = experiment.plans()?;
     let places = jobs.places(&compute, &plans)?;
+    if places.len() > 1 {
+        experiment.check_shared()?;
+    }
     // Before the first run of the first, so that a bad place of the last does not cost trained runs.
     for plan in &plans {
         if let Some(repair) = check_places(plan)?.repaired() {
@@ -160,7 +190,8 @@ pub fn plan(arguments: PlanArguments) -> Result<ExitCode> {
 
 /// Shows the runs of a plan that are not done, with their number of steps and what they will cost.
 fn show_plan(plan: &Plan, device: Device, speed: &Speed, jobs: usize) -> Result<()> {
-    let (recorded, rows) = match plan.results.exists() {
+    // `run` begins an empty file.
+    let (recorded, rows) = match plan.results.metadata().is_ok_and(|file| file.len() > 0) {
         true => (results::recorded(&plan.results)?, results::read(&plan.results)?),
         false => Default::default(),
     };

@@ -20,12 +20,13 @@ mod table;
 
 use std::fmt::Display;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use child_tuning::error::Error;
 use child_tuning::experiment::data_roots;
+use child_tuning::files::folder_of;
 use clap::{Args, Parser, Subcommand};
 use tch::{Cuda, Device};
 
@@ -100,7 +101,7 @@ impl Arguments {
 
 /// Writes a line to standard output; an error instead of a panic where nobody reads it any more.
 pub fn show(text: impl Display) -> Result<()> {
-    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
+    writeln!(std::io::stdout().lock(), "{text}").context("cannot write to standard output")
 }
 
 /// Writes a line to standard error. That nobody reads it, or a full disk takes no more of it, must not end what it tells of.
@@ -111,6 +112,25 @@ pub fn tell(text: impl Display) {
 /// Returns whether an error is that nobody reads the output any more.
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Refuses, before anything is computed, to write over one of the inputs or into a folder that is not there.
+fn check_output<'p>(output: &Path, inputs: impl IntoIterator<Item = &'p Path>) -> Result<(), Error> {
+    let real = |path: &Path| path.canonicalize().ok();
+    if let Some(file) = real(output).filter(|output| output.is_file())
+        && let Some(input) = inputs.into_iter().find(|input| real(input).as_ref() == Some(&file))
+    {
+        return Err(Error::configuration(format!(
+            "--output {} is the input {}; name another file",
+            output.display(),
+            input.display()
+        )));
+    }
+    let folder = folder_of(output);
+    match folder.is_dir() {
+        true => Ok(()),
+        false => Err(Error::Environment(format!("there is no folder {} to write to", folder.display()))),
+    }
 }
 
 /// Calls the command that was asked for.

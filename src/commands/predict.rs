@@ -7,14 +7,14 @@ use anyhow::{Context, Result};
 use child_tuning::data::{LabelMap, Objective, TaskCard, TokenEncoder, read_file};
 use child_tuning::error::Error;
 use child_tuning::experiment::named_card;
-use child_tuning::files::{folder_of, write_bytes};
+use child_tuning::files::write_bytes;
 use child_tuning::hub::model_folder;
 use child_tuning::model::{Classifier, Labels, ModelFolder};
-use child_tuning::train::{Precision, predict as predict_logits};
+use child_tuning::train::{Precision, first_not_finite, predict as predict_logits};
 use clap::Args;
 use tch::Tensor;
 
-use super::{ComputeArguments, tell};
+use super::{ComputeArguments, check_output, tell};
 
 #[derive(Args)]
 pub struct PredictArguments {
@@ -43,7 +43,7 @@ pub struct PredictArguments {
 /// Predicts and writes the CSV.
 pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     let device = arguments.compute.device()?;
-    check_output(&arguments)?;
+    check_output(&arguments.output, [arguments.input.as_path()])?;
     let card = named_card(&arguments.task, Path::new(""))?;
     let dataset = read_file(&card, &arguments.input)?;
     let (model, _) = model_folder(&arguments.model)?;
@@ -53,27 +53,17 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     Classifier::check_inputs(&folder.config, &encoder, arguments.max_length)?;
     let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
     let logits = predict_logits(&classifier, &inputs, Precision::Float32, |_| Ok(()))?;
+    if let Some(example) = first_not_finite(&logits)? {
+        return Err(Error::Diverged(format!(
+            "{}: the model's outputs for example {example} are no finite numbers; its weights or config are at fault",
+            arguments.model
+        ))
+        .into());
+    }
     let logits = in_terms_of(&card, &labels, &logits)?;
     write(&arguments, &Labels::from(&card.objective), &logits)?;
     tell(format_args!("{} predictions written to {}", inputs.len(), arguments.output.display()));
     Ok(ExitCode::SUCCESS)
-}
-
-/// Refuses, before anything is computed, to write over the input or into a folder that is not there.
-fn check_output(PredictArguments { input, output, .. }: &PredictArguments) -> Result<(), Error> {
-    let real = |path: &Path| path.canonicalize().ok();
-    let file = real(output).filter(|output| output.is_file());
-    if file.is_some() && file == real(input) {
-        return Err(Error::configuration(format!(
-            "--output {} is the input; name another file",
-            output.display()
-        )));
-    }
-    let folder = folder_of(output);
-    match folder.is_dir() {
-        true => Ok(()),
-        false => Err(Error::Environment(format!("there is no folder {} to write to", folder.display()))),
-    }
 }
 
 /// Returns one column a label of the task; where several of the model's labels count as one, that of the likeliest.

@@ -116,6 +116,18 @@ impl CustomTask {
         if self.text.is_empty() {
             return Err(self.refusal("`text` takes one or two columns, not 0"));
         }
+        let columns: Vec<&String> = self.columns().collect();
+        let twice = columns.iter().enumerate().find(|(place, column)| columns[..*place].contains(column));
+        if let Some((_, column)) = twice.filter(|_| self.text.len() <= 2) {
+            return Err(self.refusal(&format!(
+                "column `{column}` is named twice; texts and label are columns of their own"
+            )));
+        }
+        if self.labels.iter().any(|label| label.trim().is_empty()) {
+            return Err(
+                self.refusal("`labels` has an empty one, which in a file means that there is no label")
+            );
+        }
         if !self.header
             && let Some(column) = self.columns().find(|column| !is_column_number(column))
         {
@@ -364,11 +376,11 @@ mod tests {
     #[test]
     fn listed_labels_keep_their_order_and_others_are_refused() {
         let task: CustomTask =
-            serde_yaml::from_str("{name: n, text: t, label: y, labels: [no, 1, true]}").unwrap();
-        let card = task.into_card(Path::new("")).unwrap();
-        assert_eq!(card.labels(), ["no", "1", "true"]);
+            serde_yaml::from_str("{name: n, dev: f.csv, text: t, label: y, labels: [no, 1, true]}").unwrap();
         let folder = folder(&[("f.csv", "t,y\nx,true\nx,0\n")]);
-        let message = read_file(&card, &folder.path().join("f.csv")).unwrap_err().to_string();
+        let card = task.into_card(folder.path()).unwrap();
+        assert_eq!(card.labels(), ["no", "1", "true"]);
+        let message = read_split(&card, &[], Split::Dev).unwrap_err().to_string();
         assert!(
             message.ends_with("f.csv:3: unknown label `0`; the labels of `n` are no, 1, true"),
             "{message}"
@@ -424,6 +436,8 @@ mod tests {
                 "`f1` is defined for two labels, the task has 3",
             ),
             (with("labels: [a, b]\nobjective: regression"), "exclude each other"),
+            (refusal(&CARD.replace("label: verdict", "label: claim")), "column `claim` is named twice"),
+            (with("labels: [a, '']"), "`labels` has an empty one"),
             (with("labels: [a, a]"), "the label `a` is listed twice"),
             (with("labels: [a, b, A]"), "the label `A` is listed twice"),
             (with("labels: [a, b]\nspellings: {c: d}"), "`c` for `d`, which is none of its labels"),

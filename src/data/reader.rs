@@ -106,7 +106,7 @@ pub fn holds(card: &TaskCard, root: &Path, split: Split) -> Result<bool> {
 }
 
 /// Reads one file of a task, such as the input of a prediction, each row as an example; labels
-/// may be missing.
+/// may be missing or unknown to the card.
 ///
 /// # Errors
 ///

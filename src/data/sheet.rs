@@ -30,7 +30,7 @@ pub(super) enum Purpose {
     Learning,
     /// Testing: as for learning, but labels may be withheld.
     Testing,
-    /// Predicting: each row is an example, its label known or not.
+    /// Predicting: each row is an example, whatever stands for its label.
     Predicting,
 }
 
@@ -84,7 +84,7 @@ impl<'a> Sheet<'a> {
                 return Err(Error::data(file.path(), 0, "has no examples"));
             }
             match Sheet::fit(card, file, layout, rows) {
-                Ok(sheet) => return Ok(sheet),
+                Ok(sheet) => return sheet.with_columns_of_its_own(),
                 Err((rows, first)) => (last, seen) = (Some((form, rows)), first),
             }
         }
@@ -123,6 +123,17 @@ impl<'a> Sheet<'a> {
             rows.rows.remove(0);
         }
         Ok(Sheet { card, file, layout, rows, columns, widths, text, label })
+    }
+
+    /// Refuses a file in which two columns have the name of one that is read.
+    fn with_columns_of_its_own(self) -> Result<Self> {
+        let name = |place: &usize| &self.columns[*place];
+        let read = || self.text.iter().chain(&self.label).map(name);
+        let twice = read().find(|&name| self.columns.iter().filter(|other| *other == name).count() > 1);
+        match twice {
+            Some(name) => Err(self.fault(1, format!("has more than one column called `{name}`"))),
+            None => Ok(self),
+        }
     }
 
     fn fault(&self, line: usize, message: impl Into<String>) -> Error {
@@ -202,9 +213,9 @@ impl<'a> Sheet<'a> {
 
     /// Reads a row; `None` if its label is one of those that the card gives up.
     fn example(&self, row: &Row, labels: &LabelReader, purpose: Purpose) -> Result<Option<Example>> {
-        let gold = match self.label(row) {
-            Some(cell) => Some(labels.read(cell).map_err(|message| self.fault(row.line, message))?),
-            None => None,
+        let gold = match self.label(row).map(|cell| labels.read(cell)) {
+            Some(Err(message)) if purpose != Purpose::Predicting => return Err(self.fault(row.line, message)),
+            read => read.and_then(Result::ok),
         };
         let label = match gold {
             Some(Gold::Known(label)) => Some(label),

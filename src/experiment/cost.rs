@@ -37,6 +37,13 @@ pub fn method_cost(run: &Run) -> Result<MethodCost> {
         let all = declared.iter().chain(further.iter());
         all.filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
     };
+    // By its own numbers, or by weights that a method adds to it under its name.
+    let changes = |own: &Parameter| {
+        let module = own.name.strip_suffix(".weight").unwrap_or(&own.name);
+        let is_of_it =
+            |added: &&Parameter| added.name.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
+        trains(own) || further.iter().find(is_of_it).is_some_and(&trains)
+    };
     let all = count(&trains);
     let trainable = match run.method.fixed_share(declared)? {
         _ if run.is_frozen() => count(&|own| own.place == ParameterPlace::Head),
@@ -57,7 +64,7 @@ pub fn method_cost(run: &Run) -> Result<MethodCost> {
     Ok(MethodCost {
         trainable,
         optimizer_bytes: moments * size_of::<f32>() * trainable,
-        method_bytes: run.method.state_bytes(declared, number),
+        method_bytes: run.method.state_bytes(declared, &changes, number),
         passes: run.method.parts().passes(labels == Labels::Score),
         examples_prepared: run.method.examples_passed(run.training_examples()),
         fine_tunes_first: run.method.fine_tunes_first(),

@@ -22,7 +22,10 @@ pub struct GridPoint {
 impl GridPoint {
     /// Multiplies out the lists of a stage that follows this point, which gives what they leave out; what this point
     /// does to its training data is its own.
-    pub fn next_stage(&self, typed: &TrainSpec) -> Vec<GridPoint> {
+    ///
+    /// # Errors
+    /// Fails if there are more than anyone means.
+    pub fn next_stage(&self, typed: &TrainSpec) -> Result<Vec<GridPoint>> {
         grid(typed, GridPoint { examples: None, label_noise: 0.0, ..self.clone() })
     }
 
@@ -115,13 +118,16 @@ fn recording_obstacle(hyperparameters: &Hyperparameters) -> Option<&'static str>
         Hyperparameters { release_gradients: true, .. } => {
             Some("not the optimizer's steps within them: leave `train.release_gradients` out")
         }
+        _ if hyperparameters.micro_batch.at_most(hyperparameters.batch_size) < hyperparameters.batch_size => {
+            Some("of whole batches only: leave `train.micro_batch` out")
+        }
         Hyperparameters { precision: Precision::Bf16, .. } => None,
         _ => Some("only in bf16 do many batches have one shape: set `train.precision: bf16`"),
     }
 }
 
 /// Multiplies the lists out, the last key varying fastest.
-fn grid(typed: &TrainSpec, mut start: GridPoint) -> Vec<GridPoint> {
+fn grid(typed: &TrainSpec, mut start: GridPoint) -> Result<Vec<GridPoint>> {
     if let Some([first, second]) = typed.betas {
         start.hyperparameters.betas = (first.0, second.0);
     }
@@ -134,30 +140,42 @@ fn grid(typed: &TrainSpec, mut start: GridPoint) -> Vec<GridPoint> {
     start.hyperparameters.release_gradients =
         typed.release_gradients.unwrap_or(start.hyperparameters.release_gradients);
     let mut points = vec![start];
-    axis(&mut points, &typed.epochs, |point, value| point.hyperparameters.epochs = value.0);
-    axis(&mut points, &typed.batch_size, |point, value| point.hyperparameters.batch_size = value.0);
-    axis(&mut points, &typed.micro_batch, |point, value| point.micro_batch = Some(*value));
-    axis(&mut points, &typed.max_length, |point, value| point.hyperparameters.max_length = value.0);
-    axis(&mut points, &typed.learning_rate, |point, value| point.hyperparameters.learning_rate = value.0);
-    axis(&mut points, &typed.warmup, |point, value| point.warmup = Some(*value));
-    axis(&mut points, &typed.weight_decay, |point, value| point.hyperparameters.weight_decay = value.0);
+    axis(&mut points, &typed.epochs, |point, value| point.hyperparameters.epochs = value.0)?;
+    axis(&mut points, &typed.batch_size, |point, value| point.hyperparameters.batch_size = value.0)?;
+    axis(&mut points, &typed.micro_batch, |point, value| point.micro_batch = Some(*value))?;
+    axis(&mut points, &typed.max_length, |point, value| point.hyperparameters.max_length = value.0)?;
+    axis(&mut points, &typed.learning_rate, |point, value| point.hyperparameters.learning_rate = value.0)?;
+    axis(&mut points, &typed.warmup, |point, value| point.warmup = Some(*value))?;
+    axis(&mut points, &typed.weight_decay, |point, value| point.hyperparameters.weight_decay = value.0)?;
     axis(&mut points, &typed.max_gradient_norm, |point, value| {
         point.hyperparameters.max_gradient_norm = value.0.filter(|limit| *limit > 0.0);
-    });
-    axis(&mut points, &typed.optimizer, |point, value| point.hyperparameters.optimizer = *value);
-    axis(&mut points, &typed.epsilon, |point, value| point.hyperparameters.epsilon = value.0);
-    axis(&mut points, &typed.adamw, |point, value| point.adamw = Some(*value));
-    axis(&mut points, &typed.precision, |point, value| point.hyperparameters.precision = *value);
-    axis(&mut points, &typed.order, |point, value| point.hyperparameters.order = *value);
-    axis(&mut points, &typed.examples, |point, value| point.examples = Some(value.0));
-    axis(&mut points, &typed.label_noise, |point, value| point.label_noise = value.0);
-    axis(&mut points, &typed.checkpoint, |point, value| point.hyperparameters.checkpoint = *value);
-    points
+    })?;
+    axis(&mut points, &typed.optimizer, |point, value| point.hyperparameters.optimizer = *value)?;
+    axis(&mut points, &typed.epsilon, |point, value| point.hyperparameters.epsilon = value.0)?;
+    axis(&mut points, &typed.adamw, |point, value| point.adamw = Some(*value))?;
+    axis(&mut points, &typed.precision, |point, value| point.hyperparameters.precision = *value)?;
+    axis(&mut points, &typed.order, |point, value| point.hyperparameters.order = *value)?;
+    axis(&mut points, &typed.examples, |point, value| point.examples = Some(value.0))?;
+    axis(&mut points, &typed.label_noise, |point, value| point.label_noise = value.0)?;
+    axis(&mut points, &typed.checkpoint, |point, value| point.hyperparameters.checkpoint = *value)?;
+    Ok(points)
 }
 
+/// More points than any grid is meant to have.
+const MOST_POINTS: usize = 100_000;
+
 /// Replaces each point by one for each value of an axis, if the axis was typed.
-fn axis<T>(points: &mut Vec<GridPoint>, values: &Option<OneOrMany<T>>, set: impl Fn(&mut GridPoint, &T)) {
-    let Some(OneOrMany(values)) = values else { return };
+fn axis<T>(
+    points: &mut Vec<GridPoint>,
+    values: &Option<OneOrMany<T>>,
+    set: impl Fn(&mut GridPoint, &T),
+) -> Result<()> {
+    let Some(OneOrMany(values)) = values else { return Ok(()) };
+    if points.len().saturating_mul(values.len()) > MOST_POINTS {
+        return Err(Error::configuration(format!(
+            "train: its lists multiply to more than {MOST_POINTS} settings; shorten them, or divide them among several files"
+        )));
+    }
     *points = points
         .iter()
         .flat_map(|point| {
@@ -168,4 +186,5 @@ fn axis<T>(points: &mut Vec<GridPoint>, values: &Option<OneOrMany<T>>, set: impl
             })
         })
         .collect();
+    Ok(())
 }

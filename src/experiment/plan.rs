@@ -12,6 +12,7 @@ use super::spec::{ExperimentSpec, TaskSpec};
 use super::start::{Start, Starts};
 use super::transfer::{EvaluationSpec, ThenSpec};
 use crate::error::{Error, Result};
+use crate::files::is_pipe;
 use crate::method::{Method, MethodSpec, Preset};
 use crate::model::{Classifier, HeadStart, Labels};
 use crate::spelling::suggestion;
@@ -48,6 +49,9 @@ pub struct Plan {
     pub masks: Option<PathBuf>,
 }
 
+/// More runs than any experiment is meant to have.
+const MOST_RUNS: usize = 1_000_000;
+
 impl Plan {
     /// Resolves an experiment: fills in defaults, opens models, reads data, and multiplies the axes out.
     ///
@@ -57,12 +61,14 @@ impl Plan {
         let preset = spec.preset.unwrap_or_default();
         let name = spec.name.clone().unwrap_or_else(|| "experiment".into());
         // It becomes the name of the results file.
-        if name.trim().is_empty() || name.contains(['/', '\\']) || name.starts_with('.') {
+        let is_odd = name.contains(['/', '\\']) || name.contains(char::is_control);
+        if name.trim().is_empty() || is_odd || name.starts_with('.') {
             return Err(Error::configuration(format!(
                 "name: `{name}` cannot name a file; take a word without `/` that does not begin with a dot"
             )));
         }
-        let base = file.parent().unwrap_or(Path::new(""));
+        // Beside a pipe there is nothing.
+        let base = file.parent().filter(|_| !is_pipe(file)).unwrap_or(Path::new(""));
         let methods = resolve_methods(&spec.method, preset)?;
         let overrides = spec.model_config.clone().unwrap_or_default();
         let models = (spec.model.0.iter())
@@ -72,7 +78,14 @@ impl Plan {
         let tasks = open_tasks(&mut catalogue, &spec.task, &spec.evaluate)?;
         let next = NextStage::open(&spec.then, preset, &mut catalogue)?;
         let seeds = spec.seeds.as_ref().map_or(vec![42], |seeds| seeds.0.clone());
-        let points = GridPoint::default().next_stage(&spec.train.clone().unwrap_or_default());
+        let points = GridPoint::default().next_stage(&spec.train.clone().unwrap_or_default())?;
+        let count = [models.len(), tasks.len(), points.len(), methods.len(), seeds.len()];
+        let count = count.into_iter().try_fold(1usize, usize::checked_mul);
+        if count.is_none_or(|count| count > MOST_RUNS) {
+            return Err(Error::configuration(format!(
+                "the grid has more than {MOST_RUNS} runs; shorten its lists, or divide them among several files"
+            )));
+        }
         selection::check(spec, &seeds)?;
         let trial_tasks = match &spec.select {
             Some(select) => selection::trial_tasks(select, &tasks)?,
@@ -117,10 +130,45 @@ impl Plan {
             runs,
             preset,
         };
+        plan.check_places()?;
         plan.keep_only(&options.only)?;
         plan.check_fits()?;
         plan.tell_runs_apart();
+        plan.notes.extend(plan.warmup_note());
         Ok(plan)
+    }
+
+    /// Says which runs never reach their learning rate. The first step of a warm-up has rate 0, so one of a single step trains
+    /// nothing.
+    fn warmup_note(&self) -> Option<String> {
+        let warmup = |run: &Run| run.hyperparameters.warmup.steps(run.total_steps());
+        let short: Vec<_> = self.all_runs().filter(|run| warmup(run) >= run.total_steps()).collect();
+        let first = short.first()?;
+        let (steps, warmup) = (first.total_steps(), warmup(first));
+        Some(format!(
+            "{} of {} runs end before their warm-up does and never reach `learning_rate`; {} has {steps} step{} and a warm-up of \
+             {warmup}",
+            short.len(),
+            self.all_runs().count(),
+            first.label(),
+            if steps == 1 { "" } else { "s" }
+        ))
+    }
+
+    /// Refuses places that cannot be what they are named as, before anything is read from there.
+    fn check_places(&self) -> Result<()> {
+        let places =
+            [("results", Some(&self.results)), ("save", self.save.as_ref()), ("masks", self.masks.as_ref())];
+        for (key, place) in places.into_iter().filter_map(|(key, place)| Some((key, place?))) {
+            let refused = |why: &str| Err(Error::configuration(format!("{key}: {} {why}", place.display())));
+            if is_pipe(place) {
+                return refused("is neither a file nor a folder; name one");
+            }
+            if place.starts_with("~") && !Path::new("~").exists() {
+                return refused("begins with `~`, which only a shell replaces; write the folder out");
+            }
+        }
+        Ok(())
     }
 
     /// Gives runs that are called the same the settings in which they differ.
@@ -153,6 +201,9 @@ impl Plan {
             }
             let config = &model.folder.config;
             method.check(Classifier::declared(config, &Labels::from(&card.objective))?.as_slice())?;
+            if method.needs_dropout() {
+                check_dropout(run)?;
+            }
             Classifier::check_inputs(config, &model.encoder, max_length)?;
             model.encoder.encode("a", card.is_pair().then_some("b"), max_length)?;
         }
@@ -209,6 +260,25 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// Refuses a model without dropout for a method whose passes differ by nothing else.
+fn check_dropout(run: &Run) -> Result<()> {
+    let dropout = run.model.folder.config.dropout()?;
+    if dropout.values().any(|&probability| probability > 0.0) {
+        return Ok(());
+    }
+    let keys: Vec<&str> = dropout.keys().map(String::as_str).collect();
+    Err(Error::configuration(format!(
+        "method: the passes of {} differ by dropout alone, and {} has none; give it some, such as `model_config: {{{}: 0.1}}`{}",
+        run.method.name(),
+        run.model.name,
+        keys.first().unwrap_or(&"dropout"),
+        match keys.len() {
+            0 | 1 => String::new(),
+            _ => format!(" (its keys are {})", keys.join(", ")),
+        }
+    )))
 }
 
 /// Opens the tasks of a stage: all that are trained before those that are only scored.
@@ -322,7 +392,7 @@ fn add_chain(
     refuse_repeated(&run, runs.iter())?;
     runs.push(run.clone());
     for NextStage { spec, tasks, methods, next } in next {
-        let points = point.next_stage(&spec.train.clone().unwrap_or_default());
+        let points = point.next_stage(&spec.train.clone().unwrap_or_default())?;
         let (freeze, head) = (spec.freeze.unwrap_or_default(), spec.head.unwrap_or(HeadStart::Fresh));
         for open in tasks {
             let stage = Stage { model: &run.model, open, freeze, head, preset };

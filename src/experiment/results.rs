@@ -20,7 +20,7 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use contents::{Contents, Found};
+use contents::{Contents, Found, check_line_ends};
 pub use contents::{Ended, Recorded};
 pub use row::{Row, SCHEMA_VERSION, Status};
 pub use text::read;
@@ -181,6 +181,7 @@ impl ResultsFile {
             Err(source) if source.kind() == ErrorKind::NotFound => Vec::new(),
             Err(source) => return Err(Error::io("read", &self.path)(source)),
         };
+        check_line_ends(&self.path, &bytes)?;
         if bytes.len() < header.len() && header.starts_with(&bytes) {
             write_bytes(&self.path, &header)?;
             bytes.clone_from(&header);
@@ -258,6 +259,7 @@ fn lock(results: &Path) -> Result<File> {
 /// Fails if the file cannot be read, has other columns or another schema version.
 pub fn recorded(path: &Path) -> Result<Recorded> {
     let mut bytes = fs::read(path).map_err(Error::io("read", path))?;
+    check_line_ends(path, &bytes)?;
     let header = header(path)?;
     if bytes.len() < header.len() && header.starts_with(&bytes) {
         bytes.clone_from(&header);
@@ -278,6 +280,7 @@ fn header(path: &Path) -> Result<Vec<u8>> {
 /// Returns whether the last row is all there but for its newline, as an editor may leave it: it ends with a whole time.
 fn lacks_newline(bytes: &[u8]) -> bool {
     let last = bytes.rsplit(|&byte| byte == b'\n').next().unwrap_or_default();
+    let last = last.strip_suffix(b"\r").unwrap_or(last);
     let time = last.rsplit(|&byte| byte == b',').next().unwrap_or_default();
     std::str::from_utf8(time).is_ok_and(|time| humantime::parse_rfc3339(time).is_ok())
 }

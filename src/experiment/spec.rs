@@ -12,6 +12,7 @@ use super::profile::Profile;
 use super::transfer::{EvaluationSpec, InitFrom, SelectSpec, ThenSpec};
 use crate::data::CustomTask;
 use crate::error::{Error, Result};
+use crate::files::is_pipe;
 use crate::method::{MethodSpec, Preset};
 use crate::model::HeadStart;
 use crate::train::{AdamWForm, Checkpoint, Freeze, MicroBatch, OptimizerRule, Order, Precision, Warmup};
@@ -211,7 +212,7 @@ impl ExperimentSpec {
             Error::configuration(format!("cannot read the experiment {}: {error}", path.display()))
         })?;
         let mut spec = Self::parse(&text, path, overrides)?;
-        if spec.name.is_none() {
+        if spec.name.is_none() && !is_pipe(path) {
             spec.name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
         }
         if let Some(profile) = spec.profile {

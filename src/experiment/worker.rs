@@ -5,7 +5,7 @@
 
 use std::io::{BufRead, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,7 @@ use super::queue::Turn;
 use super::results::{ResultsFile, from_text, to_text};
 use super::runner::{Attempt, RunEvent, Runner};
 use crate::error::{Error, Result};
+use crate::locking::locked;
 use crate::train::Event;
 
 /// How often a worker reports progress at most; a tiny model takes thousands of steps a second.
@@ -120,7 +121,7 @@ pub fn serve(
     let output = Mutex::new(output);
     let tell = |message: &Message| {
         let Ok(line) = serde_json::to_string(message) else { return };
-        let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut output = locked(&output);
         // Where nobody reads any more, the input ends too, which stops the worker.
         let _ = writeln!(output, "{line}").and_then(|()| output.flush());
     };

@@ -5,7 +5,8 @@ use std::sync::Mutex;
 use tch::{Device, Kind, Tensor};
 
 use super::ffi;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::locking::locked;
 
 /// The examples of a packed batch, as flash attention wants to know them.
 pub struct PackedLengths<'a> {
@@ -55,7 +56,7 @@ pub fn flash_attention(
 pub fn flash_attention_runs(device: Device) -> bool {
     static TRIED: Mutex<Vec<(usize, bool)>> = Mutex::new(Vec::new());
     let Device::Cuda(index) = device else { return false };
-    let mut tried = TRIED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut tried = locked(&TRIED);
     if let Some((_, runs)) = tried.iter().find(|(known, _)| *known == index) {
         return *runs;
     }
@@ -65,9 +66,12 @@ pub fn flash_attention_runs(device: Device) -> bool {
         let lengths = PackedLengths { cumulative: &cumulative, longest: 8 };
         flash_attention(&rows, &rows, &rows, &lengths, None, 0.0, 1.0)
     };
-    let runs = tch::no_grad(|| attempt().is_ok());
-    tried.push((index, runs));
-    runs
+    let outcome = tch::no_grad(attempt);
+    // A full GPU says nothing about what it can do.
+    if !outcome.as_ref().is_err_and(Error::is_out_of_memory) {
+        tried.push((index, outcome.is_ok()));
+    }
+    outcome.is_ok()
 }
 
 #[cfg(test)]

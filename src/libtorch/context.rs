@@ -2,6 +2,8 @@
 
 use std::ffi::CStr;
 
+use tch::Device;
+
 use super::ffi;
 use crate::error::Result;
 
@@ -47,6 +49,27 @@ pub fn device_memory(device: usize) -> Result<(u64, u64)> {
 pub fn release_cached_memory() -> Result<()> {
     // SAFETY: no pointers are involved.
     ffi::check(unsafe { ffi::child_tuning_release_cached_memory() })
+}
+
+/// Seeds libtorch's generators of all devices (`torch.manual_seed`).
+///
+/// # Errors
+/// Fails while work is recorded, and after an error of a device.
+pub fn seed_generators(seed: u64) -> Result<()> {
+    // SAFETY: no pointers are involved.
+    ffi::check(unsafe { ffi::child_tuning_seed(seed) })
+}
+
+/// Waits until a CUDA device has done all that was asked of it; the CPU does it at once.
+///
+/// # Errors
+/// Fails if there is no such device, or if it reports an error.
+pub fn synchronize(device: Device) -> Result<()> {
+    match device {
+        // SAFETY: no pointers are involved.
+        Device::Cuda(index) => ffi::check(unsafe { ffi::child_tuning_synchronize(index as i32) }),
+        _ => Ok(()),
+    }
 }
 
 /// Whether products of float32 matrices on CUDA may use TF32 while this value lives; afterwards it is as before.

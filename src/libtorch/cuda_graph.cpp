@@ -4,7 +4,9 @@
 #include "guarded.h"
 
 #ifdef CHILD_TUNING_CUDA
+#include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -23,6 +25,27 @@ static c10::cuda::CUDAStream recording_stream(c10::DeviceIndex index) {
     found = streams.emplace(index, c10::cuda::getStreamFromPool(/*isHighPriority=*/false, index)).first;
   }
   return found->second;
+}
+
+// Memory of a graph is of a pool that is known from the start, so that it can be closed where a recording fails.
+struct Recording {
+  at::cuda::CUDAGraph graph;
+  at::cuda::MempoolId_t pool;
+  c10::DeviceIndex device;
+};
+
+// Makes a device usable after a recording that failed. libtorch ends its part of one only if CUDA did: it would go on to give
+// all memory out of the graph's pool, and the generator would refuse to draw.
+static void clean_up_after(const Recording &recording) {
+  try {
+    c10::cuda::CUDACachingAllocator::endAllocateToPool(recording.device, recording.pool);
+  } catch (...) {
+    // It has ended.
+  }
+  auto fresh = at::cuda::detail::createCUDAGenerator(recording.device);
+  auto generator = at::cuda::detail::getDefaultCUDAGenerator(recording.device);
+  std::lock_guard<std::mutex> lock(generator.mutex());
+  generator.graphsafe_set_state(fresh);
 }
 
 #define WITH_CUDA(...) guarded([&] { __VA_ARGS__ })
@@ -48,24 +71,39 @@ char *child_tuning_cuda_use_stream(int device, bool own) {
 // one may use again, or null.
 char *child_tuning_cuda_graph_begin(void *pool_of, void **graph) {
   return WITH_CUDA({
-    auto made = std::make_unique<at::cuda::CUDAGraph>();
-    const auto pool = pool_of == nullptr ? at::cuda::MempoolId_t{0, 0}
-                                         : static_cast<at::cuda::CUDAGraph *>(pool_of)->pool();
-    made->capture_begin(pool);
-    *graph = made.release();
+    auto *recording = new Recording;
+    recording->pool = pool_of == nullptr ? at::cuda::graph_pool_handle() : static_cast<Recording *>(pool_of)->pool;
+    recording->device = c10::cuda::current_device();
+    try {
+      recording->graph.capture_begin(recording->pool);
+    } catch (...) {
+      // The graph is not freed: the allocator may still ask it whose memory is whose.
+      clean_up_after(*recording);
+      throw;
+    }
+    *graph = recording;
   });
 }
 
+// Where this fails, the graph must not be freed: the allocator may still ask it whose memory is whose.
 char *child_tuning_cuda_graph_end(void *graph) {
-  return WITH_CUDA(static_cast<at::cuda::CUDAGraph *>(graph)->capture_end(););
+  return WITH_CUDA({
+    auto *recording = static_cast<Recording *>(graph);
+    try {
+      recording->graph.capture_end();
+    } catch (...) {
+      clean_up_after(*recording);
+      throw;
+    }
+  });
 }
 
 char *child_tuning_cuda_graph_replay(void *graph) {
-  return WITH_CUDA(static_cast<at::cuda::CUDAGraph *>(graph)->replay(););
+  return WITH_CUDA(static_cast<Recording *>(graph)->graph.replay(););
 }
 
 char *child_tuning_cuda_graph_free(void *graph) {
-  return WITH_CUDA(delete static_cast<at::cuda::CUDAGraph *>(graph););
+  return WITH_CUDA(delete static_cast<Recording *>(graph););
 }
 
 }  // extern "C"

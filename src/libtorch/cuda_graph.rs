@@ -29,7 +29,7 @@ impl CudaGraph {
         // SAFETY: the graph is live and recording.
         let ended = ffi::check(unsafe { ffi::child_tuning_cuda_graph_end(graph) });
         if let Err(error) = ended {
-            // The allocator may still ask the graph whose memory is whose, so it must not be freed.
+            // By the rule of the shim.
             std::mem::forget(recorded);
             return Err(outcome.err().unwrap_or(error));
         }

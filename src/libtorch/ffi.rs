@@ -22,6 +22,10 @@ unsafe extern "C" {
 
     pub(super) fn child_tuning_libtorch_version() -> *const c_char;
 
+    pub(super) fn child_tuning_seed(seed: u64) -> *mut c_char;
+
+    pub(super) fn child_tuning_synchronize(device: c_int) -> *mut c_char;
+
     pub(super) fn child_tuning_register_hook(
         tensor: *mut C_tensor,
         function: HookFunction,

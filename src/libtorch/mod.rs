@@ -15,13 +15,16 @@ mod process;
 mod profile;
 
 pub use attention::{PackedLengths, flash_attention, flash_attention_runs};
-pub use context::{Tf32, cuda_peak_bytes, device_memory, release_cached_memory, reset_cuda_peak, version};
+pub use context::{
+    Tf32, cuda_peak_bytes, device_memory, release_cached_memory, reset_cuda_peak, seed_generators,
+    synchronize, version,
+};
 pub use cuda_graph::{CudaGraph, OwnStream};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use memory::{elements, elements_mut, map_file, upload};
 pub use optimizer::{FusedAdamW, FusedGroup};
 pub use own_backward::with_backward;
-pub use process::{keep_the_order_of_sums, with_a_considerate_environment};
+pub use process::{keep_the_order_of_sums, own_settings, with_a_considerate_environment};
 pub use profile::{Profile, ProfileRow, profile};
 
 use crate::error::Error;

@@ -6,7 +6,7 @@ use torch_sys::C_tensor;
 use super::ffi;
 use crate::error::{Error, Result};
 
-/// The constants of one AdamW step, without weight decay.
+/// The constants of one AdamW step.
 #[derive(Clone, Copy, Debug)]
 pub struct FusedAdamW {
     /// Step size of this step.
@@ -15,6 +15,8 @@ pub struct FusedAdamW {
     pub betas: (f64, f64),
     /// Added to the bias-corrected root of the second moment.
     pub epsilon: f64,
+    /// Decoupled weight decay: before the update, this times the step size is taken off each weight.
+    pub weight_decay: f64,
 }
 
 /// The tensors of one step; all five have the same device, the first four the same shape.
@@ -66,7 +68,7 @@ impl FusedAdamW {
                 self.learning_rate,
                 self.betas.0,
                 self.betas.1,
-                0.0,
+                self.weight_decay,
                 self.epsilon,
                 divisor,
             )

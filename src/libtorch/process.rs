@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::os::unix::process::CommandExt;
 
 /// What libtorch reads from the environment, and what this program sets it to where the user says nothing.
-const SETTINGS: [(&str, &str); 7] = [
+const SETTINGS: [(&str, &str); 8] = [
     // Idle threads sleep instead of spin. Where another process wants the cores, spinning at every barrier made a run
     // that takes two minutes take more than ten.
     ("OMP_WAIT_POLICY", "passive"),
@@ -21,9 +21,14 @@ const SETTINGS: [(&str, &str); 7] = [
     // A step frees and allocates the same megabytes; given back to the system at once, every page would be handed out,
     // cleared and taken back each time. (Milliseconds.)
     ("MIMALLOC_PURGE_DELAY", "1000"),
+    // GPUs count as NVIDIA's tools count them, which also give them their names.
+    (GPU_ORDER, "PCI_BUS_ID"),
     // The profiler reports on stderr that a machine has no GPU.
     ("KINETO_LOG_LEVEL", "99"),
 ];
+const GPU_ORDER: &str = "CUDA_DEVICE_ORDER";
+/// Names those of the settings that are this program's and not the user's, for [`own_settings`].
+const OWN_SETTINGS: &str = "CHILD_TUNING_SETTINGS";
 const CUDA_ALLOCATOR: &str = "PYTORCH_CUDA_ALLOC_CONF";
 /// The newer name of the same setting, which the older one would outrank.
 const ANY_ALLOCATOR: &str = "PYTORCH_ALLOC_CONF";
@@ -43,9 +48,19 @@ pub fn with_a_considerate_environment() {
     if let Ok(program) = std::env::current_exe() {
         let mut again = std::process::Command::new(program);
         // Only returns if it fails, and then the program works as well, if slower beside others.
-        again.args(std::env::args_os().skip(1)).envs(missing.into_iter().copied());
+        let names: Vec<&str> = missing.iter().map(|(name, _)| *name).collect();
+        again.args(std::env::args_os().skip(1)).env(OWN_SETTINGS, names.join(" "));
+        again.envs(missing.into_iter().copied());
         let _ = again.exec();
     }
+}
+
+/// Returns what of this process' environment is not the user's, so that a program that is compared with this one can be
+/// spared it; the order of GPUs is not among it, as both are to have the same.
+pub fn own_settings() -> Vec<String> {
+    let names = std::env::var(OWN_SETTINGS).unwrap_or_default();
+    let names = names.split_whitespace().filter(|name| *name != GPU_ORDER);
+    names.chain([OWN_SETTINGS]).map(str::to_owned).collect()
 }
 
 /// Makes MKL's matrix products give the same bits on any number of threads, so that a run's numbers do not depend on how many

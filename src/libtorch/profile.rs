@@ -5,10 +5,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use tch::Cuda;
+use tch::Device;
 
+use super::context::synchronize;
 use super::ffi;
 use crate::error::Result;
+use crate::locking::locked;
 
 /// libtorch has one recorder for the whole process; whoever comes second waits.
 static RECORDER: Mutex<()> = Mutex::new(());
@@ -47,34 +49,32 @@ impl Profile {
         self.operators.iter().map(|row| row.calls).sum()
     }
 
-    /// Returns the number of kernels, copies and fills that were launched on a GPU.
-    pub fn launches(&self) -> u64 {
+    /// Returns the number of kernels, copies and fills that ran on a GPU, those of recorded work included.
+    pub fn kernel_runs(&self) -> u64 {
         self.kernels.iter().map(|row| row.calls).sum()
     }
 }
 
-/// Runs a piece of code under libtorch's profiler, waits for the GPU if there is one, and returns what ran.
+/// Runs a piece of code that computes on a device under libtorch's profiler, waits for the device, and returns what ran.
 ///
 /// Sees the operators that this thread calls and those of the backward passes that it starts. One recording runs at a
 /// time, and `work` must not start another.
 ///
 /// # Errors
 /// What `work` returns, or that the profiler cannot start.
-pub fn profile<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, Profile)> {
-    let _alone = RECORDER.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+pub fn profile<T>(device: Device, work: impl FnOnce() -> Result<T>) -> Result<(T, Profile)> {
+    let _alone = locked(&RECORDER);
     // SAFETY: no pointers are involved.
     ffi::check(unsafe { ffi::child_tuning_profile_start() })?;
     // Whatever happens inside, the recording ends in the thread that began it.
     let outcome = catch_unwind(AssertUnwindSafe(work));
-    for device in 0..Cuda::device_count() {
-        Cuda::synchronize(device);
-    }
+    let waited = synchronize(device);
     let mut profile = Profile::default();
     let state: *mut Profile = &mut profile;
     // SAFETY: `add_row` is called during this call only, with the profile that `state` points to.
     let stopped = ffi::check(unsafe { ffi::child_tuning_profile_stop(state.cast::<c_void>(), add_row) });
     let value = outcome.unwrap_or_else(|panic| resume_unwind(panic))?;
-    stopped?;
+    waited.and(stopped)?;
     for rows in [&mut profile.operators, &mut profile.kernels] {
         rows.sort_by_key(|row| std::cmp::Reverse(row.own));
     }
@@ -100,7 +100,7 @@ unsafe extern "C" fn add_row(
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind, Tensor};
+    use tch::{Cuda, Kind, Tensor};
 
     use super::*;
     use crate::error::Error;
@@ -109,7 +109,7 @@ mod tests {
     fn counts_the_operators_of_a_known_computation() {
         let weight = Tensor::ones([8, 4], (Kind::Float, Device::Cpu)).set_requires_grad(true);
         let input = Tensor::ones([3, 4], (Kind::Float, Device::Cpu));
-        let (sum, profile) = profile(|| {
+        let (sum, profile) = profile(Device::Cpu, || {
             let output = input.f_linear(&weight, None::<Tensor>)?.f_relu()?.f_relu()?;
             let sum = output.f_sum(Kind::Float)?;
             sum.f_backward()?;
@@ -123,7 +123,7 @@ mod tests {
         assert_eq!([calls("aten::mm"), calls("ReluBackward0"), calls("MmBackward0")], [2, 2, 1]);
         assert!(profile.operator_calls() > 10);
         if !Cuda::is_available() {
-            assert_eq!(profile.launches(), 0);
+            assert_eq!(profile.kernel_runs(), 0);
         }
         for row in &profile.operators {
             assert!(row.own <= row.total, "{row:?}");
@@ -134,10 +134,11 @@ mod tests {
 
     #[test]
     fn an_error_or_a_panic_ends_the_recording() {
-        let error = profile::<()>(|| Err(Error::Diverged("no number".into()))).unwrap_err();
+        let error = profile::<()>(Device::Cpu, || Err(Error::Diverged("no number".into()))).unwrap_err();
         assert!(error.to_string().contains("no number"), "{error}");
-        assert!(catch_unwind(|| profile::<()>(|| panic!("out of luck"))).is_err());
-        let (_, after) = profile(|| Ok(Tensor::f_zeros([2], (Kind::Float, Device::Cpu))?)).unwrap();
+        assert!(catch_unwind(|| profile::<()>(Device::Cpu, || panic!("out of luck"))).is_err());
+        let (_, after) =
+            profile(Device::Cpu, || Ok(Tensor::f_zeros([2], (Kind::Float, Device::Cpu))?)).unwrap();
         assert_eq!((after.calls("aten::zeros"), after.calls("aten::linear")), (1, 0));
     }
 }

@@ -8,6 +8,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/pin_memory.h>
@@ -115,6 +116,17 @@ extern "C" {
 void child_tuning_free_message(char *message) { free(message); }
 
 const char *child_tuning_libtorch_version() { return TORCH_VERSION; }
+
+char *child_tuning_seed(uint64_t seed) {
+  return guarded([&] { at::manual_seed(seed); });
+}
+
+char *child_tuning_synchronize(int device) {
+  return guarded([&] {
+    TORCH_CHECK(device >= 0 && device < at::detail::getCUDAHooks().deviceCount(), "there is no CUDA device ", device);
+    at::detail::getCUDAHooks().deviceSynchronize(static_cast<c10::DeviceIndex>(device));
+  });
+}
 
 // Registers a hook that sees the gradient of `tensor` on its way. `state` belongs to libtorch from here on, also on
 // failure.

@@ -157,12 +157,21 @@ impl Method for Composed {
         self.parts.iter().fold(Parts::default(), |all, part| all.and(part.parts()))
     }
 
+    fn needs_dropout(&self) -> bool {
+        self.parts.iter().any(|part| part.needs_dropout())
+    }
+
     fn prunes(&self) -> bool {
         self.parts.iter().any(|part| part.prunes())
     }
 
-    fn state_bytes(&self, declared: &[Parameter], number: usize) -> usize {
-        self.parts.iter().map(|part| part.state_bytes(declared, number)).sum()
+    fn state_bytes(
+        &self,
+        declared: &[Parameter],
+        changes: &dyn Fn(&Parameter) -> bool,
+        number: usize,
+    ) -> usize {
+        self.parts.iter().map(|part| part.state_bytes(declared, changes, number)).sum()
     }
 
     fn draws_anew(&self, parameter: &Parameter, layers: usize) -> bool {

@@ -128,11 +128,17 @@ impl Method for Dps {
         Parts { weights, dropout: self.dropout, ..Parts::default() }
     }
 
-    fn state_bytes(&self, declared: &[Parameter], number: usize) -> usize {
+    fn state_bytes(
+        &self,
+        declared: &[Parameter],
+        changes: &dyn Fn(&Parameter) -> bool,
+        number: usize,
+    ) -> usize {
         let (all, matrices) = (weights_of(declared, |_| true), weights_of(declared, |own| SCOPE.covers(own)));
+        let changing = weights_of(declared, |own| SCOPE.covers(own) && changes(own));
         // A sum a matrix weight and a bit a weight; a mixed weight, its gradient, and on which side of the cut it is; and the
         // values to mix with.
-        let mixed = if self.mixes() { matrices * (2 * number + 1) + all * 4 } else { 0 };
+        let mixed = if self.mixes() { changing * (2 * number + 1) + all * 4 } else { 0 };
         matrices * 4 + all.div_ceil(8) + mixed
     }
 

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use serde::Deserialize;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::registry::MethodOptions;
 use super::{Method, Parts, Preset, TrainingPoint, WeightTransform, weights_of};
@@ -100,7 +100,7 @@ impl Method for Lora {
         Parts { weights: vec![Box::new(LowRankUpdates(self.alpha / self.rank as f64))], ..Parts::default() }
     }
 
-    fn state_bytes(&self, declared: &[Parameter], number: usize) -> usize {
+    fn state_bytes(&self, declared: &[Parameter], _: &dyn Fn(&Parameter) -> bool, number: usize) -> usize {
         // In a step, the sums W that passes use and their gradients.
         let targets = self.targets(declared);
         2 * number * weights_of(declared, |own| target(own).is_some_and(|part| targets.contains(&part)))
@@ -185,9 +185,11 @@ impl LowRankUpdates {
 impl WeightTransform for LowRankUpdates {
     fn apply(&self, weights: &mut [Tensor], at: &TrainingPoint) -> Result<()> {
         for Factors { matrix, a, b } in low_rank_factors(at.parameters) {
-            let [a, b] = [a, b].map(|id| &weights[id.index()]);
-            let update = self.update(a, b, at.parameters.get(matrix))?;
-            weights[matrix.index()] = weights[matrix.index()].f_add(&update)?;
+            let float = |id: ParameterId| weights[id.index()].f_to_kind(Kind::Float);
+            let update = self.update(&float(a)?, &float(b)?, at.parameters.get(matrix))?;
+            // In bf16 the sum is rounded, and not the matrix and its small change each.
+            let sum = at.parameters.leaf(matrix).f_detach()?.f_add(&update)?;
+            weights[matrix.index()] = sum.f_to_kind(weights[matrix.index()].kind())?;
         }
         Ok(())
     }
@@ -295,6 +297,40 @@ mod tests {
         assert_eq!(table.as_slice().iter().map(sizes).collect::<Vec<_>>(), [[3, 4]; 2]);
         assert!(heads.view([3, 4]).transpose(0, 1).allclose(&plain, 1e-6, 1e-6, false));
         assert!(plain.allclose(&(b.matmul(&a) * 0.5), 1e-6, 1e-6, false));
+    }
+
+    #[test]
+    fn in_bfloat16_only_the_sum_is_rounded() {
+        let mut model = model(&["q.query.weight", "q.value.weight"]);
+        let further = method("{rank: 2}").unwrap().further_weights(model.declared());
+        let mut table = ParameterTable::default();
+        for own in model.declared().iter().chain(further.iter()) {
+            table.declare(&own.name, &own.shape, own.kind, own.place);
+        }
+        model = Parameters::allocate(table, Device::Cpu).unwrap();
+        tch::manual_seed(1);
+        let scale = |own: &Parameter| if own.kind == ParameterKind::LowRank { 0.05 } else { 1.0 };
+        for (id, own) in model.iter().map(|(id, own)| (id, own.clone())).collect::<Vec<_>>() {
+            model.set(id, &(Tensor::randn(&*own.shape, (Kind::Float, Device::Cpu)) * scale(&own))).unwrap();
+        }
+        let mut weights = model.compute_weights(Kind::BFloat16).unwrap();
+        let point = TrainingPoint {
+            parameters: &model,
+            start: model.values(),
+            output: model.find("q.query.weight").unwrap(),
+            seed: 1,
+            step: 0,
+            mask: None,
+        };
+        LowRankUpdates(4.0).apply(&mut weights, &point).unwrap();
+        for Factors { matrix, a, b } in low_rank_factors(&model) {
+            let [a, b] =
+                [a, b].map(|id| model.leaf(id).detach().to_kind(Kind::BFloat16).to_kind(Kind::Double));
+            let exact = model.leaf(matrix).detach().to_kind(Kind::Double) + b.matmul(&a) * 4.0;
+            let found = &weights[matrix.index()];
+            assert_eq!(found.kind(), Kind::BFloat16);
+            assert_eq!(*found, exact.to_kind(Kind::Float).to_kind(Kind::BFloat16));
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::registry::MethodOptions;
 use super::{Method, Parts, Preset, TrainingPoint, WeightTransform, weights_of};
 use crate::child::{StepMask, mask_in_place};
 use crate::error::Result;
-use crate::libtorch::{elements_mut, with_backward};
+use crate::libtorch::{elements_mut, seed_generators, with_backward};
 use crate::model::{Parameter, ParameterId, ParameterKind};
 use crate::random::{Bernoulli, Key, Purpose};
 use crate::values::{OneOrMany, PartialShare, axis, yaml_name};
@@ -68,9 +68,14 @@ impl Method for Mixout {
         format!("q={} mask={} dropout={}", self.q, yaml_name(&self.mask), self.dropout)
     }
 
-    fn state_bytes(&self, declared: &[Parameter], number: usize) -> usize {
+    fn state_bytes(
+        &self,
+        declared: &[Parameter],
+        changes: &dyn Fn(&Parameter) -> bool,
+        number: usize,
+    ) -> usize {
         // In a step, the matrices that passes use and their gradients.
-        let matrices = weights_of(declared, |own| own.kind == ParameterKind::Weight);
+        let matrices = weights_of(declared, |own| own.kind == ParameterKind::Weight && changes(own));
         if self.q > 0.0 { 2 * number * matrices } else { 0 }
     }
 
@@ -193,7 +198,7 @@ impl Factors {
     pub(super) fn draw(&self, factor: f64, device: Device) -> Result<Tensor> {
         let numbers = [self.shape.iter().product::<i64>()];
         let drawn = if device.is_cuda() {
-            self.key.seed_libtorch();
+            seed_generators(self.key.to_seed())?;
             let kept = Tensor::f_rand(numbers, (Kind::Float, device))?.f_ge(self.q)?;
             kept.f_to_kind(Kind::Float)?.f_mul_scalar(factor)?
         } else {

@@ -161,6 +161,11 @@ pub trait Method: Send + Sync {
         None
     }
 
+    /// Returns whether it means nothing for a model without dropout.
+    fn needs_dropout(&self) -> bool {
+        false
+    }
+
     /// Returns whether weights outside a mask are set to zero.
     fn prunes(&self) -> bool {
         false
@@ -176,8 +181,13 @@ pub trait Method: Send + Sync {
     }
 
     /// Returns the bytes of what it keeps in training besides weights, gradients and optimizer state, in a model that declares
-    /// the given parameters; passes have numbers of `number` bytes.
-    fn state_bytes(&self, declared: &[Parameter], _number: usize) -> usize {
+    /// the given parameters, of which some change; passes have numbers of `number` bytes.
+    fn state_bytes(
+        &self,
+        declared: &[Parameter],
+        _changes: &dyn Fn(&Parameter) -> bool,
+        _number: usize,
+    ) -> usize {
         // A bit a weight.
         if self.has_fixed_mask() { weights_of(declared, |_| true).div_ceil(8) } else { 0 }
     }
@@ -231,7 +241,7 @@ pub trait PreparationHost {
     /// An error ends the preparation: the user asked to stop.
     fn progress(&mut self, examples: usize) -> Result<()>;
 
-    /// Trains a model as the run will, but without masks.
+    /// Trains a model as the run will, but without masks, and all of it.
     ///
     /// # Errors
     /// As training: if it diverges, the user asks to stop, or libtorch refuses an operation.

@@ -66,7 +66,7 @@ impl<'a> Passes<'a> {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn logits(&self) -> Result<Tensor> {
-        self.run(self.begin(self.weights))
+        self.run(self.begin(self.weights)?)
     }
 
     /// Runs a pass with shifted embeddings of words: `[examples, outputs]` in float32.
@@ -74,7 +74,7 @@ impl<'a> Passes<'a> {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn shifted_logits(&self, shift: Shift) -> Result<Tensor> {
-        self.run(self.begin(self.weights).shifted(shift))
+        self.run(self.begin(self.weights)?.shifted(shift))
     }
 
     /// Runs a pass with `shift` added to the embeddings of words, `[tokens, width]`, whose weights are constants, to learn what
@@ -85,7 +85,7 @@ impl<'a> Passes<'a> {
     pub fn logits_of_shift(&self, shift: &Tensor) -> Result<Tensor> {
         let weights: Vec<Tensor> = self.weights.iter().map(Tensor::f_detach).collect::<Result<_, _>>()?;
         let settings = PassSettings { checkpointing: false, ..self.settings };
-        let pass = begin(&weights, self.batch, settings, self.number());
+        let pass = begin(&weights, self.batch, settings, self.number())?;
         self.classifier.logits(&pass.shifted(Shift { by: shift.shallow_clone(), of_constants: true }))
     }
 
@@ -119,7 +119,7 @@ impl<'a> Passes<'a> {
         Ok(leaf)
     }
 
-    fn begin(&self, weights: &'a [Tensor]) -> Pass<'a> {
+    fn begin(&self, weights: &'a [Tensor]) -> Result<Pass<'a>> {
         begin(weights, self.batch, self.settings, self.number())
     }
 
@@ -130,7 +130,12 @@ impl<'a> Passes<'a> {
 }
 
 /// Starts a pass; the first is that of plain fine-tuning.
-fn begin<'a>(weights: &'a [Tensor], batch: &'a PackedBatch, settings: PassSettings, number: u64) -> Pass<'a> {
+fn begin<'a>(
+    weights: &'a [Tensor],
+    batch: &'a PackedBatch,
+    settings: PassSettings,
+    number: u64,
+) -> Result<Pass<'a>> {
     let PassSettings { seed, step, first_slot, .. } = settings;
     let key = |first: Purpose, further: Purpose| match number {
         0 => Key::derive(seed, first, step),
@@ -139,9 +144,9 @@ fn begin<'a>(weights: &'a [Tensor], batch: &'a PackedBatch, settings: PassSettin
     };
     let device = batch.input_ids.device();
     let dropout = || Dropout::of_key(key(Purpose::Dropout, Purpose::SecondDropout), first_slot, device);
-    let mut pass = Pass::new(weights, batch, settings.dropout.then(dropout));
+    let mut pass = Pass::new(weights, batch, settings.dropout.then(dropout).transpose()?);
     if let Some(noise) = settings.hidden_noise {
         pass = pass.with_noise(noise, key(Purpose::Noise, Purpose::SecondNoise));
     }
-    if settings.checkpointing { pass.checkpointed() } else { pass }
+    Ok(if settings.checkpointing { pass.checkpointed() } else { pass })
 }

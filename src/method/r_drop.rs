@@ -44,8 +44,12 @@ impl Method for RDrop {
         format!("alpha={}", self.alpha)
     }
 
+    fn needs_dropout(&self) -> bool {
+        self.alpha > 0.0
+    }
+
     fn conflict(&self, other: &dyn Method) -> Option<&'static str> {
-        let both = self.alpha > 0.0 && !other.parts().dropout && other.name() != self.name();
+        let both = self.needs_dropout() && !other.parts().dropout && other.name() != self.name();
         both.then_some("its two passes differ by dropout alone, which the other turns off; give that one `dropout: true`")
     }
 

@@ -44,7 +44,7 @@ impl<'a> Pass<'a> {
         arithmetic: impl Fn(&Pass<'a>, &Tensor) -> Result<Tensor> + 'a,
     ) -> Result<Tensor> {
         let Some(segments) = self.segments() else { return arithmetic(self, input) };
-        let site = self.begin_segment(None);
+        let site = self.begin_segment(None)?;
         let output = {
             let _guard = tch::no_grad_guard();
             arithmetic(self, input)?
@@ -68,7 +68,7 @@ impl<'a> Pass<'a> {
         let Some(segments) = self.segments() else { return Ok(()) };
         while let Some(segment) = pop(segments) {
             let input = segment.input.f_detach()?.f_set_requires_grad(true)?;
-            self.begin_segment(Some(segment.site));
+            self.begin_segment(Some(segment.site))?;
             let output = (segment.arithmetic)(self, &input)?;
             backward_from(&output, &segment.output.f_grad()?)?;
             drop(output);

@@ -160,7 +160,7 @@ impl Classifier {
         let report = folder.load(&mut parameters, network.as_ref(), head.as_deref())?;
         parameters.mark_unchanged();
         let fresh = report.fresh.iter().filter_map(|name| parameters.find(name)).collect();
-        let initializer_range = config.number_or("initializer_range", 0.02)?;
+        let initializer_range = config.magnitude_or("initializer_range", 0.02)?;
         let (start, redrawn) = Default::default();
         Ok(Self { parameters, report, network, config, labels, start, fresh, redrawn, initializer_range })
     }
@@ -209,7 +209,7 @@ impl Classifier {
         let network = config.family()?(&config, labels.outputs(), &mut table)?;
         let parameters = Parameters::allocate(table, device)?;
         let fresh = parameters.iter().map(|(id, _)| id).collect();
-        let initializer_range = config.number_or("initializer_range", 0.02)?;
+        let initializer_range = config.magnitude_or("initializer_range", 0.02)?;
         let report = LoadReport::default();
         let (start, redrawn) = Default::default();
         Ok(Self { parameters, report, network, config, labels, start, fresh, redrawn, initializer_range })

@@ -1,8 +1,8 @@
 //! A model's `config.json`, read as transformers reads it, and the registry of families.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value};
 
@@ -10,6 +10,7 @@ use super::classifier::Network;
 use super::params::ParameterTable;
 use super::{bert, deberta_v2, distilbert, electra, modernbert, roberta, xlnet};
 use crate::error::{Error, Result};
+use crate::locking::locked;
 
 /// Makes a family's network from its config: declares the parameters and returns the arithmetic. The second argument
 /// is the number of outputs of the head.
@@ -38,6 +39,8 @@ pub struct ModelConfig {
     values: Map<String, Value>,
     /// Every key that was looked up here or in a copy, whether it was there or not: what the family reads.
     asked: Arc<Mutex<BTreeSet<String>>>,
+    /// The probabilities of dropout that were read, by key.
+    dropout: Arc<Mutex<BTreeMap<String, f64>>>,
 }
 
 impl ModelConfig {
@@ -54,7 +57,9 @@ impl ModelConfig {
             )
         })?;
         match serde_json::from_str(&text) {
-            Ok(Value::Object(values)) => Ok(Self { path, values, asked: Arc::default() }),
+            Ok(Value::Object(values)) => {
+                Ok(Self { path, values, asked: Arc::default(), dropout: Arc::default() })
+            }
             Ok(_) => Err(Error::model(path, "is not a JSON object")),
             Err(error) => Err(Error::model(path, format!("is not valid JSON: {error}"))),
         }
@@ -62,7 +67,7 @@ impl ModelConfig {
 
     /// Makes a config that is in no file.
     pub fn from_values(values: Map<String, Value>) -> Self {
-        Self { path: PathBuf::from("config.json"), values, asked: Arc::default() }
+        Self { path: PathBuf::from("config.json"), values, asked: Arc::default(), dropout: Arc::default() }
     }
 
     /// Overrides keys of the config (`model_config:` of an experiment).
@@ -74,7 +79,7 @@ impl ModelConfig {
         let own: BTreeSet<String> = self.values.keys().cloned().collect();
         self.values.extend(overrides.clone());
         self.family()?(&self, 1, &mut ParameterTable::default())?;
-        let read = self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let read = locked(&self.asked).clone();
         let known = || own.iter().chain(&read).map(String::as_str);
         match overrides.keys().find(|key| !own.contains(*key) && !read.contains(*key)) {
             None => Ok(self),
@@ -88,8 +93,18 @@ impl ModelConfig {
 
     /// Looks a key up.
     fn get(&self, key: &str) -> Option<&Value> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned());
+        locked(&self.asked).insert(key.to_owned());
         self.values.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Returns the probabilities of dropout that the family reads, by key.
+    ///
+    /// # Errors
+    /// Fails if the family cannot be built.
+    pub fn dropout(&self) -> Result<BTreeMap<String, f64>> {
+        let own = Self { dropout: Arc::default(), ..self.clone() };
+        own.family()?(&own, 1, &mut ParameterTable::default())?;
+        Ok(locked(&own.dropout).clone())
     }
 
     /// Returns the family's constructor.
@@ -201,6 +216,17 @@ impl ModelConfig {
         }
     }
 
+    /// Returns a number of at least 0, or a default where the key is missing or null.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is something else.
+    pub fn magnitude_or(&self, key: &str, default: f64) -> Result<f64> {
+        match self.number_or(key, default)? {
+            number if number >= 0.0 => Ok(number),
+            number => Err(self.error(format!("`{key}` must be at least 0, not {number}"))),
+        }
+    }
+
     /// Returns a probability in [0, 1), or a default where the key is missing or null.
     ///
     /// # Errors
@@ -208,6 +234,7 @@ impl ModelConfig {
     pub fn dropout_or(&self, key: &str, default: f64) -> Result<f64> {
         let value = self.number_or(key, default)?;
         if (0.0..1.0).contains(&value) {
+            locked(&self.dropout).insert(key.to_owned(), value);
             return Ok(value);
         }
         Err(self.error(format!("`{key}` must be at least 0 and below 1, not {value}")))

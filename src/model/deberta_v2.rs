@@ -76,7 +76,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
         sizes,
         layers: config.layers("num_hidden_layers")?,
         activation: Activation::parse(config.text_or("hidden_act", "gelu")?)?,
-        epsilon: config.number_or("layer_norm_eps", 1e-7)?,
+        epsilon: config.magnitude_or("layer_norm_eps", 1e-7)?,
         hidden_dropout,
         attention_output_dropout: hidden_dropout,
         attention_dropout: config.dropout_or("attention_probs_dropout_prob", 0.1)?,

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::data::PackedBatch;
 use crate::error::Result;
-use crate::libtorch::{elements, elements_mut, with_backward};
+use crate::libtorch::{elements, elements_mut, seed_generators, with_backward};
 use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
 
 /// The dropout pattern of one optimizer step.
@@ -22,25 +22,35 @@ pub struct Dropout {
 impl Dropout {
     /// Makes the pattern of a step (or of a batch of the Fisher pass, by `purpose`), for a pass over the examples from
     /// `first_slot` on.
-    pub fn new(seed: u64, purpose: Purpose, step: u64, first_slot: usize, device: Device) -> Self {
+    ///
+    /// # Errors
+    /// As for [`Dropout::of_key`].
+    pub fn new(seed: u64, purpose: Purpose, step: u64, first_slot: usize, device: Device) -> Result<Self> {
         Self::of_key(Key::derive(seed, purpose, step), first_slot, device)
     }
 
     /// Makes the pattern of a key, for a pass over the examples from `first_slot` on.
-    pub fn of_key(key: Key, first_slot: usize, device: Device) -> Self {
+    ///
+    /// # Errors
+    /// Fails if libtorch does not seed its generator.
+    pub fn of_key(key: Key, first_slot: usize, device: Device) -> Result<Self> {
         if device.is_cuda() {
             // Masks draw from the same generator, so it is seeded for every pass.
-            key.of_part(first_slot as u64).seed_libtorch();
+            seed_generators(key.of_part(first_slot as u64).to_seed())?;
         }
-        Self { key }
+        Ok(Self { key })
     }
 
     /// Starts a segment that may be run again: on CUDA, libtorch's generator is set to what the segment draws both times.
-    pub fn begin_segment(&self, site: u32, batch: &PackedBatch) {
-        if batch.input_ids.device().is_cuda() {
-            let first_slot = u64::from(batch.slots.first().copied().unwrap_or(0));
-            self.key.of_part(first_slot).of_part(u64::from(site)).seed_libtorch();
+    ///
+    /// # Errors
+    /// Fails if libtorch does not seed its generator.
+    pub fn begin_segment(&self, site: u32, batch: &PackedBatch) -> Result<()> {
+        if !batch.input_ids.device().is_cuda() {
+            return Ok(());
         }
+        let first_slot = u64::from(batch.slots.first().copied().unwrap_or(0));
+        seed_generators(self.key.of_part(first_slot).of_part(u64::from(site)).to_seed())
     }
 
     /// Drops elements of packed rows `[tokens, width]`, scaling the others by 1 / (1 − probability).
@@ -224,7 +234,7 @@ pub(super) mod tests {
 
     #[test]
     fn the_pattern_of_an_example_does_not_depend_on_its_batch() {
-        let dropout = Dropout::new(42, Purpose::Dropout, 7, 0, Device::Cpu);
+        let dropout = Dropout::new(42, Purpose::Dropout, 7, 0, Device::Cpu).unwrap();
         let ones = |tokens: i64| Tensor::ones([tokens, 100], (Kind::Float, Device::Cpu));
         let whole = dropout.tokens(&ones(9), 0.3, 2, &batch(&[4, 5], 0)).unwrap();
         let second = dropout.tokens(&ones(5), 0.3, 2, &batch(&[5], 1)).unwrap();
@@ -240,7 +250,7 @@ pub(super) mod tests {
 
     #[test]
     fn bfloat16_has_the_same_pattern_and_rounds_to_the_nearest() {
-        let dropout = Dropout::new(42, Purpose::Dropout, 7, 0, Device::Cpu);
+        let dropout = Dropout::new(42, Purpose::Dropout, 7, 0, Device::Cpu).unwrap();
         let rows = Tensor::randn([9, 100], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
         let batch = batch(&[4, 5], 0);
         let half = dropout.tokens(&rows, 0.3, 2, &batch).unwrap();
@@ -253,7 +263,7 @@ pub(super) mod tests {
 
     #[test]
     fn the_share_of_dropped_elements_is_the_probability_and_the_mean_is_kept() {
-        let dropout = Dropout::new(1, Purpose::Dropout, 0, 0, Device::Cpu);
+        let dropout = Dropout::new(1, Purpose::Dropout, 0, 0, Device::Cpu).unwrap();
         let rows = Tensor::ones([1000, 300], (Kind::Float, Device::Cpu));
         let dropped = dropout.tokens(&rows, 0.1, 0, &batch(&[1000], 0)).unwrap();
         let zeros = f64::try_from(dropped.eq(0.0).to_kind(Kind::Double).mean(Kind::Double)).unwrap();

@@ -107,15 +107,15 @@ struct Declaration<'a> {
 
 impl<'a> Declaration<'a> {
     fn read(config: &ModelConfig, table: &'a mut ParameterTable) -> Result<Self> {
-        let range = config.number_or("initializer_range", 0.02)?;
-        let cutoff = config.number_or("initializer_cutoff_factor", 2.0)?;
+        let range = config.magnitude_or("initializer_range", 0.02)?;
+        let cutoff = config.magnitude_or("initializer_cutoff_factor", 2.0)?;
         if cutoff <= 0.0 {
             return Err(config.error(format!("`initializer_cutoff_factor` must be above 0, not {cutoff}")));
         }
         Ok(Self {
             table,
             hidden: config.integer("hidden_size")?,
-            epsilon: config.number_or("norm_eps", 1e-5)?,
+            epsilon: config.magnitude_or("norm_eps", 1e-5)?,
             norm_bias: config.boolean_or("norm_bias", false)?,
             attention_bias: config.boolean_or("attention_bias", false)?,
             feed_forward_bias: config.boolean_or("mlp_bias", false)?,

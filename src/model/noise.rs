@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 use super::dropout::token_counters;
 use crate::data::PackedBatch;
 use crate::error::Result;
-use crate::libtorch::elements_mut;
+use crate::libtorch::{elements_mut, seed_generators};
 use crate::random::{self, GROUP, Key};
 
 /// The distribution that noise is drawn from.
@@ -44,7 +44,7 @@ impl Noise {
         let options = (Kind::Float, device);
         let unit = if device.is_cuda() {
             let first_slot = u64::from(batch.slots.first().copied().unwrap_or(0));
-            key.of_part(first_slot).of_part(u64::from(site)).seed_libtorch();
+            seed_generators(key.of_part(first_slot).of_part(u64::from(site)).to_seed())?;
             match self.kind {
                 NoiseKind::Normal => Tensor::f_randn([tokens, width], options)?,
                 NoiseKind::Uniform => {

@@ -190,13 +190,16 @@ impl<'a> Pass<'a> {
     }
 
     /// Starts a segment: forward, or again from its first place of dropout, which is returned.
-    pub(super) fn begin_segment(&self, again: Option<u32>) -> u32 {
+    ///
+    /// # Errors
+    /// As for [`Dropout::begin_segment`].
+    pub(super) fn begin_segment(&self, again: Option<u32>) -> Result<u32> {
         let site = again.unwrap_or(self.sites.get());
         self.sites.set(site);
         if let Some(dropout) = &self.dropout {
-            dropout.begin_segment(site, self.batch);
+            dropout.begin_segment(site, self.batch)?;
         }
-        site
+        Ok(site)
     }
 
     /// Numbers the places where dropout happens, in the order of the forward pass.

@@ -116,7 +116,7 @@ impl LayerSettings {
             },
             layers: config.layers("num_hidden_layers")?,
             activation: Activation::parse(config.text_or("hidden_act", "gelu")?)?,
-            epsilon: config.number_or("layer_norm_eps", 1e-12)?,
+            epsilon: config.magnitude_or("layer_norm_eps", 1e-12)?,
             hidden_dropout,
             attention_output_dropout: hidden_dropout,
             attention_dropout: config.dropout_or("attention_probs_dropout_prob", 0.1)?,

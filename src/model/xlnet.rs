@@ -64,7 +64,7 @@ struct Layer {
 pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> Result<Box<dyn Network>> {
     let sizes = sizes(config)?;
     let hidden = sizes.hidden;
-    let epsilon = config.number_or("layer_norm_eps", 1e-12)?;
+    let epsilon = config.magnitude_or("layer_norm_eps", 1e-12)?;
     let dropout = config.dropout_or("dropout", 0.1)?;
     let attention = attention_settings(config, &sizes, dropout)?;
     let activation = Activation::parse(config.text_or("ff_activation", "gelu")?)?;

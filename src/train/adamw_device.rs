@@ -92,8 +92,9 @@ impl DeviceMoments {
             };
             let (mut values, gradients) = (part(values)?, part(gradients)?);
             let Some(members) = &group.members else {
-                scale(&mut values, constants.decay_before)?;
-                self.update(&values, &gradients, group, divisor, &constants)?;
+                // The kernel decays before the update by itself, and spares a pass over the weights; it decays by the rate.
+                let decay = if constants.learning_rate > 0.0 { 1.0 - constants.decay_before } else { 0.0 };
+                self.update(&values, &gradients, group, divisor, &constants, decay)?;
                 scale(&mut values, constants.decay_after)?;
                 continue;
             };
@@ -103,7 +104,7 @@ impl DeviceMoments {
             scale(&mut values, of_all(constants.decay_before))?;
             let mut own = values.f_index_select(0, members)?;
             scale(&mut own, of_members(constants.decay_before))?;
-            self.update(&own, &gradients.f_index_select(0, members)?, group, divisor, &constants)?;
+            self.update(&own, &gradients.f_index_select(0, members)?, group, divisor, &constants, 0.0)?;
             scale(&mut own, of_members(constants.decay_after))?;
             let _ = values.f_index_copy_(0, &members.f_to_kind(Kind::Int64)?, &own)?;
             scale(&mut values, of_all(constants.decay_after))?;
@@ -118,9 +119,11 @@ impl DeviceMoments {
         group: &Group,
         divisor: Option<&Tensor>,
         constants: &StepConstants,
+        decay: f64,
     ) -> Result<()> {
         FusedAdamW {
             learning_rate: constants.learning_rate,
+            weight_decay: if decay > 0.0 { decay / constants.learning_rate } else { 0.0 },
             betas: constants.betas,
             epsilon: constants.epsilon,
         }

@@ -100,6 +100,16 @@ fn by_batches(
     Ok(rows.f_index_select(0, &upload(&places, device)?)?)
 }
 
+/// Returns the number of the first example whose logits `[examples, outputs]` are not all finite.
+///
+/// # Errors
+/// Fails if libtorch refuses an operation.
+pub fn first_not_finite(logits: &Tensor) -> Result<Option<usize>> {
+    let outputs = (logits.numel() / logits.size()[0].max(1) as usize).max(1);
+    let place = elements::<f32>(logits)?.iter().position(|logit| !logit.is_finite());
+    Ok(place.map(|place| place / outputs))
+}
+
 /// Scores a model on a labelled data set.
 ///
 /// # Errors

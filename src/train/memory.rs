@@ -54,7 +54,9 @@ impl MemoryUse {
             // consists of the rows that the batch uses.
             fixed += FLOAT * shape.embedding_weights as f64;
         }
-        Self::with_activations(shape, fixed, half, settings.gradient_checkpointing, device)
+        let memory = Self::with_activations(shape, fixed, half, settings.gradient_checkpointing, device);
+        // Recorded passes keep their memory beside that of those that run as they come.
+        if settings.cuda_graphs && device.is_cuda() { memory.with_method(0, 2) } else { memory }
     }
 
     /// Adds what a method keeps, and the activations of as many passes as a step goes backward through at once.

@@ -20,7 +20,9 @@ mod trainer;
 
 pub use crate::model::Precision;
 pub use control::{Control, Event, Progress};
-pub use evaluate::{Evaluation, Scored, TOKENS_PER_BATCH, evaluate, frozen_features, predict};
+pub use evaluate::{
+    Evaluation, Scored, TOKENS_PER_BATCH, evaluate, first_not_finite, frozen_features, predict,
+};
 pub use hyperparameters::{
     AdamWForm, Checkpoint, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Warmup,
 };

@@ -1,5 +1,6 @@
 //! What a method does before training.
 
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use super::control::{Control, Event, Progress};
@@ -47,8 +48,7 @@ pub fn prepare(
 /// Returns what a method changes in a run besides masks.
 fn without_mask(method: &dyn Method, classifier: &Classifier) -> Prepared {
     let layers = classifier.parameters.layers();
-    let (mut frozen, mut rates) =
-        <(std::collections::HashSet<_>, std::collections::HashMap<_, _>)>::default();
+    let (mut frozen, mut rates) = <(HashSet<_>, HashMap<_, _>)>::default();
     for (_, parameter) in classifier.parameters.iter() {
         if !method.trains(parameter, layers) {
             frozen.insert(parameter.name.clone());
@@ -107,7 +107,8 @@ impl PreparationHost for Host<'_, '_> {
     }
 
     fn fine_tune(&mut self, classifier: &mut Classifier) -> Result<()> {
-        let prepared = without_mask(self.method, classifier);
+        // A child network is chosen as if nothing else decided what trains.
+        let prepared = Prepared { frozen: HashSet::new(), ..without_mask(self.method, classifier) };
         let trainer = Trainer::new(classifier, self.data, self.hyperparameters, prepared, self.seed)?;
         let report = &mut self.control.report;
         let mut control = Control {

@@ -65,6 +65,12 @@ impl StepGraphs {
         Ok(Some(Self { recorded: HashMap::new(), seen: HashMap::new(), warm_up, max_length, _stream }))
     }
 
+    /// Gives up what is recorded, and its memory; shapes that come later may be recorded again.
+    pub fn forget(&mut self) {
+        self.recorded.clear();
+        self.seen.clear();
+    }
+
     /// Runs examples forward and backward, from a record where there is one; the hooks collect what comes out. Whoever calls
     /// has just made `dropout`, which seeds the device's generator. Returns the mean loss, on the device.
     ///

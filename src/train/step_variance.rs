@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::method::{Method, Prepared};
 use crate::model::{Classifier, Parameters, Pass, loss, span};
 use crate::random::{self, Key, Purpose};
+use crate::statistics::standard_deviation;
 
 /// Mean and variance of a step as the theorem predicts and as draws show them. Sums and norms are over all weights in the
 /// mask's scope.
@@ -53,12 +54,13 @@ pub struct StepVariance {
     pub predicted_variance: f64,
     /// The same from the draws (with draws − 1 below the line).
     pub measured_variance: f64,
-    /// Measured / predicted variance.
-    pub ratio: f64,
+    /// Measured / predicted variance; nothing where none is predicted.
+    pub ratio: Option<f64>,
     /// Standard error of the ratio.
-    pub standard_error_of_ratio: f64,
-    /// Share of the weights with a variance whose mean lies within three standard errors of the predicted one.
-    pub within_three_standard_errors: f64,
+    pub standard_error_of_ratio: Option<f64>,
+    /// Share of the weights with a variance whose mean lies within three standard errors of the predicted one; nothing where none
+    /// varies.
+    pub within_three_standard_errors: Option<f64>,
 }
 
 /// Draws steps from the model's weights, each with another batch and mask, and compares them with the theorem. The weights
@@ -91,20 +93,15 @@ pub fn step_variance(
     };
     let learning_rate = hyperparameters.learning_rate * rate;
     let batch_size = hyperparameters.batch_size.min(data.len());
-    let moments = Moments::new(classifier, data, scope, batch_size, control)?;
-    let step_length = learning_rate * scale;
-    let squares = moments.mean.f_square()?;
-    let predicted_mean = moments.mean.f_mul_scalar(-step_length * p)?;
-    let predicted_variance = moments
-        .variance_of_batch(batch_size, data.len())?
-        .f_mul_scalar(p)?
-        .f_add(&squares.f_mul_scalar(p * (1.0 - p))?)?
-        .f_mul_scalar(step_length.powi(2))?;
+    let predicted = Moments::new(classifier, data, scope, batch_size, control)?.step(
+        learning_rate * scale,
+        p,
+        batch_size,
+        data.len(),
+    )?;
 
     let hooks = collected(classifier, prepared.mask.as_ref())?;
-    // Deviations from the predicted mean: their sums lose no digits, however small they are.
-    let (mut sums, mut sums_of_squares) = (predicted_mean.f_zeros_like()?, predicted_mean.f_zeros_like()?);
-    let mut lengths = Vec::new();
+    let mut drawn = Drawn::new(&predicted.mean)?;
     for draw in 0..draws {
         control.check()?;
         // A permutation of its own for every draw: the batches of one epoch are not independent.
@@ -115,46 +112,88 @@ pub fn step_variance(
         hooks.begin_step();
         let mean_loss = add_gradient(classifier, data, &order[..batch_size], batch_size)?;
         hooks.end_step()?;
-        let deviation = gathered(&classifier.parameters, classifier.parameters.gradients()?, scope)?
-            .f_mul_scalar_(-learning_rate)?
-            .f_sub_(&predicted_mean)?;
-        sums = sums.f_add_(&deviation)?;
-        sums_of_squares = sums_of_squares.f_addcmul_(&deviation, &deviation)?;
-        lengths.push(f64::try_from(deviation.f_square()?.f_sum(Kind::Double)?)?);
+        let gradient = gathered(&classifier.parameters, classifier.parameters.gradients()?, scope)?;
+        drawn.add(gradient.f_mul_scalar(-learning_rate)?.f_sub(&predicted.mean)?)?;
         let progress = Progress { done: draw + 1, total: draws };
         (control.report)(Event::Step { progress, loss: mean_loss });
     }
 
-    let total = |values: &Tensor| -> Result<f64> { Ok(f64::try_from(values.f_sum(Kind::Double)?)?) };
-    let count = draws as f64;
-    let mean_error = sums.f_div_scalar(count)?;
-    let squared_mean_error = total(&mean_error.f_square()?)?;
-    let measured_variance = (total(&sums_of_squares)? - count * squared_mean_error) / (count - 1.0);
-    let predicted = total(&predicted_variance)?;
-    let mean_length = lengths.iter().sum::<f64>() / count;
-    let variance_of_lengths =
-        lengths.iter().map(|length| (length - mean_length).powi(2)).sum::<f64>() / (count - 1.0);
-    let varies = predicted_variance.f_gt(0.0)?;
-    let within = mean_error
-        .f_square()?
-        .f_le_tensor(&predicted_variance.f_mul_scalar(9.0 / count)?)?
-        .f_logical_and(&varies)?;
-    Ok(StepVariance {
-        p,
-        batch_size,
-        examples: data.len(),
-        weights: predicted_mean.numel(),
-        draws,
-        learning_rate,
-        predicted_mean_norm: total(&predicted_mean.f_square()?)?.sqrt(),
-        mean_error_norm: squared_mean_error.sqrt(),
-        expected_mean_error_norm: (predicted / count).sqrt(),
-        predicted_variance: predicted,
-        measured_variance,
-        ratio: measured_variance / predicted,
-        standard_error_of_ratio: (variance_of_lengths / count).sqrt() / predicted,
-        within_three_standard_errors: total(&within)? / total(&varies)?,
-    })
+    let setting = Setting { p, batch_size, examples: data.len(), learning_rate };
+    drawn.against(&predicted, setting)
+}
+
+/// What a measurement is of, besides its weights.
+struct Setting {
+    p: f64,
+    batch_size: usize,
+    examples: usize,
+    learning_rate: f64,
+}
+
+/// Mean and variance of a step, of each weight, as the theorem has them.
+struct Predicted {
+    mean: Tensor,
+    variance: Tensor,
+}
+
+/// Steps as they were drawn, each as its deviation from the predicted mean: sums of these lose no digits, however small they
+/// are.
+struct Drawn {
+    sums: Tensor,
+    sums_of_squares: Tensor,
+    /// The squared length of each deviation.
+    lengths: Vec<f64>,
+}
+
+impl Drawn {
+    fn new(like: &Tensor) -> Result<Self> {
+        Ok(Self { sums: like.f_zeros_like()?, sums_of_squares: like.f_zeros_like()?, lengths: Vec::new() })
+    }
+
+    fn add(&mut self, deviation: Tensor) -> Result<()> {
+        self.lengths.push(total(&deviation.f_square()?)?);
+        let _ = self.sums.f_add_(&deviation)?;
+        let _ = self.sums_of_squares.f_addcmul_(&deviation, &deviation)?;
+        Ok(())
+    }
+
+    /// Compares the draws, two at least, with what was predicted.
+    fn against(self, predicted: &Predicted, setting: Setting) -> Result<StepVariance> {
+        let Setting { p, batch_size, examples, learning_rate } = setting;
+        let count = self.lengths.len() as f64;
+        let mean_error = self.sums.f_div_scalar(count)?;
+        let squared_mean_error = total(&mean_error.f_square()?)?;
+        let measured_variance = (total(&self.sums_of_squares)? - count * squared_mean_error) / (count - 1.0);
+        let predicted_variance = total(&predicted.variance)?;
+        let deviation = standard_deviation(&self.lengths).unwrap_or(f64::NAN);
+        let of_predicted = |number: f64| (predicted_variance > 0.0).then(|| number / predicted_variance);
+        let varies = predicted.variance.f_gt(0.0)?;
+        let within = mean_error
+            .f_square()?
+            .f_le_tensor(&predicted.variance.f_mul_scalar(9.0 / count)?)?
+            .f_logical_and(&varies)?;
+        Ok(StepVariance {
+            p,
+            batch_size,
+            examples,
+            weights: predicted.mean.numel(),
+            draws: self.lengths.len() as u64,
+            learning_rate,
+            predicted_mean_norm: total(&predicted.mean.f_square()?)?.sqrt(),
+            mean_error_norm: squared_mean_error.sqrt(),
+            expected_mean_error_norm: (predicted_variance / count).sqrt(),
+            predicted_variance,
+            measured_variance,
+            ratio: of_predicted(measured_variance),
+            standard_error_of_ratio: of_predicted(deviation / count.sqrt()),
+            within_three_standard_errors: Some(total(&within)? / total(&varies)?)
+                .filter(|share| share.is_finite()),
+        })
+    }
+}
+
+fn total(values: &Tensor) -> Result<f64> {
+    Ok(f64::try_from(values.f_sum(Kind::Double)?)?)
 }
 
 /// Mean and mean square of the gradients of single examples, of each weight in a scope, in float64.
@@ -192,6 +231,16 @@ impl Moments {
             mean: gathered(parameters, parameters.gradients()?, scope)?,
             mean_square: gathered(parameters, &information.values, scope)?,
         })
+    }
+
+    /// Returns mean and variance of a step of `step_length` times the masked mean gradient of `batch_size` of `examples`.
+    fn step(&self, step_length: f64, p: f64, batch_size: usize, examples: usize) -> Result<Predicted> {
+        let variance = self
+            .variance_of_batch(batch_size, examples)?
+            .f_mul_scalar(p)?
+            .f_add(&self.mean.f_square()?.f_mul_scalar(p * (1.0 - p))?)?
+            .f_mul_scalar(step_length.powi(2))?;
+        Ok(Predicted { mean: self.mean.f_mul_scalar(-step_length * p)?, variance })
     }
 
     /// Returns the variance of the mean gradient of `batch_size` of `examples`, drawn without replacement.

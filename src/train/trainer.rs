@@ -1,7 +1,7 @@
 //! The training loop of one run.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
@@ -21,6 +21,7 @@ use crate::child::{GradientHooks, GradientMask, norm_of_spans};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::libtorch::release_cached_memory;
+use crate::locking::locked;
 use crate::method::{
     ClipOrder, Method, Outside, PassSettings, Passes, Prepared, PullStrength, TrainingPoint,
 };
@@ -160,7 +161,7 @@ impl<'a> Trainer<'a> {
             let (optimizer, values) = (optimizer.clone(), parameters.values_to_change().f_data()?);
             GradientHooks::hand_on(parameters, &weights, trains, mask, move |parameter, gradient| {
                 let mut values = span(&values, &parameter.range)?;
-                lock(&optimizer).apply(&mut values, gradient, parameter.range.start, &Clip::Factor(1.0))
+                locked(&optimizer).apply(&mut values, gradient, parameter.range.start, &Clip::Factor(1.0))
             })?
         } else {
             let mask = mask.filter(|_| prepared.clip == ClipOrder::AfterMask && !masks_late);
@@ -201,7 +202,7 @@ impl<'a> Trainer<'a> {
             mask.begin_step(self.step)?;
         }
         let (learning_rate, pull) = (self.schedule.at(self.step), self.pulls.at(self.step));
-        lock(&self.optimizer).begin_step(learning_rate, pull.update_factor);
+        locked(&self.optimizer).begin_step(learning_rate, pull.update_factor);
         let mean_loss = loop {
             self.hooks.begin_step();
             match self.accumulate(examples) {
@@ -241,7 +242,7 @@ impl<'a> Trainer<'a> {
             mask.apply_to_all(parameters)?;
         }
         self.pulls.before_update(pull, learning_rate, trainable, [&values, &start])?;
-        lock(&self.optimizer).apply(&mut values, gradients, 0, &clip)?;
+        locked(&self.optimizer).apply(&mut values, gradients, 0, &clip)?;
         self.pulls.after_update(pull, learning_rate, trainable, [&values, &start])
     }
 
@@ -252,7 +253,7 @@ impl<'a> Trainer<'a> {
 
     /// Returns the bytes of the optimizer's state.
     pub fn optimizer_bytes(&self) -> usize {
-        lock(&self.optimizer).state_bytes()
+        locked(&self.optimizer).state_bytes()
     }
 
     /// Runs examples forward and backward, micro-batch by micro-batch; the hooks collect what comes out. Returns their mean
@@ -262,7 +263,7 @@ impl<'a> Trainer<'a> {
         if let Some(graphs) = self.graphs.as_mut().filter(|_| examples.len() <= self.micro_batch) {
             let precision = self.hyperparameters.pass_precision();
             let weights = plain_weights(&self.classifier.parameters, &self.trainable, precision)?;
-            let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, 0, device);
+            let dropout = Dropout::new(self.seed, Purpose::Dropout, self.step, 0, device)?;
             return graphs.run(self.classifier, &weights, &self.hooks, (self.data, examples), dropout);
         }
         let mut mean_loss = Tensor::f_zeros([], (Kind::Float, device))?;
@@ -323,6 +324,9 @@ impl<'a> Trainer<'a> {
         let again = self.micro_batch > 1 && !self.hyperparameters.release_gradients;
         if again {
             self.micro_batch = self.micro_batch.div_ceil(2);
+            if let Some(graphs) = &mut self.graphs {
+                graphs.forget();
+            }
             // What cannot be given back stays for the next try.
             let _ = release_cached_memory();
         }
@@ -469,8 +473,4 @@ impl<'a> Trainer<'a> {
         let start = self.classifier.start().unwrap_or(parameters.values());
         self.prepared.parts.weights.iter().try_for_each(|transform| transform.settle(parameters, start))
     }
-}
-
-fn lock(optimizer: &Mutex<Optimizer>) -> MutexGuard<'_, Optimizer> {
-    optimizer.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

@@ -10,6 +10,7 @@ use tch::Device;
 
 use super::Options;
 use super::report::measured;
+use crate::libtorch;
 use crate::statistics::median;
 
 const SCRIPT: &str = "benches/peer.py";
@@ -54,7 +55,10 @@ fn tokens_per_second(method: &str, precision: &str, device: Device) -> Result<f6
     let mut command = Command::new("python3");
     command.arg(SCRIPT).args(["--method", method, "--precision", precision]);
     command.args(["--lengths", LENGTHS, "--device", &device]);
-    // What this program was started with is not the peer's: it is to find its own libraries.
+    // What this program was started with is not the peer's: it is to find its own libraries, and to run as it comes.
+    for name in libtorch::own_settings() {
+        command.env_remove(name);
+    }
     command.env_remove("LD_LIBRARY_PATH").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut peer = command.spawn().map_err(|error| format!("python3 does not start: {error}"))?;
     let (input, output) = (peer.stdin.take(), peer.stdout.take());

@@ -87,7 +87,7 @@ impl Report {
         writeln!(text, "## Speed\n")?;
         writeln!(
             text,
-            "| workload | batch | precision | method | sequences/s | tokens/s | of vanilla | launches a step | memory, GB |"
+            "| workload | batch | precision | method | sequences/s | tokens/s | of vanilla | kernels a step | memory, GB |"
         )?;
         writeln!(text, "|---|---:|---|---|---:|---:|---:|---:|---:|")?;
         for row in &self.speeds {
@@ -158,7 +158,7 @@ impl Report {
         writeln!(
             text,
             " {:.0} | {:.0} | {of_vanilla} | {} | {memory} |",
-            speed.sequences_per_second, speed.tokens_per_second, speed.launches_per_step
+            speed.sequences_per_second, speed.tokens_per_second, speed.kernels_per_step
         )
     }
 }

@@ -1,4 +1,4 @@
-//! Speed: sequences and tokens a second, launches a step, memory; the Fisher pass against an epoch.
+//! Speed: sequences and tokens a second, kernels a step, memory; the Fisher pass against an epoch.
 
 use std::time::Instant;
 
@@ -56,7 +56,7 @@ pub struct Speed {
     /// Real tokens a second.
     pub tokens_per_second: f64,
     /// Kernels, copies and fills on the GPU in a step; 0 on the CPU.
-    pub launches_per_step: u64,
+    pub kernels_per_step: u64,
     /// Operator calls on the host in a step.
     pub operators_per_step: u64,
     /// Most memory in use, in bytes: of the device on CUDA, of the process on the CPU.
@@ -222,11 +222,11 @@ fn training(
         tokens.push(count as f64 / seconds);
     }
     let peak_memory = peak_memory(options.device);
-    let (_, profile) = profile(|| take_steps(&mut trainer, &mut batches, data, 1))?;
+    let (_, profile) = profile(options.device, || take_steps(&mut trainer, &mut batches, data, 1))?;
     Ok(Speed {
         sequences_per_second: median(&sequences).unwrap_or(f64::NAN),
         tokens_per_second: median(&tokens).unwrap_or(f64::NAN),
-        launches_per_step: profile.launches(),
+        kernels_per_step: profile.kernel_runs(),
         operators_per_step: profile.operator_calls(),
         peak_memory,
         longest: longest(&profile),

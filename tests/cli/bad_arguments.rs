@@ -46,6 +46,19 @@ fn settings_that_contradict_each_other_are_refused() {
 }
 
 #[test]
+fn a_model_without_dropout_is_refused_where_nothing_else_tells_passes_apart() {
+    let without = "model_config: {hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}\nmethod: ";
+    let parts = ["r_drop", "dropout", "`model_config: {", "hidden_dropout_prob"];
+    refused(&format!("{without}[r_drop]"), &[], 2, &parts);
+    refused(&format!("{without}[[r_drop, child_tuning_f]]"), &[], 2, &parts);
+    let workplace = Workplace::new();
+    for accepted in ["[vanilla, r3f, r_drop: {alpha: 0}]", "[[r_drop: {alpha: 0}, bitfit]]"] {
+        workplace.experiment(&format!("{without}{accepted}"));
+        workplace.call(&["plan", "experiment.yaml"]).with_code(0);
+    }
+}
+
+#[test]
 fn options_of_methods_that_contradict_each_other_are_refused() {
     let refuse = |method: &str, parts: &[&str]| refused(&format!("method: [{{{method}}}]"), &[], 2, parts);
     refuse(
@@ -64,6 +77,28 @@ fn options_of_methods_that_contradict_each_other_are_refused() {
     );
     refuse("vanilla: {learning_rate: 1}", &["`learning_rate`", "did you mean `learning_rate_factor`?"]);
     refused("train: {optimizer: adam}", &[], 2, &["experiment.yaml:1:", "did you mean `adamw`?"]);
+}
+
+#[test]
+fn places_that_are_no_files_and_grids_that_nobody_means_are_refused() {
+    refused("results: /dev/null", &[], 2, &["results: /dev/null", "neither a file nor a folder"]);
+    refused("results: ~/results.csv", &[], 2, &["results: ~/results.csv", "only a shell"]);
+    let numbers = |count: usize| (1..=count).map(|number| number.to_string()).collect::<Vec<_>>().join(", ");
+    let many = numbers(1000);
+    let train = format!("train: {{max_length: 32, batch_size: [{many}], epochs: [{many}]}}");
+    refused(&train, &[], 2, &["experiment.yaml: ", "more than 100000 settings"]);
+    let train = format!("train: {{max_length: 32, batch_size: [{many}]}}\nseeds: [{}]", numbers(1001));
+    refused(&train, &[], 2, &["experiment.yaml: ", "more than 1000000 runs"]);
+}
+
+#[test]
+fn a_key_that_is_there_twice_is_refused_where_it_comes_again() {
+    refused(
+        "task: rte\nmethod: vanilla\ntask: cola",
+        &[],
+        2,
+        &["experiment.yaml:3:1: duplicate field `task`"],
+    );
 }
 
 #[test]
@@ -161,6 +196,7 @@ fn gradients_that_choose_a_child_network_are_not_released() {
 fn what_cannot_be_recorded_is_refused_with_the_key_to_change() {
     for (train, key) in [
         ("{cuda_graphs: true}", "`train.precision: bf16`"),
+        ("{cuda_graphs: true, precision: bf16, batch_size: 8, micro_batch: 4}", "`train.micro_batch`"),
         (
             "{cuda_graphs: true, precision: bf16, gradient_checkpointing: true}",
             "`train.gradient_checkpointing`",

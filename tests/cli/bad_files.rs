@@ -217,7 +217,9 @@ fn a_foreign_results_file_is_refused_and_left_alone() {
     workplace
         .run(&[])
         .refused(2, &["results.csv: is not a results file", "column 1 is `index`", "`results:`"]);
-    workplace.call(&["compare", "results.csv"]).refused(2, &["results.csv:2: "]);
+    workplace
+        .call(&["compare", "results.csv"])
+        .refused(2, &["results.csv:1: is not a results file", "`task`"]);
     assert_eq!(workplace.read("results.csv"), foreign);
     workplace.call(&["compare", "absent.csv"]).refused(2, &["cannot read absent.csv", "No such file"]);
 }
@@ -243,10 +245,62 @@ fn a_cut_off_last_row_is_removed_with_a_note_and_done_again() {
     let whole = workplace.read("results.csv");
     let kept = whole.lines().take(2).map(|line| line.to_owned() + "\n").collect::<String>();
     workplace.write("results.csv", &whole[..kept.len() + 60]);
+    // Who only reads leaves it out.
+    assert!(workplace.call(&["plan", "experiment.yaml"]).with_code(0).stdout.contains("1 finished, 1 to do"));
+    workplace.call(&["compare", "results.csv"]).with_code(0);
     let answer = workplace.run(&[]).with_code(0);
     assert!(answer.stderr.starts_with("note: "), "{}", answer.stderr);
     assert!(answer.stderr.contains("results.csv: removed a last row that was cut off"), "{}", answer.stderr);
     assert!(answer.stdout.contains("1 runs done, 1 were there already"), "{}", answer.stdout);
     assert!(workplace.read("results.csv").starts_with(&kept));
     assert_eq!(workplace.column("results.csv", "seed"), ["1", "2"]);
+}
+
+#[test]
+fn lines_that_end_as_on_an_old_mac_are_refused_and_nothing_is_lost() {
+    let workplace = Workplace::new();
+    workplace.experiment("seeds: [1, 2]");
+    workplace.run(&[]).with_code(0);
+    let old = workplace.read("results.csv").replace('\n', "\r");
+    workplace.write("results.csv", &old);
+    workplace.run(&[]).refused(2, &["results.csv: ", "old Mac"]);
+    assert_eq!(workplace.read("results.csv"), old);
+    // A Windows file whose last line end lost its second half.
+    let windows = old.trim_end_matches('\r').replace('\r', "\r\n") + "\r";
+    workplace.write("results.csv", &windows);
+    assert!(workplace.run(&[]).with_code(0).stdout.contains("2 were there already"));
+    assert_eq!(workplace.column("results.csv", "seed"), ["1", "2"]);
+}
+
+#[test]
+fn an_empty_results_file_is_begun() {
+    let workplace = Workplace::new();
+    workplace.experiment("");
+    workplace.write("results.csv", "");
+    assert!(workplace.call(&["plan", "experiment.yaml"]).with_code(0).stdout.contains("1 to do"));
+    workplace.run(&[]).with_code(0);
+    assert_eq!(workplace.rows("results.csv").len(), 1);
+}
+
+#[test]
+fn a_model_whose_outputs_are_no_numbers_neither_predicts_nor_scores() {
+    let workplace = Workplace::with_models(&["bert_single"]);
+    let name = "bert_single/model.safetensors";
+    let mut bytes = fs::read(workplace.path(name)).unwrap();
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let (start, _) = metadata.info("classifier.weight").unwrap().data_offsets;
+    let place = 8 + header + start;
+    bytes[place..place + 4].copy_from_slice(&f32::MAX.to_le_bytes());
+    bytes[place + 4..place + 8].copy_from_slice(&f32::MAX.to_le_bytes());
+    workplace.write(name, &bytes);
+    workplace.write("in.tsv", "index\tsentence\n0\tthe cat sits\n");
+    let predict =
+        ["predict", "--model", "bert_single", "--task", "cola", "--input", "in.tsv", "--output", "out.csv"];
+    let length = ["--max-length", "32"];
+    let answer = workplace.call(&[&predict[..], &length].concat());
+    answer.refused(1, &["bert_single: ", "no finite numbers"]);
+    assert!(!workplace.path("out.csv").exists());
+    workplace.copy_data("CoLA");
+    let evaluate = ["evaluate", "--model", "bert_single", "--task", "cola", "--data", "own"];
+    workplace.call(&[&evaluate[..], &length].concat()).refused(1, &["bert_single: its loss on cola"]);
 }

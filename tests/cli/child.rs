@@ -150,6 +150,7 @@ fn a_mask_that_does_not_fit_is_refused_before_anything_trains() {
     workplace.write(&file, &bytes);
     with_file(&workplace, "bert_pair", &file, "").refused(2, &[&file, "is damaged"]);
     assert!(!workplace.path("second.csv").exists());
+    workplace.call(&["child", "inspect", &file]).refused(2, &[&file, "is damaged"]);
 }
 
 #[test]
@@ -164,6 +165,17 @@ fn a_mask_from_few_examples_tells_how_uncertain_it_is() {
     assert!(line.trim().starts_with("from 20 of ") && line.contains("of the weights within"), "{line}");
     let about = inspect(&workplace, second);
     assert!(about.contains("fisher=expected fisher.dropout=false fisher.precision=bf16 fisher.examples=20 "));
+}
+
+#[test]
+fn a_mask_does_not_depend_on_what_else_decides_which_weights_train() {
+    let workplace = Workplace::new();
+    workplace.experiment("method: [lt_sft, [lt_sft, bitfit], [lt_sft, top_layers: {k: 1}]]");
+    let compute = ["child", "compute", "experiment.yaml", "--threads", "1", "--output", "m"];
+    let text = workplace.call(&compute).with_code(0).stdout;
+    let sums: Vec<String> =
+        text.lines().map(|mask| words(&inspect(&workplace, mask), "sha256")[1].to_owned()).collect();
+    assert_eq!((sums.len(), &sums[1], &sums[2]), (3, &sums[0], &sums[0]));
 }
 
 #[test]
@@ -239,4 +251,17 @@ fn masks_that_cannot_be_compared_are_refused() {
     workplace
         .call(&["child", "inspect", "cut.safetensors"])
         .refused(2, &["cut.safetensors", "is not a mask"]);
+}
+
+#[test]
+fn inputs_are_not_written_over() {
+    let (workplace, rows) = with_masks();
+    let file = mask("masks", &rows[0]);
+    let before = std::fs::read(workplace.path(&file)).unwrap();
+    let overlap = ["child", "overlap", &file, &file, "--output"];
+    workplace.call(&[&overlap[..], &[&file]].concat()).refused(2, &["--output", &file, "name another file"]);
+    workplace.call(&[&overlap[..], &["absent/o.csv"]].concat()).refused(3, &["no folder absent"]);
+    assert_eq!(std::fs::read(workplace.path(&file)).unwrap(), before);
+    let variance = ["child", "variance", "experiment.yaml", "--output", "./experiment.yaml"];
+    workplace.call(&variance).refused(2, &["experiment.yaml", "name another file"]);
 }

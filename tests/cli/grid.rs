@@ -117,6 +117,19 @@ fn plan_counts_and_trains_nothing() {
 }
 
 #[test]
+fn runs_that_end_within_their_warm_up_are_named() {
+    let workplace = Workplace::new();
+    workplace.experiment("train: {epochs: 1, batch_size: 4096, max_length: 32}");
+    let plan = |set: &str| workplace.call(&["plan", "experiment.yaml", "--set", set]).with_code(0).stdout;
+    let text = plan("train.warmup=0.1");
+    assert!(
+        text.contains("note: 1 of 1 runs end before their warm-up") && text.contains("1 step and"),
+        "{text}"
+    );
+    assert!(!plan("train.warmup=0").contains("warm-up"));
+}
+
+#[test]
 fn a_run_that_diverges_becomes_a_row_and_the_others_still_run() {
     let workplace = Workplace::new();
     workplace.experiment(

@@ -305,6 +305,31 @@ fn what_is_wrong_is_said_once_and_before_anything_runs() {
 }
 
 #[test]
+fn an_experiment_may_be_a_pipe_unless_workers_have_to_read_it_too() {
+    let workplace = Workplace::new();
+    workplace.experiment("seeds: [1, 2]");
+    let piped = |jobs: &str| {
+        let call = workplace.command(&["run", "/dev/stdin", "--threads", "1", "--jobs", jobs]);
+        let experiment = workplace.read("experiment.yaml");
+        assert_cmd::Command::from_std(call).write_stdin(experiment).output().unwrap()
+    };
+    let refused = piped("2");
+    let message = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{message}");
+    assert!(message.contains("/dev/stdin") && message.contains("--jobs 1"), "{message}");
+    assert!(!workplace.path("results.csv").exists());
+    // Standard input of a worker is not that of this process, whatever it is here.
+    let mut redirected = workplace.command(&["run", "/dev/stdin", "--jobs", "2"]);
+    redirected.stdin(std::fs::File::open(workplace.path("experiment.yaml")).unwrap());
+    let redirected = redirected.output().unwrap();
+    assert_eq!(redirected.status.code(), Some(2), "{}", String::from_utf8_lossy(&redirected.stderr));
+    assert_eq!(piped("1").status.code(), Some(0));
+    // What the pipe and the file say is the same experiment.
+    workplace.run(&[]).with_code(0);
+    assert_eq!(workplace.rows("results.csv").len(), 2);
+}
+
+#[test]
 fn a_plan_goes_by_the_speed_of_finished_runs_and_divides_it_by_the_jobs() {
     let workplace = Workplace::new();
     workplace.experiment("seeds: [1, 2, 3, 4]\ntrain: {epochs: 2, batch_size: 16, max_length: 32}\nmethod: [vanilla, child_tuning_f]");

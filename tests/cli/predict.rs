@@ -116,6 +116,16 @@ fn quotation_marks_are_ordinary_characters() {
 }
 
 #[test]
+fn labels_of_the_input_do_not_matter() {
+    let workplace = Workplace::with_models(&["bert_single"]);
+    workplace.write("known.tsv", "index\tsentence\tlabel\n0\tthe cat sits\t1\n1\ta mat\t0\n");
+    workplace.write("unknown.tsv", "index\tsentence\tlabel\n0\tthe cat sits\t?\n1\ta mat\tgood\n");
+    let [known, unknown] =
+        ["known.tsv", "unknown.tsv"].map(|input| predict(&workplace, "bert_single", "cola", input, &[]));
+    assert_eq!(known, unknown);
+}
+
+#[test]
 fn inputs_longer_than_the_model_are_refused() {
     let workplace = Workplace::with_models(&["bert_single"]);
     let test = gold("CoLA/test.tsv", 1, 1).0;

@@ -140,7 +140,7 @@ fn segments_run_again_with_the_same_dropout() {
             let weights = model.parameters.compute_weights(Kind::Float).unwrap();
             let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, None).unwrap();
             hooks.begin_step();
-            let dropout = Dropout::new(1, Purpose::Dropout, 0, 0, Device::Cpu);
+            let dropout = Dropout::new(1, Purpose::Dropout, 0, 0, Device::Cpu).unwrap();
             let mut pass = Pass::new(&weights, &batch, Some(dropout));
             if checkpointed {
                 pass = pass.checkpointed();
@@ -167,7 +167,7 @@ fn gradients_of_micro_batches_with_dropout_add_up() {
             hooks.begin_step();
             for (part, numbers) in fixture.all().chunks(size).enumerate() {
                 let (batch, targets) = data.batch(numbers, part * size, Device::Cpu).unwrap();
-                let dropout = Dropout::new(1, Purpose::Dropout, 0, part * size, Device::Cpu);
+                let dropout = Dropout::new(1, Purpose::Dropout, 0, part * size, Device::Cpu).unwrap();
                 let pass = Pass::new(&weights, &batch, Some(dropout));
                 loss(&model.logits(&pass).unwrap(), &targets, data.len()).unwrap().backward();
             }
@@ -196,7 +196,7 @@ fn bf16_stays_near_float32() {
             let weights = model.parameters.compute_weights(kind).unwrap();
             let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, None).unwrap();
             hooks.begin_step();
-            let dropout = Dropout::new(1, Purpose::Dropout, 0, 0, Device::Cpu);
+            let dropout = Dropout::new(1, Purpose::Dropout, 0, 0, Device::Cpu).unwrap();
             let pass = Pass::new(&weights, &batch, Some(dropout));
             loss(&model.logits(&pass).unwrap(), &targets, data.len()).unwrap().backward();
             hooks.end_step().unwrap();

@@ -12,6 +12,7 @@ mod methods;
 mod optimizer;
 mod penalties;
 mod references;
+mod step_order;
 mod step_variance;
 mod training;
 mod weights;

@@ -27,7 +27,7 @@ fn with_dropout(folder: &str, dropout: f64) -> Classifier {
     Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu).unwrap()
 }
 
-fn settings(examples: usize, micro_batch: usize) -> Hyperparameters {
+pub fn settings(examples: usize, micro_batch: usize) -> Hyperparameters {
     Hyperparameters {
         epochs: STEPS as f64,
         batch_size: examples,

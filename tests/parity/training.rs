@@ -274,7 +274,7 @@ fn tokens_that_fill_a_batch_up_change_nothing() {
         .unwrap();
         let weights = classifier.parameters.compute_weights(Kind::Float).unwrap();
         let hooks = GradientHooks::collect(&classifier.parameters, &weights, |_| true, None).unwrap();
-        let dropout = Dropout::new(3, Purpose::Dropout, 0, 0, Device::Cpu);
+        let dropout = Dropout::new(3, Purpose::Dropout, 0, 0, Device::Cpu).unwrap();
         let logits = classifier.logits(&Pass::new(&weights, &batch, Some(dropout))).unwrap();
         loss(&logits, &targets, numbers.len()).unwrap().backward();
         hooks.end_step().unwrap();

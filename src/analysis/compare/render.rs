@@ -11,12 +11,13 @@ Scores are times 100; ± is the standard deviation over seeds. Mean, median and 
 degenerate ones (one class predicted) among them; failed counts diverged runs too. The difference from vanilla is the mean
 over common seeds, with its 95 % interval in square brackets and the number of these seeds in round ones.";
 
-const CSV_HEADER: [&str; 25] = [
+const CSV_HEADER: [&str; 26] = [
     "source_task",
     "task",
     "evaluated_on",
     "split",
     "headline",
+    "data",
     "model",
     "method",
     "settings",
@@ -179,7 +180,11 @@ impl Block {
             [model] => format!(", {model}"),
             _ => String::new(),
         };
-        format!("{task} ({}){model}: {}", self.split, self.headline)
+        let data = match self.data.as_str() {
+            "" => String::new(),
+            data => format!(", data {data}"),
+        };
+        format!("{task} ({}{data}){model}: {}", self.split, self.headline)
     }
 
     fn table(&self, style: &Style) -> String {
@@ -250,7 +255,7 @@ impl Block {
         let Some((best, _, difference)) = best else {
             let others = groups().any(|group| !group.is_baseline);
             return others
-                .then(|| "no difference from vanilla: no vanilla runs with these settings and seeds".into());
+                .then(|| "no difference from vanilla: no seed has a score of it and of another method with the same settings".into());
         };
         let choice = match compared().count() {
             1 => String::new(),
@@ -343,6 +348,7 @@ fn csv_line(block: &Block, group: &Group) -> [String; CSV_HEADER.len()] {
         block.evaluated_on.clone(),
         block.split.clone(),
         block.headline.clone(),
+        block.data.clone(),
         group.model.clone(),
         group.method.clone(),
         group.settings.clone(),

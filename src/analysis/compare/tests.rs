@@ -226,7 +226,7 @@ fn says_what_the_statistics_leave_out() {
     assert!(text.contains("1 of 3 runs ended ok without a score"), "{text}");
     assert!(text.contains("1 of 3 runs repeat a seed of their group"), "{text}");
     let lonely = compare(&[broken("r3f", 1, Status::Diverged)]).to_text();
-    assert!(lonely.contains("no difference from vanilla: no vanilla runs"), "{lonely}");
+    assert!(lonely.contains("no difference from vanilla: no seed has a score"), "{lonely}");
 }
 
 #[test]
@@ -299,4 +299,42 @@ fn csv_keeps_every_digit() {
         group.difference.map(|difference| difference.mean)
     );
     assert_eq!([field(1, "failed"), field(1, "diverged"), field(1, "degenerate")], ["1", "1", "1"]);
+}
+
+#[test]
+fn other_data_and_other_weights_under_the_same_names_are_never_compared() {
+    let with_data = |data: &str, row: Row| Row {
+        run: format!("{}{data}", row.run),
+        evaluated_sha256: data.into(),
+        ..row
+    };
+    let rows = [
+        with_data("1234567890abcdef", run("vanilla", 1, 0.4)),
+        with_data("fedcba0987654321", run("vanilla", 1, 0.6)),
+        with_data("fedcba0987654321", run("r3f", 1, 0.6)),
+    ];
+    let comparison = compare(&rows);
+    let blocks: Vec<_> =
+        comparison.blocks.iter().map(|block| (block.data.as_str(), block.groups.len())).collect();
+    assert_eq!(blocks, [("1234567890ab", 1), ("fedcba098765", 2)]);
+    near(comparison.blocks[1].groups[1].difference.map(|difference| difference.mean), 0.0);
+    let text = comparison.to_text();
+    assert!(text.contains("rte (dev, data 1234567890ab), bert: accuracy"), "{text}");
+    assert!(compare(&rows[1..]).to_text().contains("rte (dev), bert: accuracy"), "a hash that tells nothing");
+
+    let with_weights = |weights: &str, row: Row| Row {
+        run: format!("{}{weights}", row.run),
+        model_sha256: weights.into(),
+        ..row
+    };
+    let rows = [
+        with_weights("aaaaaaaaaaaaaaaa", run("vanilla", 1, 0.4)),
+        with_weights("bbbbbbbbbbbbbbbb", run("r3f", 1, 0.6)),
+    ];
+    let comparison = compare(&rows);
+    assert_eq!(labels(&comparison), ["vanilla weights=aaaaaaaaaaaa", "r3f weights=bbbbbbbbbbbb"]);
+    assert_eq!(comparison.blocks[0].groups[1].difference, None);
+    // Models of other names have other weights as a matter of course.
+    let renamed = Row { model: "roberta".into(), ..rows[1].clone() };
+    assert_eq!(labels(&compare(&[rows[0].clone(), renamed])), ["vanilla", "r3f"]);
 }

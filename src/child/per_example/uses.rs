@@ -2,13 +2,14 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tch::Tensor;
 
 use super::Examples;
 use crate::error::Result;
 use crate::libtorch::upload;
+use crate::locking::locked;
 use crate::model::ParameterId;
 
 /// One use of a linear layer: what went in, `[rows, in]`, and the gradient of what came out, `[rows, out]`.
@@ -40,7 +41,7 @@ impl Uses {
     pub fn begin(&self, weight: ParameterId) -> BegunUse {
         let mut layers = self.layers.borrow_mut();
         let layer = layers.entry(weight).or_default();
-        layer.lock().unwrap_or_else(PoisonError::into_inner).open += 1;
+        locked(layer).open += 1;
         BegunUse(layer.clone())
     }
 }
@@ -52,7 +53,7 @@ impl BegunUse {
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn end(self, own: Use) -> Result<Option<Use>> {
-        let mut layer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut layer = locked(&self.0);
         layer.open -= 1;
         layer.ended.push(own);
         if layer.open > 0 {

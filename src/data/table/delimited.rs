@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use super::{DataFile, Request, Row, Rows, lines};
+use crate::csv_lines::record_line;
 use crate::error::{Error, Result};
 
 pub(super) fn fits_csv(file: &DataFile) -> bool {
@@ -46,7 +47,7 @@ fn quoted_rows<'a>(file: &DataFile, text: &'a str, separator: u8) -> Result<Rows
     let mut rows = Vec::new();
     for record in reader.records() {
         let record = record.map_err(|error| Error::data(&file.path, 0, error.to_string()))?;
-        let line = record.position().map_or(0, |position| position.line() as usize);
+        let line = record_line(text.as_bytes(), record.position());
         let cells = record.iter().map(|cell| Some(Cow::Owned(cell.to_string()))).collect();
         rows.push(Row { line, cells });
     }

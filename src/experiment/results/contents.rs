@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::row::SCHEMA_VERSION;
 use super::text::other_version;
+use crate::csv_lines::record_start;
 use crate::data::Split;
 use crate::error::{Error, Result};
 
@@ -90,10 +91,7 @@ impl Contents {
         let mut starts = Vec::new();
         let mut rows = Vec::new();
         while read_record(&mut reader, &mut record, path)? {
-            let start = record.position().map_or(0, |position| position.byte() as usize);
-            // The reader counts the second half of a Windows line end, and empty lines, to the row that follows.
-            let skipped = bytes[start..].iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
-            starts.push(start + skipped);
+            starts.push(record_start(&bytes, record.position()));
             let field = |column: Option<usize>| {
                 let bytes = column.and_then(|column| record.get(column)).unwrap_or_default();
                 String::from_utf8_lossy(bytes).into_owned()
@@ -136,6 +134,20 @@ impl Contents {
             recorded.rows.entry(found.run).or_default().push((key, found.ended));
         }
         recorded
+    }
+}
+
+/// Refuses a file whose lines end in CR alone, as old Macs and Excel's "CSV (Macintosh)" have it: they would not be told apart.
+///
+/// # Errors
+/// Fails with a configuration error.
+pub(super) fn check_line_ends(path: &Path, bytes: &[u8]) -> Result<()> {
+    match bytes.windows(2).any(|pair| pair[0] == b'\r' && pair[1] != b'\n') {
+        false => Ok(()),
+        true => Err(Error::configuration(format!(
+            "{}: its lines end as on an old Mac (CR alone); save it with line ends of Unix or Windows",
+            path.display()
+        ))),
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::row::{Row, SCHEMA_VERSION};
+use crate::csv_lines::{record_line, record_start};
 use crate::error::{Error, Result};
 
 /// Reads the rows of a results file.
@@ -23,21 +24,35 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<Row>> {
 /// Parses the text of a results file; `path` is for messages.
 pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
     let mut reader = csv::Reader::from_reader(bytes);
-    let header = reader.headers().map_err(|error| misread(path, &csv::StringRecord::new(), error))?.clone();
+    let misread = |header: &csv::StringRecord, error: csv::Error| misread(path, bytes, header, error);
+    let header = reader.headers().map_err(|error| misread(&csv::StringRecord::new(), error))?.clone();
     if header.is_empty() {
         return Err(Error::data(path, 0, "is empty: a results file starts with a line of column names"));
+    }
+    if let Some(column) =
+        ["task", "method", "status"].iter().find(|name| !header.iter().any(|own| own == **name))
+    {
+        return Err(Error::data(
+            path,
+            1,
+            format!("is not a results file of this program: it has no column `{column}`"),
+        ));
     }
     let version = header.iter().position(|column| column == "schema_version");
     let mut rows = Vec::new();
     for record in reader.records() {
-        let record = record.map_err(|error| misread(path, &header, error))?;
+        let record = match record {
+            Ok(record) => record,
+            // The last row, while another process writes it or after one was killed: its run is done again.
+            Err(error) if is_cut_off(bytes, &error) => break,
+            Err(error) => return Err(misread(&header, error)),
+        };
         // Looked at first: in a row of another version nothing else need parse.
         let written = version.and_then(|column| record.get(column)).unwrap_or_default();
         if version.is_some() && written != SCHEMA_VERSION.to_string() {
-            let line = record.position().map_or(0, |position| position.line() as usize);
-            return Err(other_version(path, line, written));
+            return Err(other_version(path, record_line(bytes, record.position()), written));
         }
-        rows.push(record.deserialize(Some(&header)).map_err(|error| misread(path, &header, error))?);
+        rows.push(record.deserialize(Some(&header)).map_err(|error| misread(&header, error))?);
     }
     Ok(rows)
 }
@@ -55,9 +70,16 @@ pub(super) fn other_version(path: &Path, line: usize, written: &str) -> Error {
     Error::configuration(place.to_string())
 }
 
+/// Returns whether a row lacks fields because it is the last and has no end.
+fn is_cut_off(bytes: &[u8], error: &csv::Error) -> bool {
+    let lacks = matches!(error.kind(), csv::ErrorKind::UnequalLengths { expected_len, len, .. } if len < expected_len);
+    let start = record_start(bytes, error.position());
+    lacks && !bytes[start..].contains(&b'\n')
+}
+
 /// Says what csv found wrong, in terms of this file's lines and columns.
-fn misread(path: &Path, header: &csv::StringRecord, error: csv::Error) -> Error {
-    let line = error.position().map_or(0, |position| position.line() as usize);
+fn misread(path: &Path, bytes: &[u8], header: &csv::StringRecord, error: csv::Error) -> Error {
+    let line = error.position().map_or(0, |position| record_line(bytes, Some(position)));
     let message = match error.kind() {
         csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!(
             "has {len} fields under {expected_len} column names; delete the line, and the run will be done again"
@@ -264,15 +286,43 @@ mod tests {
             bad_step.starts_with("results.csv:2: ") && bad_step.contains("`1.5` is not a whole"),
             "{bad_step}"
         );
-        let torn = parsed(&format!("{REQUIRED}\n{VALUES}\nmine,42")).unwrap_err().to_string();
+        let torn = parsed(&format!("{REQUIRED}\n{VALUES}\nmine,42\n")).unwrap_err().to_string();
         assert!(torn.starts_with("results.csv:3: has 2 fields under 49 column names"), "{torn}");
-        let missing = parsed("schema_version\n4\n").unwrap_err().to_string();
+        let missing =
+            parsed("schema_version,task,method,status\n4,rte,vanilla,ok\n").unwrap_err().to_string();
         assert!(missing.starts_with("results.csv:2: ") && missing.contains("`experiment`"), "{missing}");
-        let newer = parsed("schema_version,unheard_of\n5,x\n").unwrap_err().to_string();
+        let newer = parsed("schema_version,task,method,status,unheard_of\n5,,,,x\n").unwrap_err().to_string();
         assert!(newer.starts_with("results.csv:2: has schema version `5`"), "{newer}");
         assert_eq!(
             parsed("").unwrap_err().to_string(),
             "results.csv: is empty: a results file starts with a line of column names"
         );
+    }
+
+    #[test]
+    fn lines_are_counted_whatever_ends_them() {
+        let rows = |end: &str| [REQUIRED, VALUES, "", VALUES, "mine,42", VALUES].join(end);
+        for end in ["\n", "\r\n"] {
+            let message = parsed(&rows(end)).unwrap_err().to_string();
+            assert!(message.starts_with("results.csv:5: has 2 fields"), "{end:?}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_last_row_that_was_cut_off_is_not_there_yet() {
+        for end in ["\n", "\r\n"] {
+            let text = [REQUIRED, VALUES, "mine,42"].join(end);
+            assert_eq!(parsed(&text).unwrap().len(), 1, "{end:?}");
+        }
+    }
+
+    #[test]
+    fn foreign_files_are_called_so() {
+        for text in
+            ["index\tsentence1\tsentence2\n0\ta\tb, c\n", "schema_version;task;method;status\n4;a;b;ok\n"]
+        {
+            let message = parsed(text).unwrap_err().to_string();
+            assert!(message.starts_with("results.csv:1: is not a results file of this program"), "{message}");
+        }
     }
 }

@@ -109,8 +109,8 @@ impl Criterion for Fisher {
         let together = (together / self.estimator.copies(classifier.labels())).max(1);
         let batches = order.chunks(together).enumerate().map(|(number, examples)| {
             let (batch, targets) = data.batch(examples, 0, device)?;
-            let dropout =
-                self.dropout.then(|| Dropout::new(*seed, Purpose::FisherDropout, number as u64, 0, device));
+            let dropout = || Dropout::new(*seed, Purpose::FisherDropout, number as u64, 0, device);
+            let dropout = self.dropout.then(dropout).transpose()?;
             Ok(FisherBatch { batch, targets, dropout })
         });
         let options = FisherOptions {

@@ -39,7 +39,8 @@ impl Criterion for GradientMagnitude {
         for (part, examples) in order.chunks(*micro_batch).enumerate() {
             let first_slot = part * *micro_batch;
             let (batch, targets) = data.batch(examples, first_slot, device)?;
-            let dropout = self.dropout.then(|| Dropout::new(*seed, Purpose::Dropout, 0, first_slot, device));
+            let dropout = || Dropout::new(*seed, Purpose::Dropout, 0, first_slot, device);
+            let dropout = self.dropout.then(dropout).transpose()?;
             let logits = classifier.logits(&Pass::new(&weights, &batch, dropout))?;
             loss(&logits, &targets, order.len())?.f_backward()?;
             host.progress(examples.len())?;
