@@ -61,6 +61,8 @@ fn main() {
             println!("cargo:rustc-link-arg={argument}");
         }
     }
+    // For `libtorch::release_freed_memory`, which finds it in the program by name.
+    println!("cargo:rustc-link-arg-bins=-Wl,--export-dynamic-symbol=mi_collect");
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
 }

@@ -58,9 +58,10 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
         })?;
         let scored = Scored { data: &data, card: &card, labels: &labels };
         let evaluation = score(&classifier, scored, Precision::Float32, |_| Ok(()))?;
-        if !evaluation.loss.is_finite() {
+        // An infinite loss may be that of one example that a model is wholly sure about, and wrong.
+        if evaluation.loss.is_nan() {
             return Err(Error::Diverged(format!(
-                "{}: its loss on {} is no finite number, and so its scores would say nothing; its weights or config are at fault",
+                "{}: its loss on {} is no number, and so its scores would say nothing; its weights or config are at fault",
                 arguments.model, card.name
             ))
             .into());

@@ -115,7 +115,8 @@ impl ExperimentArguments {
     /// Refuses pipes where several processes have to read the experiments.
     fn check_shared(&self) -> Result<(), Error> {
         // What is called so is another file in another process, whatever it is here.
-        let is_of_process = |path: &PathBuf| path.starts_with("/dev") || path.starts_with("/proc");
+        let is_of_process =
+            |path: &PathBuf| ["/dev/stdin", "/dev/fd", "/proc"].iter().any(|place| path.starts_with(place));
         match self.experiments.iter().find(|path| is_pipe(path) || is_of_process(path)) {
             None => Ok(()),
             Some(path) => Err(Error::configuration(format!(

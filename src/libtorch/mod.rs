@@ -24,7 +24,9 @@ pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use memory::{elements, elements_mut, map_file, upload};
 pub use optimizer::{FusedAdamW, FusedGroup};
 pub use own_backward::with_backward;
-pub use process::{keep_the_order_of_sums, own_settings, with_a_considerate_environment};
+pub use process::{
+    keep_the_order_of_sums, own_settings, release_freed_memory, with_a_considerate_environment,
+};
 pub use profile::{Profile, ProfileRow, profile};
 
 use crate::error::Error;

@@ -1,6 +1,6 @@
 //! What a program that computes with libtorch settles for its whole process, before anything else.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::os::unix::process::CommandExt;
 
 /// What libtorch reads from the environment, and what this program sets it to where the user says nothing.
@@ -79,12 +79,7 @@ pub fn keep_the_order_of_sums() -> bool {
     if std::env::var_os("MKL_CBWR").is_some() {
         return false;
     }
-    unsafe extern "C" {
-        fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
-    }
-    // SAFETY: a null handle asks all loaded libraries; the names are C strings; a name that is not there gives null.
-    let [branch, set] = [c"mkl_serv_cbwr_get_auto_branch", c"mkl_serv_cbwr_set"]
-        .map(|name| unsafe { dlsym(std::ptr::null_mut(), name.as_ptr()) });
+    let [branch, set] = [c"mkl_serv_cbwr_get_auto_branch", c"mkl_serv_cbwr_set"].map(symbol);
     if branch.is_null() || set.is_null() {
         return false;
     }
@@ -95,4 +90,26 @@ pub fn keep_the_order_of_sums() -> bool {
         // Refused after the first product only, and then sums are as they were.
         branch() >= FIRST_STRICT_BRANCH && set(AUTO | STRICT) == SUCCESS
     }
+}
+
+/// Gives memory that has been freed back to the system now, and not a second later: for a moment at which much was freed and
+/// much else is about to be allocated. A no-op in a program with another allocator than this one's (mimalloc).
+pub fn release_freed_memory() {
+    let collect = symbol(c"mi_collect");
+    if !collect.is_null() {
+        // SAFETY: the function is mimalloc's `void mi_collect(bool force)`.
+        unsafe {
+            let collect: extern "C" fn(bool) = std::mem::transmute(collect);
+            collect(true);
+        }
+    }
+}
+
+/// Returns the address of a function of the program or its libraries; null if there is none of this name.
+fn symbol(name: &CStr) -> *mut c_void {
+    unsafe extern "C" {
+        fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
+    }
+    // SAFETY: a null handle asks the program and all loaded libraries, and the name is a C string.
+    unsafe { dlsym(std::ptr::null_mut(), name.as_ptr()) }
 }

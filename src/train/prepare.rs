@@ -9,6 +9,7 @@ use super::memory::micro_batch_of_preparation;
 use super::trainer::Trainer;
 use crate::data::EncodedDataset;
 use crate::error::Result;
+use crate::libtorch::release_freed_memory;
 use crate::method::{Method, Preparation, PreparationHost, Prepared};
 use crate::model::{Classifier, ParameterPlace, Trainable, Treatment};
 
@@ -41,6 +42,10 @@ pub fn prepare(
         steps: hyperparameters.total_steps(data.len()),
         host: &mut Host { method, data, hyperparameters, seed, control, done: 0, total },
     })?;
+    if total > 0 || method.fine_tunes_first() {
+        // Sums or moments as large as the model, just before others are allocated.
+        release_freed_memory();
+    }
     let plain = without_mask(method, classifier);
     Ok(Prepared { parts: plain.parts, frozen: plain.frozen, rates: plain.rates, ..prepared })
 }
