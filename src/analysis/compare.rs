@@ -142,7 +142,7 @@ impl Block {
 }
 
 /// Returns enough of a hash to tell two things apart.
-fn short_hash(hash: &str) -> String {
+pub(super) fn short_hash(hash: &str) -> String {
     hash.chars().take(12).collect()
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
 
-use super::compare::{Block, compare, markdown_text, without_repetition};
+use super::compare::{Block, compare, markdown_text, short_hash, without_repetition};
 use super::figure::figure;
 use crate::experiment::results::{Row, Status};
 use crate::values::yaml_name;
@@ -142,15 +142,17 @@ fn failures(rows: &[&Row]) -> Option<String> {
 
 /// Says with what the numbers were made.
 fn origin(rows: &[&Row]) -> String {
-    let short = |hash: &str| hash.chars().take(12).collect::<String>();
     let model = |row: &Row| match row.model_revision.as_str() {
-        "" => format!("{} (SHA-256 {})", row.model, short(&row.model_sha256)),
-        revision => format!("{}@{} (SHA-256 {})", row.model, short(revision), short(&row.model_sha256)),
+        "" => format!("{} (SHA-256 {})", row.model, short_hash(&row.model_sha256)),
+        revision => {
+            format!("{}@{} (SHA-256 {})", row.model, short_hash(revision), short_hash(&row.model_sha256))
+        }
     };
-    let data =
-        |row: &Row| format!("{} {} (SHA-256 {})", row.evaluated_on, row.split, short(&row.evaluated_sha256));
+    let data = |row: &Row| {
+        format!("{} {} (SHA-256 {})", row.evaluated_on, row.split, short_hash(&row.evaluated_sha256))
+    };
     let program = |row: &Row| match &row.commit {
-        Some(commit) => format!("{} ({})", row.version, short(commit)),
+        Some(commit) => format!("{} ({})", row.version, short_hash(commit)),
         None => row.version.clone(),
     };
     let day = |row: &Row| row.started_at.chars().take(10).collect::<String>();

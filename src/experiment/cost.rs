@@ -2,6 +2,7 @@
 
 use super::run::Run;
 use crate::error::Result;
+use crate::method::WeightsInUse;
 use crate::model::{Classifier, Labels, Parameter, ParameterPlace};
 use crate::train::{OptimizerRule, Precision};
 
@@ -64,7 +65,7 @@ pub fn method_cost(run: &Run) -> Result<MethodCost> {
     Ok(MethodCost {
         trainable,
         optimizer_bytes: moments * size_of::<f32>() * trainable,
-        method_bytes: run.method.state_bytes(declared, &changes, number),
+        method_bytes: run.method.state_bytes(WeightsInUse { declared, changes: &changes, number }),
         passes: run.method.parts().passes(labels == Labels::Score),
         examples_prepared: run.method.examples_passed(run.training_examples()),
         fine_tunes_first: run.method.fine_tunes_first(),

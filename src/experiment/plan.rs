@@ -130,7 +130,7 @@ impl Plan {
             runs,
             preset,
         };
-        plan.check_places()?;
+        plan.refuse_odd_places()?;
         plan.keep_only(&options.only)?;
         plan.check_fits()?;
         plan.tell_runs_apart();
@@ -156,7 +156,7 @@ impl Plan {
     }
 
     /// Refuses places that cannot be what they are named as, before anything is read from there.
-    fn check_places(&self) -> Result<()> {
+    fn refuse_odd_places(&self) -> Result<()> {
         let places =
             [("results", Some(&self.results)), ("save", self.save.as_ref()), ("masks", self.masks.as_ref())];
         for (key, place) in places.into_iter().filter_map(|(key, place)| Some((key, place?))) {

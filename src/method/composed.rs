@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::registry::{MethodOptions, MethodSpec};
-use super::{Method, Parts, Preparation, Prepared, Preset, layers_of};
+use super::{Method, Parts, Preparation, Prepared, Preset, WeightsInUse, layers_of};
 use crate::child::MaskScope;
 use crate::error::{Error, Result};
 use crate::model::{Classifier, Parameter, ParameterTable};
@@ -165,13 +165,8 @@ impl Method for Composed {
         self.parts.iter().any(|part| part.prunes())
     }
 
-    fn state_bytes(
-        &self,
-        declared: &[Parameter],
-        changes: &dyn Fn(&Parameter) -> bool,
-        number: usize,
-    ) -> usize {
-        self.parts.iter().map(|part| part.state_bytes(declared, changes, number)).sum()
+    fn state_bytes(&self, weights: WeightsInUse) -> usize {
+        self.parts.iter().map(|part| part.state_bytes(weights)).sum()
     }
 
     fn draws_anew(&self, parameter: &Parameter, layers: usize) -> bool {

@@ -14,11 +14,11 @@ use super::mixout::{Factors, StartOfMatrices, mixed};
 use super::registry::MethodOptions;
 use super::{
     ClipOrder, DecayScope, Method, Parts, Preparation, Prepared, Preset, TrainingPoint, WeightTransform,
-    weights_of,
+    WeightsInUse, weights_of,
 };
 use crate::child::{AdaptiveMask, GradientMask, MaskScope, Uses};
 use crate::error::{Error, Result};
-use crate::model::{Parameter, Parameters};
+use crate::model::Parameters;
 use crate::values::{OneOrMany, Share, axis, yaml_name};
 
 /// The weights among which are chosen; all others train always.
@@ -128,12 +128,7 @@ impl Method for Dps {
         Parts { weights, dropout: self.dropout, ..Parts::default() }
     }
 
-    fn state_bytes(
-        &self,
-        declared: &[Parameter],
-        changes: &dyn Fn(&Parameter) -> bool,
-        number: usize,
-    ) -> usize {
+    fn state_bytes(&self, WeightsInUse { declared, changes, number }: WeightsInUse) -> usize {
         let (all, matrices) = (weights_of(declared, |_| true), weights_of(declared, |own| SCOPE.covers(own)));
         let changing = weights_of(declared, |own| SCOPE.covers(own) && changes(own));
         // A sum a matrix weight and a bit a weight; a mixed weight, its gradient, and on which side of the cut it is; and the

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::registry::MethodOptions;
-use super::{Method, Parts, Preset, TrainingPoint, WeightTransform, weights_of};
+use super::{Method, Parts, Preset, TrainingPoint, WeightTransform, WeightsInUse, weights_of};
 use crate::error::{Error, Result};
 use crate::model::{
     Classifier, Parameter, ParameterId, ParameterKind, ParameterPlace, ParameterTable, Parameters,
@@ -100,7 +100,7 @@ impl Method for Lora {
         Parts { weights: vec![Box::new(LowRankUpdates(self.alpha / self.rank as f64))], ..Parts::default() }
     }
 
-    fn state_bytes(&self, declared: &[Parameter], _: &dyn Fn(&Parameter) -> bool, number: usize) -> usize {
+    fn state_bytes(&self, WeightsInUse { declared, number, .. }: WeightsInUse) -> usize {
         // In a step, the sums W that passes use and their gradients.
         let targets = self.targets(declared);
         2 * number * weights_of(declared, |own| target(own).is_some_and(|part| targets.contains(&part)))

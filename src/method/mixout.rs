@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::registry::MethodOptions;
-use super::{Method, Parts, Preset, TrainingPoint, WeightTransform, weights_of};
+use super::{Method, Parts, Preset, TrainingPoint, WeightTransform, WeightsInUse, weights_of};
 use crate::child::{StepMask, mask_in_place};
 use crate::error::Result;
 use crate::libtorch::{elements_mut, seed_generators, with_backward};
@@ -68,12 +68,7 @@ impl Method for Mixout {
         format!("q={} mask={} dropout={}", self.q, yaml_name(&self.mask), self.dropout)
     }
 
-    fn state_bytes(
-        &self,
-        declared: &[Parameter],
-        changes: &dyn Fn(&Parameter) -> bool,
-        number: usize,
-    ) -> usize {
+    fn state_bytes(&self, WeightsInUse { declared, changes, number }: WeightsInUse) -> usize {
         // In a step, the matrices that passes use and their gradients.
         let matrices = weights_of(declared, |own| own.kind == ParameterKind::Weight && changes(own));
         if self.q > 0.0 { 2 * number * matrices } else { 0 }

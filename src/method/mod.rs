@@ -180,14 +180,8 @@ pub trait Method: Send + Sync {
         Ok(None)
     }
 
-    /// Returns the bytes of what it keeps in training besides weights, gradients and optimizer state, in a model that declares
-    /// the given parameters, of which some change; passes have numbers of `number` bytes.
-    fn state_bytes(
-        &self,
-        declared: &[Parameter],
-        _changes: &dyn Fn(&Parameter) -> bool,
-        _number: usize,
-    ) -> usize {
+    /// Returns the bytes of what it keeps in training besides weights, gradients and optimizer state.
+    fn state_bytes(&self, WeightsInUse { declared, .. }: WeightsInUse) -> usize {
         // A bit a weight.
         if self.has_fixed_mask() { weights_of(declared, |_| true).div_ceil(8) } else { 0 }
     }
@@ -221,6 +215,17 @@ pub trait Method: Send + Sync {
     fn prepare(&self, _preparation: &mut Preparation) -> Result<Prepared> {
         Ok(Prepared::default())
     }
+}
+
+/// The weights of a model as training uses them.
+#[derive(Clone, Copy)]
+pub struct WeightsInUse<'a> {
+    /// The parameters that the model declares.
+    pub declared: &'a [Parameter],
+    /// Whether passes use other values of a parameter from step to step.
+    pub changes: &'a dyn Fn(&Parameter) -> bool,
+    /// The bytes of a number in passes.
+    pub number: usize,
 }
 
 /// Returns the number of encoder layers.

@@ -303,15 +303,16 @@ fn csv_keeps_every_digit() {
 
 #[test]
 fn other_data_and_other_weights_under_the_same_names_are_never_compared() {
-    let with_data = |data: &str, row: Row| Row {
-        run: format!("{}{data}", row.run),
+    let with = |data: &str, weights: &str, row: Row| Row {
+        run: format!("{}{data}{weights}", row.run),
         evaluated_sha256: data.into(),
+        model_sha256: weights.into(),
         ..row
     };
     let rows = [
-        with_data("1234567890abcdef", run("vanilla", 1, 0.4)),
-        with_data("fedcba0987654321", run("vanilla", 1, 0.6)),
-        with_data("fedcba0987654321", run("r3f", 1, 0.6)),
+        with("1234567890abcdef", "", run("vanilla", 1, 0.4)),
+        with("fedcba0987654321", "", run("vanilla", 1, 0.6)),
+        with("fedcba0987654321", "", run("r3f", 1, 0.6)),
     ];
     let comparison = compare(&rows);
     let blocks: Vec<_> =
@@ -322,14 +323,9 @@ fn other_data_and_other_weights_under_the_same_names_are_never_compared() {
     assert!(text.contains("rte (dev, data 1234567890ab), bert: accuracy"), "{text}");
     assert!(compare(&rows[1..]).to_text().contains("rte (dev), bert: accuracy"), "a hash that tells nothing");
 
-    let with_weights = |weights: &str, row: Row| Row {
-        run: format!("{}{weights}", row.run),
-        model_sha256: weights.into(),
-        ..row
-    };
     let rows = [
-        with_weights("aaaaaaaaaaaaaaaa", run("vanilla", 1, 0.4)),
-        with_weights("bbbbbbbbbbbbbbbb", run("r3f", 1, 0.6)),
+        with("", "aaaaaaaaaaaaaaaa", run("vanilla", 1, 0.4)),
+        with("", "bbbbbbbbbbbbbbbb", run("r3f", 1, 0.6)),
     ];
     let comparison = compare(&rows);
     assert_eq!(labels(&comparison), ["vanilla weights=aaaaaaaaaaaa", "r3f weights=bbbbbbbbbbbb"]);
