@@ -113,7 +113,8 @@ fn main() -> anyhow::Result<()> {
         let mut plain = trainer("vanilla", &mut plain, &data, &settings)?;
         let mut ratios = Vec::new();
         let order: Vec<usize> = (0..data.len()).collect();
-        for (turn, batch) in order.chunks_exact(arguments.batch_size).take(arguments.steps + 1).enumerate() {
+        let batches = order.chunks_exact(arguments.batch_size).cycle();
+        for (turn, batch) in batches.take(arguments.steps + 1).enumerate() {
             let ratio = match turn % 2 {
                 0 => {
                     let own = seconds(&mut own, batch)?;

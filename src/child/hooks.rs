@@ -302,7 +302,7 @@ fn deposit_on_device(
 fn with_elements<T>(gradient: &Tensor, read: impl FnOnce(Gradient) -> Result<T>) -> Result<T> {
     let gradient = gradient.f_contiguous()?;
     match gradient.kind() {
-        Kind::BFloat16 => read(Gradient::Half(elements(&gradient.f_view_dtype(Kind::Int16)?)?)),
+        Kind::BFloat16 => read(Gradient::Half(elements(&gradient)?)),
         _ => read(Gradient::Float(elements(&gradient)?)),
     }
 }

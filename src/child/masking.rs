@@ -6,12 +6,14 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::Tensor;
 
 use crate::error::Result;
 use crate::libtorch::elements;
+use crate::number::Number;
 use crate::random::{self, GROUP, Key};
 
 /// Elements that one thread works on at a time: small enough to stay in its cache.
@@ -76,8 +78,8 @@ impl StepMask<'_> {
 pub enum Gradient<'a> {
     /// In float32.
     Float(&'a [f32]),
-    /// In bfloat16, as the upper halves of float32 numbers.
-    Half(&'a [i16]),
+    /// In bfloat16.
+    Half(&'a [bf16]),
 }
 
 impl<'a> Gradient<'a> {
@@ -103,7 +105,7 @@ impl<'a> Gradient<'a> {
             Gradient::Float(numbers) => values.copy_from_slice(&numbers[own]),
             Gradient::Half(numbers) => {
                 for (value, &number) in values.iter_mut().zip(&numbers[own]) {
-                    *value = f32::from_bits(u32::from(number as u16) << 16);
+                    *value = number.to_float();
                 }
             }
         }
@@ -298,7 +300,8 @@ mod tests {
     fn gradients_are_masked_added_and_squared() {
         let words = words();
         let (first, second) = (numbers(1), numbers(2));
-        let half: Vec<i16> = second.iter().map(|value| (value.to_bits() >> 16) as i16).collect();
+        let half: Vec<bf16> =
+            second.iter().map(|value| bf16::from_bits((value.to_bits() >> 16) as u16)).collect();
         let bits = StepMask::Bits { words: &words, inside: 1.0, outside: 0.0 };
         for mask in [StepMask::Everything, bits, random_mask()] {
             let factors = factors(mask);
@@ -325,7 +328,8 @@ mod tests {
         let words = words();
         let rows = [7i64, 0, 7, 3, 123, 7];
         let gradient = &numbers(4)[..rows.len() * WIDTH];
-        let half: Vec<i16> = gradient.iter().map(|value| (value.to_bits() >> 16) as i16).collect();
+        let half: Vec<bf16> =
+            gradient.iter().map(|value| bf16::from_bits((value.to_bits() >> 16) as u16)).collect();
         let table = 124 * WIDTH;
         let whole = |gradient: &dyn Fn(usize) -> f32| {
             let mut whole = vec![0f32; table];
@@ -336,7 +340,7 @@ mod tests {
             }
             whole
         };
-        let from_half = whole(&|index| f32::from_bits((half[index] as u16 as u32) << 16));
+        let from_half = whole(&|index| half[index].to_float());
         let from_float = whole(&|index| gradient[index]);
         let bits = StepMask::Bits { words: &words, inside: 1.5, outside: 0.25 };
         for mask in [StepMask::Everything, bits, random_mask()] {

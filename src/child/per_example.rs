@@ -16,6 +16,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use self::uses::{Use, Uses};
@@ -299,26 +300,6 @@ impl LayerObserver for SquaredGradients<'_> {
     }
 }
 
-/// A number of an activation on the CPU.
-trait Number: Copy + Send + Sync {
-    fn value(self) -> f32;
-}
-
-impl Number for f32 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        self
-    }
-}
-
-/// The bits of a bfloat16, which are the upper ones of a float32.
-impl Number for i16 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        f32::from_bits((self as u32) << 16)
-    }
-}
-
 /// Adds Σ_b (dY_bᵀ X_b)² to sums of the shape `[out, in]`, from dY `[rows, out]` and X `[rows, in]`, of one type.
 fn add_squared_products(
     mut sums: Moments,
@@ -332,13 +313,12 @@ fn add_squared_products(
     }
     let inputs = input.size()[1] as usize;
     let input = input.f_contiguous()?;
-    match half_bits(gradient)? {
-        Some(gradient) => {
-            let input = input.f_view_dtype(Kind::Int16)?;
-            let (gradient, input) = (elements::<i16>(&gradient)?, elements(&input)?);
+    match gradient.kind() {
+        Kind::BFloat16 => {
+            let (gradient, input) = (elements::<bf16>(gradient)?, elements(&input)?);
             tiles::add_squared_products(sums.slices()?, gradient, input, inputs, examples);
         }
-        None => {
+        _ => {
             let (gradient, input) = (elements::<f32>(gradient)?, elements(&input)?);
             tiles::add_squared_products(sums.slices()?, gradient, input, inputs, examples);
         }
@@ -360,9 +340,11 @@ fn add_squared_vector(
         return device::add_squared_vector(&sums, product.as_ref().unwrap_or(&gradient), examples);
     }
     let factor = factor.map(elements).transpose()?;
-    match half_bits(gradient)? {
-        Some(bits) => rows::add_squared_vector(sums.slices()?, elements::<i16>(&bits)?, factor, examples),
-        None => rows::add_squared_vector(sums.slices()?, elements::<f32>(gradient)?, factor, examples),
+    match gradient.kind() {
+        Kind::BFloat16 => {
+            rows::add_squared_vector(sums.slices()?, elements::<bf16>(gradient)?, factor, examples)
+        }
+        _ => rows::add_squared_vector(sums.slices()?, elements::<f32>(gradient)?, factor, examples),
     }
     Ok(())
 }
@@ -381,12 +363,4 @@ fn add_squared_entries(
     }
     rows::add_squared_entries(sums.slices()?, elements::<f32>(gradient)?, elements(entries)?, examples);
     Ok(())
-}
-
-/// Returns the bits of a bfloat16 tensor; `None` for another type.
-fn half_bits(values: &Tensor) -> Result<Option<Tensor>> {
-    Ok(match values.kind() {
-        Kind::BFloat16 => Some(values.f_view_dtype(Kind::Int16)?),
-        _ => None,
-    })
 }

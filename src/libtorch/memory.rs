@@ -3,11 +3,27 @@
 use std::fs::File;
 use std::ops::Range;
 
+use half::bf16;
 use memmap2::{Mmap, MmapOptions};
-use tch::{Device, Tensor, kind::Element};
+use tch::{Device, Kind, Tensor};
 
 use super::ffi;
 use crate::error::{Error, Result};
+
+/// A type of Rust that the elements of a tensor have in memory. (The trait of tch takes bfloat16 for float16.)
+pub trait Element: Copy {
+    /// What libtorch calls it.
+    const KIND: Kind;
+}
+
+macro_rules! elements_are {
+    ($($rust:ty = $kind:ident),*) => {
+        $(impl Element for $rust {
+            const KIND: Kind = Kind::$kind;
+        })*
+    };
+}
+elements_are!(bool = Bool, u8 = Uint8, i64 = Int64, bf16 = BFloat16, f32 = Float, f64 = Double);
 
 /// Borrows the elements of a contiguous CPU tensor, in row-major order.
 ///
@@ -49,7 +65,7 @@ pub fn map_file(file: &File, range: Range<u64>) -> std::io::Result<Mmap> {
 ///
 /// # Errors
 /// Fails if libtorch cannot allocate.
-pub fn upload<T: Element>(values: &[T], device: Device) -> Result<Tensor> {
+pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Result<Tensor> {
     let mut host = Tensor::from_slice(values);
     let Device::Cuda(index) = device else { return Ok(host.f_to_device(device)?) };
     let mut copy = std::ptr::null_mut();

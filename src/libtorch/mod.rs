@@ -21,7 +21,7 @@ pub use context::{
 };
 pub use cuda_graph::{CudaGraph, OwnStream};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
-pub use memory::{elements, elements_mut, map_file, upload};
+pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use optimizer::{FusedAdamW, FusedGroup};
 pub use own_backward::with_backward;
 pub use process::{

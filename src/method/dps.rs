@@ -10,7 +10,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::mixout::{Factors, StartOfMatrices, mixed};
+use super::mixed_weights::{Factors, MixingMask, Sharing, mixed};
+use super::mixout::StartOfMatrices;
 use super::registry::MethodOptions;
 use super::{
     ClipOrder, DecayScope, Method, Parts, Preparation, Prepared, Preset, TrainingPoint, WeightTransform,
@@ -86,7 +87,7 @@ impl Dps {
             let (id, parameter) = &matrices[index];
             let none = Tensor::f_zeros([1], (Kind::Float, device))?;
             steps.try_fold(none, |uses, step| {
-                let used = Factors::of_inputs(q, parameter, *id, seed, step).draw(1.0, device)?;
+                let used = Factors::new(q, Sharing::Inputs, parameter, *id, seed, step).draw(1.0, device)?;
                 Ok(uses.f_add(&used)?)
             })
         })
@@ -179,14 +180,12 @@ impl WeightTransform for Mixing {
             let members = mask.members(parameter, weight.device())?;
             *weight = match (&target, members) {
                 (Some(target), Some(members)) => {
-                    let members = members.f_view_as(weight)?;
-                    let draw = move |factor, _| Ok(members.f_to_kind(Kind::Float)?.f_mul_scalar(factor)?);
-                    mixed(weight, &at.parameters.part(target, id)?, factor, 1.0, draw)?
+                    let members = MixingMask::Members(members.f_view_as(weight)?);
+                    mixed(weight, &at.parameters.part(target, id)?, factor, 1.0, members)?
                 }
                 _ => {
-                    let factors = Factors::of_inputs(self.q, parameter, id, at.seed, at.step);
-                    let draw = move |factor, device| factors.draw(factor, device);
-                    mixed(weight, &self.start.of(id, at)?, factor, 1.0, draw)?
+                    let factors = Factors::new(self.q, Sharing::Inputs, parameter, id, at.seed, at.step);
+                    mixed(weight, &self.start.of(id, at)?, factor, 1.0, MixingMask::Drawn(factors))?
                 }
             };
         }

@@ -18,6 +18,7 @@ mod layer_wise_rates;
 mod lora;
 mod lt_sft;
 mod magnitude_mask;
+mod mixed_weights;
 mod mixout;
 mod parts;
 mod passes;

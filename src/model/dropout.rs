@@ -4,6 +4,7 @@
 //! number of threads: gradient accumulation equals the whole batch also with dropout. This holds on the CPU; on CUDA
 //! libtorch's own dropout is used, seeded by the same key.
 
+use half::bf16;
 use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -11,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use crate::data::PackedBatch;
 use crate::error::Result;
 use crate::libtorch::{elements, elements_mut, seed_generators, with_backward};
+use crate::number::Number;
 use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
 
 /// The dropout pattern of one optimizer step.
@@ -158,63 +160,38 @@ impl Rows {
     /// Returns values with the pattern, in float32 or bfloat16 as they are.
     fn drop_elements(&self, values: &Tensor) -> Result<Tensor> {
         let values = values.f_contiguous()?;
-        let mut dropped = values.f_empty_like()?;
-        let width = values.size().last().copied().unwrap_or(1) as usize;
         match values.kind() {
-            Kind::BFloat16 => {
-                let (values, mut dropped) =
-                    (values.f_view_dtype(Kind::Int16)?, dropped.f_view_dtype(Kind::Int16)?);
-                self.fill(elements::<i16>(&values)?, elements_mut::<i16>(&mut dropped)?, width, half_row);
-            }
-            _ => self.fill(elements::<f32>(&values)?, elements_mut::<f32>(&mut dropped)?, width, float_row),
+            Kind::BFloat16 => self.drop_numbers::<bf16>(&values),
+            _ => self.drop_numbers::<f32>(&values),
         }
-        Ok(dropped)
     }
 
-    fn fill<T: Sync + Send>(
-        &self,
-        values: &[T],
-        dropped: &mut [T],
-        width: usize,
-        row: fn(&[T], &mut [T], Pattern, [u32; 3]),
-    ) {
+    fn drop_numbers<T: Number>(&self, values: &Tensor) -> Result<Tensor> {
+        let mut dropped = values.f_empty_like()?;
+        let width = values.size().last().copied().unwrap_or(1) as usize;
         let rows_per_task = (16_384 / width.max(1)).max(1);
         let part = width * rows_per_task;
-        dropped
-            .par_chunks_mut(part)
-            .zip(values.par_chunks(part))
+        (elements_mut::<T>(&mut dropped)?.par_chunks_mut(part))
+            .zip(elements::<T>(values)?.par_chunks(part))
             .zip(self.counters.par_chunks(rows_per_task))
             .for_each(|((dropped, values), counters)| {
                 let rows = dropped.chunks_mut(width).zip(values.chunks(width)).zip(counters);
                 rows.for_each(|((dropped, values), &counter)| {
-                    row(values, dropped, self.pattern, counter);
+                    drop_row(values, dropped, self.pattern, counter)
                 });
             });
+        Ok(dropped)
     }
 }
 
 /// Multiplies one row by the pattern.
 #[multiversion(targets = "simd")]
-fn float_row(values: &[f32], dropped: &mut [f32], pattern: Pattern, counter: [u32; 3]) {
+fn drop_row<T: Number>(values: &[T], dropped: &mut [T], pattern: Pattern, counter: [u32; 3]) {
     for (index, (values, dropped)) in values.chunks(GROUP).zip(dropped.chunks_mut(GROUP)).enumerate() {
         let numbers = random::group(pattern.key, index as u32, counter);
         for ((dropped, value), number) in dropped.iter_mut().zip(values).zip(numbers) {
-            *dropped = value * if number <= pattern.limit { pattern.scale } else { 0.0 };
-        }
-    }
-}
-
-/// The same for bfloat16 numbers, the upper halves of float32 numbers; products are rounded to the nearest, ties to even.
-#[multiversion(targets = "simd")]
-fn half_row(values: &[i16], dropped: &mut [i16], pattern: Pattern, counter: [u32; 3]) {
-    for (index, (values, dropped)) in values.chunks(GROUP).zip(dropped.chunks_mut(GROUP)).enumerate() {
-        let numbers = random::group(pattern.key, index as u32, counter);
-        for ((dropped, value), number) in dropped.iter_mut().zip(values).zip(numbers) {
-            let value = f32::from_bits(u32::from(*value as u16) << 16);
-            let bits = (value * if number <= pattern.limit { pattern.scale } else { 0.0 }).to_bits();
-            let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
-            // Rounding must not turn a NaN with low bits only into an infinity.
-            *dropped = if value.is_nan() { 0x7FC0 } else { rounded as i16 };
+            let factor = if number <= pattern.limit { pattern.scale } else { 0.0 };
+            *dropped = T::from_float(value.to_float() * factor);
         }
     }
 }

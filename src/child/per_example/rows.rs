@@ -3,7 +3,8 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Examples, MomentSlices, Number};
+use super::{Examples, MomentSlices};
+use crate::number::Number;
 
 /// Rows of an example whose sum is the gradient of one line of the parameter.
 struct Line {
@@ -68,13 +69,13 @@ pub(super) fn add_squared_entries(
 
 #[multiversion(targets = "simd")]
 fn add_row<T: Number>(sums: &mut [f32], row: &[T]) {
-    sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value.value());
+    sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value.to_float());
 }
 
 #[multiversion(targets = "simd")]
 fn add_product<T: Number>(sums: &mut [f32], row: &[T], factor: &[f32]) {
     let products = row.iter().zip(factor);
-    sums.iter_mut().zip(products).for_each(|(sum, (value, factor))| *sum += value.value() * factor);
+    sums.iter_mut().zip(products).for_each(|(sum, (value, factor))| *sum += value.to_float() * factor);
 }
 
 /// Squares the sums of the rows of each line, in parallel, and adds them one after the other: several examples may use the

@@ -8,7 +8,8 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Examples, MomentSlices, Number};
+use super::{Examples, MomentSlices};
+use crate::number::Number;
 
 /// Rows and columns of a tile where vector registers are 32 of 512 bits: 24 of them hold it.
 const WIDE: [usize; 2] = [12, 32];
@@ -288,9 +289,9 @@ fn pack<const W: usize, T: Number>(
             let packed = &mut panels[panel * rows + row];
             match values.first_chunk::<W>() {
                 Some(values) => {
-                    packed.iter_mut().zip(values).for_each(|(packed, value)| *packed = value.value())
+                    packed.iter_mut().zip(values).for_each(|(packed, value)| *packed = value.to_float())
                 }
-                None => packed.iter_mut().zip(values).for_each(|(packed, value)| *packed = value.value()),
+                None => packed.iter_mut().zip(values).for_each(|(packed, value)| *packed = value.to_float()),
             }
         }
     }
