@@ -10,7 +10,7 @@ use super::entries::{ModelEntry, TaskEntry};
 use super::run::Run;
 use crate::data::{Dataset, EncodedDataset};
 use crate::error::Result;
-use crate::model::{Classifier, HeadStart, Labels, ModelFolder, ParameterPlace};
+use crate::model::{Classifier, HeadStart, Labels, ModelFolder};
 use crate::train::{Control, Event, Precision, Progress, frozen_features};
 
 /// A model with the weights that runs start from.
@@ -20,16 +20,8 @@ pub struct ResidentModel {
     head: HeadStart,
     /// The model.
     pub classifier: Classifier,
-    /// What the frozen encoder makes of data sets.
-    features: Vec<(Rc<EncodedDataset>, FeatureKey, Rc<EncodedDataset>)>,
-}
-
-/// What features depend on, besides the weights and the data: the arithmetic, and the seed of parts of the encoder that
-/// the checkpoint lacks.
-#[derive(PartialEq)]
-struct FeatureKey {
-    precision: Precision,
-    seed: Option<u64>,
+    /// What the frozen encoder makes of data sets, in a precision.
+    features: Vec<(Rc<EncodedDataset>, Precision, Rc<EncodedDataset>)>,
 }
 
 impl ResidentModel {
@@ -66,26 +58,19 @@ impl ResidentModel {
         if !run.is_frozen() {
             return Ok(data.clone());
         }
-        let parameters = &self.classifier.parameters;
-        let fresh = |name: &String| {
-            parameters.find(name).is_some_and(|id| parameters.get(id).place != ParameterPlace::Head)
-        };
-        let key = FeatureKey {
-            precision: run.hyperparameters.precision,
-            seed: self.classifier.report.fresh.iter().any(fresh).then_some(run.seed),
-        };
-        let known = self.features.iter().find(|(of, other, _)| Rc::ptr_eq(of, data) && *other == key);
+        let precision = run.hyperparameters.precision;
+        let known = self.features.iter().find(|(of, with, _)| Rc::ptr_eq(of, data) && *with == precision);
         if let Some((.., seen)) = known {
             return Ok(seen.clone());
         }
         let (mut done, total) = (0, data.len());
-        let features = frozen_features(&self.classifier, &data.inputs, key.precision, |examples| {
+        let features = frozen_features(&self.classifier, &data.inputs, precision, |examples| {
             done += examples;
             (control.report)(Event::Encoded(Progress::new(done, total)));
             control.check()
         })?;
         let seen = Rc::new(data.with_features(features));
-        self.features.push((data.clone(), key, seen.clone()));
+        self.features.push((data.clone(), precision, seen.clone()));
         Ok(seen)
     }
 }

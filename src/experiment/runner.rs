@@ -161,8 +161,8 @@ impl<'a> Runner<'a> {
             if !checked.insert((run.start_id(), &run.task.card.name)) {
                 continue;
             }
-            let left_out = self.load(run)?.classifier.report.left_out();
-            if let Some(text) = left_out.filter(|_| noted.insert(run.start_id())) {
+            let summary = self.load(run)?.classifier.report.summary();
+            if let Some(text) = summary.filter(|_| noted.insert(run.start_id())) {
                 let folder = match &run.start {
                     Start::Folder(start) => &start.folder,
                     _ => &run.model.folder,

@@ -8,7 +8,7 @@ use super::entries::{ModelEntry, open_folder};
 use super::run::Run;
 use super::transfer::{EarlierRuns, InitFrom};
 use crate::error::{Error, Result};
-use crate::model::{Classifier, Labels, ModelFolder, ParameterPlace};
+use crate::model::{Labels, ModelFolder, ParameterPlace, ParameterTable};
 use crate::spelling::suggestion;
 
 /// The weights that a run starts from.
@@ -94,7 +94,9 @@ fn start_folder(init_from: &InitFrom, model: &ModelEntry, seed: u64) -> Result<S
 /// Refuses to start from a model whose encoder has other parameters than the one that the experiment names.
 fn same_architecture(folder: &ModelFolder, model: &ModelEntry) -> Result<()> {
     let encoder = |folder: &ModelFolder| -> Result<Vec<(String, Vec<i64>)>> {
-        let table = Classifier::declared(&folder.config, &Labels::Score)?;
+        // By the config alone: one of them may lack the pooler.
+        let mut table = ParameterTable::default();
+        folder.config.family()?(&folder.config, Labels::Score.outputs(), &mut table)?;
         let encoder = table.iter().filter(|own| own.place != ParameterPlace::Head);
         Ok(encoder.map(|own| (own.name.clone(), own.shape.clone())).collect())
     };

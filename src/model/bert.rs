@@ -58,12 +58,12 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
 impl Network for Bert {
     fn features<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor> {
         let embedded = self.embeddings.forward(pass, &pass.batch.positions)?;
-        let first = self.layers.forward(pass, embedded)?.f_index_select(0, &pass.batch.first_tokens)?;
-        Ok(self.pooler.forward(pass, &first)?.f_tanh()?)
+        Ok(self.layers.forward(pass, embedded)?.f_index_select(0, &pass.batch.first_tokens)?)
     }
 
     fn head(&self, pass: &Pass, features: &Tensor) -> Result<Tensor> {
-        self.classifier.forward(pass, &pass.dropout(features, self.classifier_dropout, Rows::Examples)?)
+        let pooled = self.pooler.forward(pass, features)?.f_tanh()?;
+        self.classifier.forward(pass, &pass.dropout(&pooled, self.classifier_dropout, Rows::Examples)?)
     }
 
     fn output(&self) -> Linear {

@@ -51,6 +51,8 @@ pub struct ModelFolder {
 pub struct LoadReport {
     /// Parameters of the model that the folder lacks and that start from fresh values.
     pub fresh: Vec<String>,
+    /// Whether the pooler is among them, and so a part of the head ([`ModelFolder::declare`]).
+    pub new_pooler: bool,
     /// Tensors that the model has no use for. The buffers `position_ids`, which hold no weights, are not among them.
     pub unexpected: Vec<String>,
     /// Tensors of pretraining heads, tied ones included, left out as usual.
@@ -58,18 +60,21 @@ pub struct LoadReport {
 }
 
 impl LoadReport {
-    /// Says in a few words what was left out, if anything was.
-    pub fn left_out(&self) -> Option<String> {
+    /// Says in a few words what was left out and what is new besides the head, if anything is.
+    pub fn summary(&self) -> Option<String> {
         let some = |names: &[String], what: &str| {
             let first = names.first()?;
             Some(format!("{} {what} (such as {first})", names.len()))
         };
-        let parts = [
+        let left_out = [
             some(&self.ignored, "tensors of pretraining"),
             some(&self.unexpected, "tensors that the model does not use"),
         ];
-        let parts: Vec<String> = parts.into_iter().flatten().collect();
-        (!parts.is_empty()).then(|| format!("left out {}", parts.join(", and ")))
+        let left_out: Vec<String> = left_out.into_iter().flatten().collect();
+        let left_out = (!left_out.is_empty()).then(|| format!("left out {}", left_out.join(", and ")));
+        let new = self.new_pooler.then(|| "has no pooler, so a new one trains with the head".to_owned());
+        let parts: Vec<String> = left_out.into_iter().chain(new).collect();
+        (!parts.is_empty()).then(|| parts.join("; "))
     }
 }
 
@@ -95,6 +100,21 @@ impl ModelFolder {
     /// Fails if a file cannot be read.
     pub fn sha256(&self) -> Result<String> {
         self.weights.sha256()
+    }
+
+    /// Declares the parameters of the model for a task; returns its arithmetic, and whether the folder lacks the pooler. That then
+    /// counts as a part of the head: it is as new, and has to train where the encoder does not.
+    ///
+    /// # Errors
+    /// Fails if the family does not run here or the config is incomplete.
+    pub fn declare(&self, labels: &Labels, table: &mut ParameterTable) -> Result<(Box<dyn Network>, bool)> {
+        let network = self.config.family()?(&self.config, labels.outputs(), table)?;
+        let stored = |name: &String| self.weights.get(name).is_some();
+        let lacks_pooler = table.count_as_head(|own| {
+            own.place == ParameterPlace::Pooler
+                && !spellings(&own.name, network.body_prefix()).iter().any(stored)
+        });
+        Ok((network, lacks_pooler))
     }
 
     /// Copies the folder's tensors into the parameters of a model, a few megabytes at a time.

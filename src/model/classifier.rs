@@ -17,13 +17,14 @@ use crate::error::{Error, Result};
 
 /// The arithmetic of a family; the parameters live in [`Parameters`].
 pub trait Network: Send {
-    /// Computes the features that the head sees, `[examples, hidden]`; its layers as segments of the pass.
+    /// Computes the features of the examples, as the encoder leaves them, `[examples, hidden]`; its layers as segments of the
+    /// pass.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
     fn features<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor>;
 
-    /// Applies the head to features: `[examples, outputs]`.
+    /// Applies pooler and head to features: `[examples, outputs]`.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
@@ -151,13 +152,14 @@ impl Classifier {
     pub fn load(folder: &ModelFolder, labels: Labels, head: HeadStart, device: Device) -> Result<Self> {
         let config = folder.config.clone();
         let mut table = ParameterTable::default();
-        let network = config.family()?(&config, labels.outputs(), &mut table)?;
+        let (network, new_pooler) = folder.declare(&labels, &mut table)?;
         let mut parameters = Parameters::allocate(table, device)?;
         let head = match head {
             HeadStart::Keep => folder.head_for(&labels)?,
             HeadStart::Fresh => None,
         };
-        let report = folder.load(&mut parameters, network.as_ref(), head.as_deref())?;
+        let loaded = folder.load(&mut parameters, network.as_ref(), head.as_deref())?;
+        let report = LoadReport { new_pooler, ..loaded };
         parameters.mark_unchanged();
         let fresh = report.fresh.iter().filter_map(|name| parameters.find(name)).collect();
         let initializer_range = config.magnitude_or("initializer_range", 0.02)?;
@@ -237,16 +239,6 @@ impl Classifier {
             heads: sizes.heads as usize,
             reads_packed_tokens: network.reads_packed_tokens() && takes_head_size(sizes.hidden / sizes.heads),
         })
-    }
-
-    /// Returns the parameters of a model for a task, from its config alone, without places in a buffer.
-    ///
-    /// # Errors
-    /// As for [`Classifier::shape`].
-    pub fn declared(config: &ModelConfig, labels: &Labels) -> Result<ParameterTable> {
-        let mut table = ParameterTable::default();
-        config.family()?(config, labels.outputs(), &mut table)?;
-        Ok(table)
     }
 
     /// Returns the sizes of the model.
@@ -367,7 +359,7 @@ impl Classifier {
         Ok(self.network.head(pass, &features)?.f_to_kind(Kind::Float)?)
     }
 
-    /// Computes the features that the head sees, `[examples, hidden]` in float32.
+    /// Computes the features that pooler and head see, `[examples, hidden]` in float32.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.

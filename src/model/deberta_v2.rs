@@ -120,13 +120,13 @@ impl Network for DebertaV2 {
                 })?
             }
         };
-        let first = states.f_index_select(0, &pass.batch.first_tokens)?;
-        let first = pass.dropout(&first, self.pooler_dropout, Rows::Examples)?;
-        self.pooler_activation.forward(&self.pooler.forward(pass, &first)?)
+        Ok(states.f_index_select(0, &pass.batch.first_tokens)?)
     }
 
     fn head(&self, pass: &Pass, features: &Tensor) -> Result<Tensor> {
-        self.classifier.forward(pass, &pass.dropout(features, self.classifier_dropout, Rows::Examples)?)
+        let first = pass.dropout(features, self.pooler_dropout, Rows::Examples)?;
+        let pooled = self.pooler_activation.forward(&self.pooler.forward(pass, &first)?)?;
+        self.classifier.forward(pass, &pass.dropout(&pooled, self.classifier_dropout, Rows::Examples)?)
     }
 
     fn output(&self) -> Linear {

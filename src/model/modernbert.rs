@@ -249,12 +249,13 @@ impl Network for ModernBert {
             pass.layer(&states, move |pass, states| layer.forward(pass, settings, &rotation, states))
         };
         let states = self.layers.iter().try_fold(embedded, run)?;
-        let dense = self.dense.forward(pass, &self.pooled(pass, &states)?)?;
-        self.head_norm.forward(pass, &settings.head_activation.forward(&dense)?)
+        self.pooled(pass, &states)
     }
 
     fn head(&self, pass: &Pass, features: &Tensor) -> Result<Tensor> {
-        let dropped = pass.dropout(features, self.settings.classifier_dropout, Rows::Examples)?;
+        let dense = self.settings.head_activation.forward(&self.dense.forward(pass, features)?)?;
+        let normalised = self.head_norm.forward(pass, &dense)?;
+        let dropped = pass.dropout(&normalised, self.settings.classifier_dropout, Rows::Examples)?;
         self.classifier.forward(pass, &dropped)
     }
 

@@ -69,6 +69,16 @@ impl ParameterTable {
         self.parameters[id.0].input_first = true;
     }
 
+    /// Counts the chosen parameters as parts of the head; returns whether there are any.
+    pub fn count_as_head(&mut self, chosen: impl Fn(&Parameter) -> bool) -> bool {
+        let mut any = false;
+        for parameter in self.parameters.iter_mut().filter(|parameter| chosen(parameter)) {
+            parameter.place = ParameterPlace::Head;
+            any = true;
+        }
+        any
+    }
+
     /// Iterates over the parameters in the order of declaration.
     pub fn iter(&self) -> impl Iterator<Item = &Parameter> {
         self.parameters.iter()

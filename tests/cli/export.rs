@@ -86,6 +86,37 @@ fn rename(workplace: &Workplace, weights: &str, further: &[&str], name: impl Fn(
     workplace.write(weights, safetensors::serialize(tensors, None).unwrap());
 }
 
+/// As checkpoints of DeBERTa are, and encoders that were saved without their pooler: what is new has to train, whatever a method
+/// or the experiment keeps from training.
+#[test]
+fn a_pooler_that_the_checkpoint_lacks_trains_with_the_head() {
+    let workplace = Workplace::with_models(&["bert_pair"]);
+    rename(&workplace, "bert_pair/model.safetensors", &[], |name| {
+        (!name.starts_with("bert.pooler.")).then(|| name.to_owned())
+    });
+    let task = ["--task", "rte", "--seed", "1", "--output", "start"];
+    workplace.call(&[&["export", "--model", "bert_pair"][..], &task].concat()).with_code(0);
+    let start = workplace.tensors("start/model.safetensors");
+    let (pooler, layer) = ("bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.weight");
+    for (method, freeze) in [
+        ("lora", "nothing"),
+        ("bitfit", "nothing"),
+        ("vanilla", "encoder"),
+        ("{child_tuning_d: {p: 0.0001}}", "nothing"),
+    ] {
+        workplace.experiment(&format!("method: {method}\nfreeze: {freeze}\nsave: models"));
+        let answer = workplace.run(&[]).with_code(0);
+        let note = "bert_pair: has no pooler, so a new one trains with the head";
+        assert!(answer.stderr.contains(note), "{}", answer.stderr);
+        let run = workplace.column("results.csv", "run").pop().unwrap();
+        let trained = workplace.tensors(&format!("models/{run}/model.safetensors"));
+        assert_ne!(trained[pooler], start[pooler], "{method}");
+        if freeze == "encoder" || method == "bitfit" {
+            assert_eq!(trained[layer], start[layer], "{method}");
+        }
+    }
+}
+
 #[test]
 fn a_checkpoint_of_the_bare_encoder_gets_a_new_head() {
     let workplace = Workplace::with_models(&["bert_single"]);

@@ -141,7 +141,7 @@ fn a_bert_of_2018_loads_as_its_twin_of_today() {
     assert!(classifier.report.unexpected.is_empty(), "{:?}", classifier.report);
     // The decoder, tied to the embeddings, is one of them.
     assert!(classifier.report.ignored.iter().any(|name| name == "cls.predictions.decoder.weight"));
-    let text = classifier.report.left_out().unwrap();
+    let text = classifier.report.summary().unwrap();
     assert_eq!(text, "left out 9 tensors of pretraining (such as cls.predictions.bias)");
 }
 
