@@ -58,8 +58,7 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
         })?;
         let scored = Scored { data: &data, card: &card, labels: &labels };
         let evaluation = score(&classifier, scored, Precision::Float32, |_| Ok(()))?;
-        // An infinite loss may be that of one example that a model is wholly sure about, and wrong.
-        if evaluation.loss.is_nan() {
+        if !evaluation.loss.is_finite() {
             return Err(Error::Diverged(format!(
                 "{}: its loss on {} is no number, and so its scores would say nothing; its weights or config are at fault",
                 arguments.model, card.name

@@ -99,8 +99,9 @@ fn fitting(plans: &[Plan], device: Device) -> Result<usize, Error> {
 pub fn worker_pool(places: &[WorkerPlace]) -> WorkerPool {
     let threads = places.first().map_or(1, |place| place.threads);
     WorkerPool::new(places.iter().map(|place| place.device).collect(), move |device| {
-        // Linux' own name of the program serves where it has been replaced meanwhile, by a build for instance.
-        let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
+        // Where its file has been replaced meanwhile, by a build for instance, Linux' own name still stands for what runs.
+        let file = std::env::current_exe().ok().filter(|file| file.exists());
+        let program = file.unwrap_or_else(|| "/proc/self/exe".into());
         let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
         // Behind the subcommand's name, and so before a `--` that ends the options.
         arguments.insert(1, format!("--worker={}", WorkerPlace { device, threads }).into());

@@ -213,8 +213,17 @@ impl Catalogue {
             let card = self.card(&spec.task)?;
             let usual = if card.splits.contains_key(&Split::Dev) { Split::Dev } else { Split::Test };
             let split = spec.split.unwrap_or(usual);
-            if all.iter().any(|other| other.on.card.name == card.name && other.on.split == split) {
-                continue;
+            let namesake =
+                all.iter().find(|other| other.on.card.name == card.name && other.on.split == split);
+            match namesake {
+                Some(other) if *other.on.card == card => continue,
+                Some(_) => {
+                    return Err(Error::configuration(format!(
+                        "evaluate: two data sets are called `{}`; give one of them another `name`",
+                        card.name
+                    )));
+                }
+                None => {}
             }
             // What is trained on in this experiment is scored in the same copy.
             let known = self.splits.iter().find(|(entry, _)| *entry.card == card && entry.split == split);

@@ -92,10 +92,17 @@ impl WorkerPool {
         Ok(())
     }
 
-    /// Starts workers until there are as many as asked for, or as the pool may have.
+    /// Starts workers until as many live as are asked for, or as the pool may have; each device gets its share.
     fn grow(&mut self, wanted: usize) -> Result<()> {
-        while self.workers.len() < wanted.min(self.devices.len()) {
-            self.spawn(self.devices[self.workers.len()])?;
+        let mut free = self.devices.clone();
+        for worker in self.workers.iter().filter(|worker| worker.orders.is_some()) {
+            if let Some(place) = free.iter().position(|device| *device == worker.device) {
+                free.remove(place);
+            }
+        }
+        let living = self.devices.len() - free.len();
+        for device in free.into_iter().take(wanted.saturating_sub(living)) {
+            self.spawn(device)?;
         }
         Ok(())
     }

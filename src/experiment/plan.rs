@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::entries::{Catalogue, ModelEntry, OpenTask, TaskEntry, data_roots};
 use super::grid::GridPoint;
-use super::run::{Run, RunPurpose, refuse_repeated};
+use super::run::{Run, RunIds, RunPurpose};
 use super::selection::{self, Selection};
 use super::spec::{ExperimentSpec, TaskSpec};
 use super::start::{Start, Starts};
@@ -14,7 +14,7 @@ use super::transfer::{EvaluationSpec, ThenSpec};
 use crate::error::{Error, Result};
 use crate::files::is_pipe;
 use crate::method::{Method, MethodSpec, Preset};
-use crate::model::{Classifier, HeadStart, Labels};
+use crate::model::{Classifier, HeadStart, Labels, ParameterTable};
 use crate::spelling::suggestion;
 use crate::train::Freeze;
 use crate::values::OneOrMany;
@@ -92,7 +92,7 @@ impl Plan {
             None => tasks.clone(),
         };
 
-        let (mut runs, mut selection) = (Vec::new(), Selection::default());
+        let (mut runs, mut ids, mut selection) = (Vec::new(), RunIds::default(), Selection::default());
         for model in &models {
             let mut starts = Starts::new(spec.init_from.as_ref(), model);
             for (open, trial_open) in tasks.iter().zip(&trial_tasks) {
@@ -107,14 +107,15 @@ impl Plan {
                             };
                             let trial_stage = Stage { open: trial_open, ..stage };
                             let trials = on(&trial_stage, &select.on_seeds.0, RunPurpose::Selection)?;
-                            selection.add(trials, on(&stage, &seeds, RunPurpose::Tuned)?)?;
+                            let reports = on(&stage, &seeds, RunPurpose::Tuned)?;
+                            selection.add(trials, reports, point.examples)?;
                         }
                         continue;
                     }
                     for &seed in &seeds {
                         for method in &methods {
                             let run = stage.run(method, point, starts.of(seed)?, seed, RunPurpose::Report)?;
-                            add_chain(run, point, &next, preset, &mut runs)?;
+                            add_chain(run, point, &next, preset, (&mut runs, &mut ids))?;
                         }
                     }
                 }
@@ -179,9 +180,11 @@ impl Plan {
         }
         for runs in alike.values().filter(|runs| runs.len() > 1) {
             let settings: Vec<_> = runs.iter().map(|run| run.further_settings()).collect();
+            let keys: HashSet<&String> = settings.iter().flat_map(|own| own.keys()).collect();
+            let differs = |key: &&String| settings.iter().any(|own| own.get(*key) != settings[0].get(*key));
+            let differing: HashSet<&String> = keys.into_iter().filter(differs).collect();
             for (run, own) in runs.iter().zip(&settings) {
-                let differs = |key: &String| settings.iter().any(|other| other.get(key) != own.get(key));
-                let telling = own.iter().filter(|(key, _)| differs(key));
+                let telling = own.iter().filter(|(key, _)| differing.contains(key));
                 let telling: Vec<_> = telling
                     .map(|(key, value)| format!("{key}={}", value.to_string().trim_matches('"')))
                     .collect();
@@ -200,7 +203,9 @@ impl Plan {
                 continue;
             }
             let config = &model.folder.config;
-            method.check(Classifier::declared(config, &Labels::from(&card.objective))?.as_slice())?;
+            let mut table = ParameterTable::default();
+            model.folder.declare(&Labels::from(&card.objective), &mut table)?;
+            method.check(table.as_slice())?;
             if method.needs_dropout() {
                 check_dropout(run)?;
             }
@@ -246,11 +251,11 @@ impl Plan {
                     if there.is_empty() { "none left".into() } else { there.join(", ") }
                 )));
             }
-            let mut kept: Vec<Arc<Run>> = Vec::new();
+            // What starts from a run stands behind it.
+            let (mut kept, mut sources) = (Vec::new(), HashSet::new());
             for run in self.runs.iter().rev() {
-                let is_source =
-                    |other: &Arc<Run>| other.source_run().is_some_and(|source| source.id == run.id);
-                if wanted(run) || kept.iter().any(is_source) {
+                if wanted(run) || sources.contains(&run.id) {
+                    sources.extend(run.source_run().map(|source| source.id.clone()));
                     kept.push(run.clone());
                 }
             }
@@ -387,9 +392,9 @@ fn add_chain(
     point: &GridPoint,
     next: &[NextStage],
     preset: Preset,
-    runs: &mut Vec<Arc<Run>>,
+    (runs, ids): (&mut Vec<Arc<Run>>, &mut RunIds),
 ) -> Result<()> {
-    refuse_repeated(&run, runs.iter())?;
+    ids.add(&run, point.examples)?;
     runs.push(run.clone());
     for NextStage { spec, tasks, methods, next } in next {
         let points = point.next_stage(&spec.train.clone().unwrap_or_default())?;
@@ -400,7 +405,7 @@ fn add_chain(
                 for method in methods {
                     let start = Start::Run(run.clone());
                     let target = stage.run(method, point, start, run.seed, RunPurpose::Report)?;
-                    add_chain(target, point, next, preset, runs)?;
+                    add_chain(target, point, next, preset, (runs, ids))?;
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! One run with no options left, and the identity that it has by its contents.
 
+use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value, json};
@@ -187,16 +188,29 @@ impl Run {
     }
 }
 
-/// Refuses a run that is there already: two of one id would be one row.
-///
-/// # Errors
-/// Fails, naming the run, if it is among the others.
-pub fn refuse_repeated<'r>(run: &Run, others: impl IntoIterator<Item = &'r Arc<Run>>) -> Result<()> {
-    if others.into_iter().all(|other| other.id != run.id) {
-        return Ok(());
+/// The ids of the runs of a plan.
+#[derive(Default)]
+pub struct RunIds(HashSet<String>);
+
+impl RunIds {
+    /// Takes in a run, of which the experiment asks for so many training examples, if it says so.
+    ///
+    /// # Errors
+    /// Fails, naming the run, if it is there already: two of one id would be one row.
+    pub fn add(&mut self, run: &Run, examples: Option<usize>) -> Result<()> {
+        if self.0.insert(run.id.clone()) {
+            return Ok(());
+        }
+        let all = run.task.train.dataset.examples.len();
+        let mend = match examples.filter(|&examples| examples >= all) {
+            Some(examples) => format!(
+                "`train.examples: {examples}` is all of the {all} that there are, as another entry is; keep one of them"
+            ),
+            None => "remove the repeated entry".to_owned(),
+        };
+        Err(Error::configuration(format!(
+            "the experiment contains the same run twice: {}; {mend}",
+            run.label()
+        )))
     }
-    Err(Error::configuration(format!(
-        "the experiment contains the same run twice: {}; remove the repeated entry",
-        run.label()
-    )))
 }

@@ -1,12 +1,13 @@
 //! Tuning: trials on seeds of their own choose the hyper-parameters of the runs that are reported.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
 use super::entries::OpenTask;
 use super::results::{Row, Status};
-use super::run::{Run, refuse_repeated};
+use super::run::{Run, RunIds};
 use super::spec::ExperimentSpec;
 use super::transfer::{SelectBy, SelectSpec};
 use crate::error::{Error, Result};
@@ -19,6 +20,8 @@ pub struct Selection {
     pub trials: Vec<Arc<Run>>,
     /// What is chosen, one for each model, task, method and size of the training data.
     pub choices: Vec<Choice>,
+    trial_ids: HashSet<String>,
+    report_ids: RunIds,
 }
 
 /// A choice between settings of one method on one task.
@@ -48,19 +51,24 @@ pub struct Chosen<'a> {
 }
 
 impl Selection {
-    /// Adds a point of the grid as a candidate: its trials, and what is reported if it is chosen.
+    /// Adds a point of the grid as a candidate: its trials, and what is reported if it is chosen, from so many training examples,
+    /// if the experiment says so.
     ///
     /// # Errors
     /// Fails if what would be reported is there already.
-    pub fn add(&mut self, trials: Vec<Arc<Run>>, reports: Vec<Arc<Run>>) -> Result<()> {
+    pub fn add(
+        &mut self,
+        trials: Vec<Arc<Run>>,
+        reports: Vec<Arc<Run>>,
+        examples: Option<usize>,
+    ) -> Result<()> {
         let Some(run) = reports.first() else { return Ok(()) };
-        let candidates = self.choices.iter().flat_map(|choice| &choice.candidates);
-        refuse_repeated(run, candidates.flat_map(|candidate| &candidate.reports))?;
+        reports.iter().try_for_each(|run| self.report_ids.add(run, examples))?;
         let what = conditions(run);
         let settings = (run.further_settings(), run.method.options());
         // Two sizes of the training data may both be all that is not held out.
         for trial in &trials {
-            if self.trials.iter().all(|other| other.id != trial.id) {
+            if self.trial_ids.insert(trial.id.clone()) {
                 self.trials.push(trial.clone());
             }
         }
@@ -159,6 +167,7 @@ impl Choice {
                 let row = rows.iter().find(|row| {
                     row.run == trial.id
                         && row.evaluated_on == trial.task.card.name
+                        && row.split == trial.task.dev.split.to_string()
                         && row.status != Status::Failed
                 })?;
                 scores.extend(row.score.filter(|_| row.status == Status::Ok));

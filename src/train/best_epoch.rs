@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::model::Parameters;
 
 /// The best epoch so far.
-#[derive(Default)]
 pub struct BestEpoch {
+    keeps_values: bool,
     best: Option<Best>,
     /// Epochs since then.
     pub epochs_without_gain: usize,
@@ -16,13 +16,18 @@ pub struct BestEpoch {
 /// An epoch and its weights.
 pub struct Best {
     headline: f64,
-    /// The weights that were scored, `[total]`.
-    pub values: Tensor,
+    /// The weights that were scored, `[total]`, if they are kept.
+    pub values: Option<Tensor>,
     /// The optimizer steps behind them.
     pub step: u64,
 }
 
 impl BestEpoch {
+    /// Begins before the first epoch; the weights of the best are copied, or only how long ago it was is counted.
+    pub fn new(keeps_values: bool) -> Self {
+        Self { keeps_values, best: None, epochs_without_gain: 0 }
+    }
+
     /// Takes an epoch's score in; among equals the earlier epoch stays the best, and a score that is no number never is
     /// better than one that is.
     ///
@@ -34,7 +39,10 @@ impl BestEpoch {
             self.epochs_without_gain += 1;
             return Ok(());
         }
-        self.best = Some(Best { headline, values: parameters.values_copy()?, step });
+        // What is replaced goes first: two copies are never there.
+        self.best = None;
+        let values = self.keeps_values.then(|| parameters.values_copy()).transpose()?;
+        self.best = Some(Best { headline, values, step });
         self.epochs_without_gain = 0;
         Ok(())
     }

@@ -162,16 +162,19 @@ fn class_loss(logits: &Tensor, actual: &[usize], labels: &LabelMap) -> Result<f6
     let outputs = logits.size()[1] as usize;
     let logits: &[f32] = elements(logits)?;
     let loss = |(row, &gold): (&[f32], &usize)| {
-        let largest = row.iter().fold(f64::NEG_INFINITY, |largest, &logit| largest.max(f64::from(logit)));
-        let (mut all, mut right) = (0.0, 0.0);
-        for (class, &logit) in row.iter().enumerate() {
-            let exponential = (f64::from(logit) - largest).exp();
-            all += exponential;
-            right += if labels.predicted(class) == gold { exponential } else { 0.0 };
-        }
-        all.ln() - right.ln()
+        let all = row.iter().map(|&logit| f64::from(logit));
+        let right = all.clone().enumerate().filter(|&(class, _)| labels.predicted(class) == gold);
+        log_sum_of_exponentials(all) - log_sum_of_exponentials(right.map(|(_, logit)| logit))
     };
     Ok(logits.chunks(outputs).zip(actual).map(loss).sum::<f64>() / actual.len() as f64)
+}
+
+/// Returns log Σ exp(x), finite where the numbers are, however far apart, and the same in whichever order they come.
+fn log_sum_of_exponentials(numbers: impl Iterator<Item = f64>) -> f64 {
+    let mut numbers: Vec<f64> = numbers.collect();
+    numbers.sort_unstable_by(f64::total_cmp);
+    let largest = numbers.last().copied().unwrap_or(f64::NEG_INFINITY);
+    largest + numbers.into_iter().map(|number| (number - largest).exp()).sum::<f64>().ln()
 }
 
 /// Returns the class with the highest logit of each example; among equals the first.
@@ -212,5 +215,8 @@ mod tests {
         let expected = (neutral([1.0, -0.5, 2.0]) + neutral([0.25, 0.0, -3.0])) / 2.0;
         assert!((class_loss(&logits, &[1, 1], &merged).unwrap() - expected).abs() < 1e-6);
         assert!(class_loss(&(logits * f64::NAN), &[1, 1], &merged).unwrap().is_nan());
+        // Wholly sure, and wrong.
+        let sure = Tensor::from_slice(&[1500.0f32, -1500.0, -2000.0]).view([1, 3]);
+        assert_eq!(class_loss(&sure, &[1], &merged).unwrap(), 3000.0);
     }
 }

@@ -140,8 +140,9 @@ impl MemoryUse {
     }
 }
 
-/// Returns the examples of one pass of training, as the run says, or as many as fit into the memory that is left once moments
-/// and gradients are there, for as many passes as a step goes backward through at once.
+/// Returns the examples of one pass of training, as the run says, or as many as fit into the memory that is left, for as many
+/// passes as a step goes backward through at once. Gradients are there already, and so is the optimizer's state of
+/// `state_bytes`.
 ///
 /// # Errors
 /// Fails if the memory of the device cannot be asked for.
@@ -150,10 +151,17 @@ pub fn micro_batch_of_training(
     data: &EncodedDataset,
     hyperparameters: &Hyperparameters,
     passes_held: usize,
+    state_bytes: usize,
 ) -> Result<usize> {
     let (shape, device) = (classifier.own_shape()?, classifier.parameters.device());
     let memory = MemoryUse::new(&shape, hyperparameters, 0, device).with_method(0, passes_held);
-    micro_batch(&memory, data, hyperparameters)
+    // Moments of zero are not in memory before the first step: the system has only promised it.
+    let promised = if device.is_cuda() { 0.0 } else { state_bytes as f64 };
+    let best = match hyperparameters.checkpoint {
+        Checkpoint::Best => FLOAT * shape.weights as f64,
+        Checkpoint::Last => 0.0,
+    };
+    micro_batch(&memory, data, hyperparameters, promised + best)
 }
 
 /// Returns the examples of one pass of the preparation of a method, as the run says, or as many as fit.
@@ -167,13 +175,15 @@ pub fn micro_batch_of_preparation(
 ) -> Result<usize> {
     let (shape, device) = (classifier.own_shape()?, classifier.parameters.device());
     let memory = MemoryUse::of_fisher_pass(&shape, hyperparameters.precision, device);
-    micro_batch(&memory, data, hyperparameters)
+    micro_batch(&memory, data, hyperparameters, 0.0)
 }
 
+/// Returns the examples of one pass beside which `later` bytes will be needed.
 fn micro_batch(
     memory: &MemoryUse,
     data: &EncodedDataset,
     hyperparameters: &Hyperparameters,
+    later: f64,
 ) -> Result<usize> {
     let batch_size = hyperparameters.batch_size;
     if let MicroBatch::Examples(examples) = hyperparameters.micro_batch {
@@ -182,7 +192,7 @@ fn micro_batch(
     let Some(available) = available_memory(memory.device)? else { return Ok(batch_size) };
     let lengths: Vec<usize> = data.inputs.iter().map(|input| input.ids.len()).collect();
     // Some of it for others, and for what the estimate does not know.
-    Ok(memory.micro_batch(&lengths, batch_size, 0.8 * available as f64))
+    Ok(memory.micro_batch(&lengths, batch_size, 0.8 * (available as f64 - later)))
 }
 
 /// Bytes of the values, of those to start from for the next seed, and of the encoder's copy in bfloat16.
@@ -202,15 +212,50 @@ pub fn available_memory(device: Device) -> Result<Option<u64>> {
         release_cached_memory()?;
         return Ok(Some(device_memory(index)?.0));
     }
-    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let group = number("/sys/fs/cgroup/memory.max")
-        .zip(number("/sys/fs/cgroup/memory.current"))
-        .map(|(limit, used)| limit.saturating_sub(used));
-    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
-        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
-    });
-    Ok([group, machine].into_iter().flatten().min())
+    let machine = number_behind("/proc/meminfo", "MemAvailable:").map(|kilobytes| kilobytes * 1024);
+    let groups = CONTROL_GROUPS.iter().map(ControlGroup::available);
+    Ok(groups.chain([machine]).flatten().min())
+}
+
+/// Where a version of Linux' control groups says how much memory a container may have and has.
+struct ControlGroup {
+    limit: &'static str,
+    used: &'static str,
+    details: &'static str,
+    /// What the details call copies of files that nobody has looked at lately, and that make room when it is needed.
+    reclaimable: &'static str,
+}
+
+const CONTROL_GROUPS: [ControlGroup; 2] = [
+    ControlGroup {
+        limit: "/sys/fs/cgroup/memory.max",
+        used: "/sys/fs/cgroup/memory.current",
+        details: "/sys/fs/cgroup/memory.stat",
+        reclaimable: "inactive_file",
+    },
+    ControlGroup {
+        limit: "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        used: "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        details: "/sys/fs/cgroup/memory/memory.stat",
+        reclaimable: "total_inactive_file",
+    },
+];
+
+impl ControlGroup {
+    /// Returns the bytes that are left; `None` where there is no limit.
+    fn available(&self) -> Option<u64> {
+        let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+        let (limit, used) = (number(self.limit)?, number(self.used)?);
+        let reclaimable = number_behind(self.details, self.reclaimable).unwrap_or(0);
+        Some(limit.saturating_sub(used.saturating_sub(reclaimable)))
+    }
+}
+
+/// Returns the number behind a word at the beginning of a line of a file.
+fn number_behind(path: &str, word: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    let mut lines = text.lines().map(str::split_whitespace);
+    lines.find_map(|mut words| (words.next()? == word).then(|| words.next()?.parse().ok()))?
 }
 
 #[cfg(test)]

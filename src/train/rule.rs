@@ -29,6 +29,13 @@ pub enum Clip {
 }
 
 impl Clip {
+    /// Scales gradients of a norm that the host knows to one of at most `limit`. A norm that is no number makes all gradients so,
+    /// and the weights with them, as `clip_grad_norm_` does.
+    pub(super) fn to(limit: f64, norm: f64) -> Self {
+        let factor = limit / (norm + 1e-6);
+        Clip::Factor(if factor > 1.0 { 1.0 } else { factor as f32 })
+    }
+
     /// The factor on the host; 1 where only the device knows it.
     pub(super) fn factor(&self) -> f32 {
         match self {
@@ -100,5 +107,19 @@ impl Optimizer {
             Optimizer::AdamW(adamw) => adamw.apply(values, gradients, start, clip),
             Optimizer::Sgd(sgd) => sgd.apply(values, gradients, start, clip),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gradients_become_shorter_never_longer_and_what_is_no_number_is_not_hidden() {
+        assert_eq!(Clip::to(1.0, 4.0).factor(), (1.0 / (4.0 + 1e-6)) as f32);
+        assert_eq!(Clip::to(1.0, 0.5).factor(), 1.0);
+        assert_eq!(Clip::to(1.0, 0.0).factor(), 1.0);
+        assert_eq!(Clip::to(1.0, f64::INFINITY).factor(), 0.0);
+        assert!(Clip::to(1.0, f64::NAN).factor().is_nan());
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use super::best_epoch::BestEpoch;
+use super::best_epoch::{Best, BestEpoch};
 use super::control::{Control, Event, Progress};
 use super::evaluate::{Evaluation, Scored, evaluate};
 use super::hyperparameters::{Checkpoint, Hyperparameters};
@@ -171,7 +171,8 @@ impl<'a> Trainer<'a> {
         let warmup = hyperparameters.warmup.steps(total);
         let learning_rate = hyperparameters.learning_rate;
         let passes_held = prepared.parts.passes_held();
-        let micro_batch = micro_batch_of_training(classifier, data, hyperparameters, passes_held)?;
+        let state = locked(&optimizer).state_bytes();
+        let micro_batch = micro_batch_of_training(classifier, data, hyperparameters, passes_held, state)?;
         Ok(Self {
             optimizer,
             trainable,
@@ -344,7 +345,7 @@ impl<'a> Trainer<'a> {
                 true => norm_of_spans(gradients, &self.trainable.spans)?,
                 false => self.hooks.norm(),
             };
-            return Ok(Clip::Factor((limit / (norm + 1e-6)).min(1.0) as f32));
+            return Ok(Clip::to(limit, norm));
         }
         let norm = |range: &Range<usize>| Ok(span(gradients, range)?.f_norm()?);
         let norms = self.trainable.spans.iter().map(norm).collect::<Result<Vec<_>>>()?;
@@ -363,7 +364,8 @@ impl<'a> Trainer<'a> {
         control: &mut Control,
     ) -> Result<Trained> {
         let mut train_time = Duration::ZERO;
-        let mut selection = BestEpoch::default();
+        let keeps_best = self.hyperparameters.checkpoint == Checkpoint::Best;
+        let mut selection = BestEpoch::new(keeps_best);
         let epochs = self.hyperparameters.epochs.ceil() as usize;
         for epoch in 0..epochs {
             let started = Instant::now();
@@ -386,10 +388,10 @@ impl<'a> Trainer<'a> {
             }
         }
         let mut step = self.step;
-        match (self.hyperparameters.checkpoint, selection.into_best()) {
-            (Checkpoint::Best, Some(best)) => {
-                self.classifier.parameters.restore(&best.values)?;
-                step = best.step;
+        match selection.into_best() {
+            Some(Best { values: Some(values), step: best, .. }) => {
+                self.classifier.parameters.restore(&values)?;
+                step = best;
             }
             _ => self.settle()?,
         }

@@ -179,7 +179,14 @@ fn what_cannot_be_compared_is_refused_before_anything_trains() {
             "seed 2 would both choose the settings and be reported",
         ),
         ("init_from: nowhere\n", "nowhere: init_from: no such model folder"),
+        (
+            "task: rte\nevaluate: {task: namesake.yaml}\n",
+            "evaluate: two data sets are called `rte`; give one of them another `name`",
+        ),
     ];
+    workplace.write("own/namesake.csv", "a,b,c\none,two,entailment\n");
+    let card = "name: rte\ntext: [a, b]\nlabel: c\nlabels: [entailment, not_entailment]\ndev: namesake.csv\n";
+    workplace.write("namesake.yaml", card);
     for (text, message) in cases {
         workplace.experiment(text);
         workplace.run(&[]).refused(2, &[message]);
