@@ -83,6 +83,9 @@ pub struct Group {
     pub best: Option<f64>,
     /// Whether this is what the others are set against: plain fine-tuning, in every stage.
     pub is_baseline: bool,
+    /// How many vanillas with hyper-parameters of their own tuning there are, where it is more than one: then there is no
+    /// difference.
+    pub rival_baselines: usize,
     /// Whether no group of the same model in this block has a higher mean.
     pub has_best_mean: bool,
     /// What sets it apart from vanilla with the same model and hyper-parameters.
@@ -204,6 +207,8 @@ struct Identity<'r> {
     model: &'r str,
     /// SHA-256 of the pretrained weights, which may have been others under the same name.
     weights: &'r str,
+    /// SHA-256 of the training data, likewise.
+    data: &'r str,
     method: String,
     method_settings: Vec<Setting>,
     hyperparameters: Vec<Setting>,
@@ -224,6 +229,9 @@ impl Identity<'_> {
         if others.iter().any(|other| other.model == self.model && other.weights != self.weights) {
             settings.push(format!("weights={}", short_hash(self.weights)));
         }
+        if others.iter().any(|other| other.data != self.data) {
+            settings.push(format!("train_data={}", short_hash(self.data)));
+        }
         settings.join(" ")
     }
 
@@ -242,7 +250,7 @@ impl Identity<'_> {
         };
         other.is_baseline()
             && !self.is_baseline()
-            && (other.model, other.weights) == (self.model, self.weights)
+            && (other.model, other.weights, other.data) == (self.model, self.weights, self.data)
             && stages(other) == stages(self)
             && other.hyperparameters.len() == self.hyperparameters.len()
             && other.hyperparameters.iter().zip(&self.hyperparameters).all(alike)
@@ -259,6 +267,7 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
     let (identities, members): (Vec<Identity>, Vec<Vec<&Row>>) = gather(rows, |row| Identity {
         model: &row.model,
         weights: &row.model_sha256,
+        data: &row.train_sha256,
         method: chain(&row.source_method, &row.method),
         method_settings: method_settings(&chain(&row.source_config, &row.method_config)),
         hyperparameters: hyperparameters(row, size_is_setting),
@@ -269,18 +278,24 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
         .iter()
         .zip(&members)
         .map(|(identity, rows)| {
-            let baseline = identities.iter().position(|other| identity.has_baseline(other));
-            let settings = identity.telling_settings(&identities);
-            group(identity, settings, rows, baseline.map(|baseline| &members[baseline][..]))
+            let baselines: Vec<&Vec<&Row>> = (identities.iter().zip(&members))
+                .filter_map(|(other, rows)| identity.has_baseline(other).then_some(rows))
+                .collect();
+            group(identity, identity.telling_settings(&identities), rows, &baselines)
         })
         .collect();
-    let models: Vec<_> = identities.iter().map(|identity| (identity.model, identity.weights)).collect();
+    let models: Vec<_> = identities.iter().map(|own| [own.model, own.weights, own.data]).collect();
     mark_best_means(&mut groups, &models);
     groups
 }
 
-/// Makes the group of some rows; `baseline` are the rows of the vanilla that it is set against.
-fn group(identity: &Identity, settings: String, rows: &[&Row], baseline: Option<&[&Row]>) -> Group {
+/// Makes the group of some rows; `baselines` are the rows of each vanilla that it could be set against: more than one where
+/// vanilla was tuned more than once, and then nothing tells which of them was tuned alike.
+fn group(identity: &Identity, settings: String, rows: &[&Row], baselines: &[&Vec<&Row>]) -> Group {
+    let baseline = match baselines {
+        [baseline] => Some(&baseline[..]),
+        _ => None,
+    };
     let with = |status| rows.iter().filter(|row| row.status == status).count();
     let ok: Vec<&&Row> = rows.iter().filter(|row| row.status == Status::Ok).collect();
     let scores: Vec<f64> = ok.iter().filter_map(|row| row.score).collect();
@@ -306,6 +321,7 @@ fn group(identity: &Identity, settings: String, rows: &[&Row], baseline: Option<
         median: median(&scores),
         best: maximum(&scores),
         is_baseline: identity.is_baseline(),
+        rival_baselines: if baselines.len() > 1 { baselines.len() } else { 0 },
         has_best_mean: false,
         difference: difference(&differences),
         relative_time: baseline.and_then(|baseline| cost.relative_time(&Cost::of(baseline))),
@@ -342,9 +358,9 @@ fn difference(differences: &[f64]) -> Option<Difference> {
     })
 }
 
-/// Marks, among the groups of each model and its weights, those that no other surpasses. A group that stands alone is not
-/// marked.
-fn mark_best_means(groups: &mut [Group], models: &[(&str, &str)]) {
+/// Marks, among the groups of each model, its weights and what it was trained on, those that no other surpasses. A group that
+/// stands alone is not marked.
+fn mark_best_means(groups: &mut [Group], models: &[[&str; 3]]) {
     let means: Vec<Option<f64>> = groups.iter().map(|group| group.mean).collect();
     for (group, model) in groups.iter_mut().zip(models) {
         let of_model = models.iter().zip(&means).filter(|(other, _)| *other == model);

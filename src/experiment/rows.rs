@@ -53,6 +53,7 @@ pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, starte
         source_method: source.method,
         source_config: source.method_config,
         task: run.task.card.name.clone(),
+        train_sha256: run.task.train.sha256.clone(),
         evaluated_on: on.card.name.clone(),
         split: on.split.name().to_owned(),
         evaluated_sha256: on.sha256.clone(),

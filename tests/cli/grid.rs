@@ -196,7 +196,7 @@ fn a_row_says_where_it_comes_from() {
         assert!(!value.is_empty(), "{column} is empty");
     }
     let expected = [
-        ("schema_version", "4"),
+        ("schema_version", "5"),
         ("experiment", "provenance"),
         ("model", "bert_pair"),
         ("task", "rte"),

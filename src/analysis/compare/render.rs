@@ -245,6 +245,14 @@ impl Block {
                 lines.push(format!("{count} of {} runs {what}", self.sum(|group| group.runs)));
             }
         }
+        if let Some(rivals) =
+            self.groups.iter().map(|group| group.rival_baselines).max().filter(|&most| most > 1)
+        {
+            lines.push(format!(
+                "vanilla was tuned {rivals} times, and nothing tells which of them a tuned method belongs to: no difference; \
+                 compare the results of one tuning at a time"
+            ));
+        }
         lines.iter().map(|line| (style.escape)(line)).collect()
     }
 
@@ -253,7 +261,7 @@ impl Block {
         let compared = || groups().filter_map(|group| Some((group, group.mean?, group.difference?)));
         let best = compared().max_by(|(_, left, _), (_, right, _)| left.total_cmp(right));
         let Some((best, _, difference)) = best else {
-            let others = groups().any(|group| !group.is_baseline);
+            let others = groups().any(|group| !group.is_baseline && group.rival_baselines == 0);
             return others
                 .then(|| "no difference from vanilla: no seed has a score of it and of another method with the same settings".into());
         };

@@ -137,6 +137,29 @@ fn tuned_runs_stand_beside_the_same_runs_of_a_fixed_setting() {
     assert_eq!(labels(&comparison)[0], "vanilla learning_rate=4e-5 purpose=report");
 }
 
+/// As after a wider grid in the same file.
+#[test]
+fn a_tuned_method_is_not_set_against_the_vanilla_of_another_tuning() {
+    let tuned = |rate: f64, row: Row| Row {
+        purpose: "tuned".into(),
+        learning_rate: rate,
+        run: format!("{} {rate}", row.run),
+        ..row
+    };
+    let rows = [
+        tuned(1e-4, run("vanilla", 1, 0.5)),
+        tuned(1e-4, run("child_tuning_f", 1, 0.4)),
+        tuned(5e-3, run("vanilla", 1, 0.7)),
+        tuned(5e-3, run("child_tuning_f", 1, 0.6)),
+    ];
+    let groups = &compare(&rows).blocks[0].groups;
+    assert!(groups.iter().all(|group| group.difference.is_none() && group.relative_time.is_none()));
+    let text = compare(&rows).to_text();
+    assert!(text.contains("vanilla was tuned 2 times"), "{text}");
+    assert!(!text.contains("no seed has a score"), "{text}");
+    near(compare(&rows[2..]).blocks[0].groups[1].difference.map(|difference| difference.mean), -0.1);
+}
+
 #[test]
 fn sets_a_method_against_vanilla_with_the_same_hyperparameters_only() {
     let slow = |row: Row| Row { learning_rate: 2e-5, run: format!("{} slow", row.run), ..row };
@@ -330,7 +353,21 @@ fn other_data_and_other_weights_under_the_same_names_are_never_compared() {
     let comparison = compare(&rows);
     assert_eq!(labels(&comparison), ["vanilla weights=aaaaaaaaaaaa", "r3f weights=bbbbbbbbbbbb"]);
     assert_eq!(comparison.blocks[0].groups[1].difference, None);
+    let on =
+        |data: &str, row: Row| Row { train_sha256: data.into(), run: format!("{} {data}", row.run), ..row };
+    let rows = [
+        on("aaaaaaaaaaaaaaaa", run("vanilla", 1, 0.4)),
+        on("bbbbbbbbbbbbbbbb", run("vanilla", 1, 0.5)),
+        on("bbbbbbbbbbbbbbbb", run("r3f", 1, 0.6)),
+    ];
+    let comparison = compare(&rows);
+    assert_eq!(
+        labels(&comparison),
+        ["vanilla train_data=aaaaaaaaaaaa", "vanilla train_data=bbbbbbbbbbbb", "r3f train_data=bbbbbbbbbbbb"]
+    );
+    near(comparison.blocks[0].groups[2].difference.map(|difference| difference.mean), 0.1);
     // Models of other names have other weights as a matter of course.
-    let renamed = Row { model: "roberta".into(), ..rows[1].clone() };
-    assert_eq!(labels(&compare(&[rows[0].clone(), renamed])), ["vanilla", "r3f"]);
+    let of = |model: &str, row: Row| Row { model: model.into(), model_sha256: model.into(), ..row };
+    let rows = [of("bert", run("vanilla", 1, 0.4)), of("roberta", run("r3f", 1, 0.6))];
+    assert_eq!(labels(&compare(&rows)), ["vanilla", "r3f"]);
 }

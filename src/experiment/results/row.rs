@@ -5,7 +5,17 @@ use serde::{Deserialize, Serialize};
 use super::text::{count, flag, number};
 
 /// The version of the columns below; a column that is added, dropped or given another meaning raises it.
-pub const SCHEMA_VERSION: u32 = 4;
+pub const SCHEMA_VERSION: u32 = 5;
+
+/// The version of the columns of a row, [`SCHEMA_VERSION`] when it is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SchemaVersion(u32);
+
+impl Default for SchemaVersion {
+    fn default() -> Self {
+        Self(SCHEMA_VERSION)
+    }
+}
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,10 +33,10 @@ pub enum Status {
 /// One run as evaluated on one data set; the fields are the columns, in this order.
 ///
 /// What may be missing is an `Option` and an empty field of the file; so is a number that is NaN.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// [`SCHEMA_VERSION`] at the time of writing.
-    pub schema_version: u32,
+    pub schema_version: SchemaVersion,
 
     /// Name of the experiment.
     pub experiment: String,
@@ -40,6 +50,8 @@ pub struct Row {
     pub model_revision: String,
     /// Task that was trained on.
     pub task: String,
+    /// SHA-256 of its training data, of which a run may take a part.
+    pub train_sha256: String,
     /// Task that was scored; the same as `task` unless domains are transferred.
     pub evaluated_on: String,
     /// Split of `evaluated_on` that was scored.
@@ -210,88 +222,5 @@ impl Row {
     /// Returns whether the run was a trial that chose hyper-parameters.
     pub fn is_trial(&self) -> bool {
         self.purpose == "selection"
-    }
-}
-
-impl Default for Row {
-    /// Returns a row of the present schema version in which all else is empty.
-    fn default() -> Self {
-        Self {
-            schema_version: SCHEMA_VERSION,
-            experiment: String::new(),
-            run: String::new(),
-            model: String::new(),
-            model_sha256: String::new(),
-            model_revision: String::new(),
-            task: String::new(),
-            evaluated_on: String::new(),
-            split: String::new(),
-            evaluated_sha256: String::new(),
-            purpose: String::new(),
-            model_config: String::new(),
-            source_run: String::new(),
-            source_task: String::new(),
-            source_method: String::new(),
-            source_config: String::new(),
-            preset: String::new(),
-            method: String::new(),
-            method_config: String::new(),
-            freeze: String::new(),
-            head: String::new(),
-            seed: 0,
-            learning_rate: 0.0,
-            epochs: 0.0,
-            batch_size: 0,
-            micro_batch: 0,
-            max_length: 0,
-            warmup: 0.0,
-            weight_decay: 0.0,
-            max_gradient_norm: None,
-            optimizer: String::new(),
-            beta1: 0.0,
-            beta2: 0.0,
-            epsilon: 0.0,
-            adamw: String::new(),
-            precision: String::new(),
-            order: String::new(),
-            checkpoint: String::new(),
-            early_stopping: None,
-            label_noise: 0.0,
-            status: Status::Ok,
-            reason: None,
-            headline: String::new(),
-            score: None,
-            accuracy: None,
-            f1: None,
-            matthews: None,
-            pearson: None,
-            spearman: None,
-            combined: None,
-            loss: None,
-            degenerate: None,
-            epoch: None,
-            step: None,
-            passes_per_step: 0,
-            examples_prepared: 0,
-            examples_train: 0,
-            examples_evaluated: 0,
-            train_seconds: None,
-            prepare_seconds: None,
-            evaluate_seconds: None,
-            examples_per_second: None,
-            tokens_per_second: None,
-            peak_memory_mb: None,
-            optimizer_state_mb: None,
-            method_state_mb: None,
-            trainable_parameters: None,
-            child_parameters: None,
-            child_share: None,
-            mask_sha256: None,
-            device: String::new(),
-            torch: String::new(),
-            version: String::new(),
-            commit: None,
-            started_at: String::new(),
-        }
     }
 }

@@ -268,9 +268,9 @@ fn refuses_foreign_files_and_leaves_them_alone() {
     assert!(message(&shorter).contains("is the end of the line, expected `started_at`"));
     let longer = header.replace(",started_at", ",started_at,mood");
     assert!(message(&longer).contains("is `mood`, expected the end of the line"));
-    assert!(message("schema_version,shape\n5,round\n").contains("has schema version `5`"));
-    let newer = format!("{header}5{}\n", ",x".repeat(header.matches(',').count()));
-    assert!(message(&newer).contains(":2: has schema version `5`"));
+    assert!(message("schema_version,shape\n6,round\n").contains("has schema version `6`"));
+    let newer = format!("{header}6{}\n", ",x".repeat(header.matches(',').count()));
+    assert!(message(&newer).contains(":2: has schema version `6`"));
 }
 
 #[test]

@@ -242,7 +242,7 @@ mod tests {
     fn quotes_as_rfc_4180_does() {
         let row = Row { experiment: "a,b".into(), model: "say \"x\"".into(), ..Row::default() };
         let line = String::from_utf8(encode(&[&row]).unwrap()).unwrap();
-        assert!(line.starts_with("4,\"a,b\",,\"say \"\"x\"\"\",,"), "{line}");
+        assert!(line.starts_with("5,\"a,b\",,\"say \"\"x\"\"\",,"), "{line}");
     }
 
     #[test]
@@ -255,10 +255,10 @@ mod tests {
     /// The columns that must be there, in another order, with one of the user's own.
     const REQUIRED: &str = "note,seed,learning_rate,epochs,batch_size,micro_batch,max_length,warmup,\
         weight_decay,schema_version,experiment,run,purpose,model_config,source_run,source_task,source_method,\
-        source_config,evaluated_sha256,freeze,head,optimizer,beta1,beta2,label_noise,model,model_sha256,model_revision,task,evaluated_on,split,preset,method,\
+        source_config,train_sha256,evaluated_sha256,freeze,head,optimizer,beta1,beta2,label_noise,model,model_sha256,model_revision,task,evaluated_on,split,preset,method,\
         method_config,epsilon,adamw,precision,order,checkpoint,status,headline,passes_per_step,examples_prepared,examples_train,examples_evaluated,device,torch,\
         version,started_at";
-    const VALUES: &str = "mine,42,4e-5,3.0,16,1,128,0.1,0.01,4,e,0f,report,,,,,,d,nothing,keep,adamw,0.9,0.999,0,m,s,,rte,rte,validation,paper,vanilla,,1e-8,torch,\
+    const VALUES: &str = "mine,42,4e-5,3.0,16,1,128,0.1,0.01,5,e,0f,report,,,,,,t,d,nothing,keep,adamw,0.9,0.999,0,m,s,,rte,rte,validation,paper,vanilla,,1e-8,torch,\
         bf16,shuffled,last,ok,accuracy,1,0,10,5,cpu,2.11.0,0.1.0,2026-01-01T00:00:00Z";
 
     #[test]
@@ -287,12 +287,12 @@ mod tests {
             "{bad_step}"
         );
         let torn = parsed(&format!("{REQUIRED}\n{VALUES}\nmine,42\n")).unwrap_err().to_string();
-        assert!(torn.starts_with("results.csv:3: has 2 fields under 49 column names"), "{torn}");
+        assert!(torn.starts_with("results.csv:3: has 2 fields under 50 column names"), "{torn}");
         let missing =
-            parsed("schema_version,task,method,status\n4,rte,vanilla,ok\n").unwrap_err().to_string();
+            parsed("schema_version,task,method,status\n5,rte,vanilla,ok\n").unwrap_err().to_string();
         assert!(missing.starts_with("results.csv:2: ") && missing.contains("`experiment`"), "{missing}");
-        let newer = parsed("schema_version,task,method,status,unheard_of\n5,,,,x\n").unwrap_err().to_string();
-        assert!(newer.starts_with("results.csv:2: has schema version `5`"), "{newer}");
+        let newer = parsed("schema_version,task,method,status,unheard_of\n6,,,,x\n").unwrap_err().to_string();
+        assert!(newer.starts_with("results.csv:2: has schema version `6`"), "{newer}");
         assert_eq!(
             parsed("").unwrap_err().to_string(),
             "results.csv: is empty: a results file starts with a line of column names"
@@ -319,7 +319,7 @@ mod tests {
     #[test]
     fn foreign_files_are_called_so() {
         for text in
-            ["index\tsentence1\tsentence2\n0\ta\tb, c\n", "schema_version;task;method;status\n4;a;b;ok\n"]
+            ["index\tsentence1\tsentence2\n0\ta\tb, c\n", "schema_version;task;method;status\n5;a;b;ok\n"]
         {
             let message = parsed(text).unwrap_err().to_string();
             assert!(message.starts_with("results.csv:1: is not a results file of this program"), "{message}");
