@@ -6,19 +6,24 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Writes a file whole or not at all: `write` makes it beside its place, under a hidden name, and it is renamed once it is on
+/// Writes a file whole or not at all: `write` makes it in a hidden folder beside its place, and it is moved there once it is on
 /// the disk. A link is followed, an old file's permissions stay, and what is no file, such as `/dev/stdout`, is written to
 /// directly.
 ///
+/// What a killed process left in the hidden folder, temporary files of other libraries included, goes the next time.
+///
 /// # Errors
-/// Those of `write`, and an [`Error::Io`] if the file cannot be renamed; nothing is left behind then.
+/// Those of `write`, and an [`Error::Io`] if the file cannot be moved; nothing is left behind then.
 pub fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let place = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     if is_pipe(&place) {
         return write(path);
     }
     let old = place.metadata().ok();
-    let temporary = place.with_file_name(format!(".{}.partial", name_of(&place).to_string_lossy()));
+    let workshop = place.with_file_name(format!(".{}.partial", name_of(&place).to_string_lossy()));
+    let temporary = workshop.join(name_of(&place));
+    let _ = std::fs::remove_dir_all(&workshop);
+    std::fs::create_dir(&workshop).map_err(Error::io("write", path))?;
     let written = write(&temporary).and_then(|()| {
         let placed = || {
             let permissions = match &old {
@@ -32,10 +37,8 @@ pub fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Resu
         };
         placed().map_err(Error::io("write", path))
     });
-    if written.is_err() {
-        // Only tidiness: a temporary file that stays is overwritten the next time.
-        let _ = std::fs::remove_file(&temporary);
-    }
+    // Only tidiness: what stays goes the next time.
+    let _ = std::fs::remove_dir_all(&workshop);
     written
 }
 
@@ -45,6 +48,16 @@ pub fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Resu
 /// Fails if the file cannot be written.
 pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
     write_whole(path, |temporary| std::fs::write(temporary, bytes).map_err(Error::io("write", path)))
+}
+
+/// Copies a file whole, as [`write_whole`] does.
+///
+/// # Errors
+/// Fails if the file cannot be read or written.
+pub fn copy_whole(source: &Path, path: &Path) -> Result<()> {
+    write_whole(path, |temporary| {
+        std::fs::copy(source, temporary).map(|_| ()).map_err(Error::io("copy", source))
+    })
 }
 
 /// Returns the path of a file whose name is that of another one with a suffix.
@@ -86,6 +99,10 @@ mod tests {
         let path = folder.path().join("scores.csv");
         let other = folder.path().join("scores.partial");
         std::fs::write(&other, "mine").unwrap();
+        // Of a process that was killed.
+        let workshop = folder.path().join(".scores.csv.partial");
+        std::fs::create_dir(&workshop).unwrap();
+        std::fs::write(workshop.join(".tmpAbC"), "half").unwrap();
         write_bytes(&path, b"one").unwrap();
         let failed = write_whole(&path, |temporary| {
             std::fs::write(temporary, b"tw").unwrap();

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         child_tuning::libtorch::with_a_considerate_environment();
         child_tuning::libtorch::keep_the_order_of_sums();
     }
+    child_tuning::libtorch::survive_file_size_limits();
     match commands::call(arguments) {
         Ok(code) => code,
         // Whoever read our output has seen enough, as in `plan … | head`.

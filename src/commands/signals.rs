@@ -1,10 +1,10 @@
 //! What Ctrl-C and a polite kill do.
 
-use std::process::exit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
+use child_tuning::libtorch::end_now;
 
 use super::tell;
 
@@ -26,7 +26,7 @@ pub fn stop_between_batches(is_training: Arc<AtomicBool>) -> Result<Arc<AtomicBo
             end();
         }
         if flag.swap(true, Ordering::Relaxed) {
-            exit(INTERRUPTED);
+            end_now(INTERRUPTED);
         }
     })?;
     Ok(interrupted)
@@ -38,5 +38,5 @@ fn listen(handler: impl FnMut() + Send + 'static) -> Result<()> {
 
 fn end() {
     tell(format_args!("\ninterrupted: run the same command again to resume"));
-    exit(INTERRUPTED);
+    end_now(INTERRUPTED);
 }

@@ -10,6 +10,7 @@ use tokenizers::{Encoding, PostProcessor, Tokenizer};
 use super::sheet::Example;
 use super::tokenizer::{FILES, load};
 use crate::error::{Error, Result};
+use crate::files::copy_whole;
 
 /// How many examples are in work at once: whole encodings carry far more than their ids.
 const CHUNK: usize = 1024;
@@ -111,7 +112,7 @@ impl TokenEncoder {
         }
         for (name, source) in FILES.iter().map(|name| (name, self.folder.join(name))) {
             if source.is_file() {
-                std::fs::copy(&source, target.join(name)).map_err(Error::io("copy", &source))?;
+                copy_whole(&source, &target.join(name))?;
             }
         }
         Ok(())

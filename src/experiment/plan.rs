@@ -136,6 +136,7 @@ impl Plan {
         plan.check_fits()?;
         plan.tell_runs_apart();
         plan.notes.extend(plan.warmup_note());
+        plan.notes.extend(examples_note(&points, &tasks));
         Ok(plan)
     }
 
@@ -162,8 +163,18 @@ impl Plan {
             [("results", Some(&self.results)), ("save", self.save.as_ref()), ("masks", self.masks.as_ref())];
         for (key, place) in places.into_iter().filter_map(|(key, place)| Some((key, place?))) {
             let refused = |why: &str| Err(Error::configuration(format!("{key}: {} {why}", place.display())));
+            if place.as_os_str().is_empty() {
+                return Err(Error::configuration(format!(
+                    "{key}: is empty; name a place, or leave the key out"
+                )));
+            }
             if is_pipe(place) {
                 return refused("is neither a file nor a folder; name one");
+            }
+            match key {
+                "results" if place.is_dir() => return refused("is a folder; name a file"),
+                "save" | "masks" if place.is_file() => return refused("is a file; name a folder"),
+                _ => {}
             }
             if place.starts_with("~") && !Path::new("~").exists() {
                 return refused("begins with `~`, which only a shell replaces; write the folder out");
@@ -265,6 +276,21 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// Says which numbers of training examples are more than there are.
+fn examples_note(points: &[GridPoint], tasks: &[OpenTask]) -> Option<String> {
+    let too_many = |asked: usize| {
+        let all = tasks.iter().map(|(task, _)| (&task.card.name, task.train.dataset.examples.len()));
+        all.filter(move |(_, all)| asked > *all)
+            .map(move |(name, all)| format!("{asked} for the {all} of {name}"))
+    };
+    let found: BTreeSet<String> =
+        points.iter().filter_map(|point| point.examples).flat_map(too_many).collect();
+    let found: Vec<String> = found.into_iter().collect();
+    (!found.is_empty()).then(|| {
+        format!("`train.examples` asks for more than there are, and takes all: {}", found.join(", "))
+    })
 }
 
 /// Refuses a model without dropout for a method whose passes differ by nothing else.

@@ -1,6 +1,6 @@
 //! What a program that computes with libtorch settles for its whole process, before anything else.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::os::unix::process::CommandExt;
 
 /// What libtorch reads from the environment, and what this program sets it to where the user says nothing.
@@ -107,9 +107,21 @@ pub fn release_freed_memory() {
 
 /// Returns the address of a function of the program or its libraries; null if there is none of this name.
 fn symbol(name: &CStr) -> *mut c_void {
-    unsafe extern "C" {
-        fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
+    // SAFETY: the handle asks the program and all loaded libraries, and the name is a C string.
+    unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) }
+}
+
+/// Makes a write beyond the limit of a file's size (`ulimit -f`) an error like others, as Python does; the system would end the
+/// process without a word.
+pub fn survive_file_size_limits() {
+    // SAFETY: ignoring a signal runs no code of ours.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
-    // SAFETY: a null handle asks the program and all loaded libraries, and the name is a C string.
-    unsafe { dlsym(std::ptr::null_mut(), name.as_ptr()) }
+}
+
+/// Ends the process at once. The usual end would run the destructors of libtorch beside those of its threads that still compute.
+pub fn end_now(code: i32) -> ! {
+    // SAFETY: nothing of this process is used afterwards.
+    unsafe { libc::_exit(code) }
 }

@@ -14,7 +14,7 @@ use super::parameter::{Parameter, ParameterPlace};
 use super::params::{ParameterId, ParameterTable, Parameters};
 use super::weights::Weights;
 use crate::error::{Error, Result};
-use crate::files::write_whole;
+use crate::files::{write_bytes, write_whole};
 use crate::libtorch::elements;
 
 /// The file that is written.
@@ -226,7 +226,7 @@ pub fn write(
     let text =
         serde_json::to_string_pretty(&values).map_err(|error| Error::configuration(error.to_string()))?;
     let path = folder.join("config.json");
-    std::fs::write(&path, text + "\n").map_err(Error::io("write", &path))?;
+    write_bytes(&path, (text + "\n").as_bytes())?;
 
     let flat = parameters.values().f_to_device(tch::Device::Cpu)?;
     let flat: &[f32] = elements(&flat)?;
@@ -235,7 +235,7 @@ pub fn write(
     write_whole(&path, |temporary| {
         let tensors = parameters.iter().map(|(_, parameter)| (&parameter.name, Values::of(parameter, flat)));
         safetensors::serialize_to_file(tensors, Some(metadata), temporary)
-            .map_err(|error| Error::model(&path, format!("cannot be written: {error}")))
+            .map_err(|error| Error::Environment(format!("cannot write {}: {error}", path.display())))
     })
 }
 

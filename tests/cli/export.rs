@@ -86,6 +86,19 @@ fn rename(workplace: &Workplace, weights: &str, further: &[&str], name: impl Fn(
     workplace.write(weights, safetensors::serialize(tensors, None).unwrap());
 }
 
+#[test]
+fn a_limit_of_file_sizes_is_an_error_and_leaves_nothing_in_part() {
+    let workplace = Workplace::with_models(&["bert_pair"]);
+    let program = assert_cmd::cargo::cargo_bin!("child-tuning");
+    let script =
+        format!("ulimit -f 16; exec {program:?} export --model bert_pair --task rte --output exported");
+    let output = Command::new("sh").args(["-c", &script]).current_dir(workplace.path(".")).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(text.contains("error: cannot write exported/model.safetensors: ") && text.contains("File too large"), "{text}");
+    assert_eq!(workplace.files("exported"), ["config.json"]);
+}
+
 /// As checkpoints of DeBERTa are, and encoders that were saved without their pooler: what is new has to train, whatever a method
 /// or the experiment keeps from training.
 #[test]
