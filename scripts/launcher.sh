@@ -49,6 +49,9 @@ esac
 [ -e "$torch/lib/libtorch_cuda.so" ] ||
     stop "$where is a build without CUDA, which this program needs also on the CPU; $install"
 
+# For programs that this one starts, such as python3, which finds its libraries by itself.
+CHILD_TUNING_OUTER_LIBRARY_PATH=${LD_LIBRARY_PATH:-}
+export CHILD_TUNING_OUTER_LIBRARY_PATH
 LD_LIBRARY_PATH=$torch/lib${further:+:${further%:}}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export LD_LIBRARY_PATH
 exec "$here/bin/child-tuning" "$@"

@@ -45,12 +45,8 @@ pub fn gpu_check(arguments: GpuCheckArguments) -> Result<ExitCode> {
         write_bytes(&arguments.output.join("gpu_check.json"), json.as_bytes())?;
         write_bytes(&arguments.output.join("gpu_check.md"), report.markdown().as_bytes())
     };
-    let report = verify(
-        options,
-        &mut |check| show_check(check),
-        &mut |what| tell(format_args!("{what} …")),
-        &mut keep,
-    )?;
+    let report =
+        verify(options, &mut |check| show_check(check), &mut |what| tell(format_args!("{what}")), &mut keep)?;
     let [passed, failed, skipped] =
         [Outcome::Passed, Outcome::Failed, Outcome::Skipped].map(|outcome| report.count(&outcome));
     show(format_args!("{passed} checks passed, {failed} failed, {skipped} skipped"))?;

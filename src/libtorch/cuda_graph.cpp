@@ -5,6 +5,7 @@
 
 #ifdef CHILD_TUNING_CUDA
 #include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -39,6 +40,12 @@ struct Recording {
 static void clean_up_after(const Recording &recording) {
   try {
     c10::cuda::CUDACachingAllocator::endAllocateToPool(recording.device, recording.pool);
+  } catch (...) {
+    // It has ended.
+  }
+  try {
+    // Of pinned memory, too.
+    at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(recording.pool);
   } catch (...) {
     // It has ended.
   }

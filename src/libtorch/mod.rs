@@ -25,8 +25,8 @@ pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use optimizer::{FusedAdamW, FusedGroup};
 pub use own_backward::with_backward;
 pub use process::{
-    end_now, keep_the_order_of_sums, own_settings, release_freed_memory, survive_file_size_limits,
-    with_a_considerate_environment,
+    OUTER_LIBRARY_PATH, end_now, keep_the_order_of_sums, own_settings, release_freed_memory,
+    survive_file_size_limits, with_a_considerate_environment,
 };
 pub use profile::{Profile, ProfileRow, profile};
 

@@ -27,6 +27,8 @@ const SETTINGS: [(&str, &str); 8] = [
     ("KINETO_LOG_LEVEL", "99"),
 ];
 const GPU_ORDER: &str = "CUDA_DEVICE_ORDER";
+/// Holds `LD_LIBRARY_PATH` as it was before the launcher of the bundle put libtorch first.
+pub const OUTER_LIBRARY_PATH: &str = "CHILD_TUNING_OUTER_LIBRARY_PATH";
 /// Names those of the settings that are this program's and not the user's, for [`own_settings`].
 const OWN_SETTINGS: &str = "CHILD_TUNING_SETTINGS";
 const CUDA_ALLOCATOR: &str = "PYTORCH_CUDA_ALLOC_CONF";

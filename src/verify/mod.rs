@@ -13,6 +13,7 @@ mod random_model;
 mod report;
 mod speed;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::SystemTime;
 
 use serde::Serialize;
@@ -20,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use random_model::{Shape, family_config, measured_method, random_data};
 pub use report::Report;
-pub use speed::{FisherTimes, Speed, SpeedRow};
+pub use speed::{FisherTimes, Speed, SpeedRow, StepProfile};
 
 use crate::error::Result;
 use crate::experiment::device_name;
@@ -51,7 +52,7 @@ pub enum Outcome {
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
     /// What it belongs to, such as `masks`.
-    pub topic: &'static str,
+    pub topic: String,
     /// What is compared.
     pub name: String,
     /// The difference that was found; none if an error came first or the check was skipped.
@@ -76,31 +77,40 @@ impl<'a> Checks<'a> {
         Self { list: Vec::new(), show }
     }
 
-    /// Makes a check of a difference that must be at most `allowed`. An error fails this check and no other.
+    /// Makes a check of a difference that must be at most `allowed`. An error or a panic fails this check and no other.
     fn at_most(
         &mut self,
-        topic: &'static str,
+        topic: &str,
         name: impl Into<String>,
         allowed: f64,
         measured: impl FnOnce() -> Result<f64>,
     ) {
-        let (measured, reason) = match measured() {
+        let (measured, reason) = match attempt(measured) {
             Ok(measured) => (Some(measured), None),
-            Err(error) => (None, Some(error.to_string())),
+            Err(reason) => (None, Some(reason)),
         };
         let passed = measured.is_some_and(|measured| measured <= allowed);
         let outcome = if passed { Outcome::Passed } else { Outcome::Failed };
-        self.add(Check { topic, name: name.into(), measured, allowed, outcome, reason });
+        self.add(Check { topic: topic.into(), name: name.into(), measured, allowed, outcome, reason });
     }
 
     /// Makes a check that passes if nothing differs.
-    fn same(&mut self, topic: &'static str, name: impl Into<String>, same: impl FnOnce() -> Result<bool>) {
+    fn same(&mut self, topic: &str, name: impl Into<String>, same: impl FnOnce() -> Result<bool>) {
         self.at_most(topic, name, 0.0, || Ok(if same()? { 0.0 } else { 1.0 }));
     }
 
-    fn skip(&mut self, topic: &'static str, name: impl Into<String>, reason: &str) {
+    /// Notes that the checks of a part could not go on.
+    fn broken_off(&mut self, part: &str, reason: String) {
+        let (name, outcome, reason) =
+            ("the checks of this part that would follow".into(), Outcome::Failed, Some(reason));
+        let topic = part.to_owned();
+        self.add(Check { topic, name, measured: None, allowed: 0.0, outcome, reason });
+    }
+
+    fn skip(&mut self, topic: &str, name: impl Into<String>, reason: &str) {
         let (outcome, reason) = (Outcome::Skipped, Some(reason.to_owned()));
-        self.add(Check { topic, name: name.into(), measured: None, allowed: 0.0, outcome, reason });
+        let (topic, name) = (topic.to_owned(), name.into());
+        self.add(Check { topic, name, measured: None, allowed: 0.0, outcome, reason });
     }
 
     fn add(&mut self, check: Check) {
@@ -109,54 +119,83 @@ impl<'a> Checks<'a> {
     }
 }
 
-/// Runs the whole suite: correctness first, then speed. `show` sees every check, `note` what is measured next, and `keep` the
-/// report as far as it is: after the checks, after the speeds, and at the end.
+/// A part of the suite: what it is, and the checks that it makes.
+type Part<'p> = (String, Box<dyn Fn(&mut Checks) -> Result<()> + 'p>);
+
+/// Returns the checks of correctness, in their order.
+fn parts(options: Options) -> Vec<Part<'static>> {
+    let device = options.device;
+    let shapes = if options.quick { &[Shape::TINY][..] } else { &[Shape::TINY, Shape::SMALL] };
+    let mut parts: Vec<Part> = Vec::new();
+    for shape in shapes {
+        let named = |what: &str| format!("{}: {what}", shape.name);
+        let passes = move |checks: &mut Checks| agreement::check(checks, shape, device);
+        parts.push((named("passes, steps, predictions"), Box::new(passes)));
+        let masks = move |checks: &mut Checks| masks::check(checks, shape, device);
+        parts.push((named("masks, Fisher information, thresholds"), Box::new(masks)));
+    }
+    for family in families::checked() {
+        let check = move |checks: &mut Checks| families::check(checks, family, device);
+        parts.push((format!("{family}: passes and Fisher information"), Box::new(check)));
+    }
+    let methods = move |checks: &mut Checks| methods::check(checks, device);
+    parts.push(("every method: whole trainings".into(), Box::new(methods)));
+    // Behind all others, since a recording that fails may leave a device in disorder.
+    for shape in shapes {
+        let graphs = move |checks: &mut Checks| graphs::check(checks, shape, device);
+        parts.push((format!("{}: recorded steps", shape.name), Box::new(graphs)));
+    }
+    parts
+}
+
+/// Runs the whole suite: correctness first, then speed. `show` sees every check, `note` what comes next and what was measured,
+/// and `keep` the report as far as it is, after each part and each measurement: whatever ends the process, little is lost.
 ///
 /// # Errors
-/// Fails if the reference cannot be computed, or `keep` does; what fails on the device is a failed check.
+/// Fails if `keep` does; all else that fails is a failed check, or a measurement that is missing with its reason.
 pub fn verify(
     options: Options,
     show: &mut dyn FnMut(&Check),
     note: &mut dyn FnMut(&str),
     keep: &mut dyn FnMut(&Report) -> Result<()>,
 ) -> Result<Report> {
-    let started_at = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
-    let mut checks = Checks::new(show);
-    let shapes = if options.quick { &[Shape::TINY][..] } else { &[Shape::TINY, Shape::SMALL] };
-    for shape in shapes {
-        note(&format!("{}: passes, steps, predictions", shape.name));
-        agreement::check(&mut checks, shape, options.device)?;
-        note(&format!("{}: masks, Fisher information, thresholds", shape.name));
-        masks::check(&mut checks, shape, options.device)?;
-    }
-    note("every family: passes and Fisher information");
-    families::check(&mut checks, options.device)?;
-    note("every method: whole trainings");
-    methods::check(&mut checks, options.device)?;
-    // Behind all others, since a recording that fails may leave a device in disorder.
-    for shape in shapes {
-        note(&format!("{}: recorded steps", shape.name));
-        graphs::check(&mut checks, shape, options.device)?;
-    }
     let mut report = Report {
-        started_at,
+        started_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         device: device_name(options.device),
         torch: libtorch::version(),
         version: env!("CARGO_PKG_VERSION"),
         commit: env!("CHILD_TUNING_COMMIT"),
         quick: options.quick,
-        checks: checks.list,
+        checks: Vec::new(),
         speeds: Vec::new(),
         fisher: Err("not measured yet".into()),
         peer: Vec::new(),
     };
-    keep(&report)?;
-    (report.speeds, report.fisher) = speed::measure(options, note)?;
-    keep(&report)?;
-    note("the Python peer");
+    for (name, check) in parts(options) {
+        note(&format!("{name} …"));
+        let mut checks = Checks::new(show);
+        if let Err(reason) = attempt(|| check(&mut checks)) {
+            checks.broken_off(&name, reason);
+        }
+        report.checks.append(&mut checks.list);
+        keep(&report)?;
+    }
+    let workloads = speed::workloads(options);
+    speed::measure(&workloads, options, &mut report, note, keep)?;
+    note("the Python peer …");
     report.peer = peer::measure(options);
     keep(&report)?;
+    // A profiler that has run once may slow what comes after it.
+    speed::profile_steps(&workloads, options, &mut report, note, keep)?;
     Ok(report)
+}
+
+/// Does work of which neither an error nor a panic may end the suite.
+fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(outcome) => outcome.map_err(|error| error.to_string()),
+        Err(panic) => Err(format!("panic: {}", libtorch::panic_message(panic.as_ref()))),
+    }
 }
 
 /// Returns ‖subject − reference‖ / ‖reference‖ in float64 on the CPU.
@@ -186,11 +225,13 @@ mod tests {
         checks
             .at_most("topic", "no shape", 1.0, || difference(&Tensor::from_slice(&[1.0f32; 3]), &reference));
         checks.same("topic", "other", || Ok(false));
+        checks.same("topic", "panic", || panic!("out of luck"));
         checks.skip("topic", "missing", "not there");
         let outcomes: Vec<_> = checks.list.iter().map(|check| check.outcome.clone()).collect();
         use Outcome::{Failed, Passed, Skipped};
-        assert_eq!(outcomes, [Passed, Failed, Failed, Failed, Failed, Skipped]);
+        assert_eq!(outcomes, [Passed, Failed, Failed, Failed, Failed, Failed, Skipped]);
         assert!(checks.list[3].reason.is_some());
-        assert_eq!(seen, 6);
+        assert_eq!(checks.list[5].reason.as_deref(), Some("panic: out of luck"));
+        assert_eq!(seen, 7);
     }
 }

@@ -59,19 +59,30 @@ fn tokens_per_second(method: &str, precision: &str, device: Device) -> Result<f6
     for name in libtorch::own_settings() {
         command.env_remove(name);
     }
-    command.env_remove("LD_LIBRARY_PATH").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // The launcher of the bundle has put libraries before those of the machine, such as the driver's.
+    match std::env::var(libtorch::OUTER_LIBRARY_PATH) {
+        Ok(outer) if outer.is_empty() => command.env_remove("LD_LIBRARY_PATH"),
+        Ok(outer) => command.env("LD_LIBRARY_PATH", outer),
+        Err(_) => &mut command,
+    };
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut peer = command.spawn().map_err(|error| format!("python3 does not start: {error}"))?;
-    let (input, output) = (peer.stdin.take(), peer.stdout.take());
+    let (input, output, complaints) = (peer.stdin.take(), peer.stdout.take(), peer.stderr.take());
+    // Read beside the conversation: a pipe that is full would hold the peer up.
+    let listener = std::thread::spawn(move || {
+        let lines =
+            complaints.into_iter().flat_map(|text| BufReader::new(text).lines().map_while(Result::ok));
+        lines.filter(|line| !line.trim().is_empty()).last()
+    });
     let speeds = match (input, output) {
         (Some(input), Some(output)) => converse(input, BufReader::new(output)),
         _ => None,
     };
-    let ended = peer.wait_with_output().map_err(|error| error.to_string())?;
-    let speeds = speeds.ok_or_else(|| {
-        // A Python error ends with what is wrong.
-        let text = String::from_utf8_lossy(&ended.stderr);
-        text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").trim().to_owned()
-    })?;
+    peer.wait().map_err(|error| error.to_string())?;
+    // A Python error ends with what is wrong.
+    let last_words = listener.join().ok().flatten();
+    let speeds =
+        speeds.ok_or_else(|| last_words.map_or("it said nothing".into(), |line| line.trim().to_owned()))?;
     median(&speeds).ok_or_else(|| "it measured nothing".to_owned())
 }
 

@@ -131,7 +131,7 @@ impl Report {
                 Outcome::Skipped => "skipped",
             };
             let reason = check.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
-            let (topic, name, allowed) = (check.topic, &check.name, check.allowed);
+            let (topic, name, allowed) = (&check.topic, &check.name, check.allowed);
             writeln!(text, "| {topic} | {name} | {measured} | {allowed:.0e} | {word}{reason} |")?;
         }
         Ok(())
@@ -154,11 +154,13 @@ impl Report {
             }
             _ => String::new(),
         };
+        let kernels = row.profile.as_ref().map(|profile| profile.kernels_per_step.to_string());
+        let kernels = kernels.unwrap_or_default();
         let memory = speed.peak_memory.map_or(String::new(), |bytes| format!("{:.2}", bytes as f64 / 1e9));
         writeln!(
             text,
             " {:.0} | {:.0} | {of_vanilla} | {} | {memory} |",
-            speed.sequences_per_second, speed.tokens_per_second, speed.kernels_per_step
+            speed.sequences_per_second, speed.tokens_per_second, kernels
         )
     }
 }

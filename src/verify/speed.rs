@@ -6,7 +6,7 @@ use serde::Serialize;
 use tch::{Device, Tensor};
 
 use super::report::measured;
-use super::{Options, Shape, measured_method, random_data};
+use super::{Options, Report, Shape, attempt, measured_method, random_data};
 use crate::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
 use crate::data::EncodedDataset;
 use crate::error::Result;
@@ -46,6 +46,9 @@ pub struct SpeedRow {
     /// What was measured, or why not.
     #[serde(serialize_with = "measured")]
     pub outcome: std::result::Result<Speed, String>,
+    /// What a step consists of, or why that is not known.
+    #[serde(serialize_with = "measured")]
+    pub profile: std::result::Result<StepProfile, String>,
 }
 
 /// What was measured of a training.
@@ -55,12 +58,17 @@ pub struct Speed {
     pub sequences_per_second: f64,
     /// Real tokens a second.
     pub tokens_per_second: f64,
+    /// Most memory in use, in bytes: of the device on CUDA, of the process on the CPU.
+    pub peak_memory: Option<u64>,
+}
+
+/// One step under libtorch's profiler.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepProfile {
     /// Kernels, copies and fills on the GPU in a step; 0 on the CPU.
     pub kernels_per_step: u64,
     /// Operator calls on the host in a step.
     pub operators_per_step: u64,
-    /// Most memory in use, in bytes: of the device on CUDA, of the process on the CPU.
-    pub peak_memory: Option<u64>,
     /// The kernels with the longest time in a step; on the CPU the operators with the longest own time.
     pub longest: Vec<Longest>,
 }
@@ -91,17 +99,69 @@ pub struct FisherTimes {
     pub one_by_one: f64,
 }
 
-struct Workload {
+/// A model and data that trainings are measured on.
+pub(super) struct Workload {
     name: String,
     shape: Shape,
     data: EncodedDataset,
     batch_size: usize,
+    /// What is measured: in which precision, by which method, and whether passes are replayed.
+    trainings: Vec<(Precision, Methods)>,
 }
 
 impl Workload {
-    fn new(shape: Shape, lengths: &[usize], of: &str, batch_size: usize) -> Self {
+    fn new(
+        shape: Shape,
+        lengths: &[usize],
+        of: &str,
+        batch_size: usize,
+        trainings: &[(Precision, Methods)],
+    ) -> Self {
         let data = random_data(lengths, shape.vocabulary, &labels());
-        Self { name: format!("{}, {of}", shape.name), shape, data, batch_size }
+        let (name, trainings) = (format!("{}, {of}", shape.name), trainings.to_vec());
+        Self { name, shape, data, batch_size, trainings }
+    }
+
+    /// Returns each training: the settings, and the method.
+    fn trainings(&self) -> impl Iterator<Item = (Hyperparameters, &'static str)> {
+        self.trainings.iter().flat_map(move |&(precision, methods)| {
+            methods.iter().map(move |&(method, replayed)| {
+                (Hyperparameters { cuda_graphs: replayed, ..settings(self, precision) }, method)
+            })
+        })
+    }
+}
+
+/// A model, made when it is first asked for, since drawing its weights takes the CPU longer than a GPU takes to train it.
+struct Models<'w> {
+    workload: &'w Workload,
+    device: Device,
+    /// The model, and the weights that trainings start from, on the CPU.
+    made: Option<(Classifier, Tensor)>,
+}
+
+impl<'w> Models<'w> {
+    fn new(workload: &'w Workload, device: Device) -> Self {
+        Self { workload, device, made: None }
+    }
+
+    /// Hands out the model with the weights of the start. Where `work` fails or panics, the next training gets another.
+    fn with<T>(&mut self, work: impl FnOnce(&mut Classifier) -> Result<T>) -> Result<T> {
+        release_cached_memory()?;
+        let (mut model, start) = match self.made.take() {
+            Some((mut model, start)) => {
+                model.parameters.restore(&start)?;
+                (model, start)
+            }
+            None => {
+                let model = model(self.workload, self.device)?;
+                let start = model.parameters.values_copy()?.f_to_device(Device::Cpu)?;
+                (model, start)
+            }
+        };
+        let outcome = work(&mut model)?;
+        self.made = Some((model, start));
+        Ok(outcome)
     }
 }
 
@@ -109,50 +169,87 @@ fn labels() -> Labels {
     Labels::Classes(vec!["0".into(), "1".into()])
 }
 
-/// Measures everything.
-pub(super) fn measure(
-    options: Options,
-    note: &mut dyn FnMut(&str),
-) -> Result<(Vec<SpeedRow>, std::result::Result<FisherTimes, String>)> {
+/// Returns what is measured; the Fisher pass on the last.
+pub(super) fn workloads(options: Options) -> Vec<Workload> {
     use Precision::{Bf16, Float32, Tf32};
     let rte: Vec<usize> = RTE_LENGTHS.split_whitespace().filter_map(|length| length.parse().ok()).collect();
-    let workloads = if options.quick {
-        let tiny = Workload::new(Shape::TINY, &rte[..64], "lengths of RTE", 16);
-        vec![(tiny, vec![(Float32, METHODS)])]
-    } else {
-        let large = Workload::new(Shape::BERT_LARGE, &[128; 128], "128 tokens", 32);
-        let base = Workload::new(Shape::BERT_BASE, &rte, "lengths of RTE", 16);
-        let of_base = vec![(Bf16, METHODS), (Bf16, REPLAYED), (Tf32, VANILLA), (Float32, VANILLA)];
-        vec![(large, vec![(Bf16, METHODS), (Tf32, VANILLA)]), (base, of_base)]
-    };
-    let mut rows = Vec::new();
-    for (workload, precisions) in &workloads {
-        for (precision, methods) in precisions {
-            for &(method, replayed) in *methods {
-                let precision_name = yaml_name(precision);
-                let how = if replayed { ", replayed" } else { "" };
-                note(&format!("{}: {method} in {precision_name}{how}", workload.name));
-                release_cached_memory()?;
-                let settings = Hyperparameters { cuda_graphs: replayed, ..settings(workload, *precision) };
-                let outcome = training(workload, method, &settings, options);
-                rows.push(SpeedRow {
-                    workload: workload.name.clone(),
-                    batch_size: workload.batch_size,
-                    method,
-                    replayed,
-                    precision: precision_name,
-                    outcome: outcome.map_err(|error| error.to_string()),
-                });
-            }
+    if options.quick {
+        return vec![Workload::new(Shape::TINY, &rte[..64], "lengths of RTE", 16, &[(Float32, METHODS)])];
+    }
+    let of_large = [(Bf16, METHODS), (Tf32, VANILLA)];
+    let of_base = [(Bf16, METHODS), (Bf16, REPLAYED), (Tf32, VANILLA), (Float32, VANILLA)];
+    vec![
+        Workload::new(Shape::BERT_LARGE, &[128; 128], "128 tokens", 32, &of_large),
+        Workload::new(Shape::BERT_BASE, &rte, "lengths of RTE", 16, &of_base),
+    ]
+}
+
+/// Measures trainings and the Fisher pass.
+pub(super) fn measure(
+    workloads: &[Workload],
+    options: Options,
+    report: &mut Report,
+    note: &mut dyn FnMut(&str),
+    keep: &mut dyn FnMut(&Report) -> Result<()>,
+) -> Result<()> {
+    for workload in workloads {
+        let mut models = Models::new(workload, options.device);
+        for (settings, method) in workload.trainings() {
+            let (precision, replayed) = (yaml_name(&settings.precision), settings.cuda_graphs);
+            let how = if replayed { ", replayed" } else { "" };
+            note(&format!("{}: {method} in {precision}{how} …", workload.name));
+            let outcome =
+                attempt(|| models.with(|model| training(workload, method, &settings, options, model)));
+            note(&match &outcome {
+                Ok(speed) => format!(
+                    "{:.0} sequences/s, {:.0} tokens/s",
+                    speed.sequences_per_second, speed.tokens_per_second
+                ),
+                Err(reason) => format!("not measured: {reason}"),
+            });
+            report.speeds.push(SpeedRow {
+                workload: workload.name.clone(),
+                batch_size: workload.batch_size,
+                method,
+                replayed,
+                precision,
+                outcome,
+                profile: Err("not profiled yet".into()),
+            });
+            keep(report)?;
+        }
+        if std::ptr::eq(workload, &workloads[workloads.len() - 1]) {
+            note(&format!("{}: Fisher information …", workload.name));
+            report.fisher = attempt(|| models.with(|model| fisher_times(workload, options, model)));
+            keep(report)?;
         }
     }
-    release_cached_memory()?;
-    // The last one: BERT-base, or the tiny one.
-    let fisher = workloads.last().map(|(workload, _)| {
-        note(&format!("{}: Fisher information", workload.name));
-        fisher_times(workload, options).map_err(|error| error.to_string())
-    });
-    Ok((rows, fisher.unwrap_or_else(|| Err("nothing to measure".into()))))
+    Ok(())
+}
+
+/// Profiles a step of each training that was measured.
+pub(super) fn profile_steps(
+    workloads: &[Workload],
+    options: Options,
+    report: &mut Report,
+    note: &mut dyn FnMut(&str),
+    keep: &mut dyn FnMut(&Report) -> Result<()>,
+) -> Result<()> {
+    let mut place = 0;
+    for workload in workloads {
+        note(&format!("{}: what steps consist of …", workload.name));
+        let mut models = Models::new(workload, options.device);
+        for (settings, method) in workload.trainings() {
+            if report.speeds[place].outcome.is_ok() {
+                let profiled =
+                    || models.with(|model| step_profile(workload, method, &settings, options, model));
+                report.speeds[place].profile = attempt(profiled);
+                keep(report)?;
+            }
+            place += 1;
+        }
+    }
+    Ok(())
 }
 
 fn settings(workload: &Workload, precision: Precision) -> Hyperparameters {
@@ -196,39 +293,66 @@ fn take_steps<'a>(
     Ok((started.elapsed().as_secs_f64(), tokens))
 }
 
+/// Takes the steps after which a training runs at its usual speed.
+fn warm_up<'a>(
+    trainer: &mut Trainer,
+    batches: &mut impl Iterator<Item = &'a [usize]>,
+    data: &EncodedDataset,
+    settings: &Hyperparameters,
+    options: Options,
+) -> Result<()> {
+    let steps = if options.quick { 1 } else { 5 };
+    // Until most shapes of the batches are recorded.
+    let steps = if settings.cuda_graphs { 10 * steps } else { steps };
+    take_steps(trainer, batches, data, steps)?;
+    Ok(())
+}
+
 fn training(
     workload: &Workload,
     method: &str,
     settings: &Hyperparameters,
     options: Options,
+    model: &mut Classifier,
 ) -> Result<Speed> {
     let Workload { data, batch_size, .. } = workload;
-    let (mut warm_up, steps, rounds) = if options.quick { (1, 2, 3) } else { (5, 20, 5) };
-    if settings.cuda_graphs {
-        // Until most shapes of the batches are recorded.
-        warm_up *= 10;
-    }
+    let (steps, rounds) = if options.quick { (2, 3) } else { (20, 5) };
     reset_peak_memory(options.device);
-    let mut model = model(workload, options.device)?;
-    let prepared = measured_method(method, super::random_model::SHARE, &model)?;
+    let prepared = measured_method(method, super::random_model::SHARE, model)?;
     let numbers: Vec<usize> = (0..data.len()).collect();
     let mut batches = numbers.chunks_exact(*batch_size).cycle();
-    let mut trainer = Trainer::new(&mut model, data, settings, prepared, SEED)?;
-    take_steps(&mut trainer, &mut batches, data, warm_up)?;
+    let mut trainer = Trainer::new(model, data, settings, prepared, SEED)?;
+    warm_up(&mut trainer, &mut batches, data, settings, options)?;
     let (mut sequences, mut tokens) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         let (seconds, count) = take_steps(&mut trainer, &mut batches, data, steps)?;
         sequences.push((steps * batch_size) as f64 / seconds);
         tokens.push(count as f64 / seconds);
     }
-    let peak_memory = peak_memory(options.device);
-    let (_, profile) = profile(options.device, || take_steps(&mut trainer, &mut batches, data, 1))?;
     Ok(Speed {
         sequences_per_second: median(&sequences).unwrap_or(f64::NAN),
         tokens_per_second: median(&tokens).unwrap_or(f64::NAN),
+        peak_memory: peak_memory(options.device),
+    })
+}
+
+fn step_profile(
+    workload: &Workload,
+    method: &str,
+    settings: &Hyperparameters,
+    options: Options,
+    model: &mut Classifier,
+) -> Result<StepProfile> {
+    let Workload { data, batch_size, .. } = workload;
+    let prepared = measured_method(method, super::random_model::SHARE, model)?;
+    let numbers: Vec<usize> = (0..data.len()).collect();
+    let mut batches = numbers.chunks_exact(*batch_size).cycle();
+    let mut trainer = Trainer::new(model, data, settings, prepared, SEED)?;
+    warm_up(&mut trainer, &mut batches, data, settings, options)?;
+    let (_, profile) = profile(options.device, || take_steps(&mut trainer, &mut batches, data, 1))?;
+    Ok(StepProfile {
         kernels_per_step: profile.kernel_runs(),
         operators_per_step: profile.operator_calls(),
-        peak_memory,
         longest: longest(&profile),
     })
 }
@@ -244,18 +368,17 @@ fn longest(profile: &Profile) -> Vec<Longest> {
 }
 
 /// Times the Fisher pass, an epoch of training and a loop over single examples, each after a warm-up.
-fn fisher_times(workload: &Workload, options: Options) -> Result<FisherTimes> {
+fn fisher_times(workload: &Workload, options: Options, model: &mut Classifier) -> Result<FisherTimes> {
     let Workload { data, batch_size, .. } = workload;
     let (examples, alone) = if options.quick { (32, 8) } else { (512, 64) };
     let examples = examples.min(data.len());
     let numbers: Vec<usize> = (0..examples).collect();
-    let mut model = model(workload, options.device)?;
     let mut exact = |numbers: &[usize], batch_size: usize, estimator: Estimator| -> Result<f64> {
         let started = Instant::now();
         let batches =
             numbers.chunks(batch_size).map(|numbers| FisherBatch::plain(data, numbers, options.device));
         let fisher = FisherOptions::of(estimator);
-        let information = fisher_information(&mut model, batches, &fisher, MaskScope::Backbone, |_| Ok(()))?;
+        let information = fisher_information(model, batches, &fisher, MaskScope::Backbone, |_| Ok(()))?;
         wait(&information.values.f_select(0, 0)?)?;
         Ok(started.elapsed().as_secs_f64())
     };
@@ -265,7 +388,7 @@ fn fisher_times(workload: &Workload, options: Options) -> Result<FisherTimes> {
     exact(&numbers[..1], 1, Estimator::Batch)?;
     let one_by_one = exact(&numbers[..alone], 1, Estimator::Batch)? * examples as f64 / alone as f64;
     let settings = settings(workload, Precision::Float32);
-    let mut trainer = Trainer::new(&mut model, data, &settings, Prepared::default(), SEED)?;
+    let mut trainer = Trainer::new(model, data, &settings, Prepared::default(), SEED)?;
     let mut batches = numbers.chunks(*batch_size).cycle();
     take_steps(&mut trainer, &mut batches, data, 1)?;
     let (epoch, _) = take_steps(&mut trainer, &mut batches, data, examples.div_ceil(*batch_size))?;

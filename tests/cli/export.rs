@@ -95,7 +95,10 @@ fn a_limit_of_file_sizes_is_an_error_and_leaves_nothing_in_part() {
     let output = Command::new("sh").args(["-c", &script]).current_dir(workplace.path(".")).output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(3), "{text}");
-    assert!(text.contains("error: cannot write exported/model.safetensors: ") && text.contains("File too large"), "{text}");
+    assert!(
+        text.contains("error: cannot write exported/model.safetensors: ") && text.contains("File too large"),
+        "{text}"
+    );
     assert_eq!(workplace.files("exported"), ["config.json"]);
 }
 
