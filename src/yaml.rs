@@ -74,6 +74,9 @@ pub fn described(message: &str) -> String {
 /// Replaces the names that types have in this program.
 fn in_the_words_of_yaml(message: &str) -> String {
     let mut text = message.to_owned();
+    for words in ["expected a YAML tag starting with '!'", "expected a Value::Tagged enum"] {
+        text = text.replace(words, "expected one word here, and no list or map");
+    }
     if let Some((before, name)) = message.split_once("expected struct ") {
         let rest = name.trim_start_matches(|letter: char| letter.is_alphanumeric() || letter == '_');
         text = format!("{before}expected keys with values{rest}");

@@ -22,9 +22,9 @@ pub struct EvaluateArguments {
     /// Tasks to score on: names or card files; labels are matched by name
     #[arg(long = "task", required = true, value_name = "NAME|CARD.yaml", value_delimiter = ',')]
     tasks: Vec<String>,
-    /// Part of the data: train, dev or test
-    #[arg(long, default_value = "dev")]
-    split: Split,
+    /// Part of the data: train, dev or test; without it dev, or test where a task has no dev
+    #[arg(long)]
+    split: Option<Split>,
     /// Longest example in tokens; longer ones are truncated
     #[arg(long, default_value_t = 128, value_name = "N")]
     max_length: usize,
@@ -45,7 +45,8 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
     table.write_record(["task", "split", "examples", "metric", "value"])?;
     for task in &arguments.tasks {
         let card = named_card(task, Path::new(""))?;
-        let dataset = read_split(&card, &roots, arguments.split)?;
+        let split = arguments.split.unwrap_or(card.scored_split());
+        let dataset = read_split(&card, &roots, split)?;
         let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
         Classifier::check_inputs(&folder.config, &encoder, arguments.max_length)?;
         let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
@@ -65,7 +66,7 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
             ))
             .into());
         }
-        let about = [card.name.clone(), arguments.split.to_string(), data.len().to_string()];
+        let about = [card.name.clone(), split.to_string(), data.len().to_string()];
         let scores = evaluation.scores.iter().map(|(metric, value)| (metric.to_string(), *value));
         for (measure, value) in scores.chain([("loss".to_owned(), evaluation.loss)]) {
             // As in the results file, what is undefined is an empty field.

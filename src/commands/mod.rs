@@ -26,6 +26,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use child_tuning::error::Error;
 use child_tuning::experiment::data_roots;
+use child_tuning::experiment::results::is_results_file;
 use child_tuning::files::folder_of;
 use clap::{Args, Parser, Subcommand};
 use tch::{Cuda, Device};
@@ -114,7 +115,8 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// Refuses, before anything is computed, to write over one of the inputs or into a folder that is not there.
+/// Refuses, before anything is computed, to write over one of the inputs, over the results of runs, or into a folder that is not
+/// there.
 fn check_output<'p>(output: &Path, inputs: impl IntoIterator<Item = &'p Path>) -> Result<(), Error> {
     let real = |path: &Path| path.canonicalize().ok();
     if let Some(file) = real(output).filter(|output| output.is_file())
@@ -124,6 +126,12 @@ fn check_output<'p>(output: &Path, inputs: impl IntoIterator<Item = &'p Path>) -
             "--output {} is the input {}; name another file",
             output.display(),
             input.display()
+        )));
+    }
+    if is_results_file(output) {
+        return Err(Error::configuration(format!(
+            "--output {} holds the results of runs; name another file",
+            output.display()
         )));
     }
     let folder = folder_of(output);

@@ -148,6 +148,11 @@ impl TaskCard {
         Some(serde_yaml::from_str(card).expect("built-in cards are valid: a test reads each of them"))
     }
 
+    /// Returns the split that models are scored on where nothing is said: dev, or test where there is no dev.
+    pub fn scored_split(&self) -> Split {
+        if self.splits.contains_key(&Split::Dev) { Split::Dev } else { Split::Test }
+    }
+
     /// Returns the names of the built-in tasks.
     pub fn builtin_names() -> Vec<&'static str> {
         BUILTIN.iter().map(|(name, _)| *name).collect()

@@ -211,8 +211,7 @@ impl Catalogue {
         let mut all = vec![task.own_evaluation()?];
         for spec in further {
             let card = self.card(&spec.task)?;
-            let usual = if card.splits.contains_key(&Split::Dev) { Split::Dev } else { Split::Test };
-            let split = spec.split.unwrap_or(usual);
+            let split = spec.split.unwrap_or(card.scored_split());
             let namesake =
                 all.iter().find(|other| other.on.card.name == card.name && other.on.split == split);
             match namesake {

@@ -69,11 +69,20 @@ impl Plan {
         }
         // Beside a pipe there is nothing.
         let base = file.parent().filter(|_| !is_pipe(file)).unwrap_or(Path::new(""));
-        let methods = resolve_methods(&spec.method, preset)?;
+        let mut methods = resolve_methods(&spec.method, preset)?;
         let overrides = spec.model_config.clone().unwrap_or_default();
         let models = (spec.model.0.iter())
             .map(|name| ModelEntry::open(name, &overrides).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
+        let mut too_deep = Vec::new();
+        if spec.profile.is_some() {
+            // The tiny model has few layers; what asks for more of them is the experiment's own business elsewhere.
+            methods.retain(|method| {
+                let misfit = models.iter().find_map(|model| misfit(method.as_ref(), model));
+                too_deep.extend(misfit.clone());
+                misfit.is_none()
+            });
+        }
         let mut catalogue = Catalogue::new(base, data_roots(&options.data, listed(&spec.data))?);
         let tasks = open_tasks(&mut catalogue, &spec.task, &spec.evaluate)?;
         let next = NextStage::open(&spec.then, preset, &mut catalogue)?;
@@ -137,6 +146,8 @@ impl Plan {
         plan.tell_runs_apart();
         plan.notes.extend(plan.warmup_note());
         plan.notes.extend(examples_note(&points, &tasks));
+        plan.notes
+            .extend(too_deep.into_iter().map(|reason| format!("left out of the tiny profile: {reason}")));
         Ok(plan)
     }
 
@@ -276,6 +287,13 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// Says why a method does not fit a model, if it does not.
+fn misfit(method: &dyn Method, model: &ModelEntry) -> Option<String> {
+    let mut table = ParameterTable::default();
+    let declared = model.folder.declare(&Labels::Score, &mut table);
+    declared.and_then(|_| method.check(table.as_slice())).err().map(|error| error.to_string())
 }
 
 /// Says which numbers of training examples are more than there are.

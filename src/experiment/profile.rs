@@ -29,7 +29,8 @@ const SHRINK: usize = 25;
 
 impl Profile {
     /// Changes an experiment into its smaller version. What it compares stays as it is: tasks, methods, stages, and all
-    /// axes but model and data; and so do the keys that `is_typed` says the command line sets.
+    /// axes but model and data; and so do the keys that `is_typed` says the command line sets. (Methods that ask for more layers
+    /// than the model has are left out where the plan is made.)
     pub fn apply(self, spec: &mut ExperimentSpec, is_typed: &dyn Fn(&str) -> bool) {
         let Profile::Tiny = self;
         if !is_typed("model") {
@@ -41,8 +42,9 @@ impl Profile {
         if !is_typed("data") {
             spec.data = Some(PathBuf::from(DATA).into());
         }
-        for seeds in spec.seeds.iter_mut().chain(spec.select.iter_mut().map(|select| &mut select.on_seeds)) {
-            if !is_typed("seeds") {
+        let trials = spec.select.as_mut().map(|select| ("select.on_seeds", &mut select.on_seeds));
+        for (key, seeds) in spec.seeds.as_mut().map(|seeds| ("seeds", seeds)).into_iter().chain(trials) {
+            if !is_typed(key) {
                 seeds.0.truncate(SEEDS);
             }
         }

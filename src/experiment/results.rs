@@ -16,7 +16,7 @@ mod text;
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -24,10 +24,24 @@ use contents::{Contents, Found, check_line_ends};
 pub use contents::{Ended, Recorded};
 pub use row::{Row, SCHEMA_VERSION, Status};
 pub use text::read;
+
 pub(super) use text::{from_text, to_text};
 
 use crate::error::{Error, Result};
-use crate::files::{beside, folder_of, write_bytes};
+use crate::files::{beside, folder_of, is_pipe, write_bytes};
+
+/// What the file begins with.
+const FIRST_COLUMN: &[u8] = b"schema_version,";
+
+/// Returns whether a file holds results, of whatever version.
+pub fn is_results_file(path: &Path) -> bool {
+    let mut start = [0; FIRST_COLUMN.len()];
+    if is_pipe(path) {
+        return false;
+    }
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut start));
+    read.is_ok() && start == *FIRST_COLUMN
+}
 
 /// A results file that this process may append to, along with others.
 #[derive(Debug)]

@@ -279,6 +279,11 @@ mod tests {
             ),
             (format!("{START}methods: vanilla\n"), "x.yaml:3:1: ", "did you mean `method`?"),
             (
+                format!("{START}method: vanilla\nhead: [keep]\n"),
+                "x.yaml:4:7: head: ",
+                "expected one word here",
+            ),
+            (
                 format!("{START}method:\n  - child_tuning_f: {{p: 0}}\n"),
                 "x.yaml:4:25: method[0].child_tuning_f.p: ",
                 "above 0 and at most 1, not 0",

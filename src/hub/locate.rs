@@ -21,8 +21,8 @@ pub enum ModelPlace {
     Hub(ModelId),
 }
 
-/// Says what a model's name stands for: the folder of this name, the one in `models/`, or else, if it can be one, a model
-/// on the Hub.
+/// Says what a model's name stands for: the folder of this name, the one in `models/`, or else, if it can be one and does not
+/// begin with `models/`, a model on the Hub.
 pub fn place_of(name: &str) -> ModelPlace {
     let (own, beside) = (PathBuf::from(name), Path::new(BESIDE).join(name));
     if own.exists() {
@@ -31,7 +31,10 @@ pub fn place_of(name: &str) -> ModelPlace {
     if beside.exists() {
         return ModelPlace::Folder(beside);
     }
-    name.parse().map_or(ModelPlace::Folder(own), ModelPlace::Hub)
+    match name.parse() {
+        Ok(id) if !own.starts_with(BESIDE) => ModelPlace::Hub(id),
+        _ => ModelPlace::Folder(own),
+    }
 }
 
 /// Returns the folder of a model, and its commit if it is one of the Hub. Nothing is downloaded.
@@ -40,7 +43,18 @@ pub fn place_of(name: &str) -> ModelPlace {
 /// Fails, saying what gets it, if it is a model of the Hub that is not in the cache.
 pub fn model_folder(name: &str) -> Result<(PathBuf, Option<String>)> {
     match place_of(name) {
-        ModelPlace::Folder(folder) => Ok((folder, None)),
+        ModelPlace::Folder(folder) => match folder.strip_prefix(BESIDE) {
+            Ok(own) if !folder.exists() => Err(Error::model(
+                name,
+                format!(
+                    "no such model folder{}; put a Hugging Face folder there, or name another model: `--set model={}`, without \
+                     `{BESIDE}/`, is one of the Hub",
+                    similar_folder(name),
+                    own.display()
+                ),
+            )),
+            _ => Ok((folder, None)),
+        },
         ModelPlace::Hub(id) => {
             let hub = Hub::from_environment()?;
             let Snapshot { folder, commit, .. } = hub.cached(&id).ok_or_else(|| hub.absent(&id))?;
@@ -120,11 +134,20 @@ mod tests {
         assert_eq!(place_of(there), ModelPlace::Folder(there.into()));
         // The tests run in the folder of the project.
         assert_eq!(place_of("tests"), ModelPlace::Folder("tests".into()));
-        for path in ["./x", "/no/such", "../x", "a/b/c", "~/x", "x/"] {
+        for path in ["./x", "/no/such", "../x", "a/b/c", "~/x", "x/", "models/x"] {
             assert_eq!(place_of(path), ModelPlace::Folder(path.into()), "{path}");
         }
         let id = "owner/no-such-model@v1".parse().unwrap();
         assert_eq!(place_of("owner/no-such-model@v1"), ModelPlace::Hub(id));
+    }
+
+    #[test]
+    fn a_folder_of_models_that_is_not_there_is_none_of_the_hub() {
+        let error = model_folder("models/bert-large-cased").unwrap_err().to_string();
+        assert!(
+            error.contains("no such model folder") && error.contains("`--set model=bert-large-cased`"),
+            "{error}"
+        );
     }
 
     #[test]

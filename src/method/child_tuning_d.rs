@@ -170,6 +170,10 @@ mod tests {
         for (options, expected) in [
             ("{}", format!("p=0.3 {official} threshold=percentile {end}")),
             ("{mask: {choose: lowest}}", format!("p=0.3 choose=lowest {official} threshold=global {end}")),
+            (
+                "{fisher: {clip: null}}",
+                format!("p=0.3 {} threshold=percentile {end}", official.replace("fisher.clip=1 ", "")),
+            ),
         ] {
             assert_eq!(texts(options, Preset::Official).unwrap(), [expected], "{options}");
         }

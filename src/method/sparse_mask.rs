@@ -146,7 +146,7 @@ pub fn refuse_percentile(method: &str, choose: &str, threshold: Option<Threshold
         return Ok(());
     }
     Err(Error::configuration(format!(
-        "{method}: `mask.choose: {choose}` needs `mask.threshold: global` or `per_tensor`, not `percentile`"
+        "{method}: `mask.choose: {choose}` needs another `mask.threshold` than `percentile`: `global`, `per_tensor` or `budget`"
     )))
 }
 

@@ -43,6 +43,20 @@ fn settings_that_contradict_each_other_are_refused() {
     refused("method: [vanilla, vanilla]", &[], 2, &twice);
     refused("task: [rte, RTE]", &[], 2, &twice);
     refused("seeds: [3, 3]", &[], 2, &["experiment.yaml:1:", "seed 3", "twice"]);
+    let all = ["same run twice", "`train.examples: 1000` is all of the 320 that there are"];
+    refused("train: {examples: [500, 1000], max_length: 32}", &[], 2, &all);
+}
+
+#[test]
+fn places_that_can_be_none_are_refused_before_anything_trains() {
+    for (text, message) in [
+        ("save: \"\"", "save: is empty; name a place, or leave the key out"),
+        ("results: \"\"", "results: is empty"),
+        ("results: bert_pair", "results: bert_pair is a folder; name a file"),
+        ("masks: experiment.yaml", "masks: experiment.yaml is a file; name a folder"),
+    ] {
+        refused(text, &[], 2, &["experiment.yaml: ", message]);
+    }
 }
 
 #[test]

@@ -205,7 +205,7 @@ fn outputs_that_cannot_be_written_are_refused_before_training() {
     below_a_file("masks").refused(3, &["experiment.yaml/out", "`masks:`"]);
     let workplace = Workplace::new();
     workplace.experiment("results: bert_pair");
-    workplace.run(&[]).refused(2, &["results file `bert_pair` is a folder", "name a file in it"]);
+    workplace.run(&[]).refused(2, &["results: bert_pair is a folder; name a file"]);
 }
 
 #[test]
@@ -229,10 +229,10 @@ fn results_of_another_version_are_refused_and_left_alone() {
     let workplace = Workplace::new();
     workplace.experiment("");
     workplace.run(&[]).with_code(0);
-    let newer = workplace.read("results.csv").replace("\n4,", "\n5,");
+    let newer = workplace.read("results.csv").replace("\n5,", "\n6,");
     workplace.write("results.csv", &newer);
     for answer in [workplace.run(&[]), workplace.call(&["compare", "results.csv"])] {
-        answer.refused(2, &["results.csv:2: ", "schema version `5`", "knows 4"]);
+        answer.refused(2, &["results.csv:2: ", "schema version `6`", "knows 5"]);
     }
     assert_eq!(workplace.read("results.csv"), newer);
 }

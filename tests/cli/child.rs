@@ -108,6 +108,10 @@ fn overlaps_are_a_matrix_and_a_tidy_csv() {
     let none = ["child", "overlap", &first, &second, "--by", "tensor"];
     assert!(workplace.call(&none).with_code(2).stderr.contains("--output"));
     workplace.call(&["child", "overlap", &first, &first]).refused(2, &[&first, "is named twice"]);
+    let results = workplace.read("results.csv");
+    let over = [&overlap[..], &["--output", "results.csv"]].concat();
+    workplace.call(&over).refused(2, &["--output results.csv holds the results of runs; name another file"]);
+    assert_eq!(workplace.read("results.csv"), results);
 }
 
 /// One run of Child-Tuning_D with the mask of another's, or what that is refused with.

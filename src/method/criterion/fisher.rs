@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::method::Preset;
 use crate::model::{Dropout, Precision};
 use crate::random::{self, Key, Purpose};
-use crate::values::{Count, Positive, yaml_name};
+use crate::values::{Count, Positive, typed, yaml_name};
 
 /// The options as typed in YAML, under `fisher`.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -16,7 +16,9 @@ use crate::values::{Count, Positive, yaml_name};
 pub struct FisherSpec {
     estimator: Option<Estimator>,
     dropout: Option<bool>,
-    clip: Option<Positive>,
+    /// Null does not clip.
+    #[serde(default, deserialize_with = "typed")]
+    clip: Option<Option<Positive>>,
     precision: Option<Precision>,
     examples: Option<Count>,
 }
@@ -30,8 +32,8 @@ impl FisherSpec {
         let paper = preset == Preset::Paper;
         let estimator =
             self.estimator.unwrap_or(if paper { Estimator::PerExample } else { Estimator::Batch });
-        let clip = self.clip.map(|clip| clip.0);
-        if clip.is_some() && estimator != Estimator::Batch {
+        let clip = self.clip.map(|clip| clip.map(|clip| clip.0));
+        if clip.flatten().is_some() && estimator != Estimator::Batch {
             return Err(Error::configuration(
                 "child_tuning_d: `fisher.clip` clips the gradient of a batch and needs `fisher.estimator: batch`",
             ));
@@ -39,7 +41,7 @@ impl FisherSpec {
         Ok(Fisher {
             estimator,
             dropout: self.dropout.unwrap_or(!paper),
-            clip: clip.or((!paper && estimator == Estimator::Batch).then_some(1.0)),
+            clip: clip.unwrap_or((!paper && estimator == Estimator::Batch).then_some(1.0)),
             precision: self.precision,
             examples: self.examples.map(|count| count.0),
         })
