@@ -156,7 +156,7 @@ pub fn deposit_rows(
         })
         .collect();
     match adds {
-        // Of rows that only earlier micro-batches used as well.
+        // Of the whole table, since earlier micro-batches may have used other rows.
         true => place.par_chunks(CHUNK).map(sum_of_squares).collect::<Vec<_>>().iter().sum(),
         false => squares.iter().sum(),
     }

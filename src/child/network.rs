@@ -16,13 +16,14 @@ use crate::locking::locked;
 use crate::model::{Parameter, ParameterKind, ParameterPlace, Parameters};
 use crate::values::hexadecimal;
 
-const WORD: usize = 64;
+/// Bits of a word of a mask.
+pub(super) const WORD: usize = u64::BITS as usize;
 
 /// The part of a model that a mask may reach; the rest always trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MaskScope {
-    /// The Transformer layers: names with `layer` in them, as in the released code's D.
+    /// The Transformer layers: the parameters that the released code's D finds by `layer` in their names.
     EncoderLayers,
     /// Everything that pretraining brings: embeddings, layers and pooler.
     Backbone,

@@ -10,13 +10,13 @@ use std::ops::Range;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
+use super::network::WORD;
 use crate::error::{Error, Result};
 
 /// Keys are bit patterns without the sign.
 pub(super) const LARGEST_KEY: u32 = u32::MAX >> 1;
 /// Infinity: what lies above it is not a number, or has a sign.
 pub(super) const LARGEST_SCORE: u32 = f32::INFINITY.to_bits();
-const WORD: usize = 64;
 /// Scores that one thread counts or marks at a time; a multiple of a word.
 const CHUNK: usize = 1 << 16;
 
@@ -32,7 +32,7 @@ pub enum End {
 /// Which part of the keys is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Half {
-    /// The upper half of all keys, of which scores that are no such thing are refused.
+    /// The upper half of all keys; scores that are negative or no numbers are refused on the way.
     Upper,
     /// The lower half of the keys with this upper half.
     LowerOf(u32),

@@ -4,13 +4,13 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
+use super::network::WORD;
 use super::select::{End, Half, LARGEST_KEY, LARGEST_SCORE, Scores, Selection, not_numbers};
 use crate::error::Result;
 use crate::libtorch::elements;
 
 /// Scores that an operation works on at a time; a multiple of a word. Operations need up to 32 bytes for each.
 const CHUNK: i64 = 1 << 24;
-const WORD: usize = 64;
 
 /// Scores on a device, one flat float32 tensor for each tensor of the model.
 pub struct DeviceScores {

@@ -11,8 +11,8 @@ use tch::{Device, Kind, Tensor};
 use crate::error::Result;
 use crate::libtorch::upload;
 
-/// What a rectangle more costs on the CPU, in multiplications of one attention product: about a dozen operators forward and
-/// backward.
+/// What one more rectangle costs on the CPU, for about a dozen operators forward and backward: as much as this many
+/// multiply-adds of queries by keys.
 const RECTANGLE_COST: usize = 2_500_000;
 
 /// On the CPU the length of a rectangle is a multiple of this: libtorch's softmax is vectorised by so many numbers, and adds

@@ -41,28 +41,22 @@ struct Entry {
     metric: Metric,
     name: &'static str,
     formula: Formula,
-    higher_is_better: bool,
     /// What the reference gives where the formula would divide zero by zero.
     degenerate: Option<f64>,
 }
 
+/// All metrics; of each, the larger value is the better one.
 const REGISTRY: [Entry; 6] = [
-    entry(Metric::Accuracy, "accuracy", Formula::Classes(accuracy), true, None),
-    entry(Metric::F1, "f1", Formula::Classes(f1), true, Some(0.0)),
-    entry(Metric::Matthews, "matthews", Formula::Classes(matthews), true, Some(0.0)),
-    entry(Metric::Pearson, "pearson", Formula::Values(pearson), true, Some(f64::NAN)),
-    entry(Metric::Spearman, "spearman", Formula::Values(spearman), true, Some(f64::NAN)),
-    entry(Metric::Combined, "combined", Formula::MeanOfOthers, true, None),
+    entry(Metric::Accuracy, "accuracy", Formula::Classes(accuracy), None),
+    entry(Metric::F1, "f1", Formula::Classes(f1), Some(0.0)),
+    entry(Metric::Matthews, "matthews", Formula::Classes(matthews), Some(0.0)),
+    entry(Metric::Pearson, "pearson", Formula::Values(pearson), Some(f64::NAN)),
+    entry(Metric::Spearman, "spearman", Formula::Values(spearman), Some(f64::NAN)),
+    entry(Metric::Combined, "combined", Formula::MeanOfOthers, None),
 ];
 
-const fn entry(
-    metric: Metric,
-    name: &'static str,
-    formula: Formula,
-    higher_is_better: bool,
-    degenerate: Option<f64>,
-) -> Entry {
-    Entry { metric, name, formula, higher_is_better, degenerate }
+const fn entry(metric: Metric, name: &'static str, formula: Formula, degenerate: Option<f64>) -> Entry {
+    Entry { metric, name, formula, degenerate }
 }
 
 impl Metric {
@@ -74,11 +68,6 @@ impl Metric {
     /// Returns the name used in YAML, on the command line and as a CSV column.
     pub fn name(self) -> &'static str {
         self.entry().name
-    }
-
-    /// Says whether a larger value is a better one.
-    pub fn higher_is_better(self) -> bool {
-        self.entry().higher_is_better
     }
 
     /// Says whether the metric compares classes.
@@ -358,7 +347,6 @@ mod tests {
         for (position, metric) in Metric::all().enumerate() {
             assert_eq!(metric as usize, position);
             assert_eq!(metric.name().parse::<Metric>().unwrap(), metric);
-            assert!(metric.higher_is_better());
         }
     }
 

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::plan::Plan;
 use super::queue::Turn;
 use super::run::Run;
+use super::run_mask::write_mask_of;
 use super::runner::{RunEvent, Runner};
 use super::training_set::training_set;
-use crate::child::{GradientMask, Uncertainty, write_mask};
+use crate::child::Uncertainty;
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
 use crate::model::Classifier;
@@ -84,25 +84,4 @@ impl Runner<'_> {
         }
         Ok(())
     }
-}
-
-/// Writes the mask of a run, if it has a fixed one, and returns where.
-pub(super) fn write_mask_of(
-    plan: &Plan,
-    run: &Run,
-    mask: Option<&GradientMask>,
-    folder: &Path,
-) -> Result<Option<PathBuf>> {
-    let Some(child) = mask.and_then(GradientMask::child) else { return Ok(None) };
-    let about = [
-        ("experiment", plan.name.clone()),
-        ("run", run.id.clone()),
-        ("model_sha256", run.model.sha256.clone()),
-        ("task", run.task.card.name.clone()),
-        ("method", format!("{} {}", run.method.name(), run.method.options())),
-        ("seed", run.seed.to_string()),
-    ];
-    let path = folder.join(format!("{}.safetensors", run.id));
-    write_mask(&path, child, &about)?;
-    Ok(Some(path))
 }

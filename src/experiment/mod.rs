@@ -17,6 +17,7 @@ mod resident;
 pub mod results;
 mod rows;
 mod run;
+mod run_mask;
 mod runner;
 mod selection;
 mod spec;

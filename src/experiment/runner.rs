@@ -11,7 +11,6 @@ use tch::Device;
 
 use super::entries::Evaluated;
 use super::execution::Executor;
-use super::inspection::write_mask_of;
 use super::machine;
 use super::plan::Plan;
 use super::queue::Turn;
@@ -19,6 +18,7 @@ use super::resident::{ResidentModel, Tokens, has_model};
 use super::results::{Ended, ResultsFile, Row, Status};
 use super::rows::{Outcome, described, measured};
 use super::run::{Run, RunPurpose};
+use super::run_mask::write_mask_of;
 use super::start::Start;
 use super::training_set::training_set;
 use crate::child::GradientMask;

@@ -55,12 +55,11 @@ unsafe extern "C" {
     ) -> *mut c_char;
 
     pub(super) fn child_tuning_fused_adamw(
-        parameters: *const *mut C_tensor,
-        gradients: *const *mut C_tensor,
-        first_moments: *const *mut C_tensor,
-        second_moments: *const *mut C_tensor,
-        steps: *const *mut C_tensor,
-        count: usize,
+        parameters: *mut C_tensor,
+        gradients: *mut C_tensor,
+        first_moments: *mut C_tensor,
+        second_moments: *mut C_tensor,
+        step: *mut C_tensor,
         learning_rate: f64,
         beta1: f64,
         beta2: f64,

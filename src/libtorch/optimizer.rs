@@ -56,15 +56,14 @@ impl FusedAdamW {
         let step = step.as_mut_ptr();
         let mut divisor = group.gradient_divisor.map(Tensor::shallow_clone);
         let divisor = divisor.as_mut().map_or(std::ptr::null_mut(), Tensor::as_mut_ptr);
-        // SAFETY: all are live tensors or null where the shim takes null; each list has the one element that `count` says.
+        // SAFETY: all are live tensors, or null where the shim takes null.
         let message = unsafe {
             ffi::child_tuning_fused_adamw(
-                &parameters,
-                &gradients,
-                &first_moments,
-                &second_moments,
-                &step,
-                1,
+                parameters,
+                gradients,
+                first_moments,
+                second_moments,
+                step,
                 self.learning_rate,
                 self.betas.0,
                 self.betas.1,

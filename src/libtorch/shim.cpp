@@ -171,18 +171,16 @@ char *child_tuning_own_backward(at::Tensor *output, at::Tensor *const *inputs, s
   });
 }
 
-// at::_fused_adamw_ over `count` tensors of one weight-decay group. The kernel divides the gradients by `divisor`, a
-// scalar on their device; null leaves them.
-char *child_tuning_fused_adamw(at::Tensor *const *parameters, at::Tensor *const *gradients,
-                               at::Tensor *const *first_moments, at::Tensor *const *second_moments,
-                               at::Tensor *const *steps, size_t count, double learning_rate, double beta1,
+// at::_fused_adamw_ over one flat tensor of weights. The kernel divides the gradients by `divisor`, a scalar on their
+// device; null leaves them.
+char *child_tuning_fused_adamw(at::Tensor *parameters, at::Tensor *gradients, at::Tensor *first_moments,
+                               at::Tensor *second_moments, at::Tensor *step, double learning_rate, double beta1,
                                double beta2, double weight_decay, double epsilon, at::Tensor *divisor) {
   return guarded([&] {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
     const auto gradient_divisor = divisor == nullptr ? std::nullopt : std::make_optional(*divisor);
-    at::_fused_adamw_(tensors(parameters, count), tensors(gradients, count), tensors(first_moments, count),
-                      tensors(second_moments, count), {}, tensors(steps, count), learning_rate, beta1, beta2,
-                      weight_decay, epsilon, /*amsgrad=*/false, /*maximize=*/false, gradient_divisor);
+    at::_fused_adamw_({*parameters}, {*gradients}, {*first_moments}, {*second_moments}, {}, {*step}, learning_rate,
+                      beta1, beta2, weight_decay, epsilon, /*amsgrad=*/false, /*maximize=*/false, gradient_divisor);
   });
 }
 

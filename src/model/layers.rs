@@ -83,7 +83,7 @@ impl Linear {
         let input = input.f_to_kind(weight.kind())?;
         let mut output = input.f_linear(&weight, self.bias.map(|bias| pass.weight(bias)))?;
         if pass.is_observed() && !output.requires_grad() {
-            // Of an input that no parameter has part in.
+            // No parameter that trains is part of it so far, and the observer hooks its gradient.
             output = output.f_set_requires_grad(true)?;
         }
         pass.observe(|observer| observer.linear(&Self { rows, ..*self }, &input, &output))?;

@@ -125,7 +125,7 @@ impl<'a> Pass<'a> {
         &self.weights[id.index()]
     }
 
-    /// Looks up the words of the batch, as which the table is given: `[tokens, width]`.
+    /// Looks up the embeddings of the batch's tokens in the table of words: `[tokens, width]`.
     ///
     /// # Errors
     /// Fails if an id is out of range.

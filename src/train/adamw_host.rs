@@ -10,12 +10,9 @@ use std::sync::Arc;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::child::{ChildNetwork, GradientMask};
+use crate::child::{CHUNK, ChildNetwork, GradientMask};
 use crate::model::{Parameter, Treatment};
 use crate::random::GROUP;
-
-/// Elements that one thread works on at a time.
-const PIECE: usize = 256 * GROUP;
 
 /// The constants of one step.
 #[derive(Clone, Copy, Debug)]
@@ -73,8 +70,8 @@ impl HostMoments {
         let child = mask.as_ref().and_then(|mask| mask.child());
         let mut pieces = Vec::new();
         for (parameter, treatment) in parameters {
-            for start in parameter.range.clone().step_by(PIECE) {
-                let range = start..parameter.range.end.min(start + PIECE);
+            for start in parameter.range.clone().step_by(CHUNK) {
+                let range = start..parameter.range.end.min(start + CHUNK);
                 let members = child.map_or(range.len(), |child| count(child, &range));
                 pieces.push(Piece { range, treatment, members });
             }

@@ -18,11 +18,11 @@ const FLOAT: f64 = 4.0;
 pub struct MemoryUse {
     /// Weights, gradients, moments and copies of weights, whatever the batch.
     pub fixed: f64,
-    /// What backward needs of one token.
+    /// Bytes that backward needs of one token.
     per_token: f64,
-    /// What attention keeps of one position of its rectangles.
+    /// Bytes that attention keeps of one position of its rectangles.
     per_position: f64,
-    /// What attention keeps of one pair of positions of one example.
+    /// Bytes that attention keeps of one pair of positions of one example.
     per_pair: f64,
     /// The width of the states that attention reads.
     hidden: usize,

@@ -6,15 +6,11 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::Tensor;
 
-use crate::child::GradientMask;
+use crate::child::{CHUNK, GradientMask};
 use crate::error::Result;
 use crate::libtorch::{elements, elements_mut};
 use crate::method::{DecayOrder, Pull, PullStrength};
 use crate::model::{Trainable, TrainableGroup, span};
-use crate::random::GROUP;
-
-/// Elements that one thread works on at a time.
-const PIECE: usize = 256 * GROUP;
 
 /// The pulls of a run.
 pub struct Pulls {
@@ -130,7 +126,8 @@ impl Pulls {
         Ok(())
     }
 
-    /// Moves the weights of a group that decay towards zero. (A pull to the start holds for the others, too: they are there.)
+    /// Moves the weights of a group that decay towards zero. (A pull towards the start needs no such care: weights outside the
+    /// child network are at their start.)
     fn shrink(&self, values: &Tensor, group: &TrainableGroup, factor: f64) -> Result<()> {
         let mut values = part(values, group)?;
         match self.decayed.as_ref().and_then(|mask| mask.child()) {
@@ -149,9 +146,9 @@ fn part(flat: &Tensor, group: &TrainableGroup) -> Result<Tensor> {
 /// g ← g + strength (w − w₀), or g + strength w without w₀.
 fn add(gradients: &mut [f32], values: &[f32], start: Option<&[f32]>, strength: f64) {
     let strength = strength as f32;
-    let pieces = gradients.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).enumerate();
+    let pieces = gradients.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).enumerate();
     pieces.for_each(|(piece, (gradients, values))| match start {
-        Some(start) => add_away(gradients, values, &start[piece * PIECE..], strength),
+        Some(start) => add_away(gradients, values, &start[piece * CHUNK..], strength),
         None => gradients.iter_mut().zip(values).for_each(|(gradient, value)| *gradient += strength * value),
     });
 }

@@ -43,7 +43,7 @@ pub struct Trained {
     pub prepare_time: Duration,
     /// Time for the training steps, without evaluations.
     pub train_time: Duration,
-    /// Examples and tokens that the steps went through.
+    /// Examples that the steps went through.
     pub examples: u64,
     /// Tokens that the steps went through.
     pub tokens: u64,
@@ -156,8 +156,8 @@ impl<'a> Trainer<'a> {
         let masks_late = graphs.is_some() || pulls.reach_gradients();
         let hooks = if hyperparameters.release_gradients {
             parameters.free_gradients();
-            // With a version of its own: autograd refuses to go on where a weight that it has noted has another version,
-            // and has no more use for this one.
+            // `data` has a version counter of its own: autograd would take an update in place for a change of a weight that it
+            // has saved for backward, though this one has been used for the last time.
             let (optimizer, values) = (optimizer.clone(), parameters.values_to_change().f_data()?);
             GradientHooks::hand_on(parameters, &weights, trains, mask, move |parameter, gradient| {
                 let mut values = span(&values, &parameter.range)?;
@@ -212,7 +212,7 @@ impl<'a> Trainer<'a> {
             }
         };
         if self.hyperparameters.release_gradients {
-            // Each parameter was updated in backward, through a view that its copies do not know of.
+            // The weights were updated in backward through a view, which marked no copy of them as stale.
             let _ = self.classifier.parameters.values_to_change();
         } else {
             self.hooks.end_step()?;

@@ -173,7 +173,7 @@ pub struct Row {
     /// Seconds of training, without what `prepare_seconds` and `evaluate_seconds` hold.
     #[serde(default, with = "number")]
     pub train_seconds: Option<f64>,
-    /// Seconds of the Fisher information and the mask.
+    /// Seconds of what comes before training: Fisher information and mask, a first training, or features of a frozen encoder.
     #[serde(default, with = "number")]
     pub prepare_seconds: Option<f64>,
     /// Seconds of scoring.
