@@ -215,7 +215,10 @@ impl ChildNetwork {
     pub fn prune(&self, parameters: &Parameters) -> Result<()> {
         let values = parameters.values_to_change();
         for (id, parameter) in parameters.iter().filter(|(_, parameter)| self.scope.covers(parameter)) {
-            self.scale(&mut parameters.part(&values, id)?, parameter.range.start, [1.0, 0.0])?;
+            let mut part = parameters.part(&values, id)?;
+            let range = parameter.range.clone();
+            // Once, so that a GPU does not keep the booleans.
+            self.scale(&mut part, range.start, [1.0, 0.0], |device| self.upload(&range, device))?;
         }
         Ok(())
     }
@@ -226,14 +229,21 @@ impl ChildNetwork {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn scale_members(&self, values: &mut Tensor, start: usize, factor: f64) -> Result<()> {
-        self.scale(values, start, [factor, 1.0])
+        let range = start..start + values.numel();
+        self.scale(values, start, [factor, 1.0], |device| self.device_mask(range, device))
     }
 
     /// Multiplies the elements of the flat buffer from `start` on by one factor inside the child network and another one
-    /// outside.
-    fn scale(&self, values: &mut Tensor, start: usize, [inside, outside]: [f64; 2]) -> Result<()> {
+    /// outside; `members` are those inside as booleans, for a GPU.
+    fn scale(
+        &self,
+        values: &mut Tensor,
+        start: usize,
+        [inside, outside]: [f64; 2],
+        members: impl FnOnce(Device) -> Result<Tensor>,
+    ) -> Result<()> {
         if values.device().is_cuda() {
-            let members = self.device_mask(start..start + values.numel(), values.device())?;
+            let members = members(values.device())?;
             let inside = Tensor::f_full([1], inside, (values.kind(), values.device()))?;
             let factors = inside.f_where_scalarother(&members, outside)?;
             let _ = values.f_mul_(&factors)?;

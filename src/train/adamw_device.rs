@@ -8,7 +8,7 @@ use super::adamw_host::StepConstants;
 use crate::child::GradientMask;
 use crate::error::Result;
 use crate::libtorch::{FusedAdamW, FusedGroup};
-use crate::model::{TrainableGroup, Treatment};
+use crate::model::{TrainableGroup, Treatment, span};
 
 /// The moments of the weights that train, on a device.
 pub struct DeviceMoments {
@@ -26,6 +26,16 @@ struct Group {
     members: Option<Tensor>,
     first_moments: Tensor,
     second_moments: Tensor,
+}
+
+impl Group {
+    /// Returns what has moments of a group's part of a flat buffer: a copy of its members, or the part itself.
+    fn own(&self, part: &Tensor) -> Result<Tensor> {
+        Ok(match &self.members {
+            Some(members) => part.f_index_select(0, members)?,
+            None => part.shallow_clone(),
+        })
+    }
 }
 
 impl DeviceMoments {
@@ -60,6 +70,23 @@ impl DeviceMoments {
         })
     }
 
+    /// Returns whether gradients and weights are read at the places of members.
+    pub fn gathers(&self) -> bool {
+        self.groups.iter().any(|group| group.members.is_some())
+    }
+
+    /// Returns the norm of each group's gradients, of its members where there are others, from the whole flat buffer.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn norms(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
+        let norm = |group: &Group| {
+            let own = span(gradients, &group.range)?;
+            Ok(group.own(&own)?.f_norm()?)
+        };
+        self.groups.iter().map(norm).collect()
+    }
+
     /// Returns the bytes of moments and members' places.
     pub fn bytes(&self) -> usize {
         let bytes = |group: &Group| {
@@ -69,7 +96,7 @@ impl DeviceMoments {
         self.groups.iter().map(bytes).sum()
     }
 
-    /// Updates the weights with their gradients divided by `divisor`, both the part of the flat buffer that begins at
+    /// Updates the weights with their gradients, which need not be masked, divided by `divisor`, both the part of the flat buffer that begins at
     /// `start`; whole groups only. `constants` are those of a treatment.
     ///
     /// # Errors
@@ -102,9 +129,9 @@ impl DeviceMoments {
             let of_all = |factor| if self.decays_outside { factor } else { 1.0 };
             let of_members = |factor| if self.decays_outside { 1.0 } else { factor };
             scale(&mut values, of_all(constants.decay_before))?;
-            let mut own = values.f_index_select(0, members)?;
+            let mut own = group.own(&values)?;
             scale(&mut own, of_members(constants.decay_before))?;
-            self.update(&own, &gradients.f_index_select(0, members)?, group, divisor, &constants, 0.0)?;
+            self.update(&own, &group.own(&gradients)?, group, divisor, &constants, 0.0)?;
             scale(&mut own, of_members(constants.decay_after))?;
             let _ = values.f_index_copy_(0, &members.f_to_kind(Kind::Int64)?, &own)?;
             scale(&mut values, of_all(constants.decay_after))?;

@@ -405,8 +405,17 @@ mod tests {
                 DeviceMoments::new(groups, Some(&mask), decays_outside, Device::Cpu).unwrap()
             };
             let (mut at_once, mut apart) = (moments(&trainable.groups), moments(&one_by_one));
+            let mut members = vec![1f32; start.buffer_len()];
+            mask_in_place(&mut members, mask.child().unwrap().on_cpu(), 0);
+            let members = Tensor::from_slice(&members).ne(0.0);
             for step in 1..=10 {
-                let gradients = Tensor::from_slice(&gradients(&start, step, &mask)) * 0.7;
+                let masked = Tensor::from_slice(&gradients(&start, step, &mask)) * 0.7;
+                let norms = at_once.norms(&masked).unwrap();
+                // Members are gathered: what stands elsewhere in the buffer is as good as masked.
+                let gradients = masked.where_self(&members, &Tensor::from(1e3f32));
+                for (norm, masked) in at_once.norms(&gradients).unwrap().iter().zip(norms) {
+                    assert_eq!(norm, &masked);
+                }
                 let values = start.values_to_change();
                 at_once.apply(&values, &gradients, 0, None, step, constants(step, 0.99, after)).unwrap();
                 // As gradients come that are released: parameter by parameter, the last first.

@@ -93,6 +93,23 @@ impl AdamW {
         }
     }
 
+    /// Returns whether updates read the gradients of a fixed child network's members only, and so need no masked ones. (On the
+    /// CPU they do, too, but there hooks mask at no cost.)
+    pub fn gathers(&self) -> bool {
+        matches!(&self.moments, Moments::Device(moments) if moments.gathers())
+    }
+
+    /// Returns norms of the gradients that updates will read; of an optimizer that does not gather there are none.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn norms(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
+        match &self.moments {
+            Moments::Device(moments) => moments.norms(gradients),
+            Moments::Host(_) => Ok(Vec::new()),
+        }
+    }
+
     /// Starts a step. `pretrained_factor` is on the update, without decay, of weights that have pretrained values.
     pub fn begin_step(&mut self, learning_rate: f64, pretrained_factor: f64) {
         self.step += 1;

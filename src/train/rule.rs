@@ -82,6 +82,26 @@ impl Optimizer {
         }
     }
 
+    /// Returns whether updates read the gradients of a fixed child network's members only, so that nobody else has to mask them.
+    pub fn gathers(&self) -> bool {
+        match self {
+            Optimizer::AdamW(adamw) => adamw.gathers(),
+            Optimizer::Sgd(_) => false,
+        }
+    }
+
+    /// Returns norms of the gradients that updates will read, scalars on their device whose norm is that of all; `gradients` is
+    /// the whole buffer. Of an optimizer that does not gather there are none.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub fn norms(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
+        match self {
+            Optimizer::AdamW(adamw) => adamw.norms(gradients),
+            Optimizer::Sgd(_) => Ok(Vec::new()),
+        }
+    }
+
     /// Starts a step. `pretrained_factor` is on the update, without decay, of weights that have pretrained values
     /// ([`Treatment::pretrained`](crate::model::Treatment)).
     pub fn begin_step(&mut self, learning_rate: f64, pretrained_factor: f64) {

@@ -86,8 +86,7 @@ pub struct Trainer<'a> {
     prepared: Prepared,
     trainable: Trainable,
     pulls: Pulls,
-    /// Whether the mask acts on what the hooks have collected, and not in them.
-    masks_late: bool,
+    masking: Masking,
     /// Shared with the hooks of a run that updates each parameter in backward.
     optimizer: Arc<Mutex<Optimizer>>,
     schedule: Schedule,
@@ -101,6 +100,17 @@ pub struct Trainer<'a> {
     hooks: GradientHooks,
     /// The last to go: what is above was made on its stream.
     graphs: Option<StepGraphs>,
+}
+
+/// Where gradients meet the mask.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Masking {
+    /// In the hooks that collect them.
+    Hooks,
+    /// In the buffer, before or after the norm is taken of it.
+    Buffer,
+    /// In the optimizer, which reads the gradients of a fixed child network's members only.
+    Optimizer,
 }
 
 impl<'a> Trainer<'a> {
@@ -153,18 +163,24 @@ impl<'a> Trainer<'a> {
         let trains = |parameter: &Parameter| trainable.holds(parameter);
         // A replay does not mask, since each parameter's mask seeds the generator, which cannot be recorded; and the mask is
         // on what pulls add, too.
-        let masks_late = graphs.is_some() || pulls.reach_gradients();
+        let late = graphs.is_some() || pulls.reach_gradients() || prepared.clip == ClipOrder::BeforeMask;
+        let masking = match locked(&optimizer).gathers() {
+            true => Masking::Optimizer,
+            false if late => Masking::Buffer,
+            false => Masking::Hooks,
+        };
         let hooks = if hyperparameters.release_gradients {
             parameters.free_gradients();
             // `data` has a version counter of its own: autograd would take an update in place for a change of a weight that it
             // has saved for backward, though this one has been used for the last time.
             let (optimizer, values) = (optimizer.clone(), parameters.values_to_change().f_data()?);
+            let mask = mask.filter(|_| masking != Masking::Optimizer);
             GradientHooks::hand_on(parameters, &weights, trains, mask, move |parameter, gradient| {
                 let mut values = span(&values, &parameter.range)?;
                 locked(&optimizer).apply(&mut values, gradient, parameter.range.start, &Clip::Factor(1.0))
             })?
         } else {
-            let mask = mask.filter(|_| prepared.clip == ClipOrder::AfterMask && !masks_late);
+            let mask = mask.filter(|_| masking == Masking::Hooks);
             GradientHooks::collect(parameters, &weights, trains, mask)?
         };
         let total = hyperparameters.total_steps(data.len());
@@ -177,7 +193,7 @@ impl<'a> Trainer<'a> {
             optimizer,
             trainable,
             pulls,
-            masks_late,
+            masking,
             schedule: Schedule { learning_rate, warmup, total },
             micro_batch,
             classifier,
@@ -235,11 +251,12 @@ impl<'a> Trainer<'a> {
             mask.observe(parameters, |parameter| trainable.holds(parameter))?;
         }
         self.pulls.on_gradients(pull, trainable, [gradients, &values, &start])?;
-        if let Some(mask) = mask.filter(|_| self.masks_late && self.prepared.clip == ClipOrder::AfterMask) {
+        let masks_now = |order| self.masking == Masking::Buffer && self.prepared.clip == order;
+        if let Some(mask) = mask.filter(|_| masks_now(ClipOrder::AfterMask)) {
             mask.apply_to_all(parameters)?;
         }
         let clip = self.clip()?;
-        if let Some(mask) = mask.filter(|_| self.prepared.clip == ClipOrder::BeforeMask) {
+        if let Some(mask) = mask.filter(|_| masks_now(ClipOrder::BeforeMask)) {
             mask.apply_to_all(parameters)?;
         }
         self.pulls.before_update(pull, learning_rate, trainable, [&values, &start])?;
@@ -347,8 +364,13 @@ impl<'a> Trainer<'a> {
             };
             return Ok(Clip::to(limit, norm));
         }
-        let norm = |range: &Range<usize>| Ok(span(gradients, range)?.f_norm()?);
-        let norms = self.trainable.spans.iter().map(norm).collect::<Result<Vec<_>>>()?;
+        let norms = match (self.masking, self.prepared.clip) {
+            (Masking::Optimizer, ClipOrder::AfterMask) => locked(&self.optimizer).norms(gradients)?,
+            _ => {
+                let norm = |range: &Range<usize>| Ok(span(gradients, range)?.f_norm()?);
+                self.trainable.spans.iter().map(norm).collect::<Result<Vec<_>>>()?
+            }
+        };
         let norm = Tensor::f_stack(&norms, 0)?.f_norm()?;
         Ok(Clip::Divisor(norm.f_add_scalar(1e-6)?.f_div_scalar(limit)?.f_clamp_min(1.0)?))
     }
