@@ -33,7 +33,6 @@ pub mod libtorch;
 mod locking;
 pub mod method;
 pub mod model;
-mod number;
 pub mod random;
 pub mod spelling;
 pub mod statistics;

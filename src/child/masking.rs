@@ -12,8 +12,7 @@ use rayon::prelude::*;
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::libtorch::elements;
-use crate::number::Number;
+use crate::libtorch::{Number, elements};
 use crate::random::{self, GROUP, Key};
 
 /// Elements that one thread works on at a time: small enough to stay in its cache.

@@ -9,6 +9,7 @@ mod cuda_graph;
 mod ffi;
 mod hooks;
 mod memory;
+mod number;
 mod optimizer;
 mod own_backward;
 mod process;
@@ -22,6 +23,7 @@ pub use context::{
 pub use cuda_graph::{CudaGraph, OwnStream};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use memory::{Element, elements, elements_mut, map_file, upload};
+pub use number::Number;
 pub use optimizer::{FusedAdamW, FusedGroup};
 pub use own_backward::with_backward;
 pub use process::{

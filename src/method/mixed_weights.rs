@@ -7,9 +7,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::child::{CHUNK, StepMask, mask_in_place};
 use crate::error::Result;
-use crate::libtorch::{elements, elements_mut, seed_generators, with_backward};
+use crate::libtorch::{Number, elements, elements_mut, seed_generators, with_backward};
 use crate::model::{Parameter, ParameterId};
-use crate::number::Number;
 use crate::random::{Bernoulli, GROUP, Key, Purpose};
 
 /// Returns T + M (W − T) · `factor` for a matrix W and a target T of its values, in the type of W. T is rounded as W is, so that a

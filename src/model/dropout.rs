@@ -11,8 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::data::PackedBatch;
 use crate::error::Result;
-use crate::libtorch::{elements, elements_mut, seed_generators, with_backward};
-use crate::number::Number;
+use crate::libtorch::{Number, elements, elements_mut, seed_generators, with_backward};
 use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
 
 /// The dropout pattern of one optimizer step.

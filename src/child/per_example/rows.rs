@@ -4,7 +4,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{Examples, MomentSlices};
-use crate::number::Number;
+use crate::libtorch::Number;
 
 /// Rows of an example whose sum is the gradient of one line of the parameter.
 struct Line {

@@ -9,7 +9,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{Examples, MomentSlices};
-use crate::number::Number;
+use crate::libtorch::Number;
 
 /// Rows and columns of a tile where vector registers are 32 of 512 bits: 24 of them hold it.
 const WIDE: [usize; 2] = [12, 32];

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use crate::libtorch::Element;
+use super::memory::Element;
 
 /// A type that kernels read and write; they compute in float32.
 pub trait Number: Element + Send + Sync {
