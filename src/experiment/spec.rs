@@ -1,5 +1,6 @@
 //! The experiment file as typed.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -191,9 +192,9 @@ impl<'de> Visitor<'de> for SeedsVisitor {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Seeds, A::Error> {
-        let mut seeds = Vec::new();
+        let (mut seeds, mut known) = (Vec::new(), HashSet::new());
         while let Some(seed) = sequence.next_element::<u64>()? {
-            if seeds.contains(&seed) {
+            if !known.insert(seed) {
                 return Err(A::Error::custom(format!("seed {seed} is listed twice")));
             }
             seeds.push(seed);
