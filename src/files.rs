@@ -22,8 +22,8 @@ pub fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Resu
     let old = place.metadata().ok();
     let workshop = place.with_file_name(format!(".{}.partial", name_of(&place).to_string_lossy()));
     let temporary = workshop.join(name_of(&place));
-    let _ = std::fs::remove_dir_all(&workshop);
-    std::fs::create_dir(&workshop).map_err(Error::io("write", path))?;
+    let _ = std::fs::remove_dir_all(&workshop).or_else(|_| std::fs::remove_file(&workshop));
+    std::fs::create_dir(&workshop).map_err(Error::io("create", &workshop))?;
     let written = write(&temporary).and_then(|()| {
         let placed = || {
             let permissions = match &old {
@@ -112,6 +112,8 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"one");
         write_bytes(&path, b"three").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"three");
+        std::fs::write(&workshop, "in the way").unwrap();
+        write_bytes(&path, b"three").unwrap();
         assert_eq!(std::fs::read(&other).unwrap(), b"mine");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left behind");
     }

@@ -124,7 +124,8 @@ impl MaskFile {
                 Some((name, shape)) => {
                     format!("is a mask of another model: this one has no {name} of shape {shape:?}")
                 }
-                None => "leaves out tensors of every `mask.scope` of this model".into(),
+                None => "has other tensors than any `mask.scope` of this model (whose pooler counts only if its checkpoint has one)"
+                    .into(),
             },
         ))
     }
@@ -311,6 +312,6 @@ mod tests {
         file.tensors[1].bits[0] ^= 1;
         assert!(refused(&file, &parameters(70)).contains("is damaged"));
         file.tensors.remove(1);
-        assert!(refused(&file, &parameters(70)).contains("leaves out tensors"));
+        assert!(refused(&file, &parameters(70)).contains("has other tensors than any"));
     }
 }

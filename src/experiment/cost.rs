@@ -3,7 +3,7 @@
 use super::run::Run;
 use crate::error::Result;
 use crate::method::WeightsInUse;
-use crate::model::{Classifier, Labels, Parameter, ParameterPlace, ParameterTable};
+use crate::model::{Classifier, Labels, Parameter, ParameterPlace};
 use crate::train::{OptimizerRule, Precision};
 
 /// What one run's method costs.
@@ -31,8 +31,7 @@ pub fn method_cost(run: &Run) -> Result<MethodCost> {
     let (config, labels) = (&run.model.folder.config, Labels::from(&run.task.card.objective));
     let shape = Classifier::shape(config, &labels)?;
     let trains = |parameter: &Parameter| run.method.trains(parameter, shape.layers);
-    let mut table = ParameterTable::default();
-    run.model.folder.declare(&labels, &mut table)?;
+    let table = run.declared()?;
     let declared = table.as_slice();
     let further = run.method.further_weights(declared);
     let count = |chosen: &dyn Fn(&Parameter) -> bool| -> usize {

@@ -14,7 +14,7 @@ use super::transfer::{EvaluationSpec, ThenSpec};
 use crate::error::{Error, Result};
 use crate::files::is_pipe;
 use crate::method::{Method, MethodSpec, Preset};
-use crate::model::{Classifier, HeadStart, Labels, ParameterTable};
+use crate::model::{Classifier, HeadStart, Labels};
 use crate::spelling::suggestion;
 use crate::train::Freeze;
 use crate::values::OneOrMany;
@@ -76,12 +76,22 @@ impl Plan {
             .collect::<Result<Vec<_>>>()?;
         let mut too_deep = Vec::new();
         if spec.profile.is_some() {
-            // The tiny model has few layers; what asks for more of them is the experiment's own business elsewhere.
+            let layers = |model: &Arc<ModelEntry>| Classifier::shape(&model.folder.config, &Labels::Score);
+            let layers =
+                models.iter().map(layers).map(|shape| Ok(shape?.layers)).collect::<Result<Vec<_>>>()?;
             methods.retain(|method| {
-                let misfit = models.iter().find_map(|model| misfit(method.as_ref(), model));
-                too_deep.extend(misfit.clone());
-                misfit.is_none()
+                let fits = layers.iter().all(|&layers| method.layers_needed() <= layers);
+                if !fits {
+                    too_deep.push(format!("{} {}", method.name(), method.options()));
+                }
+                fits
             });
+            if methods.is_empty() {
+                return Err(Error::configuration(format!(
+                    "method: the profile's model has too few layers for {}; take a deeper one with `--set model=...`",
+                    too_deep.join(", ")
+                )));
+            }
         }
         let mut catalogue = Catalogue::new(base, data_roots(&options.data, listed(&spec.data))?);
         let tasks = open_tasks(&mut catalogue, &spec.task, &spec.evaluate)?;
@@ -146,8 +156,9 @@ impl Plan {
         plan.tell_runs_apart();
         plan.notes.extend(plan.warmup_note());
         plan.notes.extend(examples_note(&points, &tasks));
-        plan.notes
-            .extend(too_deep.into_iter().map(|reason| format!("left out of the tiny profile: {reason}")));
+        plan.notes.extend(
+            too_deep.into_iter().map(|method| format!("left out, for a model with more layers: {method}")),
+        );
         Ok(plan)
     }
 
@@ -225,9 +236,7 @@ impl Plan {
                 continue;
             }
             let config = &model.folder.config;
-            let mut table = ParameterTable::default();
-            model.folder.declare(&Labels::from(&card.objective), &mut table)?;
-            method.check(table.as_slice())?;
+            method.check(run.declared()?.as_slice())?;
             if method.needs_dropout() {
                 check_dropout(run)?;
             }
@@ -287,13 +296,6 @@ impl Plan {
         }
         Ok(())
     }
-}
-
-/// Says why a method does not fit a model, if it does not.
-fn misfit(method: &dyn Method, model: &ModelEntry) -> Option<String> {
-    let mut table = ParameterTable::default();
-    let declared = model.folder.declare(&Labels::Score, &mut table);
-    declared.and_then(|_| method.check(table.as_slice())).err().map(|error| error.to_string())
 }
 
 /// Says which numbers of training examples are more than there are.

@@ -29,8 +29,8 @@ const SHRINK: usize = 25;
 
 impl Profile {
     /// Changes an experiment into its smaller version. What it compares stays as it is: tasks, methods, stages, and all
-    /// axes but model and data; and so do the keys that `is_typed` says the command line sets. (Methods that ask for more layers
-    /// than the model has are left out where the plan is made.)
+    /// axes but model and data; and so do the keys that `is_typed` says the command line sets. (Methods of the first
+    /// stage that need more layers than the model has are left out where the plan is made.)
     pub fn apply(self, spec: &mut ExperimentSpec, is_typed: &dyn Fn(&str) -> bool) {
         let Profile::Tiny = self;
         if !is_typed("model") {

@@ -30,17 +30,16 @@ pub(super) use text::{from_text, to_text};
 use crate::error::{Error, Result};
 use crate::files::{beside, folder_of, is_pipe, write_bytes};
 
-/// What the file begins with.
-const FIRST_COLUMN: &[u8] = b"schema_version,";
-
-/// Returns whether a file holds results, of whatever version.
+/// Returns whether a file holds results, of whatever version and in whatever order of its columns.
 pub fn is_results_file(path: &Path) -> bool {
-    let mut start = [0; FIRST_COLUMN.len()];
-    if is_pipe(path) {
+    /// More than a header takes.
+    const START: u64 = 1 << 16;
+    let mut start = Vec::new();
+    if is_pipe(path) || File::open(path).and_then(|file| file.take(START).read_to_end(&mut start)).is_err() {
         return false;
     }
-    let read = File::open(path).and_then(|mut file| file.read_exact(&mut start));
-    read.is_ok() && start == *FIRST_COLUMN
+    let header = start.split(|&byte| byte == b'\n' || byte == b'\r').next().unwrap_or_default();
+    header.split(|&byte| byte == b',').any(|column| column == b"schema_version")
 }
 
 /// A results file that this process may append to, along with others.

@@ -11,7 +11,7 @@ use super::start::{Source, Start};
 use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::method::Method;
-use crate::model::HeadStart;
+use crate::model::{HeadStart, Labels, ParameterTable};
 use crate::train::{Freeze, Hyperparameters};
 use crate::values::hexadecimal;
 
@@ -180,6 +180,22 @@ impl Run {
         }
         let digest = Sha256::digest(content.to_string());
         hexadecimal(&digest[..8])
+    }
+
+    /// Returns the parameters of the model as training will start from them, without places in a buffer.
+    ///
+    /// # Errors
+    /// Fails if the family does not run here or the config is incomplete.
+    pub fn declared(&self) -> Result<ParameterTable> {
+        let (labels, mut table) = (Labels::from(&self.task.card.objective), ParameterTable::default());
+        let config = &self.model.folder.config;
+        match &self.start {
+            Start::Pretrained => self.model.folder.declare(&labels, &mut table).map(|_| ())?,
+            Start::Folder(start) => start.folder.declare(&labels, &mut table).map(|_| ())?,
+            // A model that a run has kept lacks nothing.
+            Start::Run(_) => config.family()?(config, labels.outputs(), &mut table).map(|_| ())?,
+        }
+        Ok(table)
     }
 
     /// Returns whether only the head trains.

@@ -173,6 +173,10 @@ impl Method for Composed {
         self.parts.iter().any(|part| part.draws_anew(parameter, layers))
     }
 
+    fn layers_needed(&self) -> usize {
+        self.parts.iter().map(|part| part.layers_needed()).max().unwrap_or(0)
+    }
+
     fn check(&self, declared: &[Parameter]) -> Result<()> {
         self.parts.iter().try_for_each(|part| part.check(declared))?;
         let layers = layers_of(declared);

@@ -196,6 +196,11 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
+    /// Returns how many encoder layers a model must have.
+    fn layers_needed(&self) -> usize {
+        0
+    }
+
     /// Returns whether training starts from new values of a parameter, in a model with so many encoder layers.
     fn draws_anew(&self, _parameter: &Parameter, _layers: usize) -> bool {
         false

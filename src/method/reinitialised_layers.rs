@@ -43,6 +43,10 @@ impl Method for ReinitialisedLayers {
         format!("layers={} pooler={}", self.layers, self.pooler)
     }
 
+    fn layers_needed(&self) -> usize {
+        self.layers
+    }
+
     fn check(&self, declared: &[Parameter]) -> Result<()> {
         top_layers::check_count("reinitialised_layers: `layers`", self.layers, declared)
     }

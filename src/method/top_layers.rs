@@ -50,6 +50,10 @@ impl Method for TopLayers {
         }
     }
 
+    fn layers_needed(&self) -> usize {
+        self.k
+    }
+
     fn check(&self, declared: &[Parameter]) -> Result<()> {
         check_count("top_layers: `k`", self.k, declared)
     }

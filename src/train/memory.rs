@@ -141,8 +141,8 @@ impl MemoryUse {
 }
 
 /// Returns the examples of one pass of training, as the run says, or as many as fit into the memory that is left, for as many
-/// passes as a step goes backward through at once. Gradients are there already, and so is the optimizer's state of
-/// `state_bytes`.
+/// passes as a step goes backward through at once. Gradients are there already, and on a GPU the optimizer's state of
+/// `state_bytes`; on the CPU it is still to come.
 ///
 /// # Errors
 /// Fails if the memory of the device cannot be asked for.

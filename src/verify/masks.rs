@@ -100,6 +100,19 @@ fn check_fixed(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> Str
         let inside = changed.f_logical_and(&members.f_ne(0.0)?)?;
         Ok(!bool::try_from(outside.f_any()?)? && bool::try_from(inside.f_any()?)?)
     });
+    checks.at_most(
+        "masks",
+        name("fixed mask, 3 steps with gradients released against without"),
+        1e-4,
+        || {
+            let mut train = |release_gradients| {
+                let settings = Hyperparameters { release_gradients, ..settings(EXAMPLES) };
+                let prepared = Prepared { mask: Some(mask(subject)?), ..Prepared::default() };
+                change(subject, data, 3, &settings, prepared)
+            };
+            difference(&train(true)?, &train(false)?)
+        },
+    );
     Ok(())
 }
 

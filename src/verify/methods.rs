@@ -24,6 +24,7 @@ const EXACT: &[&str] = &[
     "lora",
     "r_drop",
     "magnitude_mask: {p: 0.3}",
+    "magnitude_mask: {p: 0.3, clip: before_mask}",
     "dps: {update_ratio: 0.2}",
     "[l2_sp: {alpha: 0.3}, magnitude_mask: {p: 0.3}]",
 ];

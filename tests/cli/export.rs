@@ -110,6 +110,14 @@ fn a_pooler_that_the_checkpoint_lacks_trains_with_the_head() {
     rename(&workplace, "bert_pair/model.safetensors", &[], |name| {
         (!name.starts_with("bert.pooler.")).then(|| name.to_owned())
     });
+    // A model that was fine-tuned has one, which counts as pretrained from there on, for plan and results alike.
+    workplace.experiment("then: {task: cola, method: bitfit}");
+    let plan = workplace.call(&["plan", "experiment.yaml"]).with_code(0).stdout;
+    let planned = plan.lines().find(|line| line.starts_with(" bitfit")).unwrap();
+    let planned = planned.split_whitespace().nth(2).unwrap().to_owned();
+    workplace.run(&[]).with_code(0);
+    assert_eq!(workplace.column("results.csv", "trainable_parameters").pop(), Some(planned));
+    std::fs::remove_file(workplace.path("results.csv")).unwrap();
     let task = ["--task", "rte", "--seed", "1", "--output", "start"];
     workplace.call(&[&["export", "--model", "bert_pair"][..], &task].concat()).with_code(0);
     let start = workplace.tensors("start/model.safetensors");
