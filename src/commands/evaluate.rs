@@ -61,7 +61,7 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
         let evaluation = score(&classifier, scored, Precision::Float32, |_| Ok(()))?;
         if !evaluation.loss.is_finite() {
             return Err(Error::Diverged(format!(
-                "{}: its loss on {} is no number, and so its scores would say nothing; its weights or config are at fault",
+                "{}: its loss on {} is no finite number, and so its scores would say nothing; its weights or config are at fault",
                 arguments.model, card.name
             ))
             .into());

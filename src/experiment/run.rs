@@ -11,7 +11,7 @@ use super::start::{Source, Start};
 use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::method::Method;
-use crate::model::{HeadStart, Labels, ParameterTable};
+use crate::model::{Classifier, HeadStart, Labels, ParameterTable};
 use crate::train::{Freeze, Hyperparameters};
 use crate::values::hexadecimal;
 
@@ -187,14 +187,15 @@ impl Run {
     /// # Errors
     /// Fails if the family does not run here or the config is incomplete.
     pub fn declared(&self) -> Result<ParameterTable> {
-        let (labels, mut table) = (Labels::from(&self.task.card.objective), ParameterTable::default());
-        let config = &self.model.folder.config;
-        match &self.start {
-            Start::Pretrained => self.model.folder.declare(&labels, &mut table).map(|_| ())?,
-            Start::Folder(start) => start.folder.declare(&labels, &mut table).map(|_| ())?,
+        let labels = Labels::from(&self.task.card.objective);
+        let folder = match &self.start {
+            Start::Pretrained => &self.model.folder,
+            Start::Folder(start) => &start.folder,
             // A model that a run has kept lacks nothing.
-            Start::Run(_) => config.family()?(config, labels.outputs(), &mut table).map(|_| ())?,
-        }
+            Start::Run(_) => return Classifier::declared(&self.model.folder.config, &labels),
+        };
+        let mut table = ParameterTable::default();
+        folder.declare(&labels, &mut table)?;
         Ok(table)
     }
 

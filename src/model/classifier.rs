@@ -241,6 +241,17 @@ impl Classifier {
         })
     }
 
+    /// Returns the parameters of a model for a task, from its config alone, without places in a buffer
+    /// ([`ModelFolder::declare`] knows what a folder lacks).
+    ///
+    /// # Errors
+    /// As for [`Classifier::shape`].
+    pub fn declared(config: &ModelConfig, labels: &Labels) -> Result<ParameterTable> {
+        let mut table = ParameterTable::default();
+        config.family()?(config, labels.outputs(), &mut table)?;
+        Ok(table)
+    }
+
     /// Returns the sizes of the model.
     ///
     /// # Errors

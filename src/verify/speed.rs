@@ -1,5 +1,7 @@
 //! Speed: sequences and tokens a second, kernels a step, memory; the Fisher pass against an epoch.
 
+use std::iter::Cycle;
+use std::slice::ChunksExact;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -105,6 +107,8 @@ pub(super) struct Workload {
     shape: Shape,
     data: EncodedDataset,
     batch_size: usize,
+    /// Whether the Fisher pass is measured on it.
+    has_fisher: bool,
     /// What is measured: in which precision, by which method, and whether passes are replayed.
     trainings: Vec<(Precision, Methods)>,
 }
@@ -115,11 +119,12 @@ impl Workload {
         lengths: &[usize],
         of: &str,
         batch_size: usize,
+        has_fisher: bool,
         trainings: &[(Precision, Methods)],
     ) -> Self {
         let data = random_data(lengths, shape.vocabulary, &labels());
         let (name, trainings) = (format!("{}, {of}", shape.name), trainings.to_vec());
-        Self { name, shape, data, batch_size, trainings }
+        Self { name, shape, data, batch_size, has_fisher, trainings }
     }
 
     /// Returns each training: the settings, and the method.
@@ -169,18 +174,25 @@ fn labels() -> Labels {
     Labels::Classes(vec!["0".into(), "1".into()])
 }
 
-/// Returns what is measured; the Fisher pass on the last.
+/// Returns what is measured.
 pub(super) fn workloads(options: Options) -> Vec<Workload> {
     use Precision::{Bf16, Float32, Tf32};
     let rte: Vec<usize> = RTE_LENGTHS.split_whitespace().filter_map(|length| length.parse().ok()).collect();
     if options.quick {
-        return vec![Workload::new(Shape::TINY, &rte[..64], "lengths of RTE", 16, &[(Float32, METHODS)])];
+        return vec![Workload::new(
+            Shape::TINY,
+            &rte[..64],
+            "lengths of RTE",
+            16,
+            true,
+            &[(Float32, METHODS)],
+        )];
     }
     let of_large = [(Bf16, METHODS), (Tf32, VANILLA)];
     let of_base = [(Bf16, METHODS), (Bf16, REPLAYED), (Tf32, VANILLA), (Float32, VANILLA)];
     vec![
-        Workload::new(Shape::BERT_LARGE, &[128; 128], "128 tokens", 32, &of_large),
-        Workload::new(Shape::BERT_BASE, &rte, "lengths of RTE", 16, &of_base),
+        Workload::new(Shape::BERT_LARGE, &[128; 128], "128 tokens", 32, false, &of_large),
+        Workload::new(Shape::BERT_BASE, &rte, "lengths of RTE", 16, true, &of_base),
     ]
 }
 
@@ -218,7 +230,7 @@ pub(super) fn measure(
             });
             keep(report)?;
         }
-        if std::ptr::eq(workload, &workloads[workloads.len() - 1]) {
+        if workload.has_fisher {
             note(&format!("{}: Fisher information …", workload.name));
             report.fisher = attempt(|| models.with(|model| fisher_times(workload, options, model)));
             keep(report)?;
@@ -293,19 +305,26 @@ fn take_steps<'a>(
     Ok((started.elapsed().as_secs_f64(), tokens))
 }
 
-/// Takes the steps after which a training runs at its usual speed.
-fn warm_up<'a>(
-    trainer: &mut Trainer,
-    batches: &mut impl Iterator<Item = &'a [usize]>,
-    data: &EncodedDataset,
-    settings: &Hyperparameters,
+/// A training, and the batches that it takes over and over.
+type Running<'a> = (Trainer<'a>, Cycle<ChunksExact<'a, usize>>);
+
+/// Starts a training over the examples with the given numbers, and takes the steps after which it runs at its usual speed.
+fn running<'a>(
+    workload: &'a Workload,
+    numbers: &'a [usize],
+    method: &str,
+    settings: &'a Hyperparameters,
     options: Options,
-) -> Result<()> {
+    model: &'a mut Classifier,
+) -> Result<Running<'a>> {
+    let prepared = measured_method(method, super::random_model::SHARE, model)?;
+    let mut batches = numbers.chunks_exact(workload.batch_size).cycle();
+    let mut trainer = Trainer::new(model, &workload.data, settings, prepared, SEED)?;
     let steps = if options.quick { 1 } else { 5 };
     // Until most shapes of the batches are recorded.
     let steps = if settings.cuda_graphs { 10 * steps } else { steps };
-    take_steps(trainer, batches, data, steps)?;
-    Ok(())
+    take_steps(&mut trainer, &mut batches, &workload.data, steps)?;
+    Ok((trainer, batches))
 }
 
 fn training(
@@ -318,11 +337,8 @@ fn training(
     let Workload { data, batch_size, .. } = workload;
     let (steps, rounds) = if options.quick { (2, 3) } else { (20, 5) };
     reset_peak_memory(options.device);
-    let prepared = measured_method(method, super::random_model::SHARE, model)?;
     let numbers: Vec<usize> = (0..data.len()).collect();
-    let mut batches = numbers.chunks_exact(*batch_size).cycle();
-    let mut trainer = Trainer::new(model, data, settings, prepared, SEED)?;
-    warm_up(&mut trainer, &mut batches, data, settings, options)?;
+    let (mut trainer, mut batches) = running(workload, &numbers, method, settings, options, model)?;
     let (mut sequences, mut tokens) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         let (seconds, count) = take_steps(&mut trainer, &mut batches, data, steps)?;
@@ -343,12 +359,9 @@ fn step_profile(
     options: Options,
     model: &mut Classifier,
 ) -> Result<StepProfile> {
-    let Workload { data, batch_size, .. } = workload;
-    let prepared = measured_method(method, super::random_model::SHARE, model)?;
+    let data = &workload.data;
     let numbers: Vec<usize> = (0..data.len()).collect();
-    let mut batches = numbers.chunks_exact(*batch_size).cycle();
-    let mut trainer = Trainer::new(model, data, settings, prepared, SEED)?;
-    warm_up(&mut trainer, &mut batches, data, settings, options)?;
+    let (mut trainer, mut batches) = running(workload, &numbers, method, settings, options, model)?;
     let (_, profile) = profile(options.device, || take_steps(&mut trainer, &mut batches, data, 1))?;
     Ok(StepProfile {
         kernels_per_step: profile.kernel_runs(),
