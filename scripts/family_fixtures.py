@@ -205,6 +205,7 @@ MODELS = [
             type_vocab_size=3,
             pos_att_type="c2p",
             norm_rel_ebd="layer_norm",
+            conv_kernel_size=3,
         ),
         3,
     ),
@@ -286,6 +287,13 @@ MODELS = [
             summary_first_dropout=0.2,
         ),
         1,
+    ),
+    (
+        "xlnet_uni_last",
+        transformers.XLNetConfig(
+            **{**XLNET_SIZES, "n_head": 3}, **CLASSES, attn_type="uni", clamp_len=5, summary_activation="gelu"
+        ),
+        2,
     ),
 ]
 

@@ -25,6 +25,9 @@ pub struct AttentionLayout {
     pub rectangles: Vec<Rectangle>,
     /// Row of each head of each token among the rows of all rectangles: `[tokens · heads]`, int64.
     pub places: Tensor,
+    /// The examples in the order of the rectangles, and the place of each example in that order: both `[examples]`, int64;
+    /// `None` where they stand as in the batch.
+    order: Option<[Tensor; 2]>,
 }
 
 /// Examples that are filled up to one length.
@@ -47,6 +50,7 @@ impl AttentionLayout {
     /// Fails if libtorch cannot allocate.
     pub fn new(lengths: &[usize], heads: usize, width: usize, kind: Kind, device: Device) -> Result<Self> {
         let groups = groups_on(lengths, width, device);
+        let order = order(&groups, device)?;
         let mut first_rows = vec![(0, 0); lengths.len()];
         let (mut rows, mut rectangles) = (0, Vec::with_capacity(groups.len()));
         for (examples, length) in groups {
@@ -63,7 +67,7 @@ impl AttentionLayout {
                 places.extend((0..heads).map(|head| (first + head * length + position) as i64));
             }
         }
-        Ok(Self { rectangles, places: upload(&places, device)? })
+        Ok(Self { rectangles, places: upload(&places, device)?, order })
     }
 
     /// Returns how many positions the rectangles of examples have, and how many pairs of positions of one example: what
@@ -95,6 +99,34 @@ impl AttentionLayout {
             Ok(part.f_view([-1, rectangle.length as i64, head_size])?)
         };
         parts.iter().zip(&self.rectangles).map(shaped).collect()
+    }
+
+    /// Lays one row an example out, `[examples, heads · head_size]`; returns those of each rectangle as
+    /// `[examples · heads, 1, head_size]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn split_examples(&self, rows: &Tensor, heads: i64) -> Result<Vec<Tensor>> {
+        let head_size = rows.size()[1] / heads;
+        let laid_out = match &self.order {
+            Some([examples, _]) => rows.f_index_select(0, examples)?,
+            None => rows.shallow_clone(),
+        };
+        let counts: Vec<i64> = self.rectangles.iter().map(|own| own.examples.len() as i64 * heads).collect();
+        Ok(laid_out.f_reshape([-1, 1, head_size])?.f_split_with_sizes(&counts[..], 0)?)
+    }
+
+    /// Collects the rows of the examples from the rectangles: the way back of [`AttentionLayout::split_examples`].
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn join_examples(&self, rectangles: &[Tensor], heads: i64) -> Result<Tensor> {
+        let rows = Tensor::f_cat(rectangles, 0)?;
+        let rows = rows.f_reshape([-1, heads * rows.size()[2]])?;
+        match &self.order {
+            Some([_, places]) => Ok(rows.f_index_select(0, places)?),
+            None => Ok(rows),
+        }
     }
 
     /// Collects the rows of real tokens from the rectangles: the way back of [`AttentionLayout::split`].
@@ -143,6 +175,18 @@ impl Rectangle {
     fn rows(&self, heads: i64) -> i64 {
         (self.examples.len() * self.length) as i64 * heads
     }
+}
+
+/// Returns the order of the examples in the rectangles, and the place of each in it, if it is not that of the batch.
+fn order(groups: &[(Vec<usize>, usize)], device: Device) -> Result<Option<[Tensor; 2]>> {
+    let examples: Vec<usize> = groups.iter().flat_map(|(examples, _)| examples.iter().copied()).collect();
+    if examples.is_sorted() {
+        return Ok(None);
+    }
+    let mut places = vec![0; examples.len()];
+    examples.iter().enumerate().for_each(|(place, &example)| places[example] = place as i64);
+    let examples: Vec<i64> = examples.into_iter().map(|example| example as i64).collect();
+    Ok(Some([upload(&examples, device)?, upload(&places, device)?]))
 }
 
 fn bias(
@@ -259,7 +303,14 @@ mod tests {
         let parts = layout.split(&rows, heads as i64).unwrap();
         assert_eq!(parts.iter().map(Tensor::size).collect::<Vec<_>>(), [[2, 48, 2], [4, 16, 2]]);
         assert_eq!(layout.join(&parts, heads as i64).unwrap(), rows);
+
+        // The longest example comes first.
+        let rows = Tensor::arange(3 * 4, (Kind::Float, Device::Cpu)).view([3, 4]);
+        let parts = layout.split_examples(&rows, heads as i64).unwrap();
+        assert_eq!(parts.iter().map(Tensor::size).collect::<Vec<_>>(), [[2, 1, 2], [4, 1, 2]]);
+        assert_eq!(numbers::<Vec<f32>>(&parts[0].view([-1])), [4.0, 5.0, 6.0, 7.0]);
+        assert_eq!(layout.join_examples(&parts, heads as i64).unwrap(), rows);
         let full = AttentionLayout::new(&[16, 16], heads, 4, Kind::Float, Device::Cpu).unwrap();
-        assert!(full.rectangles[0].bias.is_none());
+        assert!(full.rectangles[0].bias.is_none() && full.order.is_none());
     }
 }

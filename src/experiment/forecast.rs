@@ -192,7 +192,7 @@ fn lengths_of_passes(run: &Run, train: &EncodedDataset) -> Result<Vec<Vec<usize>
 fn forward_operations(shape: &ModelShape, data: &EncodedDataset) -> f64 {
     let per_example = |tokens: f64| {
         tokens * (2 * shape.matrix_weights) as f64
-            + 4.0 * tokens * tokens * (shape.layers * shape.hidden) as f64
+            + 4.0 * tokens * tokens * (shape.whole_layers * shape.hidden) as f64
     };
     data.inputs.iter().map(|input| per_example(input.ids.len() as f64)).sum()
 }

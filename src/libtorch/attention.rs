@@ -16,30 +16,50 @@ pub struct PackedLengths<'a> {
     pub longest: usize,
 }
 
-/// Computes softmax(q kᵀ · scale) v within each example, with a gradient; all are `[tokens, heads, head_size]` in
-/// bfloat16 on CUDA (`at::_flash_attention_forward`). With a `window`, each token attends to no token further away. What dropout drops comes from libtorch's generator of the device.
+/// Which tokens of the examples attend to all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlashQueries {
+    /// Each.
+    All {
+        /// How far away a token may be that one attends to, if there is a limit.
+        window: Option<i64>,
+    },
+    /// One of each example.
+    OnePerExample,
+}
+
+/// Computes softmax(q kᵀ · scale) v within each example, with a gradient; keys and values are `[tokens, heads, head_size]`,
+/// queries and the result as many or `[examples, heads, head_size]`, in bfloat16 on CUDA (`at::_flash_attention_forward`).
+/// What dropout drops comes from libtorch's generator of the device.
 ///
 /// # Errors
 /// Fails where [`flash_attention_runs`] says no, and for head sizes that are no multiple of 8.
 pub fn flash_attention(
-    query: &Tensor,
-    key: &Tensor,
-    value: &Tensor,
+    [query, key, value]: [&Tensor; 3],
     lengths: &PackedLengths,
-    window: Option<i64>,
+    queries: FlashQueries,
     dropout: f64,
     scale: f64,
 ) -> Result<Tensor> {
-    let mut handles = [query, key, value, lengths.cumulative].map(Tensor::shallow_clone);
-    let [query, key, value, cumulative] = handles.each_mut().map(Tensor::as_mut_ptr);
+    let tokens = lengths.cumulative;
+    let (query_counts, most_queries, window) = match queries {
+        FlashQueries::All { window } => (tokens.shallow_clone(), lengths.longest as i64, window),
+        FlashQueries::OnePerExample => {
+            (Tensor::f_arange(tokens.size()[0], (Kind::Int, tokens.device()))?, 1, None)
+        }
+    };
+    let mut handles = [query, key, value, &query_counts, tokens].map(Tensor::shallow_clone);
+    let [query, key, value, query_counts, token_counts] = handles.each_mut().map(Tensor::as_mut_ptr);
     let mut context = std::ptr::null_mut();
-    // SAFETY: all four are live tensors, and `context` is valid for writing during the call.
+    // SAFETY: all five are live tensors, and `context` is valid for writing during the call.
     ffi::check(unsafe {
         ffi::child_tuning_flash_attention(
             query,
             key,
             value,
-            cumulative,
+            query_counts,
+            token_counts,
+            most_queries,
             lengths.longest as i64,
             window.unwrap_or(-1),
             dropout,
@@ -64,7 +84,7 @@ pub fn flash_attention_runs(device: Device) -> bool {
         let rows = Tensor::f_zeros([8, 1, 64], (Kind::BFloat16, device))?;
         let cumulative = Tensor::from_slice(&[0i32, 8]).f_to_device(device)?;
         let lengths = PackedLengths { cumulative: &cumulative, longest: 8 };
-        flash_attention(&rows, &rows, &rows, &lengths, None, 0.0, 1.0)
+        flash_attention([&rows; 3], &lengths, FlashQueries::All { window: None }, 0.0, 1.0)
     };
     let outcome = tch::no_grad(attempt);
     // A full GPU says nothing about what it can do.
@@ -84,7 +104,13 @@ mod tests {
         let rows = Tensor::zeros([8, 1, 64], (Kind::BFloat16, Device::Cpu));
         let cumulative = Tensor::from_slice(&[0i32, 3, 8]);
         let lengths = PackedLengths { cumulative: &cumulative, longest: 5 };
-        let error = flash_attention(&rows, &rows, &rows, &lengths, None, 0.0, 1.0).unwrap_err();
-        assert!(error.to_string().contains("_flash_attention_forward"), "{error}");
+        for (queries, rows_of_queries) in [
+            (FlashQueries::All { window: None }, &rows),
+            (FlashQueries::OnePerExample, &rows.narrow(0, 0, 2)),
+        ] {
+            let error =
+                flash_attention([rows_of_queries, &rows, &rows], &lengths, queries, 0.0, 1.0).unwrap_err();
+            assert!(error.to_string().contains("_flash_attention_forward"), "{error}");
+        }
     }
 }

@@ -15,7 +15,7 @@ mod own_backward;
 mod process;
 mod profile;
 
-pub use attention::{PackedLengths, flash_attention, flash_attention_runs};
+pub use attention::{FlashQueries, PackedLengths, flash_attention, flash_attention_runs};
 pub use context::{
     Tf32, cuda_peak_bytes, device_memory, release_cached_memory, reset_cuda_peak, seed_generators,
     synchronize, version,

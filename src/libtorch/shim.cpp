@@ -324,16 +324,18 @@ char *child_tuning_release_cached_memory() {
 
 // ---- Computing on a GPU: attention without padding, TF32, uploads that nobody waits for ----
 
-// softmax(q kᵀ · scale) v within each example; q, k, v and the result are [tokens, heads, head_size], `lengths` counts
-// the tokens before each example, int32 [examples + 1]. With a `window` from zero on, each token attends to no token
+// softmax(q kᵀ · scale) v within each example; q and the result are [queries, heads, head_size], k and v
+// [tokens, heads, head_size]. `query_counts` and `token_counts` count those before each example, int32 [examples + 1], and
+// `most_queries` and `most_tokens` those of the largest. With a `window` from zero on, each token attends to no token
 // further away than that; to all with a negative one. Has a gradient.
-char *child_tuning_flash_attention(at::Tensor *query, at::Tensor *key, at::Tensor *value, at::Tensor *lengths,
-                                   int64_t longest, int64_t window, double dropout, double scale,
-                                   at::Tensor **context) {
+char *child_tuning_flash_attention(at::Tensor *query, at::Tensor *key, at::Tensor *value, at::Tensor *query_counts,
+                                   at::Tensor *token_counts, int64_t most_queries, int64_t most_tokens,
+                                   int64_t window, double dropout, double scale, at::Tensor **context) {
   return guarded([&] {
     const auto side = window < 0 ? std::nullopt : std::make_optional(window);
-    auto result = at::_flash_attention_forward(*query, *key, *value, *lengths, *lengths, longest, longest, dropout,
-                                               /*is_causal=*/false, /*return_debug_mask=*/false, scale, side, side);
+    auto result = at::_flash_attention_forward(*query, *key, *value, *query_counts, *token_counts, most_queries,
+                                               most_tokens, dropout, /*is_causal=*/false,
+                                               /*return_debug_mask=*/false, scale, side, side);
     *context = new at::Tensor(std::get<0>(std::move(result)));
   });
 }

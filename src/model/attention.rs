@@ -5,10 +5,10 @@ use std::rc::Rc;
 
 use tch::{Kind, Tensor};
 
-use super::pass::Pass;
+use super::pass::{Pass, Rows};
 use crate::data::{AttentionLayout, Rectangle};
 use crate::error::Result;
-use crate::libtorch::flash_attention;
+use crate::libtorch::{FlashQueries, flash_attention};
 
 /// Head sizes that libtorch's flash attention takes with a gradient and dropout on every GPU that it runs on, if they
 /// are multiples of 8.
@@ -22,8 +22,10 @@ pub(super) fn takes_head_size(head_size: i64) -> bool {
 /// What attention computes with, and how.
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
-    /// `[tokens, heads · head_size]`.
+    /// `[tokens, heads · head_size]`; where `queries` are examples, of the first token of each that an output is asked of.
     pub query: &'a Tensor,
+    /// What the rows of `query` stand for.
+    pub queries: Rows,
     /// `[tokens, heads · head_size]`.
     pub key: &'a Tensor,
     /// `[tokens, heads · head_size]`.
@@ -37,7 +39,8 @@ pub struct Attention<'a> {
 }
 
 /// Returns what a family adds to the scaled scores of a rectangle, given its number and its queries and keys, all
-/// `[examples · heads, length, head_size]`: a tensor that broadcasts to `[examples · heads, length, length]`.
+/// `[examples · heads, length, head_size]`: a tensor that broadcasts to `[examples · heads, length, length]`. Where only the
+/// first tokens attend, queries and terms have one row in place of `length`.
 pub type ScoreTerms<'a> = &'a dyn Fn(usize, &Rectangle, &Tensor, &Tensor) -> Result<Tensor>;
 
 /// What happens to the scaled scores of a rectangle.
@@ -52,7 +55,8 @@ enum Scores<'a> {
 }
 
 impl Pass<'_> {
-    /// Computes softmax(q kᵀ / √d) v within each example; all `[tokens, heads · d]`.
+    /// Computes softmax(q kᵀ / √d) v within each example; all `[tokens, heads · d]`, or queries and what is returned
+    /// `[examples, heads · d]`.
     ///
     /// On GPUs in bfloat16 tokens stay packed. Elsewhere attention is the one place that needs rectangles: tokens are laid
     /// out for it and collected after it ([`AttentionLayout`]).
@@ -61,39 +65,56 @@ impl Pass<'_> {
     /// Fails if libtorch cannot allocate.
     pub fn attention(
         &self,
-        query: &Tensor,
-        key: &Tensor,
-        value: &Tensor,
+        [query, key, value]: [&Tensor; 3],
+        queries: Rows,
         heads: i64,
         dropout: f64,
     ) -> Result<Tensor> {
         let head_size = query.size()[1] / heads;
         let scale = 1.0 / (head_size as f64).sqrt();
-        self.attention_within(&Attention { query, key, value, heads, scale, dropout }, None)
+        self.attention_within(&Attention { query, queries, key, value, heads, scale, dropout }, None)
     }
 
-    /// Computes softmax(q kᵀ · scale) v within each example, `[tokens, heads · head_size]`; with a window, each token attends
+    /// Computes softmax(q kᵀ · scale) v within each example, in the shape of the queries; with a window, each token attends
     /// to no token further away.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn attention_within(&self, attention: &Attention, window: Option<i64>) -> Result<Tensor> {
-        let Attention { query, key, value, heads, scale, dropout } = *attention;
+        let Attention { query, queries, key, value, heads, scale, dropout } = *attention;
         let head_size = query.size()[1] / heads;
-        if let Some(lengths) = self.batch.flash_lengths()
+        let queries = match (queries, window) {
+            (Rows::Examples, None) => Some(FlashQueries::OnePerExample),
+            // Its windows lie around the last token where there is one query.
+            (Rows::Examples, Some(_)) => None,
+            _ => Some(FlashQueries::All { window }),
+        };
+        if let (Some(lengths), Some(queries)) = (self.batch.flash_lengths(), queries)
             && query.kind() == Kind::BFloat16
             && takes_head_size(head_size)
         {
-            let split = |rows: &Tensor| rows.f_view([-1, heads, head_size]);
-            let (query, key, value) = (split(query)?, split(key)?, split(value)?);
+            let asked = query.size()[0];
+            let query = match queries {
+                FlashQueries::OnePerExample => self.of_all_examples(query)?,
+                FlashQueries::All { .. } => query.shallow_clone(),
+            };
+            let [query, key, value] = [&query, key, value].map(|rows| rows.f_view([-1, heads, head_size]));
             let dropout = self.dropout.map_or(0.0, |_| dropout);
-            let context = flash_attention(&query, &key, &value, &lengths, window, dropout, scale)?;
-            return Ok(context.f_reshape([-1, heads * head_size])?);
+            let context = flash_attention([&query?, &key?, &value?], &lengths, queries, dropout, scale)?;
+            return Ok(context.f_reshape([-1, heads * head_size])?.f_narrow(0, 0, asked)?);
         }
         self.rectangles(attention, window.map_or(Scores::Plain, Scores::Within))
     }
 
-    /// Computes softmax(q kᵀ · scale + terms) v within each example, `[tokens, heads · head_size]`, always in rectangles.
+    /// Adds rows of zeros for the examples that fill a batch up, behind those that an output is asked of: `[examples, width]`.
+    fn of_all_examples(&self, rows: &Tensor) -> Result<Tensor> {
+        match self.batch.lengths.len() as i64 - rows.size()[0] {
+            0 => Ok(rows.shallow_clone()),
+            fillers => Ok(rows.f_constant_pad_nd([0, 0, 0, fillers])?),
+        }
+    }
+
+    /// Computes softmax(q kᵀ · scale + terms) v within each example, in the shape of the queries, always in rectangles.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate; whatever `terms` returns.
@@ -111,18 +132,23 @@ impl Pass<'_> {
 
     fn rectangles(&self, attention: &Attention, scores: Scores) -> Result<Tensor> {
         let heads = attention.heads;
-        let layout = self.attention_layout(attention.query, heads)?;
+        let layout = self.attention_layout(attention.key, heads)?;
         let site = self.next_site();
         let split = |rows: &Tensor| layout.split(rows, heads);
-        let parts =
-            split(attention.query)?.into_iter().zip(split(attention.key)?).zip(split(attention.value)?);
+        let first_only = attention.queries == Rows::Examples;
+        let queries = match first_only {
+            true => layout.split_examples(&self.of_all_examples(attention.query)?, heads)?,
+            false => split(attention.query)?,
+        };
+        let parts = queries.into_iter().zip(split(attention.key)?).zip(split(attention.value)?);
         let contexts = (parts.zip(&layout.rectangles).enumerate())
             .map(|(number, (((query, key), value), rectangle))| {
                 let own = rectangle.bias.as_ref();
                 let bias = match scores {
                     // Where the rectangle is longer than the window reaches.
                     Scores::Within(window) if rectangle.length as i64 > window + 1 => {
-                        Some(rectangle.bias_within(window, &query)?)
+                        let bias = rectangle.bias_within(window, &query)?;
+                        Some(if first_only { bias.f_narrow(2, 0, 1)? } else { bias })
                     }
                     Scores::Plain | Scores::Within(_) => own.map(|own| own.f_unsqueeze(1)).transpose()?,
                     Scores::WithTerms(terms) => {
@@ -135,11 +161,15 @@ impl Pass<'_> {
                 self.rectangle([&query, &key, &value], bias, rectangle, settings)
             })
             .collect::<Result<Vec<_>>>()?;
-        layout.join(&contexts, heads)
+        match first_only {
+            true => Ok(layout.join_examples(&contexts, heads)?.f_narrow(0, 0, attention.query.size()[0])?),
+            false => layout.join(&contexts, heads),
+        }
     }
 
-    /// Computes attention within each example of a rectangle; all `[examples · heads, length, head_size]`. What is added to
-    /// the scores has four dimensions, of which the first two divide examples and heads among them.
+    /// Computes attention within each example of a rectangle; all `[examples · heads, length, head_size]`, or queries and
+    /// what is returned with one row in place of `length`. What is added to the scores has four dimensions, of which the first
+    /// two divide examples and heads among them.
     fn rectangle(
         &self,
         [query, key, value]: [&Tensor; 3],
@@ -147,14 +177,15 @@ impl Pass<'_> {
         rectangle: &Rectangle,
         (scale, dropout, site): (f64, f64, u32),
     ) -> Result<Tensor> {
-        let (rows, length) = (query.size()[0], query.size()[1]);
+        let (rows, queries, head_size) = query.size3()?;
+        let length = key.size()[1];
         let first = bias.as_ref().map_or(rows, |bias| bias.size()[0]);
         match &self.dropout {
             Some(pattern) if dropout > 0.0 && !query.device().is_cuda() => {
                 let scores = query.f_mul_scalar(scale)?.f_bmm(&key.f_transpose(1, 2)?)?;
                 let scores = match bias {
                     Some(bias) => scores
-                        .f_view([first, -1, length, length])?
+                        .f_view([first, -1, queries, length])?
                         .f_add(&bias)?
                         .f_view(scores.size().as_slice())?,
                     None => scores,
@@ -166,9 +197,8 @@ impl Pass<'_> {
             }
             pattern => {
                 let dropout = pattern.map_or(0.0, |_| dropout);
-                let head_size = query.size()[2];
-                let [query, key, value] =
-                    [query, key, value].map(|part| part.f_view([first, -1, length, head_size]));
+                let [query, key, value] = [query, key, value]
+                    .map(|part| part.f_view([first, rows / first, part.size()[1], head_size]));
                 let context = Tensor::f_scaled_dot_product_attention(
                     &query?,
                     &key?,
@@ -179,7 +209,7 @@ impl Pass<'_> {
                     Some(scale),
                     false,
                 )?;
-                Ok(context.f_reshape([rows, length, head_size])?)
+                Ok(context.f_reshape([rows, queries, head_size])?)
             }
         }
     }
@@ -191,6 +221,69 @@ mod tests {
 
     use super::*;
     use crate::data::{Encoded, PackedBatch};
+    use crate::model::Dropout;
+    use crate::random::{Key, Purpose};
+
+    const LENGTHS: [usize; 5] = [3, 40, 2, 40, 16];
+
+    fn batch() -> PackedBatch {
+        let example = |&length: &usize| Encoded { ids: vec![1; length], token_types: vec![0; length] };
+        let examples: Vec<Encoded> = LENGTHS.iter().map(example).collect();
+        PackedBatch::pack(&examples.iter().collect::<Vec<_>>(), 0, Device::Cpu).unwrap()
+    }
+
+    /// Query, key and value of the batch.
+    fn inputs(width: i64) -> [Tensor; 3] {
+        let tokens = LENGTHS.iter().sum::<usize>() as i64;
+        [0.0, 1.0, 2.0].map(|start| {
+            let values = (Tensor::arange(tokens * width, (Kind::Float, Device::Cpu)) * 0.7 + start).sin();
+            values.view([tokens, width]).set_requires_grad(true)
+        })
+    }
+
+    /// Also with dropout, and with rectangles in another order than the examples.
+    #[test]
+    fn first_tokens_alone_attend_as_they_do_among_all() {
+        let (heads, scale, batch) = (4, 0.06, batch());
+        let [query, key, value] = inputs(heads * 250);
+        let first = query.index_select(0, &batch.first_tokens);
+        let terms = |_: usize, _: &Rectangle, query: &Tensor, key: &Tensor| {
+            Ok(query.bmm(&key.transpose(1, 2)) * 0.01)
+        };
+        for (dropout, window) in [0.0, 0.3]
+            .into_iter()
+            .flat_map(|dropout| [None, Some(None), Some(Some(5))].map(|window| (dropout, window)))
+        {
+            let pattern = Dropout::of_key(Key::derive(1, Purpose::Dropout, 0), 0, Device::Cpu).unwrap();
+            // What the first tokens become, and the gradients of query, key and value.
+            let results = |query: &Tensor, queries: Rows| {
+                let pass = Pass::new(&[], &batch, (dropout > 0.0).then_some(pattern));
+                let attention = Attention { query, queries, key: &key, value: &value, heads, scale, dropout };
+                let context = match window {
+                    Some(window) => pass.attention_within(&attention, window).unwrap(),
+                    None => pass.attention_with_terms(&attention, &terms).unwrap(),
+                };
+                let context = match queries {
+                    Rows::Examples => context,
+                    _ => context.index_select(0, &batch.first_tokens),
+                };
+                let loss = context.square().sum(Kind::Float);
+                let gradients = Tensor::run_backward(&[loss], &[query, &key, &value], false, false);
+                [context].into_iter().chain(gradients).collect::<Vec<_>>()
+            };
+            let mut expected = results(&query, Rows::Tokens);
+            expected[1] = expected[1].index_select(0, &batch.first_tokens);
+            for (found, expected) in results(&first, Rows::Examples).iter().zip(&expected) {
+                let (size, largest) = (expected.size(), expected.abs().max().double_value(&[]));
+                assert!(largest > 0.01 && found.size() == size, "{size:?} {largest}");
+                let difference = (found - expected).abs().max().double_value(&[]);
+                assert!(
+                    difference < 1e-4 * largest,
+                    "{dropout} {window:?} {size:?}: {difference} of {largest}"
+                );
+            }
+        }
+    }
 
     /// softmax(q kᵀ · scale) v of one example and head, where distance is at most the window.
     fn alone([query, key, value]: [&Tensor; 3], scale: f64, window: i64) -> Tensor {
@@ -203,27 +296,25 @@ mod tests {
     /// Padding in a rectangle may be further than the window from all real tokens.
     #[test]
     fn a_window_hides_what_is_further_away_in_every_rectangle() {
-        let (lengths, heads, head_size) = ([3, 40, 2, 40, 16], 4, 250);
-        let example = |&length: &usize| Encoded { ids: vec![1; length], token_types: vec![0; length] };
-        let examples: Vec<Encoded> = lengths.iter().map(example).collect();
-        let batch = PackedBatch::pack(&examples.iter().collect::<Vec<_>>(), 0, Device::Cpu).unwrap();
-        let tokens = lengths.iter().sum::<usize>() as i64;
-        let numbers = |start: f64| {
-            let count = tokens * heads * head_size;
-            let values = (Tensor::arange(count, (Kind::Float, Device::Cpu)) * 0.7 + start).sin();
-            values.view([tokens, heads * head_size]).set_requires_grad(true)
-        };
-        let [query, key, value] = [0.0, 1.0, 2.0].map(numbers);
+        let (heads, head_size, batch) = (4, 250, batch());
+        let [query, key, value] = inputs(heads * head_size);
         let pass = Pass::new(&[], &batch, None);
         let layout = pass.attention_layout(&query, heads).unwrap();
         let sizes: Vec<_> = layout.rectangles.iter().map(|own| (own.length, own.examples.len())).collect();
         assert_eq!(sizes, [(48, 2), (16, 3)]);
         for window in [0, 1, 4, 14, 15, 30, 100] {
-            let attention =
-                Attention { query: &query, key: &key, value: &value, heads, scale: 0.06, dropout: 0.0 };
+            let attention = Attention {
+                query: &query,
+                queries: Rows::Tokens,
+                key: &key,
+                value: &value,
+                heads,
+                scale: 0.06,
+                dropout: 0.0,
+            };
             let found = pass.attention_within(&attention, Some(window)).unwrap();
             let mut first = 0;
-            for &length in &lengths {
+            for &length in &LENGTHS {
                 for head in 0..heads {
                     let own = |rows: &Tensor| {
                         rows.narrow(0, first, length as i64).narrow(1, head * head_size, head_size)

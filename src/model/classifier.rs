@@ -47,6 +47,12 @@ pub trait Network: Send {
     fn reads_packed_tokens(&self) -> bool {
         true
     }
+
+    /// Returns whether the last layer computes the token of each example that the head reads, and of all others keys and
+    /// values only.
+    fn narrows_last_layer(&self) -> bool {
+        true
+    }
 }
 
 /// The sizes that a family's config gives, under names of its own.
@@ -112,10 +118,12 @@ pub struct ModelShape {
     pub embedding_weights: usize,
     /// Weights in encoder layers.
     pub layer_weights: usize,
-    /// Weights of the matrices in encoder layers, each of which multiplies every token.
+    /// Weights of the matrices in encoder layers that multiply every token.
     pub matrix_weights: usize,
     /// Encoder layers.
     pub layers: usize,
+    /// Those that compute every token ([`Network::narrows_last_layer`]).
+    pub whole_layers: usize,
     /// Width of the hidden states.
     pub hidden: usize,
     /// Width of the feed-forward layers.
@@ -225,15 +233,22 @@ impl Classifier {
         let mut table = ParameterTable::default();
         let network = config.family()?(config, labels.outputs(), &mut table)?;
         let sizes = network.sizes();
-        let count = |chosen: &dyn Fn(&Parameter) -> bool| {
+        let count = |chosen: &dyn Fn(&Parameter) -> bool| -> usize {
             table.iter().filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
         };
+        let layers = table.iter().map(Parameter::layer).max().unwrap_or(0);
+        let (whole_layers, keys_and_values) = match network.narrows_last_layer() {
+            true => (layers.saturating_sub(1), 2 * (sizes.hidden * sizes.hidden) as usize),
+            false => (layers, 0),
+        };
+        let is_matrix = |own: &Parameter| own.layer() > 0 && own.kind == ParameterKind::Weight;
         Ok(ModelShape {
             weights: count(&|_| true),
             embedding_weights: count(&|parameter| parameter.kind == ParameterKind::Embedding),
             layer_weights: count(&|parameter| parameter.layer() > 0),
-            matrix_weights: count(&|own| own.layer() > 0 && own.kind == ParameterKind::Weight),
-            layers: table.iter().map(Parameter::layer).max().unwrap_or(0),
+            matrix_weights: count(&|own| is_matrix(own) && own.layer() <= whole_layers) + keys_and_values,
+            layers,
+            whole_layers,
             hidden: sizes.hidden as usize,
             intermediate: sizes.intermediate as usize,
             heads: sizes.heads as usize,

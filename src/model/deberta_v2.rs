@@ -105,22 +105,21 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
 impl Network for DebertaV2 {
     fn features<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor> {
         let embedded = self.embeddings.forward(pass)?;
-        let states = match &self.attention {
+        match &self.attention {
             SelfAttention::Disentangled(attention) => {
                 let relative = attention.relative(pass, &embedded)?;
-                self.run(pass, embedded, move |pass, place, states| {
-                    attention.attend(pass, place, states, &relative)
-                })?
+                self.run(pass, embedded, move |pass, number, rows, projections| {
+                    attention.attend(pass, number, (rows, projections), &relative)
+                })
             }
             &SelfAttention::Plain { factor } => {
-                self.run(pass, embedded, move |pass, (_, layer), states| {
-                    let [query, key, value] = layer.projections(pass, states)?;
-                    let LayerSettings { sizes, attention_dropout, .. } = *self.layers.settings();
-                    pass.attention(&query.f_mul_scalar(factor)?, &key, &value, sizes.heads, attention_dropout)
-                })?
+                let LayerSettings { sizes, attention_dropout, .. } = *self.layers.settings();
+                self.run(pass, embedded, move |pass, _, rows, [query, key, value]| {
+                    let query = &query.f_mul_scalar(factor)?;
+                    pass.attention([query, key, value], rows, sizes.heads, attention_dropout)
+                })
             }
-        };
-        Ok(states.f_index_select(0, &pass.batch.first_tokens)?)
+        }
     }
 
     fn head(&self, pass: &Pass, features: &Tensor) -> Result<Tensor> {
@@ -151,22 +150,25 @@ impl Network for DebertaV2 {
 }
 
 impl DebertaV2 {
-    /// Runs the layers, each as a segment of the pass: `[tokens, hidden]` to the same. `attend` computes the attention of a
-    /// layer, given its number.
+    /// Runs the layers, each as a segment of the pass: `[tokens, hidden]` to what the first tokens have become,
+    /// `[examples, hidden]`. `attend` computes the attention of a layer, given its number, what its queries stand for, and its
+    /// queries, keys and values.
     fn run<'a>(
         &'a self,
         pass: &Pass<'a>,
         embedded: Tensor,
-        attend: impl Fn(&Pass, (usize, &Layer), &Tensor) -> Result<Tensor> + Clone + 'a,
+        attend: impl Fn(&Pass, usize, Rows, [&Tensor; 3]) -> Result<Tensor> + Clone + 'a,
     ) -> Result<Tensor> {
         let run = |states: Tensor, (number, layer): (usize, &'a Layer)| {
             let attend = attend.clone();
             let convolution = self.convolution.as_ref().filter(|_| number == 0);
             pass.layer(&states, move |pass, states| {
-                let context = attend(pass, (number, layer), states)?;
-                let output = layer.after_attention(pass, self.layers.settings(), states, &context)?;
+                let asked = pass.states_of(layer.rows, states)?;
+                let projections = layer.projections(pass, &asked, states)?;
+                let context = attend(pass, number, layer.rows, projections.each_ref())?;
+                let output = layer.after_attention(pass, self.layers.settings(), &asked, &context)?;
                 match convolution {
-                    Some(convolution) => convolution.forward(pass, states, &output),
+                    Some(convolution) => convolution.forward(pass, states, (layer.rows, &output)),
                     None => Ok(output),
                 }
             })
@@ -307,11 +309,11 @@ impl ConvolutionBlock {
         }))
     }
 
-    /// Adds to the output of the first layer, whose input is `embedded`; both are `[tokens, hidden]`.
-    fn forward(&self, pass: &Pass, embedded: &Tensor, output: &Tensor) -> Result<Tensor> {
-        let convolved = self.convolution.forward(pass, embedded)?;
-        let convolved = self.activation.forward(&pass.dropout(&convolved, self.dropout, Rows::Tokens)?)?;
-        self.norm.forward(pass, &output.f_add(&convolved)?)
+    /// Adds to the output of the first layer, `[rows, hidden]`, whose input is `embedded`, `[tokens, hidden]`.
+    fn forward(&self, pass: &Pass, embedded: &Tensor, (rows, output): (Rows, &Tensor)) -> Result<Tensor> {
+        let convolved = pass.states_of(rows, &self.convolution.forward(pass, embedded)?)?;
+        let convolved = self.activation.forward(&pass.dropout(&convolved, self.dropout, rows)?)?;
+        self.norm.over(rows).forward(pass, &output.f_add(&convolved)?)
     }
 }
 

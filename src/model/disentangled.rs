@@ -18,7 +18,7 @@ use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
 use super::post_norm::{Layer, Layers};
 use crate::data::{AttentionLayout, Rectangle};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::libtorch::upload;
 
 /// Which contents a term of the scores compares with relative positions.
@@ -193,18 +193,18 @@ impl Disentangled {
         Ok(Rc::new(Relative { embeddings, columns }))
     }
 
-    /// Computes the attention of a layer, `[tokens, hidden]` to the same.
+    /// Computes the attention of a layer, given its number, what its queries stand for, and its queries, keys and values:
+    /// `[rows, hidden]`.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn attend(
         &self,
         pass: &Pass,
-        (number, layer): (usize, &Layer),
-        states: &Tensor,
+        number: usize,
+        (queries, [query, key, value]): (Rows, [&Tensor; 3]),
         relative: &Relative,
     ) -> Result<Tensor> {
-        let [query, key, value] = layer.projections(pass, states)?;
         let embeddings = pass.dropout(&relative.embeddings, self.dropout, Rows::Shared)?;
         let projected = self.layers[number].try_map(|(term, linear)| {
             let rows = linear.forward_rows(pass, &embeddings, Rows::Shared)?;
@@ -212,9 +212,17 @@ impl Disentangled {
         })?;
         let terms = |number: usize, _: &Rectangle, query: &Tensor, key: &Tensor| {
             let [for_queries, for_keys] = &relative.columns[number];
-            let scores = projected.try_map(|(term, rows)| match term {
-                Term::ContentToPosition => compare(query, rows, for_queries, self.heads),
-                Term::PositionToContent => Ok(compare(key, rows, for_keys, self.heads)?.f_transpose(1, 2)?),
+            let scores = projected.try_map(|(term, rows)| match (term, queries) {
+                (Term::ContentToPosition, Rows::Examples) => {
+                    compare_first(query, rows, for_queries, self.heads)
+                }
+                (Term::PositionToContent, Rows::Examples) => {
+                    compare_with_first(key, rows, for_keys, self.heads)
+                }
+                (Term::ContentToPosition, _) => compare(query, rows, for_queries, self.heads),
+                (Term::PositionToContent, _) => {
+                    Ok(compare(key, rows, for_keys, self.heads)?.f_transpose(1, 2)?)
+                }
             })?;
             match scores {
                 Terms(first, None) => Ok(first),
@@ -222,9 +230,10 @@ impl Disentangled {
             }
         };
         let attention = Attention {
-            query: &query,
-            key: &key,
-            value: &value,
+            query,
+            queries,
+            key,
+            value,
             heads: self.heads,
             scale: self.scale,
             dropout: self.attention_dropout,
@@ -252,7 +261,8 @@ fn columns(
                 false => row_of_distance[(place + 1 - length).min(length - 1)][behind],
             };
             let all = parts.iter().flat_map(|part| (0..2 * length).map(move |place| (part * rows, place)));
-            upload(&all.map(|(first, place)| (first + column(place)) as i64).collect::<Vec<_>>(), device)
+            let all: Vec<_> = all.map(|(first, place)| (first + column(place)) as i64).collect();
+            Ok::<_, Error>(upload(&all, device)?.f_view([-1, 2 * length as i64])?)
         };
         Ok([upload_columns([0, 1])?, upload_columns([1, 0])?])
     };
@@ -262,21 +272,43 @@ fn columns(
 /// Returns, for the contents `[examples · heads, length, head_size]` at i, their products with the relative position of
 /// column `length − 1 + j − i`, at all j: `[examples · heads, length, length]`.
 ///
-/// `columns` names the row of `rows`, `[rows, heads · head_size]`, of each of 2 · length columns, for all examples at once
-/// or for one after the other. Every line of the result begins one column before the last one's, so that it is a view of
+/// `columns` names the row of `rows`, `[rows, heads · head_size]`, of each of 2 · length columns, `[parts, 2 · length]`, for
+/// all examples at once or for each. Every line of the result begins one column before the last one's, so that it is a view of
 /// the products with all columns, where no index is looked up.
 fn compare(contents: &Tensor, rows: &Tensor, columns: &Tensor, heads: i64) -> Result<Tensor> {
-    let size = contents.size();
-    let (all, length, head_size) = (size[0], size[1], size[2]);
+    let (all, length, _) = contents.size3()?;
     let count = 2 * length;
+    let products = contents.f_bmm(&of_columns(rows, columns, all, heads)?)?;
+    Ok(products.f_as_strided([all, length, length], [length * count, count - 1, 1], length - 1)?)
+}
+
+/// Returns the first line of what [`compare`] would return, `[examples · heads, 1, length]`, given the first contents,
+/// `[examples · heads, 1, head_size]`.
+fn compare_first(contents: &Tensor, rows: &Tensor, columns: &Tensor, heads: i64) -> Result<Tensor> {
+    let length = columns.size()[1] / 2;
+    let columns = columns.f_narrow(1, length - 1, length)?;
+    Ok(contents.f_bmm(&of_columns(rows, &columns, contents.size()[0], heads)?)?)
+}
+
+/// Returns the first column of what [`compare`] would return, as a line: `[examples · heads, 1, length]`.
+fn compare_with_first(contents: &Tensor, rows: &Tensor, columns: &Tensor, heads: i64) -> Result<Tensor> {
+    let (all, length, _) = contents.size3()?;
+    let columns = columns.f_narrow(1, 0, length)?.f_flip([1])?;
+    let products = contents.f_transpose(1, 2)?.f_mul(&of_columns(rows, &columns, all, heads)?)?;
+    Ok(products.f_sum_dim_intlist(1i64, true, contents.kind())?)
+}
+
+/// Looks the rows of relative positions up that stand in some columns, `[parts, columns]`, where `parts` is one for all
+/// examples or that of each: `[examples · heads, head_size, columns]`.
+fn of_columns(rows: &Tensor, columns: &Tensor, all: i64, heads: i64) -> Result<Tensor> {
+    let (parts, count) = columns.size2()?;
+    let head_size = rows.size()[1] / heads;
     // An embedding, since its backward adds rows up in one order on every device.
-    let rows = Tensor::f_embedding(rows, columns, -1, false, false)?
-        .f_view([-1, count, heads, head_size])?
+    Ok(Tensor::f_embedding(rows, columns, -1, false, false)?
+        .f_view([parts, count, heads, head_size])?
         .f_permute([0, 2, 3, 1])?
         .f_expand([all / heads, heads, head_size, count], false)?
-        .f_reshape([all, head_size, count])?;
-    let products = contents.f_bmm(&rows)?;
-    Ok(products.f_as_strided([all, length, length], [length * count, count - 1, 1], length - 1)?)
+        .f_reshape([all, head_size, count])?)
 }
 
 #[cfg(test)]
@@ -310,7 +342,12 @@ mod tests {
         let contents = numbers(examples * heads * length * head_size).view([-1, length, head_size]);
         let rows = numbers(6 * heads * head_size).view([6, -1]).square();
         let columns = [4i64, 0, 2, 5, 1, 3];
-        let found = compare(&contents, &rows, &Tensor::from_slice(&columns), heads).unwrap();
+        let uploaded = Tensor::from_slice(&columns).view([1, -1]);
+        let found = compare(&contents, &rows, &uploaded, heads).unwrap();
+        let first = compare_first(&contents.narrow(1, 0, 1), &rows, &uploaded, heads).unwrap();
+        assert_eq!(first, found.narrow(1, 0, 1));
+        let with_first = compare_with_first(&contents, &rows, &uploaded, heads).unwrap();
+        assert_eq!(with_first, found.narrow(2, 0, 1).transpose(1, 2));
         for part in 0..examples * heads {
             for (i, j) in (0..length).flat_map(|i| (0..length).map(move |j| (i, j))) {
                 let row =

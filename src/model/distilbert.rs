@@ -79,7 +79,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
 impl Network for DistilBert {
     fn features<'a>(&'a self, pass: &Pass<'a>) -> Result<Tensor> {
         let embedded = self.embeddings.forward(pass, &pass.batch.positions)?;
-        Ok(self.layers.forward(pass, embedded)?.f_index_select(0, &pass.batch.first_tokens)?)
+        self.layers.forward(pass, embedded)
     }
 
     fn head(&self, pass: &Pass, features: &Tensor) -> Result<Tensor> {

@@ -62,7 +62,7 @@ impl Network for Electra {
         if let Some(projection) = &self.projection {
             embedded = projection.forward(pass, &embedded)?;
         }
-        Ok(self.layers.forward(pass, embedded)?.f_index_select(0, &pass.batch.first_tokens)?)
+        self.layers.forward(pass, embedded)
     }
 
     fn head(&self, pass: &Pass, features: &Tensor) -> Result<Tensor> {

@@ -49,20 +49,21 @@ impl Linear {
         Self { weight, bias: None, rows, input_first: false }
     }
 
-    /// Declares the layer as `{name}` alone, `[width, heads, head_size]`, without a bias, for rows of tokens: from `width` to
-    /// the heads where `input_first`, else from the heads to `width`.
+    /// Declares the layer as `{name}` alone, `[width, heads, head_size]`, without a bias: from `width` to the heads where
+    /// `input_first`, else from the heads to `width`.
     pub fn declare_heads(
         table: &mut ParameterTable,
         name: &str,
         shape: [i64; 3],
         input_first: bool,
         place: ParameterPlace,
+        rows: Rows,
     ) -> Self {
         let weight = table.declare(name, &shape, ParameterKind::Weight, place);
         if input_first {
             table.store_input_first(weight);
         }
-        Self { weight, bias: None, rows: Rows::Tokens, input_first }
+        Self { weight, bias: None, rows, input_first }
     }
 
     /// Applies the layer to `[rows, in]`, in the type of its weights.

@@ -47,6 +47,8 @@ struct Layer {
     reduce: Linear,
     /// Its place among [`Settings::reaches`].
     reach: usize,
+    /// What it returns: the last layer computes nothing but first tokens where the head reads no others.
+    rows: Rows,
 }
 
 /// Declares the parameters of a ModernBERT and returns its network.
@@ -65,8 +67,14 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     );
     declare.spread(words.table, declare.range);
     let embedding_norm = declare.norm("model.embeddings.norm", ParameterPlace::Embeddings);
-    let layers = (reaches_of_layers(config)?.into_iter().enumerate())
-        .map(|(number, reach)| Layer::declare(&mut declare, number, reach, &settings.sizes))
+    let reaches = reaches_of_layers(config)?;
+    let last = reaches.len() - 1;
+    let layers = (reaches.into_iter().enumerate())
+        .map(|(number, reach)| {
+            let first_only = number == last && settings.pooling == Pooling::FirstToken;
+            let rows = if first_only { Rows::Examples } else { Rows::Tokens };
+            Layer::declare(&mut declare, number, (reach, rows), &settings.sizes)
+        })
         .collect();
     let final_norm = declare.norm("model.final_norm", ParameterPlace::AboveLayers);
     // Pretraining brings the head's first layer and its normalisation.
@@ -152,27 +160,36 @@ impl<'a> Declaration<'a> {
 }
 
 impl Layer {
-    fn declare(declare: &mut Declaration, number: usize, reach: usize, sizes: &Sizes) -> Self {
+    fn declare(
+        declare: &mut Declaration,
+        number: usize,
+        (reach, rows): (usize, Rows),
+        sizes: &Sizes,
+    ) -> Self {
         let place = ParameterPlace::EncoderLayer(number);
         let name = |part: &str| format!("model.layers.{number}.{part}");
         let (hidden, expanded) = (sizes.hidden, sizes.intermediate);
         let (inner, outer) = (declare.range, declare.output_range);
         let (attention_bias, feed_forward_bias) = (declare.attention_bias, declare.feed_forward_bias);
-        let linear = |declare: &mut Declaration, part: &str, sizes: [i64; 2], start: (bool, f64)| {
-            declare.linear(&name(part), sizes, start, place, Rows::Tokens)
-        };
+        let linear =
+            |declare: &mut Declaration, part: &str, sizes: [i64; 2], start: (bool, f64), rows: Rows| {
+                declare.linear(&name(part), sizes, start, place, rows)
+            };
+        let (to_attention, within) = ((attention_bias, inner), (feed_forward_bias, inner));
         Self {
             attention_norm: (number > 0).then(|| declare.norm(&name("attn_norm"), place)),
-            attention: linear(declare, "attn.Wqkv", [hidden, 3 * hidden], (attention_bias, inner)),
-            attention_output: linear(declare, "attn.Wo", [hidden, hidden], (attention_bias, outer)),
-            feed_forward_norm: declare.norm(&name("mlp_norm"), place),
-            expand: linear(declare, "mlp.Wi", [hidden, expanded], (feed_forward_bias, inner)),
-            reduce: linear(declare, "mlp.Wo", [expanded / 2, hidden], (feed_forward_bias, outer)),
+            // One matrix, so queries, too, are of all tokens.
+            attention: linear(declare, "attn.Wqkv", [hidden, 3 * hidden], to_attention, Rows::Tokens),
+            attention_output: linear(declare, "attn.Wo", [hidden, hidden], (attention_bias, outer), rows),
+            feed_forward_norm: declare.norm(&name("mlp_norm"), place).over(rows),
+            expand: linear(declare, "mlp.Wi", [hidden, expanded], within, rows),
+            reduce: linear(declare, "mlp.Wo", [expanded / 2, hidden], (feed_forward_bias, outer), rows),
             reach,
+            rows,
         }
     }
 
-    /// Runs the layer: `[tokens, hidden]` to the same.
+    /// Runs the layer: `[tokens, hidden]` to `[rows, hidden]`.
     fn forward(
         &self,
         pass: &Pass,
@@ -185,10 +202,11 @@ impl Layer {
         let [query, key, value] = &rotation.apply(&together)?;
         let (heads, dropout) = (settings.sizes.heads, settings.attention_dropout);
         let scale = ((settings.sizes.hidden / heads) as f64).powf(-0.5);
-        let attention = Attention { query, key, value, heads, scale, dropout };
+        let (states, query) = (pass.states_of(self.rows, states)?, &pass.states_of(self.rows, query)?);
+        let attention = Attention { query, queries: self.rows, key, value, heads, scale, dropout };
         let context = pass.attention_within(&attention, settings.reaches[self.reach].window)?;
         let attended = self.attention_output.forward(pass, &context)?;
-        let states = pass.dropout(&attended, dropout, Rows::Tokens)?.f_add(states)?;
+        let states = pass.dropout(&attended, dropout, self.rows)?.f_add(&states)?;
 
         let normalised = self.feed_forward_norm.forward(pass, &states)?;
         let expanded = self.expand.forward(pass, &normalised)?.f_chunk(2, 1)?;
@@ -196,7 +214,7 @@ impl Layer {
             return Err(Error::Libtorch("the feed-forward layer has no two halves".into()));
         };
         let gated = settings.activation.forward(activated)?.f_mul(gate)?;
-        let gated = pass.dropout(&gated, settings.feed_forward_dropout, Rows::Tokens)?;
+        let gated = pass.dropout(&gated, settings.feed_forward_dropout, self.rows)?;
         Ok(self.reduce.forward(pass, &gated)?.f_add(&states)?)
     }
 }
@@ -205,10 +223,7 @@ impl ModernBert {
     /// Normalises what the last layer returns, and takes one row an example of it: `[examples, hidden]`.
     fn pooled(&self, pass: &Pass, states: &Tensor) -> Result<Tensor> {
         match self.settings.pooling {
-            Pooling::FirstToken => {
-                let first = states.f_index_select(0, &pass.batch.first_tokens)?;
-                self.final_norm.over(Rows::Examples).forward(pass, &first)
-            }
+            Pooling::FirstToken => self.final_norm.over(Rows::Examples).forward(pass, states),
             Pooling::Mean => mean_of_examples(pass, &self.final_norm.forward(pass, states)?),
         }
     }
@@ -273,6 +288,10 @@ impl Network for ModernBert {
 
     fn body_prefix(&self) -> &'static str {
         "model."
+    }
+
+    fn narrows_last_layer(&self) -> bool {
+        self.settings.pooling == Pooling::FirstToken
     }
 }
 

@@ -136,6 +136,18 @@ impl<'a> Pass<'a> {
         Ok(words.f_add(&by.f_to_kind(words.kind())?)?)
     }
 
+    /// Takes the states of the tokens that rows stand for, of all tokens or of the first one of each example that an output is
+    /// asked of: `[tokens, width]` to `[rows, width]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn states_of(&self, rows: Rows, states: &Tensor) -> Result<Tensor> {
+        match rows {
+            Rows::Examples => Ok(states.f_index_select(0, &self.batch.first_tokens)?),
+            Rows::Tokens | Rows::Shared => Ok(states.shallow_clone()),
+        }
+    }
+
     /// Adds noise to what enters a layer, if this pass has noise.
     ///
     /// # Errors

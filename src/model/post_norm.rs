@@ -124,7 +124,8 @@ impl LayerSettings {
     }
 }
 
-/// The Transformer layers.
+/// The Transformer layers. Since a head reads the first token of each example, the last layer computes no other: only its
+/// keys and values are of all tokens.
 pub(super) struct Layers {
     layers: Vec<Layer>,
     settings: LayerSettings,
@@ -140,6 +141,8 @@ pub(super) struct Layer {
     intermediate: Linear,
     output: Linear,
     output_norm: LayerNorm,
+    /// What it returns.
+    pub rows: Rows,
 }
 
 impl Layers {
@@ -150,11 +153,15 @@ impl Layers {
         names: &LayerNames,
         settings: LayerSettings,
     ) -> Self {
-        let layer = |number| Layer::declare(table, &format!("{prefix}.{number}"), number, names, &settings);
+        let layer = |number| {
+            let rows = if number + 1 == settings.layers { Rows::Examples } else { Rows::Tokens };
+            Layer::declare(table, &format!("{prefix}.{number}"), (number, rows), names, &settings)
+        };
         Self { layers: (0..settings.layers).map(layer).collect(), settings }
     }
 
-    /// Runs the layers, each as a segment of the pass: `[tokens, hidden]` to the same.
+    /// Runs the layers, each as a segment of the pass: `[tokens, hidden]` to what the first tokens have become,
+    /// `[examples, hidden]`.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -180,7 +187,7 @@ impl Layer {
     fn declare(
         table: &mut ParameterTable,
         prefix: &str,
-        number: i64,
+        (number, rows): (i64, Rows),
         names: &LayerNames,
         settings: &LayerSettings,
     ) -> Self {
@@ -188,13 +195,16 @@ impl Layer {
         let Sizes { hidden, intermediate, .. } = settings.sizes;
         let name = |part: &str| format!("{prefix}.{part}");
         let mut linear =
-            |part: &str, sizes: [i64; 2]| Linear::declare(table, &name(part), sizes, place, Rows::Tokens);
-        let [query, key, value, attention_output] =
-            names.attention.map(|part| linear(part, [hidden, hidden]));
+            |part: &str, sizes: [i64; 2], rows: Rows| Linear::declare(table, &name(part), sizes, place, rows);
+        let [query, key, value, attention_output] = names.attention;
+        let query = linear(query, [hidden, hidden], rows);
+        let [key, value] = [key, value].map(|part| linear(part, [hidden, hidden], Rows::Tokens));
+        let attention_output = linear(attention_output, [hidden, hidden], rows);
         let [expand, reduce] = names.feed_forward;
         let (expand, reduce) =
-            (linear(expand, [hidden, intermediate]), linear(reduce, [intermediate, hidden]));
-        let mut norm = |part: &str| LayerNorm::declare(table, &name(part), hidden, settings.epsilon, place);
+            (linear(expand, [hidden, intermediate], rows), linear(reduce, [intermediate, hidden], rows));
+        let mut norm =
+            |part: &str| LayerNorm::declare(table, &name(part), hidden, settings.epsilon, place).over(rows);
         Self {
             query,
             key,
@@ -204,27 +214,33 @@ impl Layer {
             intermediate: expand,
             output: reduce,
             output_norm: norm(names.output_norm),
+            rows,
         }
     }
 
-    /// Runs the layer: `[tokens, hidden]` to the same.
+    /// Runs the layer: `[tokens, hidden]` to `[rows, hidden]`.
     fn forward(&self, pass: &Pass, settings: &LayerSettings, states: &Tensor) -> Result<Tensor> {
-        let [query, key, value] = self.projections(pass, states)?;
+        let asked = pass.states_of(self.rows, states)?;
+        let [query, key, value] = self.projections(pass, &asked, states)?;
         let heads = settings.sizes.heads;
-        let context = pass.attention(&query, &key, &value, heads, settings.attention_dropout)?;
-        self.after_attention(pass, settings, states, &context)
+        let context = pass.attention([&query, &key, &value], self.rows, heads, settings.attention_dropout)?;
+        self.after_attention(pass, settings, &asked, &context)
     }
 
-    /// Computes query, key and value of the states, all `[tokens, hidden]`.
+    /// Computes the queries of what the layer is asked for, `[rows, hidden]`, and keys and values of all states,
+    /// `[tokens, hidden]`.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn projections(&self, pass: &Pass, states: &Tensor) -> Result<[Tensor; 3]> {
-        let project = |linear: &Linear| linear.forward(pass, states);
-        Ok([project(&self.query)?, project(&self.key)?, project(&self.value)?])
+    pub fn projections(&self, pass: &Pass, asked: &Tensor, states: &Tensor) -> Result<[Tensor; 3]> {
+        Ok([
+            self.query.forward(pass, asked)?,
+            self.key.forward(pass, states)?,
+            self.value.forward(pass, states)?,
+        ])
     }
 
-    /// Runs what follows attention, given what it returned for the states: all are `[tokens, hidden]`.
+    /// Runs what follows attention, given what it returned for the states: all are `[rows, hidden]`.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -237,12 +253,12 @@ impl Layer {
     ) -> Result<Tensor> {
         let attended = self.attention_output.forward(pass, context)?;
         let attended =
-            pass.dropout(&attended, settings.attention_output_dropout, Rows::Tokens)?.f_add(states)?;
+            pass.dropout(&attended, settings.attention_output_dropout, self.rows)?.f_add(states)?;
         let states = self.attention_norm.forward(pass, &attended)?;
 
         let expanded = settings.activation.forward(&self.intermediate.forward(pass, &states)?)?;
         let output = self.output.forward(pass, &expanded)?;
-        let output = pass.dropout(&output, settings.hidden_dropout, Rows::Tokens)?.f_add(&states)?;
+        let output = pass.dropout(&output, settings.hidden_dropout, self.rows)?.f_add(&states)?;
         self.output_norm.forward(pass, &output)
     }
 }

@@ -18,7 +18,7 @@ use super::layers::{Activation, Embedding, Linear};
 use super::parameter::{ParameterKind, ParameterPlace};
 use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
-use super::xlnet_attention::{AttentionSettings, Pairs, RelativeAttention, Visible};
+use super::xlnet_attention::{Asked, AttentionSettings, Pairs, RelativeAttention, Visible};
 use crate::data::PackedBatch;
 use crate::error::Result;
 use crate::libtorch::upload;
@@ -55,6 +55,8 @@ struct Layer {
     output_norm: LayerNorm,
     activation: Activation,
     dropout: f64,
+    /// What it returns.
+    rows: Rows,
 }
 
 /// Declares the parameters of an XLNet and returns its network.
@@ -66,7 +68,8 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let hidden = sizes.hidden;
     let epsilon = config.magnitude_or("layer_norm_eps", 1e-12)?;
     let dropout = config.dropout_or("dropout", 0.1)?;
-    let attention = attention_settings(config, &sizes, dropout)?;
+    let summary = summary(config)?;
+    let attention = attention_settings(config, &sizes, dropout, summary)?;
     let activation = Activation::parse(config.text_or("ff_activation", "gelu")?)?;
     let words = Embedding::declare(table, "transformer.word_embedding", sizes.vocabulary, hidden);
     // The word of targets in pretraining: part of the model, but of no classification.
@@ -77,13 +80,14 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
         None => config.layers("n_layer")?,
     };
     let layers = (0..layers).map(|number| {
+        let rows = if number + 1 == layers { attention.rows_of_last_layer() } else { Rows::Tokens };
         let place = ParameterPlace::EncoderLayer(number as usize);
         let name = |part: &str| format!("transformer.layer.{number}.{part}");
-        let attention = RelativeAttention::declare(table, &name("rel_attn"), place, attention);
-        let mut norm = |part: &str| LayerNorm::declare(table, &name(part), hidden, epsilon, place);
+        let attention = RelativeAttention::declare(table, &name("rel_attn"), place, rows, attention);
+        let mut norm = |part: &str| LayerNorm::declare(table, &name(part), hidden, epsilon, place).over(rows);
         let (attention_norm, output_norm) = (norm("rel_attn.layer_norm"), norm("ff.layer_norm"));
         let mut linear =
-            |part: &str, sizes: [i64; 2]| Linear::declare(table, &name(part), sizes, place, Rows::Tokens);
+            |part: &str, sizes: [i64; 2]| Linear::declare(table, &name(part), sizes, place, rows);
         Layer {
             attention,
             attention_norm,
@@ -92,6 +96,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
             output_norm,
             activation,
             dropout,
+            rows,
         }
     });
     let layers = layers.collect();
@@ -107,7 +112,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
         layers,
         attention,
         dropout,
-        summary: summary(config)?,
+        summary,
         summary_projection: has_projection.then(|| linear("sequence_summary.summary", [hidden, hidden])),
         summary_activation: summary_activation(config)?,
         summary_dropout: [
@@ -149,7 +154,12 @@ fn sizes(config: &ModelConfig) -> Result<Sizes> {
     }
 }
 
-fn attention_settings(config: &ModelConfig, sizes: &Sizes, dropout: f64) -> Result<AttentionSettings> {
+fn attention_settings(
+    config: &ModelConfig,
+    sizes: &Sizes,
+    dropout: f64,
+    summary: Summary,
+) -> Result<AttentionSettings> {
     config.require("bi_data", &json!(false))?;
     let same_length = config.boolean_or("same_length", false)?;
     let visible = match config.text_or("attn_type", "bi")? {
@@ -167,6 +177,10 @@ fn attention_settings(config: &ModelConfig, sizes: &Sizes, dropout: f64) -> Resu
         heads: sizes.heads,
         dropout,
         visible,
+        asked: match summary {
+            Summary::Last if visible != Visible::Own => Asked::Last,
+            _ => Asked::All,
+        },
         largest_distance: (largest_distance > 0.0).then_some(largest_distance as i64),
     })
 }
@@ -191,16 +205,17 @@ fn summary_activation(config: &ModelConfig) -> Result<Option<Activation>> {
 }
 
 impl Layer {
-    /// Runs the layer: `[tokens, hidden]` to the same.
+    /// Runs the layer: `[tokens, hidden]` to `[rows, hidden]`.
     fn forward(&self, pass: &Pass, pairs: &Pairs, states: &Tensor) -> Result<Tensor> {
-        let attended = self.attention.forward(pass, pairs, states)?;
-        let attended = pass.dropout(&attended, self.dropout, Rows::Tokens)?.f_add(states)?;
+        let asked = pairs.states_of(self.rows, states)?;
+        let attended = self.attention.forward(pass, pairs, &asked, states)?;
+        let attended = pass.dropout(&attended, self.dropout, self.rows)?.f_add(&asked)?;
         let states = self.attention_norm.forward(pass, &attended)?;
 
         let expanded = self.activation.forward(&self.expand.forward(pass, &states)?)?;
-        let expanded = pass.dropout(&expanded, self.dropout, Rows::Tokens)?;
+        let expanded = pass.dropout(&expanded, self.dropout, self.rows)?;
         let output = self.reduce.forward(pass, &expanded)?;
-        let output = pass.dropout(&output, self.dropout, Rows::Tokens)?.f_add(&states)?;
+        let output = pass.dropout(&output, self.dropout, self.rows)?.f_add(&states)?;
         self.output_norm.forward(pass, &output)
     }
 }
@@ -216,7 +231,7 @@ impl Network for XlNet {
             pass.layer(&states, move |pass, states| layer.forward(pass, &pairs, states))
         };
         let states = self.layers.iter().try_fold(embedded, run)?;
-        self.summary.forward(pass, &states, self.dropout)
+        self.summary.forward(pass, &states, self.attention.asked, self.dropout)
     }
 
     fn head(&self, pass: &Pass, features: &Tensor) -> Result<Tensor> {
@@ -250,11 +265,19 @@ impl Network for XlNet {
     fn reads_packed_tokens(&self) -> bool {
         false
     }
+
+    fn narrows_last_layer(&self) -> bool {
+        self.attention.asked == Asked::Last
+    }
 }
 
 impl Summary {
-    /// Sums the examples up, with dropout of the states that are used: `[tokens, hidden]` to `[examples, hidden]`.
-    fn forward(self, pass: &Pass, states: &Tensor, dropout: f64) -> Result<Tensor> {
+    /// Sums the examples up, with dropout of the states that are used: `[tokens, hidden]`, or of those that the last layer is
+    /// asked for, to `[examples, hidden]`.
+    fn forward(self, pass: &Pass, states: &Tensor, asked: Asked, dropout: f64) -> Result<Tensor> {
+        if asked == Asked::Last {
+            return pass.dropout(states, dropout, Rows::Examples);
+        }
         let select = |rows: &Tensor| pass.dropout(&states.f_index_select(0, rows)?, dropout, Rows::Examples);
         let (first, lengths) = (&pass.batch.first_tokens, lengths(pass.batch)?);
         match self {

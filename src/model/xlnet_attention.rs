@@ -31,6 +31,8 @@ pub(super) struct AttentionSettings {
     pub heads: i64,
     pub dropout: f64,
     pub visible: Visible,
+    /// What the head reads: the last token of each example, or any.
+    pub asked: Asked,
     /// The largest distance, if there is one; larger ones count as this.
     pub largest_distance: Option<i64>,
 }
@@ -43,6 +45,24 @@ pub(super) enum Visible {
     Earlier,
     /// Itself alone: what "the same length for all" comes to without memories.
     Own,
+}
+
+/// Which tokens the last layer computes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asked {
+    All,
+    /// The last one of each example, which attends to all others.
+    Last,
+}
+
+impl AttentionSettings {
+    /// Returns what the rows of the last layer stand for.
+    pub fn rows_of_last_layer(&self) -> Rows {
+        match self.asked {
+            Asked::All => Rows::Tokens,
+            Asked::Last => Rows::Examples,
+        }
+    }
 }
 
 /// What a pass knows of pairs of tokens, for all layers.
@@ -58,6 +78,17 @@ pub(super) struct Pairs {
     same_segment: Vec<Tensor>,
     /// What keeps tokens from each other in each rectangle, `[length, length]`.
     forbidden: Vec<Option<Tensor>>,
+    last: Option<LastTokens>,
+}
+
+/// What a pass knows of pairs of the last token of each example with all others.
+struct LastTokens {
+    /// Which they are, `[examples]`, int64.
+    tokens: Tensor,
+    /// The token as far from the end of its example as each token is from the start: `[tokens]`, int64.
+    mirror: Tensor,
+    /// As in [`Pairs`]: `[examples, 1, 1, length]`.
+    same_segment: Vec<Tensor>,
 }
 
 impl Pairs {
@@ -85,12 +116,13 @@ impl Pairs {
             }
         });
         let segments = layout.split(&batch.token_types.f_unsqueeze(1)?.f_repeat([1, heads])?, heads)?;
-        let same_segment = (segments.iter().zip(&layout.rectangles))
-            .map(|(segments, rectangle)| {
-                let own = segments.f_view([-1, heads, rectangle.length as i64, 1])?.f_narrow(1, 0, 1)?;
-                Ok(own.f_eq_tensor(&own.f_transpose(2, 3)?)?.f_to_kind(kind)?)
-            })
+        let same_segment = (segments.iter())
+            .map(|segments| same_segment(segments, segments, heads, kind))
             .collect::<Result<_>>()?;
+        let last = match settings.asked {
+            Asked::All => None,
+            Asked::Last => Some(LastTokens::new(pass, &layout, &segments, (heads, kind))?),
+        };
         let forbidden = (layout.rectangles.iter())
             .map(|rectangle| settings.visible.forbidden(rectangle.length as i64, (kind, device)))
             .collect::<Result<_>>()?;
@@ -102,21 +134,37 @@ impl Pairs {
             positions: batch.positions.shallow_clone(),
             same_segment,
             forbidden,
+            last,
         })
+    }
+
+    /// Takes the states of the tokens that a layer is asked for: `[tokens, hidden]` to `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn states_of(&self, rows: Rows, states: &Tensor) -> Result<Tensor> {
+        match &self.last {
+            Some(last) if rows == Rows::Examples => Ok(states.f_index_select(0, &last.tokens)?),
+            _ => Ok(states.shallow_clone()),
+        }
+    }
+
+    /// Projects the sinusoids of one sign of the distance: one row a token, by its position.
+    fn project(&self, pass: &Pass, projection: &Linear, sinusoids: &Tensor) -> Result<Tensor> {
+        let keys = projection.forward_rows(pass, sinusoids, self.rows)?;
+        match self.rows {
+            Rows::Tokens => Ok(keys),
+            // A gather whose backward adds up in one order, also on a GPU.
+            _ => Ok(Tensor::f_embedding(&keys, &self.positions, -1, false, false)?),
+        }
     }
 
     /// Projects the sinusoids and lays them out, for each rectangle as `[examples · heads, 2 · length, head_size]`, from the
     /// distance length − 1 down to −length.
     fn distance_keys(&self, pass: &Pass, projection: &Linear, heads: i64) -> Result<Vec<Tensor>> {
-        let project = |sinusoids: &Tensor| -> Result<Tensor> {
-            let keys = projection.forward_rows(pass, sinusoids, self.rows)?;
-            match self.rows {
-                Rows::Tokens => Ok(keys),
-                // A gather whose backward adds up in one order, also on a GPU.
-                _ => Ok(Tensor::f_embedding(&keys, &self.positions, -1, false, false)?),
-            }
-        };
-        let [ahead, behind] = [project(&self.sinusoids[0])?, project(&self.sinusoids[1])?];
+        let [ahead, behind] = &self.sinusoids;
+        let [ahead, behind] =
+            [self.project(pass, projection, ahead)?, self.project(pass, projection, behind)?];
         let head_size = ahead.size()[1] / heads;
         let keys = Tensor::f_cat(&[ahead, behind], 0)?.f_reshape([-1, head_size])?;
         let lengths = self.layout.rectangles.iter().map(|own| (own.examples.len() as i64, own.length as i64));
@@ -130,6 +178,51 @@ impl Pairs {
         };
         parts.iter().zip(&self.layout.rectangles).map(shaped).collect()
     }
+}
+
+impl LastTokens {
+    /// Projects the sinusoids and lays those of the distances from the last token out, for each rectangle as
+    /// `[examples · heads, length, head_size]`.
+    fn distance_keys(
+        &self,
+        pass: &Pass,
+        pairs: &Pairs,
+        projection: &Linear,
+        heads: i64,
+    ) -> Result<Vec<Tensor>> {
+        let keys = pairs.project(pass, projection, &pairs.sinusoids[0])?;
+        pairs.layout.split(&keys.f_index_select(0, &self.mirror)?, heads)
+    }
+
+    fn new(
+        pass: &Pass,
+        layout: &AttentionLayout,
+        segments: &[Tensor],
+        (heads, kind): (i64, Kind),
+    ) -> Result<Self> {
+        let batch = pass.batch;
+        let (mut tokens, mut mirror) = (Vec::new(), Vec::with_capacity(batch.tokens()));
+        for &length in &batch.lengths {
+            let first = mirror.len() as i64;
+            let end = first + length as i64;
+            tokens.push(end - 1);
+            mirror.extend((first..end).rev());
+        }
+        let device = batch.input_ids.device();
+        let [tokens, mirror] = [upload(&tokens, device)?, upload(&mirror, device)?];
+        let own = batch.token_types.f_index_select(0, &tokens)?.f_unsqueeze(1)?.f_repeat([1, heads])?;
+        let same_segment = (layout.split_examples(&own, heads)?.iter().zip(segments))
+            .map(|(own, all)| same_segment(own, all, heads, kind))
+            .collect::<Result<_>>()?;
+        Ok(Self { tokens, mirror, same_segment })
+    }
+}
+
+/// Returns one where the token of a row and that of a column are in the same segment, zero elsewhere,
+/// `[examples, 1, rows, columns]`, given the segments of both, `[examples · heads, _, 1]`.
+fn same_segment(rows: &Tensor, columns: &Tensor, heads: i64, kind: Kind) -> Result<Tensor> {
+    let of_one_head = |all: &Tensor| all.f_view([-1, heads, all.size()[1], 1])?.f_narrow(1, 0, 1);
+    Ok(of_one_head(rows)?.f_eq_tensor(&of_one_head(columns)?.f_transpose(2, 3)?)?.f_to_kind(kind)?)
 }
 
 impl Visible {
@@ -189,6 +282,8 @@ pub(super) struct RelativeAttention {
     /// s for the same segment, and for different ones.
     segments: [Vector; 2],
     settings: AttentionSettings,
+    /// What it returns.
+    rows: Rows,
 }
 
 impl RelativeAttention {
@@ -198,25 +293,27 @@ impl RelativeAttention {
         table: &mut ParameterTable,
         prefix: &str,
         place: ParameterPlace,
+        rows: Rows,
         settings: AttentionSettings,
     ) -> Self {
         let AttentionSettings { hidden, heads, .. } = settings;
         let head_size = hidden / heads;
         let name = |part: &str| format!("{prefix}.{part}");
         let shape = [hidden, heads, head_size];
-        let mut linear = |part: &str, input_first: bool| {
-            Linear::declare_heads(table, &name(part), shape, input_first, place)
+        let mut linear = |part: &str, input_first: bool, rows: Rows| {
+            Linear::declare_heads(table, &name(part), shape, input_first, place, rows)
         };
-        let [query, key, value, distance] = ["q", "k", "v", "r"].map(|part| linear(part, true));
-        let output = linear("o", false);
-        let vector = |parameter, number| Vector { parameter, number, width: hidden, rows: Rows::Tokens };
+        let query = linear("q", true, rows);
+        let [key, value, distance] = ["k", "v", "r"].map(|part| linear(part, true, Rows::Tokens));
+        let output = linear("o", false, rows);
+        let vector = |parameter, number| Vector { parameter, number, width: hidden, rows };
         let biases = ["r_w_bias", "r_r_bias", "r_s_bias"].map(|part| {
             vector(table.declare(name(part), &[heads, head_size], ParameterKind::Bias, place), 0)
         });
         let segments =
             table.declare(name("seg_embed"), &[2, heads, head_size], ParameterKind::Embedding, place);
         let segments = [0, 1].map(|number| vector(segments, number));
-        Self { query, key, value, output, distance, biases, segments, settings }
+        Self { query, key, value, output, distance, biases, segments, settings, rows }
     }
 
     /// Returns the type that its matrices are in.
@@ -224,39 +321,50 @@ impl RelativeAttention {
         pass.weight(self.query.weight).kind()
     }
 
-    /// Runs the attention: `[tokens, hidden]` to the same.
+    /// Runs the attention on the states of all tokens, `[tokens, hidden]`, for those that the layer is asked for,
+    /// `[rows, hidden]`; returns as many.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn forward(&self, pass: &Pass, pairs: &Pairs, states: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, pass: &Pass, pairs: &Pairs, asked: &Tensor, states: &Tensor) -> Result<Tensor> {
         let AttentionSettings { hidden, heads, dropout, .. } = self.settings;
-        let scale = 1.0 / ((hidden / heads) as f64).sqrt();
-        let [query, key, value] =
-            [&self.query, &self.key, &self.value].map(|linear| linear.forward(pass, states));
-        let query = query?;
+        let (queries, scale) = (self.rows, 1.0 / ((hidden / heads) as f64).sqrt());
+        let query = self.query.forward(pass, asked)?;
+        let [key, value] = [&self.key, &self.value].map(|linear| linear.forward(pass, states));
         let [content, distance, segment] = self.biases.each_ref().map(|bias| bias.add(pass, &query));
-        let distances = pairs.layout.split(&distance?.f_mul_scalar(scale)?, heads)?;
-        let distance_keys = pairs.distance_keys(pass, &self.distance, heads)?;
-        let segments =
-            pairs.layout.split(&self.segment_scores(pass, &segment?)?.f_mul_scalar(scale)?, heads)?;
+        let last = pairs.last.as_ref().filter(|_| queries == Rows::Examples);
+        let split = |rows: &Tensor| match last {
+            Some(_) => pairs.layout.split_examples(rows, heads),
+            None => pairs.layout.split(rows, heads),
+        };
+        let distances = split(&distance?.f_mul_scalar(scale)?)?;
+        let segments = split(&self.segment_scores(pass, &segment?)?.f_mul_scalar(scale)?)?;
+        let (distance_keys, same_segment) = match last {
+            Some(last) => (last.distance_keys(pass, pairs, &self.distance, heads)?, &last.same_segment),
+            None => (pairs.distance_keys(pass, &self.distance, heads)?, &pairs.same_segment),
+        };
         let terms = |number: usize, rectangle: &Rectangle, _: &Tensor, _: &Tensor| {
             let length = rectangle.length as i64;
             let scores = distances[number].f_bmm(&distance_keys[number].f_transpose(1, 2)?)?;
-            let scores = of_pairs(&scores, heads, length)?;
-            let segments = segments[number].f_view([-1, heads, length, 1])?;
-            let scores = scores.f_addcmul(&segments, &pairs.same_segment[number])?.f_flatten(0, 1)?;
+            let scores = match last {
+                Some(_) => scores.f_view([-1, heads, 1, length])?,
+                None => of_pairs(&scores, heads, length)?,
+            };
+            let segments = segments[number].f_view([-1, heads, scores.size()[2], 1])?;
+            let scores = scores.f_addcmul(&segments, &same_segment[number])?.f_flatten(0, 1)?;
             match &pairs.forbidden[number] {
-                None => Ok(scores),
-                Some(forbidden) => Ok(scores.f_add(forbidden)?),
+                // The last token comes behind all others.
+                Some(forbidden) if last.is_none() => Ok(scores.f_add(forbidden)?),
+                _ => Ok(scores),
             }
         };
         let (query, key, value) = (&content?, &key?, &value?);
-        let attention = Attention { query, key, value, heads, scale, dropout };
+        let attention = Attention { query, queries, key, value, heads, scale, dropout };
         self.output.forward(pass, &pass.attention_with_terms(&attention, &terms)?)
     }
 
-    /// Returns how much more a key of the same segment scores than one of another, `[tokens, heads]`, from q + r_s,
-    /// `[tokens, hidden]`: what all keys of a query score, softmax does not see.
+    /// Returns how much more a key of the same segment scores than one of another, `[rows, heads]`, from q + r_s,
+    /// `[rows, hidden]`: what all keys of a query score, softmax does not see.
     fn segment_scores(&self, pass: &Pass, query: &Tensor) -> Result<Tensor> {
         let heads = self.settings.heads;
         let score = |vector: &Vector| -> Result<Tensor> {

@@ -86,7 +86,7 @@ impl MemoryUse {
         device: Device,
     ) -> Self {
         let (hidden, intermediate) = (shape.hidden as f64, shape.intermediate as f64);
-        let (heads, layers) = (shape.heads as f64, shape.layers as f64);
+        let (heads, layers, whole) = (shape.heads as f64, shape.layers as f64, shape.whole_layers as f64);
         let size = if half { 2.0 } else { FLOAT };
         let flash = device.is_cuda() && half && shape.reads_packed_tokens;
         // Of a layer: its input, the context that its projection reads, an input and an output of the normalisation
@@ -104,16 +104,18 @@ impl MemoryUse {
             true => (0.0, 0.0),
             false => (2.0 * size * heads, 3.0 * size * heads),
         };
-        let (kept, whole) = match checkpointed {
-            true => (size * hidden * layers, 1.0),
-            false => (0.0, layers),
+        // A layer that computes one token of each example keeps its input, keys and values.
+        let inputs = size * hidden * layers;
+        let (kept, kept_of_positions, whole) = match checkpointed {
+            true => (inputs, 0.0, 1.0),
+            false => (inputs - size * hidden * whole, (layers - whole) * 2.0 / 3.0 * position, whole),
         };
         // And the gradients of one layer while backward is in it.
         let token_gradients = size * (3.0 * hidden + 2.0 * intermediate);
         Self {
             fixed,
             per_token: kept + whole * token + token_gradients,
-            per_position: whole * position,
+            per_position: kept_of_positions + whole * position,
             per_pair: whole * pair + pair_gradients,
             hidden: shape.hidden,
             device,
@@ -268,6 +270,7 @@ mod tests {
         layer_weights: 800,
         matrix_weights: 700,
         layers: 2,
+        whole_layers: 1,
         hidden: 8,
         intermediate: 32,
         heads: 2,
