@@ -5,9 +5,11 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
+use super::packed_rows::PackedRows;
 use crate::error::Result;
 use crate::libtorch::upload;
 
@@ -28,6 +30,8 @@ pub struct AttentionLayout {
     /// The examples in the order of the rectangles, and the place of each example in that order: both `[examples]`, int64;
     /// `None` where they stand as in the batch.
     order: Option<[Tensor; 2]>,
+    /// What copies rows on the CPU.
+    packed: Arc<PackedRows>,
 }
 
 /// Examples that are filled up to one length.
@@ -50,7 +54,7 @@ impl AttentionLayout {
     /// Fails if libtorch cannot allocate.
     pub fn new(lengths: &[usize], heads: usize, width: usize, kind: Kind, device: Device) -> Result<Self> {
         let groups = groups_on(lengths, width, device);
-        let order = order(&groups, device)?;
+        let (order, packed) = (order(&groups, device)?, Arc::new(PackedRows::new(lengths, &groups)));
         let mut first_rows = vec![(0, 0); lengths.len()];
         let (mut rows, mut rectangles) = (0, Vec::with_capacity(groups.len()));
         for (examples, length) in groups {
@@ -67,7 +71,7 @@ impl AttentionLayout {
                 places.extend((0..heads).map(|head| (first + head * length + position) as i64));
             }
         }
-        Ok(Self { rectangles, places: upload(&places, device)?, order })
+        Ok(Self { rectangles, places: upload(&places, device)?, order, packed })
     }
 
     /// Returns how many positions the rectangles of examples have, and how many pairs of positions of one example: what
@@ -86,6 +90,18 @@ impl AttentionLayout {
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn split(&self, rows: &Tensor, heads: i64) -> Result<Vec<Tensor>> {
+        self.split_scaled(rows, heads, 1.0)
+    }
+
+    /// Lays packed rows out as [`AttentionLayout::split`] does, times a factor.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn split_scaled(&self, rows: &Tensor, heads: i64, factor: f64) -> Result<Vec<Tensor>> {
+        if PackedRows::take(rows) {
+            return self.packed.split(rows, heads, factor as f32);
+        }
+        let rows = if factor == 1.0 { rows.shallow_clone() } else { rows.f_mul_scalar(factor)? };
         let head_size = rows.size()[1] / heads;
         let counts = self.rectangles.iter().map(|rectangle| rectangle.rows(heads)).collect::<Vec<_>>();
         let shape = [counts.iter().sum(), head_size];
@@ -134,6 +150,9 @@ impl AttentionLayout {
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn join(&self, rectangles: &[Tensor], heads: i64) -> Result<Tensor> {
+        if rectangles.iter().all(PackedRows::take) {
+            return self.packed.join(rectangles, heads);
+        }
         let flat = |rectangle: &Tensor| {
             Ok(rectangle.f_reshape([-1, rectangle.size().last().copied().unwrap_or(0)])?)
         };

@@ -13,6 +13,7 @@ mod label_map;
 mod label_noise;
 mod layout;
 mod metrics;
+mod packed_rows;
 mod reader;
 mod sheet;
 mod subset;

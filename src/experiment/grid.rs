@@ -2,7 +2,7 @@
 
 use super::spec::TrainSpec;
 use crate::error::{Error, Result};
-use crate::method::{Method, Preset};
+use crate::method::{MaskKind, Method, Preset};
 use crate::train::{AdamWForm, Freeze, Hyperparameters, MicroBatch, Precision, Warmup};
 use crate::values::OneOrMany;
 
@@ -97,7 +97,9 @@ fn release_obstacle(hyperparameters: &Hyperparameters, method: &dyn Method) -> O
         _ if !hyperparameters.release_gradients => None,
         Some(_) => Some("clipping needs all gradients at once: set `train.max_gradient_norm: 0`"),
         None if !whole => Some("micro-batches add up in them: leave `train.micro_batch` out"),
-        None if method.has_adaptive_mask() || !(parts.has_plain_passes() && parts.pulls.is_empty()) => {
+        None if method.mask() == Some(MaskKind::Adaptive)
+            || !(parts.has_plain_passes() && parts.pulls.is_empty()) =>
+        {
             Some("the method has more than one use for them: leave it out")
         }
         None => None,

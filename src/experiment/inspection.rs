@@ -10,6 +10,7 @@ use super::training_set::training_set;
 use crate::child::Uncertainty;
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
+use crate::method::MaskKind;
 use crate::model::Classifier;
 use crate::train::{Control, OptimizerRule, StepVariance, prepare, step_variance};
 
@@ -23,7 +24,7 @@ impl Runner<'_> {
         let mut written = Vec::new();
         let plan = self.plan;
         self.with_each(
-            |run| run.method.has_fixed_mask(),
+            |run| run.method.mask() == Some(MaskKind::Fixed),
             |run, classifier, data, control| {
                 let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
                 let prepared = prepare(classifier, data, method, settings, run.seed, control)?;

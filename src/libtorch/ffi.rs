@@ -11,8 +11,9 @@ pub(super) type HookFunction =
 
 pub(super) type BackwardFunction = unsafe extern "C" fn(
     state: *mut c_void,
-    gradient: *mut C_tensor,
-    gradients: *mut *mut C_tensor,
+    gradients: *const *mut C_tensor,
+    count: usize,
+    results: *mut *mut C_tensor,
 ) -> *mut c_char;
 
 pub(super) type ReleaseFunction = unsafe extern "C" fn(state: *mut c_void);
@@ -46,9 +47,10 @@ unsafe extern "C" {
     pub(super) fn child_tuning_leave_gradients(leaf: *mut C_tensor) -> *mut c_char;
 
     pub(super) fn child_tuning_own_backward(
-        output: *mut C_tensor,
+        outputs: *const *mut C_tensor,
+        output_count: usize,
         inputs: *const *mut C_tensor,
-        count: usize,
+        input_count: usize,
         function: BackwardFunction,
         state: *mut c_void,
         release: ReleaseFunction,

@@ -25,7 +25,7 @@ pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use number::Number;
 pub use optimizer::{FusedAdamW, FusedGroup};
-pub use own_backward::with_backward;
+pub use own_backward::{with_backward, with_backward_of_all};
 pub use process::{
     OUTER_LIBRARY_PATH, end_now, keep_the_order_of_sums, own_settings, release_freed_memory,
     survive_file_size_limits, with_a_considerate_environment,

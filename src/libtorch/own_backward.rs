@@ -10,7 +10,7 @@ use super::ffi;
 use super::hooks::caught;
 use crate::error::{Error, Result};
 
-type Function = Box<dyn FnMut(&Tensor) -> Result<Vec<Tensor>> + Send>;
+type Function = Box<dyn FnMut(&[Tensor]) -> Result<Vec<Tensor>> + Send>;
 
 struct Backward {
     function: Function,
@@ -26,18 +26,34 @@ struct Backward {
 /// # Errors
 /// Fails if libtorch refuses; what `backward` returns ends libtorch's backward.
 pub fn with_backward(
-    mut output: Tensor,
+    output: Tensor,
     inputs: &[&Tensor],
-    backward: impl FnMut(&Tensor) -> Result<Vec<Tensor>> + Send + 'static,
+    mut backward: impl FnMut(&Tensor) -> Result<Vec<Tensor>> + Send + 'static,
 ) -> Result<Tensor> {
+    let outputs = with_backward_of_all(vec![output], inputs, move |gradients| backward(&gradients[0]));
+    Ok(outputs?.swap_remove(0))
+}
+
+/// Makes tensors the differentiable results of one operation on `inputs`, as [`with_backward`] does one: `backward` gets the
+/// gradients of all, zeros where a result was not used.
+///
+/// # Errors
+/// As for [`with_backward`].
+pub fn with_backward_of_all(
+    mut outputs: Vec<Tensor>,
+    inputs: &[&Tensor],
+    backward: impl FnMut(&[Tensor]) -> Result<Vec<Tensor>> + Send + 'static,
+) -> Result<Vec<Tensor>> {
     let mut handles: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
-    let pointers: Vec<*mut C_tensor> = handles.iter_mut().map(Tensor::as_mut_ptr).collect();
+    let [results, pointers] = [&mut outputs, &mut handles]
+        .map(|tensors| tensors.iter_mut().map(Tensor::as_mut_ptr).collect::<Vec<*mut C_tensor>>());
     let state = Box::new(Backward { function: Box::new(backward), inputs: inputs.len() });
-    // SAFETY: all are live tensors and `pointers` has `count` of them during the call; `state` is a leaked box that the
-    // shim releases exactly once through `release`, also when it fails.
+    // SAFETY: all are live tensors, and the lists have as many of them as is said, during the call; `state` is a leaked box
+    // that the shim releases exactly once through `release`, also when it fails.
     ffi::check(unsafe {
         ffi::child_tuning_own_backward(
-            output.as_mut_ptr(),
+            results.as_ptr(),
+            results.len(),
             pointers.as_ptr(),
             pointers.len(),
             call,
@@ -45,21 +61,23 @@ pub fn with_backward(
             release,
         )
     })?;
-    Ok(output)
+    Ok(outputs)
 }
 
 unsafe extern "C" fn call(
     state: *mut c_void,
-    gradient: *mut C_tensor,
-    gradients: *mut *mut C_tensor,
+    gradients: *const *mut C_tensor,
+    count: usize,
+    results: *mut *mut C_tensor,
 ) -> *mut c_char {
     let outcome = caught("the backward of an operation", || {
-        // SAFETY: `gradient` is a new reference that this call owns.
-        let gradient = unsafe { Tensor::from_ptr(gradient) };
+        // SAFETY: the shim has `count` new references there, which this call owns.
+        let gradients: Vec<Tensor> =
+            (0..count).map(|place| unsafe { Tensor::from_ptr(*gradients.add(place)) }).collect();
         // SAFETY: `state` is the box leaked by `with_backward`, alive until `release`; the engine runs a node by one thread
         // at a time, so there is no second reference.
         let backward = unsafe { &mut *state.cast::<Backward>() };
-        let found = (backward.function)(&gradient)?;
+        let found = (backward.function)(&gradients)?;
         if found.len() != backward.inputs {
             let (found, inputs) = (found.len(), backward.inputs);
             return Err(Error::Libtorch(format!("{found} gradients came for {inputs} inputs")));
@@ -71,7 +89,7 @@ unsafe extern "C" fn call(
             for (place, tensor) in found.iter().enumerate() {
                 // SAFETY: the shim has a place for each input; `at_shallow_clone` makes a second handle, which the shim
                 // takes over and frees.
-                unsafe { *gradients.add(place) = torch_sys::at_shallow_clone(tensor.as_ptr().cast_mut()) };
+                unsafe { *results.add(place) = torch_sys::at_shallow_clone(tensor.as_ptr().cast_mut()) };
             }
             std::ptr::null_mut()
         }
@@ -120,6 +138,18 @@ mod tests {
         assert_eq!(numbers(&other.grad()), [6.0, 40.0]);
         assert_eq!(Arc::strong_count(&held), 1, "the graph is still there");
         assert!(loss.f_backward().is_err(), "backward goes through once");
+    }
+
+    #[test]
+    fn results_that_are_not_used_have_gradients_of_zero() {
+        let weight = leaf(&[1.0, 2.0]);
+        let outputs = vec![weight.detach() * 3.0, weight.detach() * 5.0];
+        let outputs = with_backward_of_all(outputs, &[&weight], |gradients| {
+            Ok(vec![&gradients[0] * 3.0 + &gradients[1] * 5.0])
+        });
+        let [used, _unused] = &outputs.unwrap()[..] else { panic!("two were made") };
+        used.sum(Kind::Float).backward();
+        assert_eq!(numbers(&weight.grad()), [3.0, 3.0]);
     }
 
     #[test]

@@ -70,9 +70,9 @@ struct TakeGradient : torch::autograd::PostAccumulateGradHook {
   std::shared_ptr<HookState> state;
 };
 
-// Computes the gradients of an operation's inputs, as many as it has, from that of its output, which it takes over.
+// Computes the gradients of an operation's inputs, as many as it has, from those of its outputs, which it takes over.
 // Returns a message on failure.
-using BackwardFunction = char *(*)(void *state, at::Tensor *gradient, at::Tensor **gradients);
+using BackwardFunction = char *(*)(void *state, at::Tensor *const *gradients, size_t count, at::Tensor **results);
 
 // The backward of an operation of our own.
 struct OwnBackward : torch::autograd::Node {
@@ -81,11 +81,14 @@ struct OwnBackward : torch::autograd::Node {
 
   torch::autograd::variable_list apply(torch::autograd::variable_list &&gradients) override {
     torch::autograd::variable_list results(num_outputs());
-    if (!gradients[0].defined()) return results;
+    const auto defined = [](const at::Tensor &gradient) { return gradient.defined(); };
+    if (std::none_of(gradients.begin(), gradients.end(), defined)) return results;
     TORCH_CHECK(state != nullptr, "backward has gone through this operation before and has freed what it needs");
     at::NoGradGuard no_grad;
-    std::vector<at::Tensor *> pointers(results.size(), nullptr);
-    char *message = function(state.get(), new at::Tensor(gradients[0]), pointers.data());
+    std::vector<at::Tensor *> own, pointers(results.size(), nullptr);
+    for (size_t i = 0; i < gradients.size(); i++)
+      own.push_back(new at::Tensor(gradients[i].defined() ? gradients[i] : input_metadata(i).zeros_like()));
+    char *message = function(state.get(), own.data(), own.size(), pointers.data());
     for (size_t i = 0; i < pointers.size(); i++) {
       std::unique_ptr<at::Tensor> owned(pointers[i]);
       if (owned != nullptr) results[i] = *owned;
@@ -159,15 +162,16 @@ char *child_tuning_leave_gradients(at::Tensor *leaf) {
   return guarded([&] { torch::autograd::impl::set_post_acc_grad_hooks(*leaf, nullptr); });
 }
 
-// Makes `output` the result of an operation on `count` inputs, if a gradient is asked for. `state` belongs to this file from here on, also on failure.
-char *child_tuning_own_backward(at::Tensor *output, at::Tensor *const *inputs, size_t count, BackwardFunction function,
-                                void *state, ReleaseFunction release) {
+// Makes the outputs the results of an operation on the inputs, if a gradient is asked for. `state` belongs to this file
+// from here on, also on failure.
+char *child_tuning_own_backward(at::Tensor *const *outputs, size_t output_count, at::Tensor *const *inputs,
+                                size_t input_count, BackwardFunction function, void *state, ReleaseFunction release) {
   std::shared_ptr<OwnBackward> node(new OwnBackward(function, state, release), torch::autograd::deleteNode);
   return guarded([&] {
-    const auto list = tensors(inputs, count);
+    const auto list = tensors(inputs, input_count);
     if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(list)) return;
     node->set_next_edges(torch::autograd::collect_next_edges(list));
-    torch::autograd::set_history(*output, node);
+    torch::autograd::set_history(tensors(outputs, output_count), node);
   });
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{ClipOrder, DecayScope, Method, Preparation, Prepared, Preset};
+use super::{ClipOrder, DecayScope, MaskKind, Method, Preparation, Prepared, Preset};
 use crate::child::{BernoulliMask, GradientMask, MaskScope};
 use crate::error::Result;
 use crate::values::{OneOrMany, Share, axis, yaml_name};
@@ -71,8 +71,8 @@ impl Method for ChildTuningF {
         true
     }
 
-    fn has_mask(&self) -> bool {
-        true
+    fn mask(&self) -> Option<MaskKind> {
+        Some(MaskKind::Fresh)
     }
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::registry::{MethodOptions, MethodSpec};
-use super::{Method, Parts, Preparation, Prepared, Preset, WeightsInUse, layers_of};
+use super::{MaskKind, Method, Parts, Preparation, Prepared, Preset, WeightsInUse, layers_of};
 use crate::child::MaskScope;
 use crate::error::{Error, Result};
 use crate::model::{Classifier, Parameter, ParameterTable};
@@ -60,7 +60,7 @@ impl Composed {
         if let Some((left, right)) = twice {
             return refuse(left.as_ref(), right.as_ref(), "they are one method; remove one of them");
         }
-        let masked: Vec<_> = parts.iter().filter(|part| part.has_mask()).collect();
+        let masked: Vec<_> = parts.iter().filter(|part| part.mask().is_some()).collect();
         if let [left, right, ..] = masked[..] {
             return refuse(
                 left.as_ref(),
@@ -68,7 +68,7 @@ impl Composed {
                 "both have a mask on the gradients; keep one of them",
             );
         }
-        let fixed = parts.iter().find(|part| part.has_fixed_mask());
+        let fixed = parts.iter().find(|part| part.mask() == Some(MaskKind::Fixed));
         if let (Some(fixed), Some(adding)) = (fixed, parts.iter().find(|part| part.adds_weights())) {
             return refuse(
                 fixed.as_ref(),
@@ -120,16 +120,8 @@ impl Method for Composed {
         self.parts.iter().any(|part| part.fine_tunes_first())
     }
 
-    fn has_mask(&self) -> bool {
-        self.parts.iter().any(|part| part.has_mask())
-    }
-
-    fn has_adaptive_mask(&self) -> bool {
-        self.parts.iter().any(|part| part.has_adaptive_mask())
-    }
-
-    fn has_fixed_mask(&self) -> bool {
-        self.parts.iter().any(|part| part.has_fixed_mask())
+    fn mask(&self) -> Option<MaskKind> {
+        self.parts.iter().find_map(|part| part.mask())
     }
 
     fn fixed_share(&self, declared: &[Parameter]) -> Result<Option<(f64, MaskScope)>> {
@@ -202,7 +194,7 @@ impl Method for Composed {
     }
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {
-        let masked = self.parts.iter().find(|part| part.has_mask());
+        let masked = self.parts.iter().find(|part| part.mask().is_some());
         masked.map_or(Ok(Prepared::default()), |part| part.prepare(preparation))
     }
 }

@@ -14,8 +14,8 @@ use super::mixed_weights::{Factors, MixingMask, Sharing, mixed};
 use super::mixout::StartOfMatrices;
 use super::registry::MethodOptions;
 use super::{
-    ClipOrder, DecayScope, Method, Parts, Preparation, Prepared, Preset, TrainingPoint, WeightTransform,
-    WeightsInUse, weights_of,
+    ClipOrder, DecayScope, MaskKind, Method, Parts, Preparation, Prepared, Preset, TrainingPoint,
+    WeightTransform, WeightsInUse, weights_of,
 };
 use crate::child::{AdaptiveMask, GradientMask, MaskScope, Uses};
 use crate::error::{Error, Result};
@@ -104,12 +104,8 @@ impl Method for Dps {
         format!("form={} p={p} update_ratio={update_ratio} dropout={dropout}", yaml_name(form))
     }
 
-    fn has_mask(&self) -> bool {
-        true
-    }
-
-    fn has_adaptive_mask(&self) -> bool {
-        true
+    fn mask(&self) -> Option<MaskKind> {
+        Some(MaskKind::Adaptive)
     }
 
     fn conflict(&self, other: &dyn Method) -> Option<&'static str> {

@@ -94,6 +94,17 @@ pub enum Outside {
     Prune,
 }
 
+/// What becomes of a mask on the gradients in the course of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MaskKind {
+    /// It is drawn anew at every step.
+    Fresh,
+    /// The gradients of the steps before choose it.
+    Adaptive,
+    /// It stays the same.
+    Fixed,
+}
+
 /// A fine-tuning method with all its options settled.
 pub trait Method: Send + Sync {
     /// Returns its name in YAML and results.
@@ -117,19 +128,9 @@ pub trait Method: Send + Sync {
         false
     }
 
-    /// Returns whether [`Method::prepare`] gives a mask on the gradients.
-    fn has_mask(&self) -> bool {
-        false
-    }
-
-    /// Returns whether that mask is chosen by the gradients of the steps before.
-    fn has_adaptive_mask(&self) -> bool {
-        false
-    }
-
-    /// Returns whether that mask stays the same for the whole run.
-    fn has_fixed_mask(&self) -> bool {
-        false
+    /// Returns what kind of mask on the gradients [`Method::prepare`] gives, if it gives one.
+    fn mask(&self) -> Option<MaskKind> {
+        None
     }
 
     /// Returns whether a parameter trains, in a model with so many encoder layers; the others keep every bit.
@@ -184,7 +185,7 @@ pub trait Method: Send + Sync {
     /// Returns the bytes of what it keeps in training besides weights, gradients and optimizer state.
     fn state_bytes(&self, WeightsInUse { declared, .. }: WeightsInUse) -> usize {
         // A bit a weight.
-        if self.has_fixed_mask() { weights_of(declared, |_| true).div_ceil(8) } else { 0 }
+        if self.mask() == Some(MaskKind::Fixed) { weights_of(declared, |_| true).div_ceil(8) } else { 0 }
     }
 
     /// Checks that the method fits a model that declares the given parameters, before anything trains.

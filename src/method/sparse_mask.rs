@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::criterion::Criterion;
-use super::{ClipOrder, DecayScope, Method, Outside, Preparation, Prepared, weights_of};
+use super::{ClipOrder, DecayScope, MaskKind, Method, Outside, Preparation, Prepared, weights_of};
 use crate::child::{ChildNetwork, Choice, Cut, GradientMask, MaskFile, MaskScope, Threshold, uncertainty};
 use crate::error::{Error, Result};
 use crate::model::Parameter;
@@ -70,8 +70,8 @@ impl Method for SparseMask {
         self.is_child_tuning
     }
 
-    fn has_mask(&self) -> bool {
-        true
+    fn mask(&self) -> Option<MaskKind> {
+        Some(MaskKind::Fixed)
     }
 
     fn examples_passed(&self, available: usize) -> usize {
@@ -83,10 +83,6 @@ impl Method for SparseMask {
 
     fn fine_tunes_first(&self) -> bool {
         matches!(&self.source, Source::Chosen { criterion, .. } if criterion.fine_tunes())
-    }
-
-    fn has_fixed_mask(&self) -> bool {
-        true
     }
 
     fn prunes(&self) -> bool {

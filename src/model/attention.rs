@@ -22,7 +22,8 @@ pub(super) fn takes_head_size(head_size: i64) -> bool {
 /// What attention computes with, and how.
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
-    /// `[tokens, heads · head_size]`; where `queries` are examples, of the first token of each that an output is asked of.
+    /// `[tokens, heads · head_size]`; where `queries` are examples, of one token of each that an output is asked of: with a
+    /// window, of the first.
     pub query: &'a Tensor,
     /// What the rows of `query` stand for.
     pub queries: Rows,
@@ -39,8 +40,8 @@ pub struct Attention<'a> {
 }
 
 /// Returns what a family adds to the scaled scores of a rectangle, given its number and its queries and keys, all
-/// `[examples · heads, length, head_size]`: a tensor that broadcasts to `[examples · heads, length, length]`. Where only the
-/// first tokens attend, queries and terms have one row in place of `length`.
+/// `[examples · heads, length, head_size]`: a tensor that broadcasts to `[examples · heads, length, length]`. Where one token
+/// of each example attends, queries and terms have one row in place of `length`.
 pub type ScoreTerms<'a> = &'a dyn Fn(usize, &Rectangle, &Tensor, &Tensor) -> Result<Tensor>;
 
 /// What happens to the scaled scores of a rectangle.
@@ -134,13 +135,23 @@ impl Pass<'_> {
         let heads = attention.heads;
         let layout = self.attention_layout(attention.key, heads)?;
         let site = self.next_site();
-        let split = |rows: &Tensor| layout.split(rows, heads);
-        let first_only = attention.queries == Rows::Examples;
-        let queries = match first_only {
-            true => layout.split_examples(&self.of_all_examples(attention.query)?, heads)?,
-            false => split(attention.query)?,
+        // Libtorch's attention has dropout patterns of its own.
+        let dropout = attention.dropout;
+        let pattern = self.dropout.as_ref().filter(|_| dropout > 0.0 && !attention.key.device().is_cuda());
+        let (factor, scale) = match scores {
+            Scores::Plain | Scores::Within(_) if pattern.is_some() => (attention.scale, 1.0),
+            _ => (1.0, attention.scale),
         };
-        let parts = queries.into_iter().zip(split(attention.key)?).zip(split(attention.value)?);
+        let one_each = attention.queries == Rows::Examples;
+        let queries = match one_each {
+            true => {
+                let queries = self.of_all_examples(attention.query)?.f_mul_scalar(factor)?;
+                layout.split_examples(&queries, heads)?
+            }
+            false => layout.split_scaled(attention.query, heads, factor)?,
+        };
+        let [keys, values] = [attention.key, attention.value].map(|rows| layout.split(rows, heads));
+        let parts = queries.into_iter().zip(keys?).zip(values?);
         let contexts = (parts.zip(&layout.rectangles).enumerate())
             .map(|(number, (((query, key), value), rectangle))| {
                 let own = rectangle.bias.as_ref();
@@ -148,7 +159,7 @@ impl Pass<'_> {
                     // Where the rectangle is longer than the window reaches.
                     Scores::Within(window) if rectangle.length as i64 > window + 1 => {
                         let bias = rectangle.bias_within(window, &query)?;
-                        Some(if first_only { bias.f_narrow(2, 0, 1)? } else { bias })
+                        Some(if one_each { bias.f_narrow(2, 0, 1)? } else { bias })
                     }
                     Scores::Plain | Scores::Within(_) => own.map(|own| own.f_unsqueeze(1)).transpose()?,
                     Scores::WithTerms(terms) => {
@@ -157,62 +168,67 @@ impl Pass<'_> {
                         Some(sum?.f_unsqueeze(1)?)
                     }
                 };
-                let settings = (attention.scale, attention.dropout, site);
-                self.rectangle([&query, &key, &value], bias, rectangle, settings)
+                let inputs = [&query, &key, &value];
+                match pattern {
+                    None => self.by_libtorch(inputs, bias, scale, dropout),
+                    Some(pattern) => {
+                        let probabilities = probabilities(&query, &key, bias, scale)?;
+                        let examples = &rectangle.examples;
+                        let kept = pattern.attention(&probabilities, dropout, site, self.batch, examples)?;
+                        Ok(kept.f_bmm(&value)?)
+                    }
+                }
             })
             .collect::<Result<Vec<_>>>()?;
-        match first_only {
+        match one_each {
             true => Ok(layout.join_examples(&contexts, heads)?.f_narrow(0, 0, attention.query.size()[0])?),
             false => layout.join(&contexts, heads),
         }
     }
 
-    /// Computes attention within each example of a rectangle; all `[examples · heads, length, head_size]`, or queries and
-    /// what is returned with one row in place of `length`. What is added to the scores has four dimensions, of which the first
-    /// two divide examples and heads among them.
-    fn rectangle(
+    /// Computes attention within each example of a rectangle by libtorch, with its dropout: all
+    /// `[examples · heads, length, head_size]`, or queries and what is returned with one row in place of `length`. What is added
+    /// to the scores has four dimensions, of which the first two divide examples and heads among them.
+    fn by_libtorch(
         &self,
         [query, key, value]: [&Tensor; 3],
         bias: Option<Tensor>,
-        rectangle: &Rectangle,
-        (scale, dropout, site): (f64, f64, u32),
+        scale: f64,
+        dropout: f64,
     ) -> Result<Tensor> {
         let (rows, queries, head_size) = query.size3()?;
-        let length = key.size()[1];
         let first = bias.as_ref().map_or(rows, |bias| bias.size()[0]);
-        match &self.dropout {
-            Some(pattern) if dropout > 0.0 && !query.device().is_cuda() => {
-                let scores = query.f_mul_scalar(scale)?.f_bmm(&key.f_transpose(1, 2)?)?;
-                let scores = match bias {
-                    Some(bias) => scores
-                        .f_view([first, -1, queries, length])?
-                        .f_add(&bias)?
-                        .f_view(scores.size().as_slice())?,
-                    None => scores,
-                };
-                let probabilities = scores.f_softmax(-1, query.kind())?;
-                let examples = &rectangle.examples;
-                let kept = pattern.attention(&probabilities, dropout, site, self.batch, examples)?;
-                Ok(kept.f_bmm(value)?)
-            }
-            pattern => {
-                let dropout = pattern.map_or(0.0, |_| dropout);
-                let [query, key, value] = [query, key, value]
-                    .map(|part| part.f_view([first, rows / first, part.size()[1], head_size]));
-                let context = Tensor::f_scaled_dot_product_attention(
-                    &query?,
-                    &key?,
-                    &value?,
-                    bias,
-                    dropout,
-                    false,
-                    Some(scale),
-                    false,
-                )?;
-                Ok(context.f_reshape([rows, queries, head_size])?)
-            }
-        }
+        let dropout = self.dropout.map_or(0.0, |_| dropout);
+        let [query, key, value] =
+            [query, key, value].map(|part| part.f_view([first, rows / first, part.size()[1], head_size]));
+        let context = Tensor::f_scaled_dot_product_attention(
+            &query?,
+            &key?,
+            &value?,
+            bias,
+            dropout,
+            false,
+            Some(scale),
+            false,
+        )?;
+        Ok(context.f_reshape([rows, queries, head_size])?)
     }
+}
+
+/// Computes the attention probabilities within each example of a rectangle, `[examples · heads, queries, length]`, of queries
+/// and keys as [`Pass::by_libtorch`] takes them.
+fn probabilities(query: &Tensor, key: &Tensor, bias: Option<Tensor>, scale: f64) -> Result<Tensor> {
+    let query = if scale == 1.0 { query.shallow_clone() } else { query.f_mul_scalar(scale)? };
+    let scores = query.f_bmm(&key.f_transpose(1, 2)?)?;
+    let scores = match bias {
+        Some(bias) => {
+            let (rows, queries, length) = scores.size3()?;
+            let divided = scores.f_view([bias.size()[0], -1, queries, length])?;
+            divided.f_add(&bias)?.f_view([rows, queries, length])?
+        }
+        None => scores,
+    };
+    Ok(scores.f_softmax(-1, query.kind())?)
 }
 
 #[cfg(test)]

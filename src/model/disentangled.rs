@@ -294,8 +294,10 @@ fn compare_first(contents: &Tensor, rows: &Tensor, columns: &Tensor, heads: i64)
 fn compare_with_first(contents: &Tensor, rows: &Tensor, columns: &Tensor, heads: i64) -> Result<Tensor> {
     let (all, length, _) = contents.size3()?;
     let columns = columns.f_narrow(1, 0, length)?.f_flip([1])?;
-    let products = contents.f_transpose(1, 2)?.f_mul(&of_columns(rows, &columns, all, heads)?)?;
-    Ok(products.f_sum_dim_intlist(1i64, true, contents.kind())?)
+    // In bfloat16 products are rounded before they are added up, unlike those of matrices.
+    let rows = of_columns(rows, &columns, all, heads)?.f_to_kind(Kind::Float)?;
+    let products = contents.f_transpose(1, 2)?.f_mul(&rows)?;
+    Ok(products.f_sum_dim_intlist(1i64, true, Kind::Float)?.f_to_kind(contents.kind())?)
 }
 
 /// Looks the rows of relative positions up that stand in some columns, `[parts, columns]`, where `parts` is one for all

@@ -68,10 +68,10 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     declare.spread(words.table, declare.range);
     let embedding_norm = declare.norm("model.embeddings.norm", ParameterPlace::Embeddings);
     let reaches = reaches_of_layers(config)?;
-    let last = reaches.len() - 1;
+    let count = reaches.len();
     let layers = (reaches.into_iter().enumerate())
         .map(|(number, reach)| {
-            let first_only = number == last && settings.pooling == Pooling::FirstToken;
+            let first_only = number + 1 == count && settings.pooling == Pooling::FirstToken;
             let rows = if first_only { Rows::Examples } else { Rows::Tokens };
             Layer::declare(&mut declare, number, (reach, rows), &settings.sizes)
         })

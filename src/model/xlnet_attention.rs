@@ -85,7 +85,7 @@ pub(super) struct Pairs {
 struct LastTokens {
     /// Which they are, `[examples]`, int64.
     tokens: Tensor,
-    /// The token as far from the end of its example as each token is from the start: `[tokens]`, int64.
+    /// The token that is as far from the end of its example as each token from the start, `[tokens]`, int64.
     mirror: Tensor,
     /// As in [`Pairs`]: `[examples, 1, 1, length]`.
     same_segment: Vec<Tensor>,

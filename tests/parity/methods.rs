@@ -1,5 +1,6 @@
 //! Methods that train a part of the model, alone and together with child networks.
 
+use child_tuning::method::MaskKind;
 use child_tuning::model::{
     Classifier, HeadStart, Labels, ModelFolder, Parameter, ParameterKind, ParameterPlace,
 };
@@ -46,7 +47,7 @@ fn assert_trains(text: &str, whole: &str, trains: impl Fn(&Parameter) -> bool) {
             count += if trains(parameter) { parameter.count() } else { 0 };
         }
         assert_eq!(trained.trainable, count, "{text}");
-        let has_fixed_mask = method(text).has_fixed_mask();
+        let has_fixed_mask = method(text).mask() == Some(MaskKind::Fixed);
         assert_eq!(trained.changing < count, has_fixed_mask, "{text}: {}", trained.changing);
         assert!(count > 0 && count < found.parameters.count(), "{text}");
     }
