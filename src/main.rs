@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 /// The allocator of the whole process, libtorch's tensors on the CPU included: every batch has its own number of tokens, and
-/// among blocks of ever other sizes glibc's grows by hundreds of megabytes.
+/// blocks whose sizes change all the time fragment the memory of glibc's by hundreds of megabytes.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

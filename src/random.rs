@@ -27,8 +27,8 @@ pub enum Purpose {
     Dropout = 2,
     /// Child-Tuning_F's masks; the index is the optimizer step.
     Mask = 3,
-    /// The initial values of a new head.
-    Head = 4,
+    /// The initial values of parameters that are new or drawn anew.
+    Initialisation = 4,
     /// Dropout in the Fisher pass; the index is the batch.
     FisherDropout = 5,
     /// The order of the examples in the Fisher pass.
@@ -43,7 +43,7 @@ pub enum Purpose {
     FisherExamples = 10,
     /// Noise on activations; the index is the optimizer step.
     Noise = 11,
-    /// The weights that Mixout puts back; the index is the optimizer step.
+    /// The weights that Mixout, and DPS in its form `mix`, put back; the index is the optimizer step.
     Mixout = 12,
     /// Dropout in further passes of a step; the index is the optimizer step.
     SecondDropout = 13,
@@ -234,7 +234,7 @@ mod tests {
     #[test]
     fn normal_deviates_have_the_right_moments() {
         let mut values = vec![0f32; 100_001];
-        fill_normal(&mut values, 0.02, Key::derive(1, Purpose::Head, 0), 0);
+        fill_normal(&mut values, 0.02, Key::derive(1, Purpose::Initialisation, 0), 0);
         let count = values.len() as f64;
         let mean = values.iter().map(|&value| f64::from(value)).sum::<f64>() / count;
         let variance = values.iter().map(|&value| (f64::from(value) - mean).powi(2)).sum::<f64>() / count;

@@ -83,8 +83,7 @@ pub struct Group {
     pub best: Option<f64>,
     /// Whether this is what the others are set against: plain fine-tuning, in every stage.
     pub is_baseline: bool,
-    /// How many vanillas with hyper-parameters of their own tuning there are, where it is more than one: then there is no
-    /// difference.
+    /// Number of vanillas that were each tuned by themselves, where there is more than one: no difference is given then.
     pub rival_baselines: usize,
     /// Whether no group of the same model in this block has a higher mean.
     pub has_best_mean: bool,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use super::network::{ChildNetwork, MaskScope};
-use super::select::{End, HostScores, Scores, Selection, percentile};
+use super::select::{Choice, HostScores, Scores, Selection, percentile};
 use super::select_device::DeviceScores;
 use crate::error::{Error, Result};
 use crate::libtorch::elements;
@@ -27,17 +27,6 @@ pub enum Threshold {
     Budget,
 }
 
-/// Which weights of the scope make a fixed child network.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Choice {
-    /// Those with the highest scores, as in the paper.
-    #[default]
-    Highest,
-    /// Those with the lowest scores.
-    Lowest,
-}
-
 /// A child network still to be cut out.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cut {
@@ -57,11 +46,11 @@ impl Cut {
         Self { p, scope, threshold, choose: Choice::Highest }
     }
 
-    /// Returns how many of the weights in the scope it keeps of a model that declares the given parameters. (A percentile may
-    /// keep more, by ties.)
+    /// Returns how many weights in the scope it keeps, in a model that declares the given parameters. (With a percentile, ties
+    /// may keep more.)
     ///
     /// # Errors
-    /// Fails, naming `p`, if that is none.
+    /// Fails, naming `p`, if it keeps none.
     pub fn count(&self, declared: &[Parameter]) -> Result<usize> {
         let counts = |covered: bool| {
             let parameters = declared.iter().filter(move |own| self.scope.covers(own) == covered);
@@ -118,15 +107,15 @@ impl ChildNetwork {
 
     /// Sets the bits by the scores of each tensor; `count` of them, where all tensors have one threshold.
     fn cut(&mut self, scores: &dyn Scores, cut: &Cut, count: usize) -> Result<()> {
-        let end = if cut.choose == Choice::Lowest { End::Smallest } else { End::Largest };
+        let choice = cut.choose;
         let counts = scores.counts();
         // One rule for all tensors together, or one anew for each.
         let mut common = match cut.threshold {
             Threshold::Global | Threshold::Budget => {
-                Some(Selection::extreme(scores, 0..counts.len(), count, end)?)
+                Some(Selection::extreme(scores, 0..counts.len(), count, choice)?)
             }
             Threshold::PerTensor => None,
-            Threshold::Percentile if end == End::Smallest => {
+            Threshold::Percentile if choice == Choice::Lowest => {
                 return Err(Error::configuration("the percentile is a rule for the highest scores only"));
             }
             Threshold::Percentile => Some(Selection::at_least(percentile(scores, 1.0 - cut.p)?)),
@@ -136,7 +125,7 @@ impl ChildNetwork {
                 Some(selection) => scores.mark(index, selection, words),
                 None => {
                     let own = share(cut.p, total);
-                    let mut own = Selection::extreme(scores, index..index + 1, own, end)?;
+                    let mut own = Selection::extreme(scores, index..index + 1, own, choice)?;
                     scores.mark(index, &mut own, words)
                 }
             })?;
@@ -157,7 +146,7 @@ impl ChildNetwork {
         };
         for (index, count) in scores.counts().into_iter().enumerate() {
             let share = (p * count as f64).ceil() as usize;
-            let exact = Selection::extreme(scores.as_ref(), index..index + 1, share, End::Largest)?;
+            let exact = Selection::extreme(scores.as_ref(), index..index + 1, share, Choice::Highest)?;
             let mut selection = Selection { ties: usize::MAX, ..exact };
             self.set_words(index, |words| scores.mark(index, &mut selection, words))?;
         }

@@ -97,7 +97,7 @@ pub struct Spread {
 }
 
 /// Computes the Fisher information of every weight over the batches. Weights outside `scope` may be left at zero. The
-/// model's weights and gradients are as before afterwards.
+/// model's weights stay as they are; [`Estimator::Batch`] overwrites its gradients.
 ///
 /// With [`Estimator::Expected`] the activations of a batch take [`Estimator::copies`] times their memory.
 ///

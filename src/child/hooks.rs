@@ -19,7 +19,7 @@ pub enum GradientMask {
     /// Another random mask at every step (Child-Tuning_F).
     Bernoulli(BernoulliMask),
     /// One mask for the whole run (Child-Tuning_D).
-    Fixed(ChildNetwork),
+    Fixed(Arc<ChildNetwork>),
     /// A mask that gradients choose anew now and again (DPS).
     Adaptive(AdaptiveMask),
 }
@@ -69,18 +69,17 @@ impl GradientMask {
         }
     }
 
-    /// Returns a mask if its child network is fixed, and not the whole network, which counts as none: so p = 1 is vanilla bit
-    /// for bit.
-    pub fn fixed(mask: Option<&Arc<Self>>) -> Option<Arc<Self>> {
-        mask.filter(|mask| mask.child().is_some_and(|child| !child.is_full())).cloned()
-    }
-
     /// Returns the fixed child network, if there is one.
-    pub fn child(&self) -> Option<&ChildNetwork> {
+    pub fn child(&self) -> Option<&Arc<ChildNetwork>> {
         match self {
             GradientMask::Bernoulli(_) | GradientMask::Adaptive(_) => None,
             GradientMask::Fixed(child) => Some(child),
         }
+    }
+
+    /// Returns the fixed child network unless it is the whole network, which counts as none: so p = 1 is vanilla bit for bit.
+    pub fn restriction(&self) -> Option<&Arc<ChildNetwork>> {
+        self.child().filter(|child| !child.is_full())
     }
 
     /// Hands out the mask of the current step, for the CPU.
@@ -388,7 +387,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!((child.kept(), child.maskable()), (250, 1000));
-        let (_, hooks) = hooks(&parameters, GradientMask::Fixed(child));
+        let (_, hooks) = hooks(&parameters, GradientMask::Fixed(Arc::new(child)));
         hooks.begin_step();
         let [body, head] = backward(&parameters);
         assert!(body.iter().enumerate().all(|(index, &value)| value == if index >= 750 { 3.0 } else { 0.0 }));

@@ -17,11 +17,12 @@ mod uncertainty;
 
 pub use adaptive::{AdaptiveMask, Uses};
 pub use bernoulli::BernoulliMask;
-pub use cut::{Choice, Cut, Threshold, random_scores};
+pub use cut::{Cut, Threshold, random_scores};
 pub use fisher::{Estimator, FisherBatch, FisherInformation, FisherOptions, Spread, fisher_information};
 pub use hooks::{GradientHooks, GradientMask};
 pub use mask_file::{MaskFile, MaskedTensor, read_mask, write_mask};
 pub use masking::{CHUNK, StepMask, mask_in_place, norm_of_spans};
 pub use network::{ChildNetwork, MaskScope, TensorMask};
 pub use overlap::{Overlap, Part, Parts, mask_names, overlaps};
+pub use select::Choice;
 pub use uncertainty::{Uncertainty, uncertainty};

@@ -58,7 +58,7 @@ impl MaskScope {
     }
 }
 
-/// The share of one tensor that is in the child network.
+/// The mask of one tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorMask {
     /// The parameter's name.
@@ -67,7 +67,7 @@ pub struct TensorMask {
     pub shape: Vec<i64>,
     /// Where in the model it stands.
     pub place: ParameterPlace,
-    /// Its elements in the flat buffer.
+    /// Place of its first element in the flat buffer.
     pub start: usize,
     /// Number of elements.
     pub count: usize,

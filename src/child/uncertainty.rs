@@ -3,9 +3,10 @@
 use rayon::prelude::*;
 use tch::{Device, Tensor};
 
-use super::cut::{Choice, Cut, Threshold};
+use super::cut::{Cut, Threshold};
 use super::fisher::Spread;
 use super::network::{ChildNetwork, TensorMask};
+use super::select::Choice;
 use crate::error::Result;
 use crate::libtorch::elements;
 
@@ -22,8 +23,8 @@ pub struct Uncertainty {
     pub undecided: f64,
 }
 
-/// Returns the standard error of a mean of `n` values, drawn without replacement from `available`, for a mean of squares of
-/// 1 around it: √((1 − n / available) / (n − 1)).
+/// Returns the standard error of a mean of `n` values, drawn without replacement from `available`, if their variance is
+/// 1 (a sum divided by `n`): √((1 − n / available) / (n − 1)).
 fn factor(n: usize, available: usize) -> f64 {
     let drawn = n as f64;
     ((1.0 - drawn / available as f64).max(0.0) / (drawn - 1.0)).sqrt()

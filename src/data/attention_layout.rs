@@ -74,8 +74,8 @@ impl AttentionLayout {
         Ok(Self { rectangles, places: upload(&places, device)?, order, packed })
     }
 
-    /// Returns how many positions the rectangles of examples have, and how many pairs of positions of one example: what
-    /// memory attention takes goes by them.
+    /// Returns how many positions the rectangles of examples have, and how many pairs of positions of one example: the memory of
+    /// attention is proportional to them.
     pub fn area(lengths: &[usize], width: usize, device: Device) -> (usize, usize) {
         let add = |(positions, pairs): (usize, usize), (examples, length): (Vec<usize>, usize)| {
             let own = examples.len() * length;

@@ -364,6 +364,11 @@ impl EncodedDataset {
         self.inputs.is_empty()
     }
 
+    /// Returns the number of tokens of each example.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.inputs.iter().map(|input| input.ids.len()).collect()
+    }
+
     /// Returns the number of tokens of all examples.
     pub fn tokens(&self) -> usize {
         self.inputs.iter().map(|input| input.ids.len()).sum()

@@ -85,7 +85,7 @@ pub struct Scores {
 pub struct InTrain {
     /// Rows whose text, or both texts, stand in train exactly so.
     pub rows: usize,
-    /// Those among them whose label is none that train has for the text.
+    /// Those among them whose label differs from every label of the same text in train.
     pub other_label: usize,
 }
 

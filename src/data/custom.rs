@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::label::same_label;
 use super::layout::{Layout, SplitFiles};
 use super::metrics::Metric;
 use super::reader::label_spellings;
@@ -212,7 +213,7 @@ impl CustomTask {
         let mut place = 0;
         labels.retain(|label| {
             place += 1;
-            !all[place..].iter().any(|later| later.eq_ignore_ascii_case(label))
+            !all[place..].iter().any(|later| same_label(later, label))
         });
         if labels.len() > MOST_COLLECTED_LABELS {
             let message = format!(

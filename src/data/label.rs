@@ -14,6 +14,15 @@ pub enum Label {
     Score(f32),
 }
 
+/// Returns whether two spellings are of one label: files, configs and cards differ in case.
+pub fn same_label(left: &str, right: &str) -> bool {
+    without_case(left) == without_case(right)
+}
+
+fn without_case(label: &str) -> String {
+    label.to_lowercase()
+}
+
 /// What a label cell says.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Gold {
@@ -45,7 +54,7 @@ impl<'a> LabelReader<'a> {
             ids.entry(spelling.to_string()).or_insert(*id);
         }
         for (spelling, id) in &spellings {
-            ids.entry(spelling.to_lowercase()).or_insert(*id);
+            ids.entry(without_case(spelling)).or_insert(*id);
         }
         LabelReader { card, layout, ids }
     }
@@ -62,7 +71,7 @@ impl<'a> LabelReader<'a> {
     }
 
     fn class(&self, cell: &str) -> Result<Gold, String> {
-        match self.ids.get(cell).or_else(|| self.ids.get(&cell.to_lowercase())) {
+        match self.ids.get(cell).or_else(|| self.ids.get(&without_case(cell))) {
             Some(id) => Ok(Gold::Known(Label::Class(*id))),
             None if cell == "-1" => Ok(Gold::Withheld),
             None => {

@@ -3,6 +3,7 @@
 //! Labels are matched by name, not by id: models and data sets number the same labels in different orders. Where one side
 //! has fewer labels, as SciTail has no contradiction, the cards' `merges` say which of them count as one.
 
+use super::label::same_label;
 use super::metrics::Metric;
 use super::task::{Objective, TaskCard};
 use crate::error::{Error, Result};
@@ -98,9 +99,9 @@ fn counterparts(labels: &[String], card: &TaskCard) -> Result<Vec<usize>, String
 }
 
 fn counterpart(label: &str, card: &TaskCard) -> Option<usize> {
-    let same = |left: &str, right: &str| left.eq_ignore_ascii_case(right);
-    let own = |label: &str| card.labels().iter().position(|name| same(name, label));
-    let stands_for = |(other, name): (&String, &String)| same(other, label).then(|| own(name)).flatten();
+    let own = |label: &str| card.labels().iter().position(|name| same_label(name, label));
+    let stands_for =
+        |(other, name): (&String, &String)| same_label(other, label).then(|| own(name)).flatten();
     own(label).or_else(|| card.spellings.iter().chain(&card.merges).find_map(stands_for))
 }
 

@@ -29,7 +29,7 @@ pub use encode::{Encoded, TokenEncoder};
 pub use fetch::{
     Download, FetchEvent, FetchOptions, Fetched, cache_folder, downloads_of, fetched_data_folder,
 };
-pub use label::Label;
+pub use label::{Label, same_label};
 pub use label_map::LabelMap;
 pub use label_noise::noisy_labels;
 pub use layout::{Keep, Layout, RowFilter, SplitFiles};

@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::label::same_label;
 use super::layout::{Layout, SplitFiles};
 use super::metrics::Metric;
 use crate::error::{Error, Result};
@@ -173,7 +174,7 @@ impl TaskCard {
 
     /// Says whether a gold label means that the row is to be left out.
     pub(super) fn drops(&self, cell: &str) -> bool {
-        self.drop_labels.iter().any(|label| label.to_lowercase() == cell.to_lowercase())
+        self.drop_labels.iter().any(|label| same_label(label, cell))
     }
 
     /// Returns the number of outputs a model needs for the task: 1 for regression.
@@ -203,9 +204,8 @@ impl TaskCard {
             if labels.len() < 2 {
                 return refuse(format!("classification needs at least two labels, not {}", labels.len()));
             }
-            let is_there = |(id, label): &(usize, &String)| {
-                labels[..*id].iter().any(|other| other.eq_ignore_ascii_case(label))
-            };
+            let is_there =
+                |(id, label): &(usize, &String)| labels[..*id].iter().any(|other| same_label(other, label));
             if let Some(label) = labels.iter().enumerate().find(is_there) {
                 return refuse(format!("the label `{}` is listed twice", label.1));
             }

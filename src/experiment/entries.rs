@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::spec::TaskSpec;
-use super::transfer::EvaluationSpec;
+use super::stage_spec::EvaluationSpec;
 use crate::data::{
     Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, holds, read_split, subset,
 };
@@ -182,6 +182,7 @@ impl Catalogue {
         if !card.folders.is_empty() {
             let mut places = Vec::new();
             for split in NEEDED {
+                // One that cannot be looked into counts as holding it: reading says why.
                 let holding = |root: &&PathBuf| holds(&card, root, split).unwrap_or(true);
                 places.push(self.roots.iter().filter(holding).collect::<Vec<_>>());
             }

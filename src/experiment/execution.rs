@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::plan::Plan;
 use super::queue::{Queue, Turn};
-use super::results::{Ended, ResultsFile, Status, read};
+use super::results::{ResultsFile, Status, read};
 use super::run::Run;
 use super::runner::{Attempt, RunEvent, kept_folder};
 use crate::error::{Error, Result};
@@ -78,7 +78,7 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
         execution.train_missing(&runs)?;
     }
     clear_sources(plan, &execution.results)?;
-    let had_diverged = |run: &&Arc<Run>| recorded.ended(&run.id) == Some(Ended::Diverged);
+    let had_diverged = |run: &&Arc<Run>| recorded.status(&run.id) == Some(Status::Diverged);
     execution.summary.diverged_before = plan.all_runs().filter(had_diverged).count();
     Ok(execution.summary)
 }

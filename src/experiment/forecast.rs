@@ -159,21 +159,17 @@ fn fisher_bytes(run: &Run, shape: &ModelShape, train: &EncodedDataset, device: D
     if passed == 0 {
         return Ok(0.0);
     }
-    let mut lengths = lengths(&*training_set(train, run)?);
+    let mut lengths = training_set(train, run)?.lengths();
     lengths.sort_unstable_by(|left, right| right.cmp(left));
     lengths.truncate(passed.min(settings.batch_size));
     let memory = MemoryUse::of_fisher_pass(shape, settings.precision, device);
     Ok(memory.fixed + memory.of_pass(&lengths))
 }
 
-fn lengths(data: &EncodedDataset) -> Vec<usize> {
-    data.inputs.iter().map(|input| input.ids.len()).collect()
-}
-
 /// Returns the lengths of the examples of each pass, for the first batches that the run will train on.
 fn lengths_of_passes(run: &Run, train: &EncodedDataset) -> Result<Vec<Vec<usize>>> {
     let settings = &run.hyperparameters;
-    let lengths: Vec<usize> = training_set(train, run)?.inputs.iter().map(|input| input.ids.len()).collect();
+    let lengths = training_set(train, run)?.lengths();
     let steps = (run.total_steps() as usize).min(BATCHES_LOOKED_AT);
     let epochs = steps.div_ceil(lengths.len().div_ceil(settings.batch_size).max(1));
     let pass = settings.micro_batch.at_most(settings.batch_size);

@@ -82,7 +82,7 @@ impl Pace {
         let Some(tokens_per_second) = median(&speeds.tokens_per_second) else { return Ok(None) };
         let train = tokens.of(&run.model, &run.task.train.dataset, settings.max_length)?;
         let examples = run.training_examples() as f64;
-        let all: usize = train.inputs.iter().map(|input| input.ids.len()).sum();
+        let all = train.tokens();
         let epoch = all as f64 * examples / train.len() as f64;
         let mut seconds = epoch * settings.epochs / tokens_per_second;
         seconds += examples * median(&speeds.prepare).unwrap_or(0.0);

@@ -9,8 +9,8 @@ use super::grid::GridPoint;
 use super::run::{Run, RunIds, RunPurpose};
 use super::selection::{self, Selection};
 use super::spec::{ExperimentSpec, TaskSpec};
+use super::stage_spec::{EvaluationSpec, ThenSpec};
 use super::start::{Start, Starts};
-use super::transfer::{EvaluationSpec, ThenSpec};
 use crate::error::{Error, Result};
 use crate::files::is_pipe;
 use crate::method::{Method, MethodSpec, Preset};
@@ -282,7 +282,7 @@ impl Plan {
                     if there.is_empty() { "none left".into() } else { there.join(", ") }
                 )));
             }
-            // What starts from a run stands behind it.
+            // A run that starts from another stands behind it.
             let (mut kept, mut sources) = (Vec::new(), HashSet::new());
             for run in self.runs.iter().rev() {
                 if wanted(run) || sources.contains(&run.id) {

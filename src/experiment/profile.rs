@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::spec::{ExperimentSpec, Seeds, TrainSpec};
-use super::transfer::ThenSpec;
+use super::stage_spec::ThenSpec;
 use crate::train::{MicroBatch, Precision};
 use crate::values::{Count, OneOrMany, Positive};
 

@@ -20,8 +20,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+pub use contents::Recorded;
 use contents::{Contents, Found, check_line_ends};
-pub use contents::{Ended, Recorded};
 pub use row::{Row, SCHEMA_VERSION, Status};
 pub use text::read;
 
@@ -136,7 +136,7 @@ impl ResultsFile {
         let (superseded, kept): (Vec<&Found>, Vec<&Found>) = contents
             .rows
             .iter()
-            .partition(|found| found.ended == Ended::Failed && runs.contains(found.run.as_str()));
+            .partition(|found| found.status == Status::Failed && runs.contains(found.run.as_str()));
         let mut taken: HashSet<[&str; 4]> = kept
             .iter()
             .map(|found| [&*found.run, &*found.evaluated_on, &*found.split, &*found.data])

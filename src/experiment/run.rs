@@ -11,7 +11,7 @@ use super::start::{Source, Start};
 use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::method::Method;
-use crate::model::{Classifier, HeadStart, Labels, ParameterTable};
+use crate::model::{HeadStart, Labels, ParameterTable};
 use crate::train::{Freeze, Hyperparameters};
 use crate::values::hexadecimal;
 
@@ -192,11 +192,9 @@ impl Run {
             Start::Pretrained => &self.model.folder,
             Start::Folder(start) => &start.folder,
             // A model that a run has kept lacks nothing.
-            Start::Run(_) => return Classifier::declared(&self.model.folder.config, &labels),
+            Start::Run(_) => return Ok(self.model.folder.config.declare(labels.outputs())?.1),
         };
-        let mut table = ParameterTable::default();
-        folder.declare(&labels, &mut table)?;
-        Ok(table)
+        Ok(folder.declare(&labels)?.1)
     }
 
     /// Returns whether only the head trains.

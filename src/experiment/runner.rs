@@ -15,10 +15,10 @@ use super::machine;
 use super::plan::Plan;
 use super::queue::Turn;
 use super::resident::{ResidentModel, Tokens, has_model};
-use super::results::{Ended, ResultsFile, Row, Status};
-use super::rows::{Outcome, described, measured};
+use super::results::{ResultsFile, Row, Status};
 use super::run::{Run, RunPurpose};
 use super::run_mask::write_mask_of;
+use super::run_rows::{Outcome, described, measured};
 use super::start::Start;
 use super::training_set::training_set;
 use crate::child::GradientMask;
@@ -27,6 +27,7 @@ use crate::files::beside;
 use crate::libtorch;
 use crate::model::ModelFolder;
 use crate::train::{Checkpoint, Control, Event, Progress, Scored, evaluate, train};
+use crate::values::yaml_name;
 
 /// Something that happened while an experiment ran.
 pub enum RunEvent<'a> {
@@ -95,7 +96,7 @@ pub struct Runner<'a> {
 enum Source {
     /// They are: in the pretrained model, or in this folder.
     Ready,
-    /// The run that makes them ended without; how this one ends then, and why.
+    /// The run that should have made them did not: how this one ends then, and why.
     Lost(Status, String),
     /// Another process is training that run.
     Elsewhere,
@@ -180,14 +181,11 @@ impl<'a> Runner<'a> {
         if has_model(&folder) {
             return Ok(Source::Ready);
         }
-        match results.recorded()?.ended(&source.id) {
-            Some(Ended::Ok) => {}
-            Some(ended) => {
-                let (status, verb) = match ended {
-                    Ended::Diverged => (Status::Diverged, "diverged"),
-                    _ => (Status::Failed, "failed"),
-                };
-                return Ok(Source::Lost(status, format!("run {} that it starts from {verb}", source.id)));
+        match results.recorded()?.status(&source.id) {
+            Some(Status::Ok) => {}
+            Some(status) => {
+                let reason = format!("run {} that it starts from {}", source.id, yaml_name(&status));
+                return Ok(Source::Lost(status, reason));
             }
             // Sources come first in a plan: this one is being trained, or was stopped.
             None => return Ok(Source::Elsewhere),

@@ -9,7 +9,7 @@ use super::entries::OpenTask;
 use super::results::{Row, Status};
 use super::run::{Run, RunIds};
 use super::spec::ExperimentSpec;
-use super::transfer::{SelectBy, SelectSpec};
+use super::stage_spec::{SelectBy, SelectSpec};
 use crate::error::{Error, Result};
 use crate::values::PartialShare;
 

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::overrides::{self, Override};
 use super::profile::Profile;
-use super::transfer::{EvaluationSpec, InitFrom, SelectSpec, ThenSpec};
+use super::stage_spec::{EvaluationSpec, InitFrom, SelectSpec, ThenSpec};
 use crate::data::CustomTask;
 use crate::error::{Error, Result};
 use crate::files::is_pipe;

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use super::entries::{ModelEntry, open_folder};
 use super::run::Run;
-use super::transfer::{EarlierRuns, InitFrom};
+use super::stage_spec::{EarlierRuns, InitFrom};
 use crate::error::{Error, Result};
-use crate::model::{Classifier, Labels, ModelFolder, ParameterPlace};
+use crate::model::{Labels, ModelFolder, ParameterPlace};
 use crate::spelling::suggestion;
 
 /// The weights that a run starts from.
@@ -95,7 +95,7 @@ fn start_folder(init_from: &InitFrom, model: &ModelEntry, seed: u64) -> Result<S
 fn same_architecture(folder: &ModelFolder, model: &ModelEntry) -> Result<()> {
     let encoder = |folder: &ModelFolder| -> Result<Vec<(String, Vec<i64>)>> {
         // By the config alone: one of them may lack the pooler.
-        let table = Classifier::declared(&folder.config, &Labels::Score)?;
+        let table = folder.config.declare(Labels::Score.outputs())?.1;
         let encoder = table.iter().filter(|own| own.place != ParameterPlace::Head);
         Ok(encoder.map(|own| (own.name.clone(), own.shape.clone())).collect())
     };

@@ -1,7 +1,7 @@
 //! libtorch beyond tch: gradient hooks, the fused AdamW kernel, flash attention, typed memory, profiles.
 //!
-//! The C++ side is one translation unit (`shim.cpp`) with a plain C interface; this module gives each piece a safe
-//! type. It is the only place in the crate with `unsafe` code.
+//! The C++ side (`shim.cpp`, and `cuda_graph.cpp` where CUDA's headers are) has a plain C interface; this module gives each
+//! piece a safe type. It is the only place in the crate with `unsafe` code.
 
 mod attention;
 mod context;

@@ -57,8 +57,8 @@ pub fn with_a_considerate_environment() {
     }
 }
 
-/// Returns what of this process' environment is not the user's, so that a program that is compared with this one can be
-/// spared it; the order of GPUs is not among it, as both are to have the same.
+/// Returns the names of the environment variables that this program set itself, so that a program that is compared with it can
+/// be started without them. The order of GPUs is not among them: both are to have the same.
 pub fn own_settings() -> Vec<String> {
     let names = std::env::var(OWN_SETTINGS).unwrap_or_default();
     let names = names.split_whitespace().filter(|name| *name != GPU_ORDER);

@@ -1,8 +1,9 @@
 //! DPS (Zhang et al., 2022): stages in which all weights train and the squares of their gradients are added up take turns with
 //! stages in which only the weights with the highest sums train.
 //!
-//! In the form `mix`, passes of the first stages use the weights that training started from in place of some, as in Mixout; those
-//! of the others use, where a weight does not train, what it had when the stage began.
+//! In the form `mix`, passes use other values of some weights. In stages of the first kind a random part has the values that
+//! training started from, as in Mixout; in those of the second kind all weights that do not train have the values from the
+//! beginning of the stage.
 
 use std::cell::RefCell;
 use std::sync::Arc;

@@ -129,7 +129,7 @@ impl Method for Lora {
         classifier.extend(further)?;
         let parameters = &mut classifier.parameters;
         for Factors { matrix, a, .. } in low_rank_factors(parameters) {
-            let key = Key::derive(seed, Purpose::Head, 0).of_part(matrix.index() as u64);
+            let key = Key::derive(seed, Purpose::Initialisation, 0).of_part(matrix.index() as u64);
             let shape = parameters.get(a).shape.clone();
             let bound = 1.0 / (shape[1] as f64).sqrt();
             let drawn = uniform_numbers(key, ROW, shape[0] * shape[1], bound)?;

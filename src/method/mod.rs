@@ -47,7 +47,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::child::{GradientMask, MaskScope, Uncertainty};
+use crate::child::{ChildNetwork, GradientMask, MaskScope, Uncertainty};
 use crate::data::EncodedDataset;
 use crate::error::Result;
 use crate::model::{Classifier, Parameter, ParameterTable, Precision};
@@ -163,7 +163,7 @@ pub trait Method: Send + Sync {
         None
     }
 
-    /// Returns whether it means nothing for a model without dropout.
+    /// Returns whether it has no effect on a model without dropout.
     fn needs_dropout(&self) -> bool {
         false
     }
@@ -309,9 +309,14 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Returns the mask whose fixed child network alone decays, where decay is kept to one.
-    pub fn decayed(&self) -> Option<Arc<GradientMask>> {
-        GradientMask::fixed(self.mask.as_ref().filter(|_| self.decay == DecayScope::Child))
+    /// Returns the fixed child network that training is kept to, if there is one.
+    pub fn child(&self) -> Option<&Arc<ChildNetwork>> {
+        self.mask.as_deref().and_then(GradientMask::restriction)
+    }
+
+    /// Returns the fixed child network that alone decays, where decay is kept to one.
+    pub fn decayed(&self) -> Option<Arc<ChildNetwork>> {
+        self.child().filter(|_| self.decay == DecayScope::Child).cloned()
     }
 }
 

@@ -130,7 +130,7 @@ pub trait Pull: Send {
     }
 }
 
-/// Where weight decay towards zero stands; of several pulls the last one here decides.
+/// When weights decay towards zero; where pulls differ, the later of these variants counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DecayOrder {
     /// Where the optimizer has it.

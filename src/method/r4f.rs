@@ -115,7 +115,7 @@ impl SingularVectors {
 
 /// The u of the first step: of a random direction.
 fn first(weight: &Tensor, seed: u64) -> Result<Tensor> {
-    let row = normal_rows(Key::derive(seed, Purpose::Head, 0), &[FIRST_ROW], weight.size()[0])?;
+    let row = normal_rows(Key::derive(seed, Purpose::Initialisation, 0), &[FIRST_ROW], weight.size()[0])?;
     unit(&row.f_view([-1])?.f_to_device(weight.device())?)
 }
 

@@ -123,7 +123,7 @@ impl Method for SparseMask {
             Source::File { mask, .. } => mask.child_network(&preparation.classifier.parameters)?,
         };
         Ok(Prepared {
-            mask: Some(Arc::new(GradientMask::Fixed(child))),
+            mask: Some(Arc::new(GradientMask::Fixed(Arc::new(child)))),
             clip: self.clip,
             decay: self.decay,
             outside: self.outside,

@@ -13,6 +13,7 @@ use super::config::ModelConfig;
 use super::parameter::{Parameter, ParameterPlace};
 use super::params::{ParameterId, ParameterTable, Parameters};
 use super::weights::Weights;
+use crate::data::same_label;
 use crate::error::{Error, Result};
 use crate::files::{write_bytes, write_whole};
 use crate::libtorch::elements;
@@ -102,19 +103,19 @@ impl ModelFolder {
         self.weights.sha256()
     }
 
-    /// Declares the parameters of the model for a task; returns its arithmetic, and whether the folder lacks the pooler. That then
-    /// counts as a part of the head: it is as new, and has to train where the encoder does not.
+    /// Declares the parameters of the model for a task; returns them with its arithmetic, and whether the folder lacks the pooler.
+    /// That then counts as a part of the head: it is as new, and has to train where the encoder does not.
     ///
     /// # Errors
     /// Fails if the family does not run here or the config is incomplete.
-    pub fn declare(&self, labels: &Labels, table: &mut ParameterTable) -> Result<(Box<dyn Network>, bool)> {
-        let network = self.config.family()?(&self.config, labels.outputs(), table)?;
+    pub fn declare(&self, labels: &Labels) -> Result<(Box<dyn Network>, ParameterTable, bool)> {
+        let (network, mut table) = self.config.declare(labels.outputs())?;
         let stored = |name: &String| self.weights.get(name).is_some();
         let lacks_pooler = table.count_as_head(|own| {
             own.place == ParameterPlace::Pooler
                 && !spellings(&own.name, network.body_prefix()).iter().any(stored)
         });
-        Ok((network, lacks_pooler))
+        Ok((network, table, lacks_pooler))
     }
 
     /// Copies the folder's tensors into the parameters of a model, a few megabytes at a time.
@@ -190,11 +191,10 @@ impl ModelFolder {
     /// # Errors
     /// Fails if the family does not run here.
     pub fn head_for(&self, task: &Labels) -> Result<Option<Vec<i64>>> {
-        let mut table = ParameterTable::default();
-        let output = self.config.family()?(&self.config, task.outputs(), &mut table)?.output();
+        let (network, table) = self.config.declare(task.outputs())?;
         let stored = |parameter: &Parameter| self.weights.get(&parameter.name);
         let mut head = table.iter().filter(|parameter| parameter.place == ParameterPlace::Head);
-        let outputs = table.iter().nth(output.weight.index()).and_then(stored);
+        let outputs = table.iter().nth(network.output().weight.index()).and_then(stored);
         let fits = outputs.is_some_and(|tensor| tensor.shape.first() == Some(&task.outputs()));
         if !fits || !head.all(|parameter| stored(parameter).is_some()) {
             return Ok(None);
@@ -204,7 +204,7 @@ impl ModelFolder {
         if found.iter().enumerate().all(|(id, name)| *name == format!("LABEL_{id}")) {
             return Ok(own());
         }
-        let place = |name: &String| found.iter().position(|other| other.eq_ignore_ascii_case(name));
+        let place = |name: &String| found.iter().position(|other| same_label(other, name));
         let places: Option<Vec<i64>> = names.iter().map(|name| place(name).map(|id| id as i64)).collect();
         Ok(places.filter(|_| found.len() == names.len()))
     }

@@ -159,8 +159,7 @@ impl Classifier {
     /// Fails if the family does not run here or the checkpoint does not fit its config.
     pub fn load(folder: &ModelFolder, labels: Labels, head: HeadStart, device: Device) -> Result<Self> {
         let config = folder.config.clone();
-        let mut table = ParameterTable::default();
-        let (network, new_pooler) = folder.declare(&labels, &mut table)?;
+        let (network, table, new_pooler) = folder.declare(&labels)?;
         let mut parameters = Parameters::allocate(table, device)?;
         let head = match head {
             HeadStart::Keep => folder.head_for(&labels)?,
@@ -215,8 +214,7 @@ impl Classifier {
     /// # Errors
     /// Fails if the family does not run here or the config is incomplete.
     pub fn untrained(config: ModelConfig, labels: Labels, device: Device) -> Result<Self> {
-        let mut table = ParameterTable::default();
-        let network = config.family()?(&config, labels.outputs(), &mut table)?;
+        let (network, table) = config.declare(labels.outputs())?;
         let parameters = Parameters::allocate(table, device)?;
         let fresh = parameters.iter().map(|(id, _)| id).collect();
         let initializer_range = config.magnitude_or("initializer_range", 0.02)?;
@@ -230,8 +228,7 @@ impl Classifier {
     /// # Errors
     /// Fails if the family does not run here or the config is incomplete.
     pub fn shape(config: &ModelConfig, labels: &Labels) -> Result<ModelShape> {
-        let mut table = ParameterTable::default();
-        let network = config.family()?(config, labels.outputs(), &mut table)?;
+        let (network, table) = config.declare(labels.outputs())?;
         let sizes = network.sizes();
         let count = |chosen: &dyn Fn(&Parameter) -> bool| -> usize {
             table.iter().filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
@@ -254,17 +251,6 @@ impl Classifier {
             heads: sizes.heads as usize,
             reads_packed_tokens: network.reads_packed_tokens() && takes_head_size(sizes.hidden / sizes.heads),
         })
-    }
-
-    /// Returns the parameters of a model for a task, from its config alone, without places in a buffer
-    /// ([`ModelFolder::declare`] knows what a folder lacks).
-    ///
-    /// # Errors
-    /// As for [`Classifier::shape`].
-    pub fn declared(config: &ModelConfig, labels: &Labels) -> Result<ParameterTable> {
-        let mut table = ParameterTable::default();
-        config.family()?(config, labels.outputs(), &mut table)?;
-        Ok(table)
     }
 
     /// Returns the sizes of the model.
@@ -290,8 +276,8 @@ impl Classifier {
         Ok(())
     }
 
-    /// Appends zeroed parameters to the model's own, until [`Classifier::shrink`] or the next reset. Only who knows of them
-    /// uses them.
+    /// Appends zeroed parameters to the model's own, until [`Classifier::shrink`] or the next reset. The network does
+    /// not read them; what added them does.
     ///
     /// # Errors
     /// As for [`Classifier::keep_start`].
@@ -399,7 +385,7 @@ impl Classifier {
     /// # Errors
     /// Fails, naming the two sizes, if not, and as for [`Classifier::shape`].
     pub fn check_inputs(config: &ModelConfig, encoder: &TokenEncoder, max_length: usize) -> Result<()> {
-        let sizes = config.family()?(config, 1, &mut ParameterTable::default())?.sizes();
+        let sizes = config.declare(1)?.0.sizes();
         let entries = sizes.vocabulary as usize;
         if encoder.vocabulary_size() > entries {
             return Err(config.error(format!(

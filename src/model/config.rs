@@ -78,7 +78,7 @@ impl ModelConfig {
     pub fn with_overrides(mut self, overrides: &Map<String, Value>) -> Result<Self> {
         let own: BTreeSet<String> = self.values.keys().cloned().collect();
         self.values.extend(overrides.clone());
-        self.family()?(&self, 1, &mut ParameterTable::default())?;
+        self.declare(1)?;
         let read = locked(&self.asked).clone();
         let known = || own.iter().chain(&read).map(String::as_str);
         match overrides.keys().find(|key| !own.contains(*key) && !read.contains(*key)) {
@@ -103,8 +103,18 @@ impl ModelConfig {
     /// Fails if the family cannot be built.
     pub fn dropout(&self) -> Result<BTreeMap<String, f64>> {
         let own = Self { dropout: Arc::default(), ..self.clone() };
-        own.family()?(&own, 1, &mut ParameterTable::default())?;
+        own.declare(1)?;
         Ok(locked(&own.dropout).clone())
+    }
+
+    /// Declares the parameters of a model with so many outputs; returns them with its arithmetic.
+    ///
+    /// # Errors
+    /// Fails if the family does not run here or the config is incomplete.
+    pub fn declare(&self, outputs: i64) -> Result<(Box<dyn Network>, ParameterTable)> {
+        let mut table = ParameterTable::default();
+        let network = self.family()?(self, outputs, &mut table)?;
+        Ok((network, table))
     }
 
     /// Returns the family's constructor.

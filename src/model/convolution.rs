@@ -15,7 +15,7 @@ pub struct Convolution {
     pub weight: ParameterId,
     /// `[width]`.
     pub bias: ParameterId,
-    /// Numbers of a token are cut into so many groups, each of which makes outputs of its own.
+    /// Number of groups of channels, as `groups` of `torch.nn.Conv1d`.
     pub groups: i64,
 }
 

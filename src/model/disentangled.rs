@@ -1,4 +1,4 @@
-//! Disentangled attention (He et al., 2021): beside contents with contents, scores compare contents with relative positions.
+//! Disentangled attention (He et al., 2021): to the scores of contents it adds those of contents with relative positions.
 //!
 //! With δ the distance from key to query, q and k their contents, and K and Q the projected embeddings of relative
 //! positions, a score is (q·k + q·K(δ) + k·Q(δ)) / √(3d); fewer parts have a smaller root. Only the relative positions of

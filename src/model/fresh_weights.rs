@@ -12,7 +12,7 @@ pub enum FreshWeights {
     /// Normal, with the config's `initializer_range` as standard deviation.
     #[default]
     Normal,
-    /// Normal with a standard deviation, on condition that it is at most `cutoff` of them away from zero.
+    /// Normal around zero, cut off at `cutoff` standard deviations.
     TruncatedNormal {
         /// That of the whole normal distribution.
         standard_deviation: f64,

@@ -219,7 +219,7 @@ impl Parameters {
         self.values.shallow_clone()
     }
 
-    /// Takes the present values for the ones that [`Parameters::is_changed`] speaks of.
+    /// Notes that the present values count as unchanged ([`Parameters::is_changed`]).
     pub fn mark_unchanged(&mut self) {
         self.changed.set(false);
     }
@@ -375,7 +375,7 @@ impl Parameters {
                     .name
                     .bytes()
                     .fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte)));
-                let key = Key::derive(seed, Purpose::Head, 0);
+                let key = Key::derive(seed, Purpose::Initialisation, 0);
                 values = parameter.fresh.draw(&parameter.shape, initializer_range, key, stream)?;
             }
             ParameterKind::LayerNormWeight => values = values.f_ones_like()?,

@@ -249,8 +249,8 @@ fn sinusoids(distances: &Tensor, settings: &AttentionSettings) -> Result<Tensor>
 }
 
 /// Returns where the heads of the tokens' distances stand, `[2 · tokens · heads]`: first all from 0 on, then the negative
-/// ones. Where a head of an example has its row `first` and so many in its rectangle, its distances begin at 2 · `first`
-/// and are twice as many; a token at a position p has the distances p and −p − 1.
+/// ones. A head of an example whose rows in the rectangles are first .. first + n has its distances at the rows 2 · first ..
+/// 2 · first + 2n; a token at position p has the distances p and −p − 1.
 fn places(layout: &AttentionLayout, positions: &Tensor, heads: i64) -> Result<Tensor> {
     let own = layout.places.f_view([-1, heads])?;
     let positions = positions.f_unsqueeze(1)?;
@@ -364,7 +364,7 @@ impl RelativeAttention {
     }
 
     /// Returns how much more a key of the same segment scores than one of another, `[rows, heads]`, from q + r_s,
-    /// `[rows, hidden]`: what all keys of a query score, softmax does not see.
+    /// `[rows, hidden]`: a score that all keys of a query have in common does not change its softmax.
     fn segment_scores(&self, pass: &Pass, query: &Tensor) -> Result<Tensor> {
         let heads = self.settings.heads;
         let score = |vector: &Vector| -> Result<Tensor> {

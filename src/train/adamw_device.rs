@@ -5,7 +5,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::adamw_host::StepConstants;
-use crate::child::GradientMask;
+use crate::child::ChildNetwork;
 use crate::error::Result;
 use crate::libtorch::{FusedAdamW, FusedGroup};
 use crate::model::{TrainableGroup, Treatment, span};
@@ -39,17 +39,16 @@ impl Group {
 }
 
 impl DeviceMoments {
-    /// Makes zero moments for groups of weights; with a fixed mask only for its members.
+    /// Makes zero moments for groups of weights; with a child network only for its members.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn new(
         groups: &[TrainableGroup],
-        mask: Option<&GradientMask>,
+        child: Option<&ChildNetwork>,
         decays_outside: bool,
         device: Device,
     ) -> Result<Self> {
-        let child = mask.and_then(GradientMask::child);
         let group = |group: &TrainableGroup| -> Result<Group> {
             let range = group.range.clone();
             let members = child.map(|child| child.members_on_device(range.clone(), device)).transpose()?;
@@ -96,8 +95,8 @@ impl DeviceMoments {
         self.groups.iter().map(bytes).sum()
     }
 
-    /// Updates the weights with their gradients, which need not be masked, divided by `divisor`, both the part of the flat buffer that begins at
-    /// `start`; whole groups only. `constants` are those of a treatment.
+    /// Updates whole groups of weights, from the one that begins at `start` of the flat buffer, where `values` and `gradients`
+    /// begin, too. Gradients are divided by `divisor` and need not be masked. `constants` are those of a treatment.
     ///
     /// # Errors
     /// Fails if libtorch refuses.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::child::{CHUNK, ChildNetwork, GradientMask};
+use crate::child::{CHUNK, ChildNetwork};
 use crate::model::{Parameter, Treatment};
 use crate::random::GROUP;
 
@@ -36,7 +36,7 @@ pub struct HostMoments {
     pieces: Vec<Piece>,
     first: Vec<f32>,
     second: Vec<f32>,
-    mask: Option<Arc<GradientMask>>,
+    child: Option<Arc<ChildNetwork>>,
     /// Whether weights outside the child network decay too.
     decays_outside: bool,
 }
@@ -60,24 +60,23 @@ struct Work<'a> {
 }
 
 impl HostMoments {
-    /// Makes zero moments for parameters, given in the order of the flat buffer with their treatment; with a fixed mask only
+    /// Makes zero moments for parameters, given in the order of the flat buffer with their treatment; with a child network only
     /// for its members.
     pub fn new<'a>(
         parameters: impl Iterator<Item = (&'a Parameter, Treatment)>,
-        mask: Option<Arc<GradientMask>>,
+        child: Option<Arc<ChildNetwork>>,
         decays_outside: bool,
     ) -> Self {
-        let child = mask.as_ref().and_then(|mask| mask.child());
         let mut pieces = Vec::new();
         for (parameter, treatment) in parameters {
             for start in parameter.range.clone().step_by(CHUNK) {
                 let range = start..parameter.range.end.min(start + CHUNK);
-                let members = child.map_or(range.len(), |child| count(child, &range));
+                let members = child.as_ref().map_or(range.len(), |child| count(child, &range));
                 pieces.push(Piece { range, treatment, members });
             }
         }
         let total = pieces.iter().map(|piece| piece.members).sum();
-        Self { pieces, first: vec![0.0; total], second: vec![0.0; total], mask, decays_outside }
+        Self { pieces, first: vec![0.0; total], second: vec![0.0; total], child, decays_outside }
     }
 
     /// Returns the bytes of the moments.
@@ -95,7 +94,7 @@ impl HostMoments {
         factor: f32,
         constants: impl Fn(Treatment) -> StepConstants + Sync,
     ) {
-        let child = self.mask.as_ref().and_then(|mask| mask.child());
+        let child = self.child.as_deref();
         let decays_outside = self.decays_outside;
         let before = self.pieces.partition_point(|piece| piece.range.start < start);
         let skipped: usize = self.pieces[..before].iter().map(|piece| piece.members).sum();
@@ -266,10 +265,10 @@ mod tests {
         list
     }
 
-    fn mask(parameters: &Parameters, p: f64) -> Arc<GradientMask> {
+    fn child(parameters: &Parameters, p: f64) -> Arc<ChildNetwork> {
         let cut = Cut::highest(p, MaskScope::Backbone, Threshold::Global);
         let scores = random_scores(parameters.buffer_len(), 5);
-        Arc::new(GradientMask::Fixed(ChildNetwork::from_scores(parameters, &scores, &cut).unwrap()))
+        Arc::new(ChildNetwork::from_scores(parameters, &scores, &cut).unwrap())
     }
 
     fn constants(step: u64, decay: f64, after: bool) -> impl Fn(Treatment) -> StepConstants {
@@ -287,23 +286,23 @@ mod tests {
     }
 
     /// Gradients of one step, masked.
-    fn gradients(parameters: &Parameters, step: u64, mask: &GradientMask) -> Vec<f32> {
-        let key = crate::random::Key::derive(step, crate::random::Purpose::Head, 0);
+    fn gradients(parameters: &Parameters, step: u64, child: &ChildNetwork) -> Vec<f32> {
+        let key = crate::random::Key::derive(step, crate::random::Purpose::Initialisation, 0);
         let mut gradients = vec![0f32; parameters.buffer_len()];
         crate::random::fill_normal(&mut gradients, 1.0, key, 0);
-        mask_in_place(&mut gradients, mask.child().unwrap().on_cpu(), 0);
+        mask_in_place(&mut gradients, child.on_cpu(), 0);
         gradients
     }
 
     fn train(
         parameters: &Parameters,
         mut moments: HostMoments,
-        mask: &GradientMask,
+        child: &ChildNetwork,
         decay: f64,
         after: bool,
     ) -> (Vec<u32>, usize) {
         for step in 1..=10 {
-            let gradients = gradients(parameters, step, mask);
+            let gradients = gradients(parameters, step, child);
             let mut values = parameters.values_to_change();
             let values: &mut [f32] = elements_mut(&mut values).unwrap();
             moments.apply(values, &gradients, 0, 0.7, constants(step, decay, after));
@@ -316,17 +315,16 @@ mod tests {
     fn moments_of_the_members_alone_give_the_same_bits() {
         for (p, after) in [(0.1, false), (0.3, true), (0.9, false)] {
             let start = parameters();
-            let mask = mask(&start, p);
+            let child = child(&start, p);
             let run = |compact: bool| {
                 let parameters = parameters();
                 parameters.values_to_change().copy_(start.values());
-                let own = compact.then(|| mask.clone());
+                let own = compact.then(|| child.clone());
                 let moments = HostMoments::new(in_order(&parameters).into_iter(), own, true);
-                train(&parameters, moments, &mask, 0.999, after)
+                train(&parameters, moments, &child, 0.999, after)
             };
             let ((compact, compact_bytes), (dense, dense_bytes)) = (run(true), run(false));
             assert!(compact == dense, "p = {p}");
-            let child = mask.child().unwrap();
             let outside = child.maskable() - child.kept();
             assert_eq!(dense_bytes - compact_bytes, 8 * outside);
         }
@@ -336,12 +334,11 @@ mod tests {
     fn decay_can_be_kept_to_the_members() {
         let parameters = parameters();
         let before = parameters.values_copy().unwrap();
-        let mask = mask(&parameters, 0.3);
-        let moments = HostMoments::new(in_order(&parameters).into_iter(), Some(mask.clone()), false);
-        train(&parameters, moments, &mask, 0.9, false);
+        let child = child(&parameters, 0.3);
+        let moments = HostMoments::new(in_order(&parameters).into_iter(), Some(child.clone()), false);
+        train(&parameters, moments, &child, 0.9, false);
         let (old, new): (&[f32], &[f32]) =
             (elements(&before).unwrap(), elements(parameters.values()).unwrap());
-        let child = mask.child().unwrap();
         for tensor in child.tensors() {
             for (place, bit) in (tensor.start..).zip(child.bits(tensor)) {
                 assert_eq!(old[place] != new[place], bit, "{place}");
@@ -352,14 +349,14 @@ mod tests {
     #[test]
     fn parameters_one_by_one_are_all_at_once() {
         let start = parameters();
-        let mask = mask(&start, 0.3);
+        let child = child(&start, 0.3);
         let values = |apart: bool| {
             let parameters = parameters();
             parameters.values_to_change().copy_(start.values());
             let list = in_order(&parameters);
-            let mut moments = HostMoments::new(list.iter().copied(), Some(mask.clone()), true);
+            let mut moments = HostMoments::new(list.iter().copied(), Some(child.clone()), true);
             for step in 1..=3 {
-                let gradients = gradients(&parameters, step, &mask);
+                let gradients = gradients(&parameters, step, &child);
                 let mut values = parameters.values_to_change();
                 let values: &mut [f32] = elements_mut(&mut values).unwrap();
                 if !apart {
@@ -388,13 +385,13 @@ mod tests {
     fn the_moments_of_a_device_agree() {
         for (decays_outside, after) in [(true, false), (false, true)] {
             let start = parameters();
-            let mask = mask(&start, 0.3);
+            let child = child(&start, 0.3);
             let on_host = {
                 let parameters = parameters();
                 parameters.values_to_change().copy_(start.values());
                 let moments =
-                    HostMoments::new(in_order(&parameters).into_iter(), Some(mask.clone()), decays_outside);
-                train(&parameters, moments, &mask, 0.99, after);
+                    HostMoments::new(in_order(&parameters).into_iter(), Some(child.clone()), decays_outside);
+                train(&parameters, moments, &child, 0.99, after);
                 parameters.values_copy().unwrap()
             };
             let trainable = start.trainable(|_| true);
@@ -402,14 +399,14 @@ mod tests {
             let released = parameters();
             released.values_to_change().copy_(start.values());
             let moments = |groups: &[TrainableGroup]| {
-                DeviceMoments::new(groups, Some(&mask), decays_outside, Device::Cpu).unwrap()
+                DeviceMoments::new(groups, Some(&child), decays_outside, Device::Cpu).unwrap()
             };
             let (mut at_once, mut apart) = (moments(&trainable.groups), moments(&one_by_one));
             let mut members = vec![1f32; start.buffer_len()];
-            mask_in_place(&mut members, mask.child().unwrap().on_cpu(), 0);
+            mask_in_place(&mut members, child.on_cpu(), 0);
             let members = Tensor::from_slice(&members).ne(0.0);
             for step in 1..=10 {
-                let masked = Tensor::from_slice(&gradients(&start, step, &mask)) * 0.7;
+                let masked = Tensor::from_slice(&gradients(&start, step, &child)) * 0.7;
                 let norms = at_once.norms(&masked).unwrap();
                 // Members are gathered: what stands elsewhere in the buffer is as good as masked.
                 let gradients = masked.where_self(&members, &Tensor::from(1e3f32));

@@ -192,9 +192,8 @@ fn micro_batch(
         return Ok(examples);
     }
     let Some(available) = available_memory(memory.device)? else { return Ok(batch_size) };
-    let lengths: Vec<usize> = data.inputs.iter().map(|input| input.ids.len()).collect();
     // Some of it for others, and for what the estimate does not know.
-    Ok(memory.micro_batch(&lengths, batch_size, 0.8 * (available as f64 - later)))
+    Ok(memory.micro_batch(&data.lengths(), batch_size, 0.8 * (available as f64 - later)))
 }
 
 /// Bytes of the values, of those to start from for the next seed, and of the encoder's copy in bfloat16.

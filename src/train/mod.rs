@@ -1,5 +1,6 @@
 //! Training and evaluation of one run.
 
+mod adamw;
 mod adamw_device;
 mod adamw_host;
 mod best_epoch;
@@ -10,7 +11,6 @@ mod memory;
 mod optimizer;
 mod prepare;
 mod pull;
-mod rule;
 mod schedule;
 mod sgd;
 mod step_graphs;
@@ -19,6 +19,7 @@ mod step_weights;
 mod trainer;
 
 pub use crate::model::Precision;
+pub use adamw::AdamW;
 pub use control::{Control, Event, Progress};
 pub use evaluate::{
     Evaluation, Scored, TOKENS_PER_BATCH, evaluate, first_not_finite, frozen_features, predict,
@@ -27,9 +28,8 @@ pub use hyperparameters::{
     AdamWForm, Checkpoint, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Warmup,
 };
 pub use memory::{MemoryUse, available_memory};
-pub use optimizer::AdamW;
+pub use optimizer::{Clip, Optimizer};
 pub use prepare::prepare;
-pub use rule::{Clip, Optimizer};
 pub use schedule::Schedule;
 pub use sgd::Sgd;
 pub use step_variance::{StepVariance, step_variance};

@@ -1,47 +1,45 @@
-//! AdamW over the flat buffers of a model.
+//! The optimizer of a run, whichever it is.
 
 use std::sync::Arc;
 
 use tch::Tensor;
 
-use super::adamw_device::DeviceMoments;
-use super::adamw_host::{HostMoments, StepConstants};
-use super::hyperparameters::{AdamWForm, Hyperparameters};
-use super::rule::Clip;
-use crate::child::GradientMask;
+use super::adamw::AdamW;
+use super::hyperparameters::{Hyperparameters, OptimizerRule};
+use super::sgd::Sgd;
+use crate::child::ChildNetwork;
 use crate::error::Result;
-use crate::libtorch::{elements, elements_mut};
 use crate::method::DecayScope;
-use crate::model::{Parameters, Trainable, Treatment};
+use crate::model::{Parameters, Trainable};
 
-/// AdamW with bias correction (Loshchilov and Hutter, 2019).
-///
-/// The two forms differ in where epsilon stands and when decay happens:
-///
-/// - `torch`: w ← (1 − ηλ) w, then w ← w − η m̂ / (√v̂ + ε);
-/// - `hf_legacy`: w ← w − η √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε), then w ← (1 − ηλ) w.
-///
-/// The second update is the first with ε / √(1 − β₂ᵗ) in place of ε, so one kernel serves both. With a fixed child network
-/// moments exist for its members only: those of the others would stay zero.
-pub struct AdamW {
-    form: AdamWForm,
-    betas: (f64, f64),
-    epsilon: f64,
-    weight_decay: f64,
-    step: u64,
-    learning_rate: f64,
-    /// Factor on the update, without decay, of weights that have pretrained values.
-    pretrained_factor: f64,
-    moments: Moments,
+/// What turns gradients into steps.
+pub enum Optimizer {
+    /// Adam with decoupled weight decay.
+    AdamW(AdamW),
+    /// Plain stochastic gradient descent.
+    Sgd(Sgd),
 }
 
-enum Moments {
-    Host(HostMoments),
-    Device(DeviceMoments),
+/// How clipping scales the gradients of a step.
+pub enum Clip {
+    /// By this factor, known to the host.
+    Factor(f32),
+    /// By one over this scalar, which stays on the device so that nobody waits for it.
+    Divisor(Tensor),
 }
 
-impl AdamW {
-    /// Makes an optimizer with zero moments for the parameters that train; the others are not touched.
+impl Clip {
+    /// Scales gradients of a norm that the host knows to one of at most `limit`. A norm that is no number makes all gradients so,
+    /// and the weights with them, as `clip_grad_norm_` does.
+    pub(super) fn to(limit: f64, norm: f64) -> Self {
+        let factor = limit / (norm + 1e-6);
+        Clip::Factor(if factor > 1.0 { 1.0 } else { factor as f32 })
+    }
+}
+
+impl Optimizer {
+    /// Makes the optimizer that the hyper-parameters ask for, for the parameters that train. With a fixed `child` network, weight
+    /// decay may be kept to its members; all other weights keep every bit then.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -49,74 +47,56 @@ impl AdamW {
         parameters: &Parameters,
         trainable: &Trainable,
         hyperparameters: &Hyperparameters,
-        mask: Option<&Arc<GradientMask>>,
+        child: Option<&Arc<ChildNetwork>>,
         decay: DecayScope,
     ) -> Result<Self> {
-        let mask = GradientMask::fixed(mask);
-        let decays_outside = decay == DecayScope::All;
-        let moments = if parameters.device().is_cuda() {
-            // Gradients that are released come one by one.
-            let groups = match hyperparameters.release_gradients {
-                true => trainable.one_by_one(parameters.iter().map(|(_, parameter)| parameter)),
-                false => trainable.groups.clone(),
-            };
-            Moments::Device(DeviceMoments::new(
-                &groups,
-                mask.as_deref(),
-                decays_outside,
-                parameters.device(),
-            )?)
-        } else {
-            let treated = |parameter| Some((parameter, trainable.treatment(parameter)?));
-            let mut list: Vec<_> =
-                parameters.iter().filter_map(|(_, parameter)| treated(parameter)).collect();
-            list.sort_by_key(|(parameter, _)| parameter.range.start);
-            Moments::Host(HostMoments::new(list.into_iter(), mask, decays_outside))
-        };
-        Ok(Self {
-            form: hyperparameters.adamw,
-            betas: hyperparameters.betas,
-            epsilon: hyperparameters.epsilon,
-            weight_decay: hyperparameters.weight_decay,
-            step: 0,
-            learning_rate: 0.0,
-            pretrained_factor: 1.0,
-            moments,
+        Ok(match hyperparameters.optimizer {
+            OptimizerRule::Adamw => {
+                Optimizer::AdamW(AdamW::new(parameters, trainable, hyperparameters, child, decay)?)
+            }
+            OptimizerRule::Sgd => Optimizer::Sgd(Sgd::new(trainable, hyperparameters, child, decay)),
         })
     }
 
     /// Returns the bytes of the optimizer's state.
     pub fn state_bytes(&self) -> usize {
-        match &self.moments {
-            Moments::Host(moments) => moments.bytes(),
-            Moments::Device(moments) => moments.bytes(),
+        match self {
+            Optimizer::AdamW(adamw) => adamw.state_bytes(),
+            Optimizer::Sgd(_) => 0,
         }
     }
 
-    /// Returns whether updates read the gradients of a fixed child network's members only, and so need no masked ones. (On the
-    /// CPU they do, too, but there hooks mask at no cost.)
+    /// Returns whether updates read the gradients of a fixed child network's members only, so that nobody else has to mask them.
     pub fn gathers(&self) -> bool {
-        matches!(&self.moments, Moments::Device(moments) if moments.gathers())
+        match self {
+            Optimizer::AdamW(adamw) => adamw.gathers(),
+            Optimizer::Sgd(_) => false,
+        }
     }
 
-    /// Returns norms of the gradients that updates will read; of an optimizer that does not gather there are none.
+    /// Returns the norm of each group of gradients that updates will gather from the whole buffer, as scalars on its device: the
+    /// norm of these norms is the global norm. None if the optimizer does not gather.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn norms(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
-        match &self.moments {
-            Moments::Device(moments) => moments.norms(gradients),
-            Moments::Host(_) => Ok(Vec::new()),
+        match self {
+            Optimizer::AdamW(adamw) => adamw.norms(gradients),
+            Optimizer::Sgd(_) => Ok(Vec::new()),
         }
     }
 
-    /// Starts a step. `pretrained_factor` is on the update, without decay, of weights that have pretrained values.
+    /// Starts a step. `pretrained_factor` is on the update, without decay, of weights that have pretrained values
+    /// ([`Treatment::pretrained`](crate::model::Treatment)).
     pub fn begin_step(&mut self, learning_rate: f64, pretrained_factor: f64) {
-        self.step += 1;
-        (self.learning_rate, self.pretrained_factor) = (learning_rate, pretrained_factor);
+        match self {
+            Optimizer::AdamW(adamw) => adamw.begin_step(learning_rate, pretrained_factor),
+            Optimizer::Sgd(sgd) => sgd.begin_step(learning_rate, pretrained_factor),
+        }
     }
 
-    /// Updates weights with their gradients, both the part of the flat buffer that begins at `start`.
+    /// Updates weights with their gradients, both the part of the flat buffer that begins at `start`: the whole buffer, or one
+    /// parameter. Gradients are masked already unless [`Optimizer::gathers`] says that they need not be.
     ///
     /// # Errors
     /// Fails if libtorch refuses.
@@ -127,30 +107,25 @@ impl AdamW {
         start: usize,
         clip: &Clip,
     ) -> Result<()> {
-        let Self { form, betas, epsilon, weight_decay, step, learning_rate, pretrained_factor, .. } = *self;
-        let legacy = form == AdamWForm::HfLegacy;
-        let root = (1.0 - betas.1.powi(step as i32)).sqrt();
-        let constants = |treatment: Treatment| {
-            let rate = learning_rate * treatment.rate;
-            let decay = if treatment.decays { 1.0 - rate * weight_decay } else { 1.0 };
-            StepConstants {
-                step,
-                learning_rate: rate * if treatment.pretrained { pretrained_factor } else { 1.0 },
-                betas,
-                epsilon: if legacy { epsilon / root } else { epsilon },
-                decay_before: if legacy { 1.0 } else { decay },
-                decay_after: if legacy { decay } else { 1.0 },
-            }
-        };
-        match &mut self.moments {
-            Moments::Host(moments) => {
-                let (values, gradients) = (elements_mut(values)?, elements(gradients)?);
-                moments.apply(values, gradients, start, clip.factor(), constants);
-                Ok(())
-            }
-            Moments::Device(moments) => {
-                moments.apply(values, gradients, start, clip.divisor(), step, constants)
-            }
+        match self {
+            Optimizer::AdamW(adamw) => adamw.apply(values, gradients, start, clip),
+            Optimizer::Sgd(sgd) => sgd.apply(values, gradients, start, clip),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gradients_become_shorter_never_longer_and_what_is_no_number_is_not_hidden() {
+        let factor = |norm: f64| match Clip::to(1.0, norm) {
+            Clip::Factor(factor) => factor,
+            Clip::Divisor(_) => unreachable!("the host knows the norm"),
+        };
+        assert_eq!(factor(4.0), (1.0 / (4.0 + 1e-6)) as f32);
+        assert_eq!([0.5, 0.0, f64::INFINITY].map(factor), [1.0, 1.0, 0.0]);
+        assert!(factor(f64::NAN).is_nan());
     }
 }

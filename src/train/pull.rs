@@ -6,7 +6,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::Tensor;
 
-use crate::child::{CHUNK, GradientMask};
+use crate::child::{CHUNK, ChildNetwork};
 use crate::error::Result;
 use crate::libtorch::{elements, elements_mut};
 use crate::method::{DecayOrder, Pull, PullStrength};
@@ -17,18 +17,18 @@ pub struct Pulls {
     pulls: Vec<Box<dyn Pull>>,
     /// Coefficient of the weight decay that comes after them; zero where it comes with the update.
     weight_decay: f64,
-    /// The mask whose fixed child network alone decays; without one, all weights do.
-    decayed: Option<Arc<GradientMask>>,
+    /// The fixed child network that alone decays; without one, all weights do.
+    decayed: Option<Arc<ChildNetwork>>,
 }
 
 impl Pulls {
     /// Takes the pulls of a method, and the weight decay of the run from the optimizer, if one of them does it or takes its
-    /// place. With `decayed` nothing but the members of its fixed child network is moved towards zero. Returns what is left
+    /// place. With `decayed` nothing but the members of that child network is moved towards zero. Returns what is left
     /// of the decay to the optimizer.
     pub fn new(
         pulls: Vec<Box<dyn Pull>>,
         weight_decay: f64,
-        decayed: Option<Arc<GradientMask>>,
+        decayed: Option<Arc<ChildNetwork>>,
     ) -> (Self, f64) {
         let order = pulls.iter().map(|pull| pull.decay()).max().unwrap_or(DecayOrder::WithUpdate);
         let (own, left) = match order {
@@ -130,7 +130,7 @@ impl Pulls {
     /// child network are at their start.)
     fn shrink(&self, values: &Tensor, group: &TrainableGroup, factor: f64) -> Result<()> {
         let mut values = part(values, group)?;
-        match self.decayed.as_ref().and_then(|mask| mask.child()) {
+        match &self.decayed {
             Some(child) => child.scale_members(&mut values, group.range.start, factor)?,
             None => values.f_mul_scalar_(factor).map(|_| ())?,
         }

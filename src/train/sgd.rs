@@ -5,8 +5,8 @@ use std::sync::Arc;
 use tch::Tensor;
 
 use super::hyperparameters::Hyperparameters;
-use super::rule::Clip;
-use crate::child::GradientMask;
+use super::optimizer::Clip;
+use crate::child::ChildNetwork;
 use crate::error::Result;
 use crate::method::DecayScope;
 use crate::model::{Trainable, TrainableGroup, Treatment};
@@ -22,7 +22,7 @@ pub struct Sgd {
     pretrained_factor: f64,
     groups: Vec<TrainableGroup>,
     /// The child network that decay is kept to, if it is.
-    decayed: Option<Arc<GradientMask>>,
+    decayed: Option<Arc<ChildNetwork>>,
 }
 
 impl Sgd {
@@ -30,7 +30,7 @@ impl Sgd {
     pub fn new(
         trainable: &Trainable,
         hyperparameters: &Hyperparameters,
-        mask: Option<&Arc<GradientMask>>,
+        child: Option<&Arc<ChildNetwork>>,
         decay: DecayScope,
     ) -> Self {
         Self {
@@ -38,7 +38,7 @@ impl Sgd {
             learning_rate: 0.0,
             pretrained_factor: 1.0,
             groups: trainable.groups.clone(),
-            decayed: GradientMask::fixed(mask.filter(|_| decay == DecayScope::Child)),
+            decayed: child.filter(|_| decay == DecayScope::Child).cloned(),
         }
     }
 
@@ -69,7 +69,7 @@ impl Sgd {
             let learning_rate = self.learning_rate * rate;
             if decays && self.weight_decay != 0.0 {
                 let shrink = 1.0 - learning_rate * self.weight_decay;
-                match self.decayed.as_ref().and_then(|mask| mask.child()) {
+                match &self.decayed {
                     Some(child) => child.scale_members(&mut weights, first, shrink)?,
                     None => weights.f_mul_scalar_(shrink).map(|_| ())?,
                 }
@@ -86,7 +86,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::child::{ChildNetwork, Cut, MaskScope, Threshold, random_scores};
+    use crate::child::{Cut, MaskScope, Threshold, random_scores};
     use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
 
     /// Weights 0, 1, 2, …; the bias does not decay.
@@ -102,14 +102,14 @@ mod tests {
         parameters
     }
 
-    fn sgd(parameters: &Parameters, mask: Option<GradientMask>) -> Sgd {
+    fn sgd(parameters: &Parameters, child: Option<ChildNetwork>) -> Sgd {
         let groups = parameters.trainable(|_| true).groups;
         Sgd {
             weight_decay: 0.5,
             learning_rate: 0.1,
             pretrained_factor: 1.0,
             groups,
-            decayed: mask.map(Arc::new),
+            decayed: child.map(Arc::new),
         }
     }
 
@@ -141,7 +141,7 @@ mod tests {
         let bits: Vec<bool> = child.bits(&child.tensors()[0]).collect();
         let gradients = parameters.values().zeros_like();
         let mut flat = parameters.values_to_change();
-        let sgd = sgd(&parameters, Some(GradientMask::Fixed(child)));
+        let sgd = sgd(&parameters, Some(child));
         sgd.apply(&mut flat, &gradients, 0, &Clip::Factor(1.0)).unwrap();
         let after = values(&parameters, "weight");
         for ((before, after), bit) in before.iter().zip(&after).zip(bits) {

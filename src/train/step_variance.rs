@@ -1,7 +1,7 @@
 //! Theorem 1 of the paper, measured: mean and variance of one step of SGD under Child-Tuning_F.
 //!
-//! Let g be the mean gradient over all N examples, σ² the variance of the gradients of single examples around it (with N
-//! below the line), both of one weight, and B the examples of a step, drawn without replacement. The mean gradient of the
+//! Let g be the mean gradient over all N examples, σ² the variance of the gradients of single examples around it (a sum
+//! divided by N), both of one weight, and B the examples of a step, drawn without replacement. The mean gradient of the
 //! batch has mean g and variance V = σ²/B · (N − B)/(N − 1). The mask M ~ Bernoulli(p) is independent of it, and the step
 //! is Δw = −η s M ḡ, where s is 1/p (or 1 without rescaling). So
 //!
@@ -48,11 +48,11 @@ pub struct StepVariance {
     pub predicted_mean_norm: f64,
     /// ‖mean of the draws − E\[Δw\]‖.
     pub mean_error_norm: f64,
-    /// Root mean square of the above that draws of the predicted variance have.
+    /// What the above is in root mean square if the predicted variance is right.
     pub expected_mean_error_norm: f64,
     /// Σ Var\[Δw\].
     pub predicted_variance: f64,
-    /// The same from the draws (with draws − 1 below the line).
+    /// The same from the draws (a sum divided by draws − 1).
     pub measured_variance: f64,
     /// Measured / predicted variance; nothing where none is predicted.
     pub ratio: Option<f64>,

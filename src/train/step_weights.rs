@@ -14,8 +14,9 @@ pub struct StepWeights {
 }
 
 impl StepWeights {
-    /// Takes weights, `used` instead of the leaves that train. Passes go backward one by one, if checkpointed layer by layer, and
-    /// so more than once through what they share: their graph begins at leaves, and [`StepWeights::backward`] goes on from there.
+    /// Replaces weights that are computed from the leaves by copies that begin a graph of their own. Several backward passes
+    /// run through them, of which the first would free the graph that they share; [`StepWeights::backward`] carries the sum of
+    /// their gradients on to the leaves.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.

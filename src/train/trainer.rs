@@ -11,9 +11,9 @@ use super::control::{Control, Event, Progress};
 use super::evaluate::{Evaluation, Scored, evaluate};
 use super::hyperparameters::{Checkpoint, Hyperparameters};
 use super::memory::micro_batch_of_training;
+use super::optimizer::{Clip, Optimizer};
 use super::prepare::{prepare, trainable};
 use super::pull::Pulls;
-use super::rule::{Clip, Optimizer};
 use super::schedule::Schedule;
 use super::step_graphs::{self, StepGraphs};
 use super::step_weights::{StepWeights, plain_weights};
@@ -156,8 +156,7 @@ impl<'a> Trainer<'a> {
         let pulls = std::mem::take(&mut prepared.parts.pulls);
         let (pulls, weight_decay) = Pulls::new(pulls, hyperparameters.weight_decay, prepared.decayed());
         let settings = Hyperparameters { weight_decay, ..hyperparameters.clone() };
-        let mask = prepared.mask.as_ref();
-        let optimizer = Optimizer::new(parameters, &trainable, &settings, mask, prepared.decay)?;
+        let optimizer = Optimizer::new(parameters, &trainable, &settings, prepared.child(), prepared.decay)?;
         let optimizer = Arc::new(Mutex::new(optimizer));
         let weights = parameters.compute_weights(hyperparameters.pass_precision().kind())?;
         let trains = |parameter: &Parameter| trainable.holds(parameter);
@@ -174,13 +173,13 @@ impl<'a> Trainer<'a> {
             // `data` has a version counter of its own: autograd would take an update in place for a change of a weight that it
             // has saved for backward, though this one has been used for the last time.
             let (optimizer, values) = (optimizer.clone(), parameters.values_to_change().f_data()?);
-            let mask = mask.filter(|_| masking != Masking::Optimizer);
+            let mask = prepared.mask.as_ref().filter(|_| masking != Masking::Optimizer);
             GradientHooks::hand_on(parameters, &weights, trains, mask, move |parameter, gradient| {
                 let mut values = span(&values, &parameter.range)?;
                 locked(&optimizer).apply(&mut values, gradient, parameter.range.start, &Clip::Factor(1.0))
             })?
         } else {
-            let mask = mask.filter(|_| masking == Masking::Hooks);
+            let mask = prepared.mask.as_ref().filter(|_| masking == Masking::Hooks);
             GradientHooks::collect(parameters, &weights, trains, mask)?
         };
         let total = hyperparameters.total_steps(data.len());

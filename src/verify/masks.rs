@@ -69,7 +69,7 @@ fn check_fixed(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> Str
     let scores = scores(&reference.parameters);
     let mask = |model: &Classifier| -> Result<Arc<GradientMask>> {
         let child = ChildNetwork::from_scores(&model.parameters, &scores, &cut(Threshold::Global))?;
-        Ok(Arc::new(GradientMask::Fixed(child)))
+        Ok(Arc::new(GradientMask::Fixed(Arc::new(child))))
     };
     let masked = |model: &Classifier, values: &Tensor| -> Result<Tensor> {
         model.parameters.gradients()?.shallow_clone().f_copy_(values)?;

@@ -160,7 +160,7 @@ pub fn measured_method(method: &str, share: f64, model: &Classifier) -> Result<P
             let scores = random_scores(parameters.buffer_len(), SEED);
             let cut = Cut::highest(share, MaskScope::EncoderLayers, Threshold::Global);
             let child = ChildNetwork::from_scores(parameters, &scores, &cut)?;
-            (Some(GradientMask::Fixed(child)), DecayScope::Child)
+            (Some(GradientMask::Fixed(Arc::new(child))), DecayScope::Child)
         }
         other => return Err(Error::configuration(format!("unknown method {other}"))),
     };

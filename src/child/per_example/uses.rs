@@ -25,7 +25,7 @@ pub(super) struct Uses {
     layers: RefCell<HashMap<ParameterId, Arc<Mutex<UsesOfLayer>>>>,
 }
 
-/// The uses of one layer, of which forward has begun all before backward ends the first.
+/// The uses of one layer in one pass. Forward has noted all of them before backward ends the first.
 #[derive(Default)]
 pub(super) struct UsesOfLayer {
     /// How many have no gradient yet.

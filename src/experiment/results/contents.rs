@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-use super::row::SCHEMA_VERSION;
+use super::row::{SCHEMA_VERSION, Status};
 use super::text::other_version;
 use crate::csv_lines::record_start;
 use crate::data::Split;
@@ -22,43 +22,32 @@ pub(super) struct Contents {
     pub rows: Vec<Found>,
 }
 
-/// What of a row decides over other rows.
+/// The fields of a row that decide whether a run has to be done again.
 pub(super) struct Found {
     pub run: String,
     pub evaluated_on: String,
     pub split: String,
     /// SHA-256 of the data that were scored.
     pub data: String,
-    pub ended: Ended,
+    pub status: Status,
     /// Whether the row has a field for every column.
     pub whole: bool,
     /// The row with its newline.
     pub line: Range<usize>,
 }
 
-/// How a run ended, as far as later starts are concerned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// Trained and scored.
-    Ok,
-    /// It would end so again.
-    Diverged,
-    /// It is to be tried again.
-    Failed,
-}
-
 /// What a results file holds of every run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Recorded {
-    rows: HashMap<String, Vec<([String; 3], Ended)>>,
+    rows: HashMap<String, Vec<([String; 3], Status)>>,
 }
 
 impl Recorded {
     /// Returns how a run ended, if it is there: failed, if any of its rows is.
-    pub fn ended(&self, run: &str) -> Option<Ended> {
+    pub fn status(&self, run: &str) -> Option<Status> {
         let rows = self.rows.get(run)?;
-        let has = |ended| rows.iter().any(|(_, other)| *other == ended);
-        [Ended::Failed, Ended::Diverged].into_iter().find(|ended| has(*ended)).or(Some(Ended::Ok))
+        let has = |status: &Status| rows.iter().any(|(_, other)| other == status);
+        [Status::Failed, Status::Diverged].into_iter().find(has).or(Some(Status::Ok))
     }
 
     /// Returns whether a run need not be done again: it did not fail, and has a row for each of these tasks, splits and
@@ -68,7 +57,7 @@ impl Recorded {
         let has = |(task, split, data): (&str, Split, &str)| {
             there.iter().any(|(key, _)| *key == [task, split.name(), data])
         };
-        self.ended(run).is_some_and(|ended| ended != Ended::Failed) && rows.into_iter().all(has)
+        self.status(run).is_some_and(|status| status != Status::Failed) && rows.into_iter().all(has)
     }
 }
 
@@ -101,11 +90,7 @@ impl Contents {
                 evaluated_on: field(evaluated_on),
                 split: field(split),
                 data: field(data),
-                ended: match field(status).as_str() {
-                    "failed" => Ended::Failed,
-                    "diverged" => Ended::Diverged,
-                    _ => Ended::Ok,
-                },
+                status: Status::of_field(&field(status)),
                 whole: record.len() >= header.len(),
                 line: 0..0,
             });
@@ -131,7 +116,7 @@ impl Contents {
         let mut recorded = Recorded::default();
         for found in self.rows {
             let key = [found.evaluated_on, found.split, found.data];
-            recorded.rows.entry(found.run).or_default().push((key, found.ended));
+            recorded.rows.entry(found.run).or_default().push((key, found.status));
         }
         recorded
     }

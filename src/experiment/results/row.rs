@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::text::{count, flag, number};
+use crate::values::yaml_name;
 
 /// The version of the columns below; a column that is added, dropped or given another meaning raises it.
 pub const SCHEMA_VERSION: u32 = 5;
@@ -28,6 +29,14 @@ pub enum Status {
     Diverged,
     /// Something outside the mathematics went wrong, such as memory or a file; it is tried again.
     Failed,
+}
+
+impl Status {
+    /// Reads the column of a results file; a word that is not known counts as trained and evaluated.
+    pub(super) fn of_field(field: &str) -> Self {
+        let is_named = |status: &Self| yaml_name(status) == field;
+        [Status::Diverged, Status::Failed].into_iter().find(is_named).unwrap_or_default()
+    }
 }
 
 /// One run as evaluated on one data set; the fields are the columns, in this order.
@@ -146,7 +155,7 @@ pub struct Row {
     /// Spearman correlation.
     #[serde(default, with = "number")]
     pub spearman: Option<f64>,
-    /// Plain mean of the task's two metrics.
+    /// Plain mean of the task's metrics.
     #[serde(default, with = "number")]
     pub combined: Option<f64>,
     /// Mean loss over the scored examples.
@@ -194,7 +203,7 @@ pub struct Row {
     /// What the method keeps besides, in MiB, such as a mask.
     #[serde(default, with = "number")]
     pub method_state_mb: Option<f64>,
-    /// Parameters that the optimizer may change, in weights.
+    /// Number of weights that training can change; those outside a fixed mask do not count.
     #[serde(default, deserialize_with = "count")]
     pub trainable_parameters: Option<u64>,
     /// Weights of the child network; empty for methods without one.

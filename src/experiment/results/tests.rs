@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::{Ended, ResultsFile, Row, Status, beside, read, recorded};
+use super::{ResultsFile, Row, Status, beside, read, recorded};
 use crate::data::Split;
 use crate::error::Error;
 
@@ -54,9 +54,9 @@ fn a_run_is_done_when_each_data_set_has_a_row_that_did_not_fail() {
     for wanted in [("snli", Split::Dev, "new"), ("snli", Split::Test, "old"), ("mnli", Split::Dev, "old")] {
         assert!(!recorded.has(&row(1, "").run, [wanted]), "{wanted:?}");
     }
-    assert_eq!(recorded.ended(&row(1, "").run), Some(Ended::Ok));
-    assert_eq!(recorded.ended(&row(2, "").run), Some(Ended::Diverged));
-    assert_eq!(recorded.ended(&row(3, "").run), None);
+    assert_eq!(recorded.status(&row(1, "").run), Some(Status::Ok));
+    assert_eq!(recorded.status(&row(2, "").run), Some(Status::Diverged));
+    assert_eq!(recorded.status(&row(3, "").run), None);
     results.append(&[on("new")]).unwrap();
     assert!(results.recorded().unwrap().has(&row(1, "").run, [("snli", Split::Dev, "new")]));
 }

@@ -10,7 +10,7 @@ use super::machine;
 use super::plan::Plan;
 use super::results::{Row, Status};
 use super::run::{Run, RunPurpose};
-use crate::data::Metric;
+use crate::data::{Metric, Objective};
 use crate::libtorch;
 use crate::train::{Evaluation, Trained};
 use crate::values::yaml_name;
@@ -32,7 +32,7 @@ pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, starte
     let settings = &run.hyperparameters;
     let source = run.source();
     let overrides = &run.model.overrides;
-    let cost = method_cost(run).ok();
+    let is_regression = matches!(run.task.card.objective, Objective::Regression);
     Row {
         experiment: plan.name.clone(),
         run: run.id.clone(),
@@ -83,8 +83,8 @@ pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, starte
         label_noise: run.label_noise,
         headline: on.card.headline.name().to_owned(),
         examples_prepared: run.method.examples_passed(run.training_examples()) as u64,
-        passes_per_step: cost.as_ref().map_or(0, |cost| cost.passes as u64),
-        method_state_mb: cost.map(|cost| cost.method_bytes as f64 / MEBIBYTE),
+        passes_per_step: run.method.parts().passes(is_regression) as u64,
+        method_state_mb: method_cost(run).ok().map(|cost| cost.method_bytes as f64 / MEBIBYTE),
         examples_train: run.training_examples() as u64,
         examples_evaluated: on.dataset.examples.len() as u64,
         device: machine::device_name(device),
