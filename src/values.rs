@@ -43,6 +43,41 @@ pub mod nan_as_null {
     }
 }
 
+/// Reads a map whose keys are the user's, each at most once.
+///
+/// # Errors
+/// Those of the format, and if a key is there twice.
+pub fn keys_once<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<serde_json::Map<String, serde_json::Value>>, D::Error> {
+    deserializer.deserialize_any(KeysOnce).map(Some)
+}
+
+struct KeysOnce;
+
+impl<'de> Visitor<'de> for KeysOnce {
+    type Value = serde_json::Map<String, serde_json::Value>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a map")
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Self::Value, E> {
+        Ok(serde_json::Map::new())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+        let mut map = serde_json::Map::new();
+        while let Some(key) = entries.next_key::<String>()? {
+            if map.contains_key(&key) {
+                return Err(A::Error::custom(format!("duplicate field `{key}`")));
+            }
+            map.insert(key, entries.next_value()?);
+        }
+        Ok(map)
+    }
+}
+
 /// One value, or a list of values that makes an axis of the grid.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OneOrMany<T>(pub Vec<T>);

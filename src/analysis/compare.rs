@@ -5,7 +5,7 @@
 
 mod render;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 pub(super) use render::markdown_text;
 
@@ -223,8 +223,19 @@ impl Identity<'_> {
         });
         let shared = (self.hyperparameters.iter())
             .filter(|&setting| others.iter().any(|other| !other.hyperparameters.contains(setting)));
-        let mut settings: Vec<String> =
-            own.chain(shared).map(|own| format!("{}={}", own.name, own.value)).collect();
+        // In two chains one setting may be of different stages.
+        let elsewhere = |setting: &Setting| {
+            let is_it = |other: &Setting| {
+                (&other.name, &other.value) == (&setting.name, &setting.value) && other.stage != setting.stage
+            };
+            others.iter().filter(same_method).any(|other| other.method_settings.iter().any(is_it))
+        };
+        let of_stage = |setting: &Setting| match elsewhere(setting) {
+            true => format!("stage{}.{}={}", setting.stage + 1, setting.name, setting.value),
+            false => format!("{}={}", setting.name, setting.value),
+        };
+        let shared = shared.map(|setting| format!("{}={}", setting.name, setting.value));
+        let mut settings: Vec<String> = own.map(of_stage).chain(shared).collect();
         if others.iter().any(|other| other.model == self.model && other.weights != self.weights) {
             settings.push(format!("weights={}", short_hash(self.weights)));
         }
@@ -267,8 +278,8 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
         model: &row.model,
         weights: &row.model_sha256,
         data: &row.train_sha256,
-        method: chain(&row.source_method, &row.method),
-        method_settings: method_settings(&chain(&row.source_config, &row.method_config)),
+        method: chain(row, &row.source_method, &row.method),
+        method_settings: method_settings(row),
         hyperparameters: hyperparameters(row, size_is_setting),
     })
     .into_iter()
@@ -298,10 +309,10 @@ fn group(identity: &Identity, settings: String, rows: &[&Row], baselines: &[&Vec
     let with = |status| rows.iter().filter(|row| row.status == status).count();
     let ok: Vec<&&Row> = rows.iter().filter(|row| row.status == Status::Ok).collect();
     let scores: Vec<f64> = ok.iter().filter_map(|row| row.score).collect();
-    let mut seeds: Vec<u64> = rows.iter().map(|row| row.seed).collect();
-    seeds.sort_unstable();
-    seeds.dedup();
-    let differences = baseline.map_or(Vec::new(), |baseline| differences(rows, baseline));
+    let surplus = surplus(rows);
+    // Which of several runs of a seed belongs to which, nothing tells.
+    let paired = baseline.filter(|baseline| surplus == 0 && self::surplus(baseline) == 0);
+    let differences = paired.map_or(Vec::new(), |baseline| differences(rows, baseline));
     let cost = Cost::of(rows);
     Group {
         model: identity.model.to_owned(),
@@ -313,7 +324,7 @@ fn group(identity: &Identity, settings: String, rows: &[&Row], baselines: &[&Vec
         diverged: with(Status::Diverged),
         failed: with(Status::Failed),
         degenerate: ok.iter().filter(|row| row.degenerate == Some(true)).count(),
-        surplus: rows.len() - seeds.len(),
+        surplus,
         mean: mean(&scores),
         standard_deviation: standard_deviation(&scores),
         half_width: confidence_half_width(&scores),
@@ -330,15 +341,15 @@ fn group(identity: &Identity, settings: String, rows: &[&Row], baselines: &[&Vec
     }
 }
 
-/// Returns the score of each seed that has one; of several runs of a seed, the first counts.
+/// Returns the number of runs beyond the first of their seed.
+fn surplus(rows: &[&Row]) -> usize {
+    rows.len() - rows.iter().map(|row| row.seed).collect::<HashSet<_>>().len()
+}
+
+/// Returns the score of each seed that has one.
 fn scores_by_seed(rows: &[&Row]) -> BTreeMap<u64, f64> {
-    let mut scores = BTreeMap::new();
-    for row in rows.iter().filter(|row| row.status == Status::Ok) {
-        if let Some(score) = row.score {
-            scores.entry(row.seed).or_insert(score);
-        }
-    }
-    scores
+    let ok = rows.iter().filter(|row| row.status == Status::Ok);
+    ok.filter_map(|row| Some((row.seed, row.score?))).collect()
 }
 
 /// Returns what sets the scores of some rows apart from those of others, one number a common seed.
@@ -368,13 +379,22 @@ fn mark_best_means(groups: &mut [Group], models: &[[&str; 3]]) {
     }
 }
 
-/// Joins what the stages before a run have with what it has itself.
-fn chain(earlier: &str, own: &str) -> String {
-    if earlier.is_empty() { own.to_owned() } else { format!("{earlier}>{own}") }
+/// Joins what the stages before a run have, if there are any, with what it has itself.
+fn chain(row: &Row, earlier: &str, own: &str) -> String {
+    if row.source_method.is_empty() { own.to_owned() } else { format!("{earlier}>{own}") }
 }
 
-/// Splits the text of a method's settings, or of those of several stages, into names and values.
-fn method_settings(config: &str) -> Vec<Setting> {
+/// Name of what stands among the settings of a first stage that started from a folder of unknown making.
+const START: &str = "start";
+
+/// Splits the settings of a run's method, or of those of several stages, into names and values.
+fn method_settings(row: &Row) -> Vec<Setting> {
+    let mut settings = stage_settings(&chain(row, &row.source_config, &row.method_config));
+    settings.retain(|setting| setting.name != START);
+    settings
+}
+
+fn stage_settings(config: &str) -> Vec<Setting> {
     let of_stage = |(stage, config): (usize, &str)| {
         let setting = move |text: &str| {
             let (name, value) = text.split_once('=').unwrap_or((text, "true"));
@@ -414,9 +434,9 @@ fn hyperparameters(row: &Row, size_is_setting: bool) -> Vec<Setting> {
         ("purpose", row.purpose.clone()),
     ];
     // Runs that start from a folder of unknown making: all that tells them apart is what is in it.
-    if row.source_method.is_empty() && !row.source_run.is_empty() {
-        settings.push(("start", row.source_run.clone()));
-    }
+    let of_chain = stage_settings(&row.source_config).into_iter().find(|setting| setting.name == START);
+    let of_run = (row.source_method.is_empty() && !row.source_run.is_empty()).then(|| row.source_run.clone());
+    settings.extend(of_chain.map(|setting| setting.value).or(of_run).map(|start| (START, start)));
     if size_is_setting {
         settings.push(("examples_train", row.examples_train.to_string()));
     }

@@ -39,6 +39,8 @@ struct State {
     masks: bool,
     /// The sums of squares of each tensor of the child network, `[count]` in float32.
     sums: Vec<Tensor>,
+    /// Whether each of these tensors trains, as far as gradients have been observed.
+    trains: Vec<bool>,
 }
 
 impl AdaptiveMask {
@@ -60,7 +62,8 @@ impl AdaptiveMask {
         let sums = (child.tensors().iter())
             .map(|tensor| Ok(Tensor::f_zeros([tensor.count as i64], options)?))
             .collect::<Result<_>>()?;
-        let state = Mutex::new(State { step: 0, child, masks: false, sums });
+        let trains = vec![true; child.tensors().len()];
+        let state = Mutex::new(State { step: 0, child, masks: false, sums, trains });
         Ok(Self { scope, p, stage, uses, state })
     }
 
@@ -69,9 +72,13 @@ impl AdaptiveMask {
         self.scope
     }
 
-    /// Returns the share of the maskable weights that the last child network has.
+    /// Returns the share that the last child network has of the maskable weights that train.
     pub fn share(&self) -> f64 {
-        locked(&self.state).child.share()
+        let state = locked(&self.state);
+        let tensors = state.child.tensors().iter().zip(&state.trains).filter(|(_, trains)| **trains);
+        let (kept, count) =
+            tensors.fold((0, 0), |(kept, count), (own, _)| (kept + own.kept, count + own.count));
+        if count == 0 { 0.0 } else { kept as f64 / count as f64 }
     }
 
     /// Returns the step in which the current step's child network was chosen; nothing where everything trains.
@@ -128,13 +135,17 @@ impl AdaptiveMask {
     /// Fails if libtorch refuses an operation.
     pub fn observe(&self, parameters: &Parameters, trains: impl Fn(&Parameter) -> bool) -> Result<()> {
         let mut state = locked(&self.state);
-        let State { step, masks, sums, .. } = &mut *state;
+        let State { step, masks, sums, trains: observed, .. } = &mut *state;
         if *masks {
             return Ok(());
         }
         let (gradients, adds) = (parameters.gradients()?, !step.is_multiple_of(self.stage));
-        let tensors = parameters.iter().filter(|(_, parameter)| self.scope.covers(parameter)).zip(sums);
-        for ((id, _), sums) in tensors.filter(|((_, parameter), _)| trains(parameter)) {
+        let tensors = parameters.iter().filter(|(_, parameter)| self.scope.covers(parameter));
+        for (((id, parameter), sums), observed) in tensors.zip(sums).zip(observed) {
+            *observed = trains(parameter);
+            if !*observed {
+                continue;
+            }
             let gradient = parameters.part(gradients, id)?;
             if !gradient.device().is_cuda() {
                 add_squares(elements_mut(sums)?, elements(&gradient)?, adds);
@@ -207,6 +218,18 @@ mod tests {
         assert_eq!(mask.chosen_in(), Some(6));
         let bias = mask.members(parameters().get(parameters().find("bias").unwrap()), Device::Cpu);
         assert!(bias.unwrap().unwrap().all().int64_value(&[]) == 1, "a bias trains always");
+    }
+
+    #[test]
+    fn what_does_not_train_does_not_count() {
+        let mask = AdaptiveMask::new(&parameters(), MaskScope::AllLinear, 0.2, 1, None).unwrap();
+        let parameters = parameters();
+        let values = Tensor::arange(parameters.buffer_len() as i64, (Kind::Float, Device::Cpu));
+        parameters.gradients().unwrap().shallow_clone().copy_(&values);
+        mask.begin_step(0).unwrap();
+        mask.observe(&parameters, |parameter| parameter.name == "matrix").unwrap();
+        mask.begin_step(1).unwrap();
+        assert_eq!(mask.share(), 0.2);
     }
 
     /// Sums are those of the last first stage alone, and of whole steps.

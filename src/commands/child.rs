@@ -112,21 +112,25 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
         ChildCommand::Compute { experiment, compute, output } => {
             let device = compute.device()?;
             let never = AtomicBool::new(false);
+            let mut shown = Ok(());
             for plan in experiment.plans_with_models()? {
                 let mut display = Display::new();
                 let masks = Runner::new(&plan, device, &never, &mut |event| display.show(event))
                     .compute_masks(&output)?;
                 display.finish();
                 for (mask, uncertainty) in &masks {
-                    show(mask.display())?;
+                    shown = shown.and_then(|()| show(mask.display()));
                     if let Some(uncertainty) = uncertainty {
-                        show(format_args!("  {}", uncertainty_line(uncertainty)))?;
+                        let line = format!("  {}", uncertainty_line(uncertainty));
+                        shown = shown.and_then(|()| show(line));
                     }
                 }
                 if masks.is_empty() {
                     tell(format_args!("{}: no method of this experiment has a fixed mask", plan.name));
                 }
             }
+            // That nobody reads any more must not keep the masks from being computed.
+            shown?;
         }
         ChildCommand::Inspect { mask, tensors } => show(inspection(&read_mask(&mask)?, tensors))?,
         ChildCommand::Overlap { masks, output, by } => {
@@ -135,17 +139,17 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
             }
             let masks = masks.iter().map(|mask| read_mask(mask)).collect::<Result<Vec<_>, Error>>()?;
             let pairs = overlaps(&masks, by.unwrap_or(By::Layer).into())?;
-            show(matrices(&pairs))?;
             if let Some(output) = output {
                 write_rows(&output, &pairs)?;
             }
+            show(matrices(&pairs))?;
         }
         ChildCommand::Variance { experiment, compute, draws, output } => {
             check_output(&output, experiment.files())?;
             let device = compute.device()?;
             let never = AtomicBool::new(false);
             let plans = experiment.plans_with_models()?;
-            let mut rows = Vec::new();
+            let (mut rows, mut shown) = (Vec::new(), Ok(()));
             for plan in &plans {
                 let mut display = Display::new();
                 let measured = Runner::new(plan, device, &never, &mut |event| display.show(event))
@@ -160,7 +164,7 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
                         seed: run.seed,
                     };
                     let label = run.label();
-                    show(match (variance.ratio, variance.standard_error_of_ratio) {
+                    let line = match (variance.ratio, variance.standard_error_of_ratio) {
                         (Some(ratio), Some(error)) => {
                             format!("{label}: variance {ratio:.4} ± {error:.4} of the predicted one")
                         }
@@ -168,11 +172,13 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
                             "{label}: no variance is predicted, since every step has all {} examples and no mask",
                             variance.examples
                         ),
-                    })?;
+                    };
+                    shown = shown.and_then(|()| show(line));
                     rows.push((about, variance));
                 }
             }
             write_rows(&output, &rows)?;
+            shown?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -149,7 +149,7 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
         }
     }
     let mut pool = (places.len() > 1).then(|| worker_pool(&places));
-    let mut failed = false;
+    let (mut failed, mut all_shown) = (false, Ok(()));
     for (number, plan) in plans.iter().enumerate() {
         let started = Instant::now();
         let mut display = Display::new();
@@ -163,13 +163,15 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
         display.finish();
         let shown =
             show_comparison(&plan.results).and_then(|()| show(sentence(plan, &summary, started.elapsed())));
-        // Whoever read this may have seen enough; the runs of the other experiments are wanted all the same.
-        shown.or_else(|error| if is_broken_pipe(&error) { Ok(()) } else { Err(error) })?;
+        // Whoever read this may have seen enough, or a disk be full; the runs of the other experiments are wanted all the same.
+        all_shown =
+            all_shown.and(shown.or_else(|error| if is_broken_pipe(&error) { Ok(()) } else { Err(error) }));
         failed |= summary.failed > 0 || summary.diverged_before > 0;
         if summary.interrupted {
             return Ok(ExitCode::from(130));
         }
     }
+    all_shown?;
     Ok(ExitCode::from(u8::from(failed)))
 }
 

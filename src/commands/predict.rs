@@ -43,10 +43,13 @@ pub struct PredictArguments {
 /// Predicts and writes the CSV.
 pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     let device = arguments.compute.device()?;
-    check_output(&arguments.output, [arguments.input.as_path()])?;
+    let (model, _) = model_folder(&arguments.model)?;
+    let files = std::fs::read_dir(&model).into_iter().flatten().flatten().map(|entry| entry.path());
+    let inputs: Vec<PathBuf> =
+        [arguments.input.clone(), arguments.task.clone().into()].into_iter().chain(files).collect();
+    check_output(&arguments.output, inputs.iter().map(PathBuf::as_path))?;
     let card = named_card(&arguments.task, Path::new(""))?;
     let dataset = read_file(&card, &arguments.input)?;
-    let (model, _) = model_folder(&arguments.model)?;
     let folder = ModelFolder::open(&model)?;
     let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
     let encoder = TokenEncoder::from_folder(&model)?;

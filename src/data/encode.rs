@@ -113,6 +113,11 @@ impl TokenEncoder {
         for (name, source) in FILES.iter().map(|name| (name, self.folder.join(name))) {
             if source.is_file() {
                 copy_whole(&source, &target.join(name))?;
+            } else if let Err(error) = std::fs::remove_file(target.join(name))
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                // That of another model would be read with this one's.
+                return Err(Error::io("remove", target.join(name))(error));
             }
         }
         Ok(())

@@ -25,6 +25,11 @@ impl LabelMap {
         Self { predicted: (0..classes).collect(), actual: (0..classes).collect(), classes }
     }
 
+    /// Returns whether each class counts as itself.
+    pub fn is_identity(&self) -> bool {
+        *self == Self::identity(self.classes)
+    }
+
     /// Returns the map for a model with the labels of `trained` on the data of `scored`; with regressions on both sides,
     /// the empty map.
     ///

@@ -395,9 +395,17 @@ mod tests {
 
     #[test]
     fn a_quoted_file_that_joins_lines_is_told_how_to_read_it_plainly() {
-        let rows = "sentence1,sentence2,label\na,\"b,1\nc,d,0\n";
-        let message = read("mrpc", "f.csv", rows, Learning).unwrap_err().to_string();
-        assert!(message.contains(":2: expected 3 columns, found 2; if a `\"` is"), "{message}");
+        let refusal = |rows: &str| {
+            let rows = format!("sentence1,sentence2,label\n{rows}");
+            read("mrpc", "f.csv", &rows, Learning).unwrap_err().to_string()
+        };
+        let message = refusal("a,\"b,1\nc\",d,0\n");
+        assert!(message.contains(":2: expected 3 columns, found 4; if a `\"` is"), "{message}");
+        let message = refusal("a,b,1\nc,\"d,0\n");
+        assert!(
+            message.contains(":3: a cell begins with a \" here") && message.contains("set `quoting: false`"),
+            "{message}"
+        );
     }
 
     proptest! {

@@ -140,7 +140,7 @@ impl TaskEntry {
     /// # Errors
     /// Fails if the labels of the task cannot be compared with themselves.
     pub fn own_evaluation(&self) -> Result<Evaluated> {
-        Ok(Evaluated { on: self.dev.clone(), labels: LabelMap::between(&self.card, &self.card)? })
+        Ok(Evaluated::new(self.dev.clone(), LabelMap::between(&self.card, &self.card)?))
     }
 }
 
@@ -151,6 +151,23 @@ pub struct Evaluated {
     pub on: Arc<SplitEntry>,
     /// How the classes of the run's task compare with it.
     pub labels: LabelMap,
+    /// SHA-256 of the examples; with it of what else decides the scores, where they are not those that the program's own card of
+    /// the data gives to a model of the same labels.
+    pub sha256: String,
+}
+
+impl Evaluated {
+    fn new(on: Arc<SplitEntry>, labels: LabelMap) -> Self {
+        let card = &on.card;
+        let scores = (&card.headline, &card.metrics);
+        let is_usual =
+            TaskCard::builtin(&card.name).is_none_or(|own| (&own.headline, &own.metrics) == scores);
+        let sha256 = match labels.is_identity() && is_usual {
+            true => on.sha256.clone(),
+            false => hexadecimal(&Sha256::digest(format!("{} {labels:?} {scores:?}", on.sha256))),
+        };
+        Self { on, labels, sha256 }
+    }
 }
 
 /// A task, and what its runs are scored on.
@@ -238,7 +255,7 @@ impl Catalogue {
                 )));
             }
             let labels = LabelMap::between(&task.card, &card)?;
-            all.push(Evaluated { on, labels });
+            all.push(Evaluated::new(on, labels));
         }
         Ok(all.into())
     }
@@ -330,7 +347,7 @@ pub fn named_card(name: &str, base: &Path) -> Result<TaskCard> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{Example, Label};
+    use crate::data::{Example, Label, Metric};
 
     fn task(count: usize) -> TaskEntry {
         let card = Arc::new(TaskCard::builtin("rte").unwrap());
@@ -349,6 +366,23 @@ mod tests {
             dev: SplitEntry::new(card.clone(), Split::Dev, dataset(5)),
             card,
         }
+    }
+
+    #[test]
+    fn what_else_decides_the_scores_names_them_too() {
+        let task = task(5);
+        let own = task.own_evaluation().unwrap();
+        assert_eq!(own.sha256, task.dev.sha256);
+        let labels = |labels: LabelMap| Evaluated::new(task.dev.clone(), labels).sha256;
+        assert_eq!(labels(LabelMap::identity(2)), own.sha256);
+        let turned = LabelMap::to_labels_of(&["not_entailment".into(), "entailment".into()], &task.card);
+        assert_ne!(labels(turned.unwrap()), own.sha256);
+        let card = TaskCard { headline: Metric::F1, ..TaskCard::builtin("rte").unwrap() };
+        let dataset =
+            Dataset { examples: task.dev.dataset.examples.clone(), dropped: 0, path: "rte.tsv".into() };
+        let other = SplitEntry::new(Arc::new(card), Split::Dev, dataset);
+        assert_eq!(other.sha256, own.on.sha256);
+        assert_ne!(Evaluated::new(other, LabelMap::identity(2)).sha256, own.sha256);
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::plan::Plan;
 use super::queue::{Queue, Turn};
-use super::results::{ResultsFile, Status, read};
+use super::resident::has_model;
+use super::results::{Recorded, ResultsFile, Status, read};
 use super::run::Run;
 use super::runner::{Attempt, RunEvent, kept_folder};
 use crate::error::{Error, Result};
@@ -68,6 +69,9 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
         executor.report(RunEvent::Note(repair.to_owned()));
     }
     let recorded = results.recorded()?;
+    if let Some(note) = not_kept(plan, &recorded) {
+        executor.report(RunEvent::Note(note));
+    }
     let missing: Vec<_> = plan.all_runs().filter(|run| !recorded.has(&run.id, run.rows())).collect();
     executor.prepare(&missing)?;
     let mut execution =
@@ -81,6 +85,20 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
     let had_diverged = |run: &&Arc<Run>| recorded.status(&run.id) == Some(Status::Diverged);
     execution.summary.diverged_before = plan.all_runs().filter(had_diverged).count();
     Ok(execution.summary)
+}
+
+/// Says how many runs have ended before and left no model in the folder that the plan now keeps models in.
+fn not_kept(plan: &Plan, recorded: &Recorded) -> Option<String> {
+    let folder = plan.save.as_ref()?;
+    let lacks_model =
+        |run: &&Arc<Run>| recorded.status(&run.id) == Some(Status::Ok) && !has_model(&kept_folder(plan, run));
+    let count = plan.runs.iter().filter(lacks_model).count();
+    (count > 0).then(|| {
+        format!(
+            "{count} runs that had ended before have no model in {}; with another `results` file they are trained again",
+            folder.display()
+        )
+    })
 }
 
 /// Opens the results file of a plan, and makes the folders of its models and masks.

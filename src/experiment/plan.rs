@@ -156,6 +156,7 @@ impl Plan {
         plan.tell_runs_apart();
         plan.notes.extend(plan.warmup_note());
         plan.notes.extend(examples_note(&points, &tasks));
+        plan.notes.extend(dropout_notes(&plan.runs)?);
         plan.notes.extend(
             too_deep.into_iter().map(|method| format!("left out, for a model with more layers: {method}")),
         );
@@ -313,9 +314,32 @@ fn examples_note(points: &[GridPoint], tasks: &[OpenTask]) -> Option<String> {
     })
 }
 
+/// Says which folders that runs start from have other dropout than the model that the experiment names.
+fn dropout_notes(runs: &[Arc<Run>]) -> Result<BTreeSet<String>> {
+    let (mut notes, mut looked_at) = (BTreeSet::new(), HashSet::new());
+    for run in runs {
+        let Start::Folder(start) = &run.start else { continue };
+        if !looked_at.insert((Arc::as_ptr(start), Arc::as_ptr(&run.model))) {
+            continue;
+        }
+        let (own, named) = (run.config().dropout()?, run.model.folder.config.dropout()?);
+        let differing = own.iter().filter(|(key, value)| named.get(*key) != Some(value));
+        let differing: Vec<String> = differing.map(|(key, value)| format!("{key}: {value}")).collect();
+        if !differing.is_empty() {
+            notes.insert(format!(
+                "init_from: {} has other dropout than {}, and runs train with it: {}",
+                start.folder.path.display(),
+                run.model.name,
+                differing.join(", ")
+            ));
+        }
+    }
+    Ok(notes)
+}
+
 /// Refuses a model without dropout for a method whose passes differ by nothing else.
 fn check_dropout(run: &Run) -> Result<()> {
-    let dropout = run.model.folder.config.dropout()?;
+    let dropout = run.config().dropout()?;
     if dropout.values().any(|&probability| probability > 0.0) {
         return Ok(());
     }

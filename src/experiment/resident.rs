@@ -15,6 +15,8 @@ use crate::train::{Control, Event, Precision, Progress, frozen_features};
 
 /// A model with the weights that runs start from.
 pub struct ResidentModel {
+    /// Beside its weights: folders of equal weights may have other configs.
+    model: Arc<ModelEntry>,
     start: String,
     task: Arc<TaskEntry>,
     head: HeadStart,
@@ -32,6 +34,7 @@ impl ResidentModel {
     pub fn load(run: &Run, folder: &ModelFolder, device: Device) -> Result<Self> {
         let labels = Labels::from(&run.task.card.objective);
         Ok(Self {
+            model: run.model.clone(),
             start: run.start_id().to_owned(),
             task: run.task.clone(),
             head: run.head,
@@ -42,7 +45,10 @@ impl ResidentModel {
 
     /// Returns whether a run starts from what is here.
     pub fn serves(&self, run: &Run) -> bool {
-        self.start == run.start_id() && Arc::ptr_eq(&self.task, &run.task) && self.head == run.head
+        Arc::ptr_eq(&self.model, &run.model)
+            && self.start == run.start_id()
+            && Arc::ptr_eq(&self.task, &run.task)
+            && self.head == run.head
     }
 
     /// Returns a data set as a run takes it: as tokens, or with a frozen encoder as its features, computed once.

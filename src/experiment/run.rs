@@ -11,7 +11,7 @@ use super::start::{Source, Start};
 use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::method::Method;
-use crate::model::{HeadStart, Labels, ParameterTable};
+use crate::model::{HeadStart, Labels, ModelConfig, ParameterTable};
 use crate::train::{Freeze, Hyperparameters};
 use crate::values::hexadecimal;
 
@@ -116,25 +116,25 @@ impl Run {
             Start::Pretrained => Source::default(),
             Start::Folder(folder) => folder.source.clone(),
             Start::Run(run) => {
-                let earlier = run.source();
-                let joined = |earlier: String, this: &str| match earlier.is_empty() {
-                    true => this.to_owned(),
-                    false => format!("{earlier}>{this}"),
-                };
-                Source {
-                    run: run.id.clone(),
-                    task: joined(earlier.task, &run.task.card.name),
-                    method: joined(earlier.method, run.method.name()),
-                    method_config: joined(earlier.method_config, &run.method.options()),
-                }
+                let (task, method) = (&run.task.card.name, &run.method);
+                run.source().then(&run.id, task, method.name(), &method.options())
             }
         }
     }
 
-    /// Returns the rows that the run is to have: task, split and the SHA-256 of the data.
+    /// Returns the config of the model that trains.
+    pub fn config(&self) -> &ModelConfig {
+        match &self.start {
+            Start::Folder(start) => &start.folder.config,
+            // A model that a run has kept has the config that it trained with.
+            Start::Pretrained | Start::Run(_) => &self.model.folder.config,
+        }
+    }
+
+    /// Returns the rows that the run is to have: task, split and what names the scoring ([`Evaluated::sha256`]).
     pub fn rows(&self) -> impl Iterator<Item = (&str, Split, &str)> {
-        let evaluated = self.evaluations.iter().map(|evaluated| &evaluated.on);
-        evaluated.map(|on| (on.card.name.as_str(), on.split, on.sha256.as_str()))
+        let evaluated = self.evaluations.iter();
+        evaluated.map(|own| (own.on.card.name.as_str(), own.on.split, own.sha256.as_str()))
     }
 
     /// Returns what names the weights that the run starts from: equal for runs that start alike.
@@ -152,7 +152,7 @@ impl Run {
         let card = &self.task.card;
         let mut content = json!({
             "model": self.model.sha256,
-            "config": self.model.folder.config.values(),
+            "config": self.config().values(),
             "tokenizer": self.model.tokenizer_sha256,
             "head": self.head,
             "task": card.name,
@@ -175,9 +175,11 @@ impl Run {
         if self.label_noise > 0.0 {
             add("label_noise", json!(self.label_noise));
         }
-        if self.purpose == RunPurpose::Selection {
-            add("purpose", json!("selection"));
-        }
+        match self.purpose {
+            RunPurpose::Report => None,
+            RunPurpose::Tuned => add("purpose", json!("tuned")),
+            RunPurpose::Selection => add("purpose", json!("selection")),
+        };
         let digest = Sha256::digest(content.to_string());
         hexadecimal(&digest[..8])
     }

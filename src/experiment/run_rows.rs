@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use tch::Device;
 
 use super::cost::method_cost;
-use super::entries::SplitEntry;
+use super::entries::Evaluated;
 use super::machine;
 use super::plan::Plan;
 use super::results::{Row, Status};
@@ -28,7 +28,8 @@ pub struct Outcome {
 }
 
 /// Makes the row of a run on one data set, with what is known whatever becomes of the run.
-pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, started: SystemTime) -> Row {
+pub fn described(plan: &Plan, run: &Run, evaluated: &Evaluated, device: Device, started: SystemTime) -> Row {
+    let on = &evaluated.on;
     let settings = &run.hyperparameters;
     let source = run.source();
     let overrides = &run.model.overrides;
@@ -56,7 +57,7 @@ pub fn described(plan: &Plan, run: &Run, on: &SplitEntry, device: Device, starte
         train_sha256: run.task.train.sha256.clone(),
         evaluated_on: on.card.name.clone(),
         split: on.split.name().to_owned(),
-        evaluated_sha256: on.sha256.clone(),
+        evaluated_sha256: evaluated.sha256.clone(),
         preset: yaml_name(&plan.preset),
         method: run.method.name().to_owned(),
         method_config: run.method.options(),

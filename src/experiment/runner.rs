@@ -156,10 +156,10 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// Fails, naming what does not fit.
     pub fn check_models<'r>(&mut self, runs: impl IntoIterator<Item = &'r Arc<Run>>) -> Result<()> {
-        let mut checked: HashSet<(&str, &str)> = HashSet::new();
+        let mut checked: HashSet<[&str; 3]> = HashSet::new();
         let mut noted: HashSet<&str> = HashSet::new();
         for run in runs.into_iter().filter(|run| run.source_run().is_none()) {
-            if !checked.insert((run.start_id(), &run.task.card.name)) {
+            if !checked.insert([&run.model.name, run.start_id(), &run.task.card.name]) {
                 continue;
             }
             let summary = self.load(run)?.classifier.report.summary();
@@ -211,7 +211,14 @@ impl<'a> Runner<'a> {
     fn rows(&mut self, run: &Run) -> Result<Vec<Row>> {
         let started = SystemTime::now();
         machine::reset_peak_memory(self.device);
-        self.load(run)?;
+        if let Err(error) = self.load(run) {
+            // What a source left may be removed by another process that needs it no more.
+            let Some(source) = run.source_run().filter(|source| !has_model(&self.kept(source))) else {
+                return Err(error);
+            };
+            let reason = format!("the weights of run {} that it starts from have been removed", source.id);
+            return Ok(rows_without_scores(self.plan, run, self.device, (Status::Failed, &reason), started));
+        }
         let outcome = catch_unwind(AssertUnwindSafe(|| self.train(run)));
         let outcome = outcome.unwrap_or_else(|panic| {
             // The model may be half changed; the next run starts from the file again.
@@ -236,7 +243,7 @@ impl<'a> Runner<'a> {
         };
         let kept = self.keep(run, outcome.trained.mask.as_deref());
         let row = |(evaluated, scores): (&Evaluated, _)| {
-            let mut row = described(self.plan, run, &evaluated.on, self.device, started);
+            let mut row = described(self.plan, run, evaluated, self.device, started);
             measured(&mut row, &outcome, scores);
             if let Err(error) = &kept {
                 // The scores stay in the row; as a failed run it is done again, so that its model gets kept.
@@ -389,7 +396,7 @@ pub(super) fn rows_without_scores(
     let row = |evaluated: &Evaluated| Row {
         status,
         reason: Some(reason.to_owned()),
-        ..described(plan, run, &evaluated.on, device, started)
+        ..described(plan, run, evaluated, device, started)
     };
     run.evaluations.iter().map(row).collect()
 }

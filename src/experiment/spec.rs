@@ -17,7 +17,7 @@ use crate::files::is_pipe;
 use crate::method::{MethodSpec, Preset};
 use crate::model::HeadStart;
 use crate::train::{AdamWForm, Checkpoint, Freeze, MicroBatch, OptimizerRule, Order, Precision, Warmup};
-use crate::values::{Count, Limit, NonNegative, OneOrMany, PartialShare, Positive, typed};
+use crate::values::{Count, Limit, NonNegative, OneOrMany, PartialShare, Positive, keys_once, typed};
 use crate::yaml;
 
 /// The seeds of the paper's runs (alibaba/AliceMind, issue 24).
@@ -54,6 +54,7 @@ pub struct ExperimentSpec {
     /// Which description of Child-Tuning fills in the rest.
     pub preset: Option<Preset>,
     /// Overrides of keys in the model's `config.json`.
+    #[serde(default, deserialize_with = "keys_once")]
     pub model_config: Option<Map<String, Value>>,
     /// Whether a head in the model folder is used.
     pub head: Option<HeadStart>,

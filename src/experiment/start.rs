@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
 use super::entries::{ModelEntry, open_folder};
 use super::run::Run;
 use super::stage_spec::{EarlierRuns, InitFrom};
 use crate::error::{Error, Result};
 use crate::model::{Labels, ModelFolder, ParameterPlace};
 use crate::spelling::suggestion;
+use crate::values::hexadecimal;
 
 /// The weights that a run starts from.
 #[derive(Clone)]
@@ -26,7 +29,7 @@ pub enum Start {
 pub struct StartFolder {
     /// The opened folder.
     pub folder: ModelFolder,
-    /// SHA-256 of its weights.
+    /// SHA-256 of its weights and its config.
     pub sha256: String,
     /// What made them, where that is known.
     pub source: Source,
@@ -43,6 +46,28 @@ pub struct Source {
     pub method: String,
     /// The settings of the methods.
     pub method_config: String,
+}
+
+impl Source {
+    /// Returns where weights come from that a further stage has trained, given the run, its task, its method and the
+    /// method's settings. A stage without settings keeps its place between the `>`.
+    pub fn then(self, run: &str, task: &str, method: &str, method_config: &str) -> Self {
+        let is_first = self.method.is_empty();
+        let joined = |earlier: &str, own: &str| match is_first {
+            true => own.to_owned(),
+            false => format!("{earlier}>{own}"),
+        };
+        // Of a folder of unknown making only its weights are known.
+        let start = (is_first && !self.run.is_empty()).then(|| format!("start={}", self.run));
+        let settings: Vec<&str> =
+            start.as_deref().into_iter().chain([method_config]).filter(|words| !words.is_empty()).collect();
+        Self {
+            run: run.to_owned(),
+            task: joined(&self.task, task),
+            method: joined(&self.method, method),
+            method_config: joined(&self.method_config, &settings.join(" ")),
+        }
+    }
 }
 
 /// What the runs of one model start from, each folder opened once.
@@ -85,9 +110,13 @@ fn start_folder(init_from: &InitFrom, model: &ModelEntry, seed: u64) -> Result<S
         other => other,
     })?;
     same_architecture(&folder, model)?;
-    let sha256 = folder.sha256()?;
-    let source =
-        if source.run.is_empty() { Source { run: sha256[..16].to_owned(), ..source } } else { source };
+    let weights = folder.sha256()?;
+    let config = serde_json::Value::Object(folder.config.values().clone()).to_string();
+    let sha256 = hexadecimal(&Sha256::digest(format!("{weights} {config}")));
+    let source = match source.run.is_empty() {
+        true => Source { run: weights[..16].to_owned(), ..source },
+        false => source,
+    };
     Ok(StartFolder { folder, sha256, source })
 }
 
@@ -150,12 +179,13 @@ fn earlier_run(earlier: &EarlierRuns, model: &ModelEntry, seed: u64) -> Result<(
             && get("model_sha256") == model.sha256
             && get("status") == "ok";
         if wanted {
-            let source = Source {
-                run: get("run").to_owned(),
-                task: get("task").to_owned(),
-                method: get("method").to_owned(),
-                method_config: get("method_config").to_owned(),
+            let earlier = Source {
+                run: get("source_run").to_owned(),
+                task: get("source_task").to_owned(),
+                method: get("source_method").to_owned(),
+                method_config: get("source_config").to_owned(),
             };
+            let source = earlier.then(get("run"), get("task"), get("method"), get("method_config"));
             found.insert(source.run.clone(), source);
         }
     }

@@ -71,9 +71,6 @@ pub fn own_settings() -> Vec<String> {
 /// Its strict mode fixes in which order the terms of a sum are added up. Has to come before the first product. Returns whether
 /// MKL has taken it on.
 pub fn keep_the_order_of_sums() -> bool {
-    /// The first branch that has a strict mode (AVX2); older and foreign processors are left alone, since there the mode would
-    /// be another and slower branch.
-    const FIRST_STRICT_BRANCH: c_int = 10;
     const AUTO: c_int = 2;
     const STRICT: c_int = 0x10000;
     /// `MKL_CBWR_SUCCESS`.
@@ -81,16 +78,15 @@ pub fn keep_the_order_of_sums() -> bool {
     if std::env::var_os("MKL_CBWR").is_some() {
         return false;
     }
-    let [branch, set] = [c"mkl_serv_cbwr_get_auto_branch", c"mkl_serv_cbwr_set"].map(symbol);
-    if branch.is_null() || set.is_null() {
+    let set = symbol(c"mkl_serv_cbwr_set");
+    if set.is_null() {
         return false;
     }
-    // SAFETY: the functions are those of `mkl_service.h`: `int mkl_cbwr_get_auto_branch(void)` and `int mkl_cbwr_set(int)`.
+    // SAFETY: the function is that of `mkl_service.h`: `int mkl_cbwr_set(int)`.
     unsafe {
-        let branch: extern "C" fn() -> c_int = std::mem::transmute(branch);
         let set: extern "C" fn(c_int) -> c_int = std::mem::transmute(set);
-        // Refused after the first product only, and then sums are as they were.
-        branch() >= FIRST_STRICT_BRANCH && set(AUTO | STRICT) == SUCCESS
+        // Refused after the first product, and on processors without AVX2; sums are as they were then.
+        set(AUTO | STRICT) == SUCCESS
     }
 }
 

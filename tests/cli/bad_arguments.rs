@@ -113,6 +113,8 @@ fn a_key_that_is_there_twice_is_refused_where_it_comes_again() {
         2,
         &["experiment.yaml:3:1: duplicate field `task`"],
     );
+    let twice = "model_config: {hidden_dropout_prob: 0.0, hidden_dropout_prob: 0.1}";
+    refused(twice, &[], 2, &["experiment.yaml:1:", "duplicate field `hidden_dropout_prob`"]);
 }
 
 #[test]

@@ -53,6 +53,18 @@ fn predicted(workplace: &Workplace, folder: &str) -> Vec<[f64; 2]> {
     rows.iter().map(|row| ["logit_0", "logit_1"].map(|column| row[column].parse().unwrap())).collect()
 }
 
+/// A tokenizer.json that stayed would be read before all else.
+#[test]
+fn nothing_of_another_models_tokenizer_stays_in_a_folder() {
+    let workplace = Workplace::with_models(&["bert_single", "bert_pair"]);
+    std::fs::remove_file(workplace.path("bert_pair/tokenizer.json")).unwrap();
+    for model in ["bert_single", "bert_pair"] {
+        workplace.call(&["export", "--model", model, "--output", "exported"]).with_code(0);
+    }
+    workplace.call(&["export", "--model", "bert_pair", "--output", "fresh"]).with_code(0);
+    assert_eq!(workplace.files("exported"), workplace.files("fresh"));
+}
+
 #[test]
 fn transformers_computes_the_same_logits_from_an_exported_folder() {
     let workplace = Workplace::with_models(&["bert_single"]);

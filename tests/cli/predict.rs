@@ -37,6 +37,29 @@ fn number(row: &Row, column: &str) -> f64 {
 }
 
 #[test]
+fn what_has_ended_before_is_not_kept_and_a_model_is_not_written_over() {
+    let workplace = Workplace::new();
+    workplace.experiment("task: rte\n");
+    workplace.run(&[]).with_code(0);
+    let answer = workplace.run(&["--set", "save=saved"]).with_code(0);
+    assert!(
+        answer.stderr.contains("note: 1 runs that had ended before have no model in saved"),
+        "{}",
+        answer.stderr
+    );
+    let answer = workplace.run(&["--set", "save=saved", "--set", "results=other.csv"]).with_code(0);
+    assert!(!answer.stderr.contains("have no model"), "{}", answer.stderr);
+
+    let model = format!("saved/{}", workplace.row("other.csv")["run"]);
+    let before = workplace.read(&format!("{model}/config.json"));
+    let output = format!("{model}/config.json");
+    let (input, _) = gold("RTE/test.tsv", 0, 1);
+    let call = ["predict", "--model", &model, "--task", "rte", "--input", &input, "--output", &output];
+    workplace.call(&call).refused(2, &["--output", "is the input"]);
+    assert_eq!(workplace.read(&output), before);
+}
+
+#[test]
 fn predictions_of_a_saved_classifier_reproduce_its_score() {
     let workplace = Workplace::new();
     let (folder, row) = saved(&workplace, "rte");

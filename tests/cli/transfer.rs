@@ -221,6 +221,66 @@ fn runs_start_from_those_of_another_experiment() {
     }
 }
 
+/// Neither what is kept in memory nor an id goes by weights alone.
+#[test]
+fn folders_of_equal_weights_have_configs_of_their_own() {
+    let workplace = Workplace::new();
+    workplace.copy_model("bert_pair", "other");
+    let config: serde_json::Value = serde_json::from_str(&workplace.read("other/config.json")).unwrap();
+    let mut changed = config.clone();
+    changed["hidden_dropout_prob"] = 0.6.into();
+    workplace.write("other/config.json", changed.to_string());
+    let losses = |models: &str, results: &str| -> Vec<(String, String)> {
+        let settings = [format!("model={models}"), format!("results={results}")];
+        workplace.run(&["--set", &settings[0], "--set", &settings[1]]).with_code(0);
+        workplace.rows(results).iter().map(|row| (row["run"].clone(), row["loss"].clone())).collect()
+    };
+    workplace.experiment("task: rte\n");
+    let both = losses("[bert_pair, other]", "both.csv");
+    assert_eq!(both[1], losses("other", "alone.csv")[0]);
+    assert_ne!(both[0].1, both[1].1);
+
+    // What starts from a folder trains with its config.
+    workplace.experiment("task: rte\ninit_from: other\n");
+    let answer = workplace.run(&["--set", "results=from.csv"]).with_code(0);
+    let note = "init_from: other has other dropout than bert_pair, and runs train with it: ";
+    let line = answer.stderr.lines().find(|line| line.contains(note));
+    assert!(line.is_some_and(|line| line.contains("hidden_dropout_prob: 0.6")), "{}", answer.stderr);
+    workplace.write("other/config.json", config.to_string());
+    let answer = workplace.run(&["--set", "results=from.csv"]).with_code(0);
+    assert!(
+        !answer.stderr.contains("other dropout") && answer.stdout.contains("1 runs done"),
+        "{}",
+        answer.stdout
+    );
+}
+
+#[test]
+fn chains_are_named_whole_wherever_they_go_on() {
+    let workplace = Workplace::new();
+    let stages = "task: mrpc\nmethod: {child_tuning_f: {p: 0.5}}\nthen: {task: rte, method: vanilla}\n";
+    workplace.experiment(&format!("{stages}save: kept\nresults: a.csv\n"));
+    workplace.run(&[]).with_code(0);
+    let from = "init_from: {results: a.csv, models: kept, where: {task: rte}}\n";
+    workplace.experiment(&format!("task: cola\n{from}then: {{task: stsb}}\n"));
+    workplace.run(&[]).with_code(0);
+    let options = &workplace.rows("a.csv")[0]["method_config"];
+    let rows = workplace.rows("results.csv");
+    let names =
+        |row: &Row| ["source_task", "source_method", "source_config"].map(|column| row[column].clone());
+    assert_eq!(names(&rows[0]), ["mrpc>rte".into(), "child_tuning_f>vanilla".into(), format!("{options}>")]);
+    assert_eq!(
+        names(&rows[1]),
+        ["mrpc>rte>cola".into(), "child_tuning_f>vanilla>vanilla".into(), format!("{options}>>")]
+    );
+
+    // A folder of unknown making stays known by its weights.
+    workplace.experiment("task: cola\ninit_from: bert_pair\nthen: {task: stsb}\nresults: folder.csv\n");
+    workplace.run(&[]).with_code(0);
+    let rows = workplace.rows("folder.csv");
+    assert_eq!(rows[1]["source_config"], format!("start={}", rows[0]["source_run"]));
+}
+
 #[test]
 fn two_tasks_of_one_name_must_have_the_same_data() {
     let workplace = Workplace::new();
@@ -313,6 +373,20 @@ fn trials_choose_the_settings_of_the_runs_that_are_reported() {
     );
     let again = workplace.run(&[]).with_code(0);
     assert!(again.stdout.contains("0 runs done, 14 were there already"), "{}", again.stdout);
+}
+
+#[test]
+fn runs_of_chosen_settings_are_rows_of_their_own() {
+    let workplace = Workplace::new();
+    let train =
+        "train: {epochs: 1, batch_size: 16, examples: 32, max_length: 32, learning_rate: [1e-3, 1e-2]}\n";
+    workplace.experiment(&format!("seeds: [5]\n{train}"));
+    workplace.run(&[]).with_code(0);
+    workplace.experiment(&format!("seeds: [5]\nselect: {{by: dev, on_seeds: [1]}}\n{train}"));
+    workplace.run(&[]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    let purposes: Vec<&str> = rows.iter().map(|row| row["purpose"].as_str()).collect();
+    assert_eq!(purposes, ["report", "report", "selection", "selection", "tuned"]);
 }
 
 #[test]

@@ -115,10 +115,54 @@ fn settings_of_two_stages_are_told_apart() {
         ..run("child_tuning_d", 1, 0.5)
     };
     let rows = [chain("p=0.1", "p=0.3"), chain("p=0.3", "p=0.1")];
+    let method = "child_tuning_d>child_tuning_d";
     assert_eq!(
         labels(&compare(&rows)),
-        ["child_tuning_d>child_tuning_d p=0.1 p=0.3", "child_tuning_d>child_tuning_d p=0.3 p=0.1"]
+        [format!("{method} stage1.p=0.1 stage2.p=0.3"), format!("{method} stage1.p=0.3 stage2.p=0.1")]
     );
+    // A stage without settings keeps its place.
+    let rows = [chain("", "p=0.3"), chain("p=0.3", ""), chain("", "")];
+    assert_eq!(
+        labels(&compare(&rows)),
+        [format!("{method} stage2.p=0.3"), format!("{method} stage1.p=0.3"), method.to_owned()]
+    );
+}
+
+/// What a chain began with is no setting of a method, and vanilla with the same start is the baseline.
+#[test]
+fn chains_that_begin_with_other_folders_are_other_groups() {
+    let chain = |start: &str, method: &str, score: f64| Row {
+        run: format!("{start} {method}"),
+        source_run: format!("{start} source"),
+        source_task: "mrpc".into(),
+        source_method: "vanilla".into(),
+        source_config: start.into(),
+        ..run(method, 1, score)
+    };
+    let rows = ["", "start=0a", "start=0b"]
+        .map(|start| [chain(start, "vanilla", 0.5), chain(start, "child_tuning_f", 0.6)])
+        .concat();
+    let comparison = compare(&rows);
+    assert_eq!(labels(&comparison).len(), 6);
+    for groups in comparison.blocks[0].groups.chunks(2) {
+        assert_eq!((groups[0].is_baseline, groups[1].is_baseline), (true, false));
+        near(groups[1].difference.map(|difference| difference.mean), 0.1);
+    }
+}
+
+/// Nothing tells which of two runs of a seed belongs to which.
+#[test]
+fn where_a_seed_has_two_runs_there_is_no_difference() {
+    for method in ["vanilla", "child_tuning_d"] {
+        let mut rows = example();
+        rows.push(Row {
+            run: "again".into(),
+            ..rows.iter().find(|row| row.method == method).unwrap().clone()
+        });
+        let groups = &compare(&rows).blocks[0].groups;
+        assert_eq!(groups.iter().map(|group| group.surplus).sum::<usize>(), 1);
+        assert_eq!(groups[1].difference, None, "{method}");
+    }
 }
 
 #[test]

@@ -39,6 +39,12 @@ fn plain_rows(text: &str, separator: char) -> Rows<'_> {
 }
 
 fn quoted_rows<'a>(file: &DataFile, text: &'a str, separator: u8) -> Result<Rows<'a>> {
+    // A reader would take all that follows for a part of the cell.
+    if let Some(line) = line_of_open_quote(text, separator) {
+        let problem = "a cell begins with a \" here, and has none where it ends; mend it (a \" within a cell is written \"\"), or \
+                       set `quoting: false`";
+        return Err(Error::data(&file.path, line, problem));
+    }
     let mut reader = csv::ReaderBuilder::new()
         .has_headers(false)
         .flexible(true)
@@ -54,6 +60,24 @@ fn quoted_rows<'a>(file: &DataFile, text: &'a str, separator: u8) -> Result<Rows
     Ok(Rows { columns: None, quoted: true, rows })
 }
 
+/// Returns the line of the first cell that begins with a `"` and does not end with one.
+fn line_of_open_quote(text: &str, separator: u8) -> Option<usize> {
+    let bytes = text.as_bytes();
+    let mut position = 0;
+    while position < bytes.len() {
+        let rest = &bytes[position..];
+        let length = match rest[0] {
+            b'"' => match quoted_cell(rest, separator) {
+                Some(cell) => cell.length,
+                None => return Some(1 + bytes[..position].iter().filter(|byte| **byte == b'\n').count()),
+            },
+            _ => rest.iter().position(|byte| *byte == separator || *byte == b'\n').unwrap_or(rest.len()),
+        };
+        position += length + 1;
+    }
+    None
+}
+
 /// Says whether a `"` encloses cells in a tab-separated text.
 ///
 /// Read as if it did, every cell with a `"` must be well formed, and there must be a trace of
@@ -67,7 +91,7 @@ fn is_quoted(text: &str) -> bool {
     while position < bytes.len() {
         let rest = &bytes[position..];
         let length = if rest[0] == b'"' {
-            let Some(cell) = quoted_cell(rest) else { return false };
+            let Some(cell) = quoted_cell(rest, b'\t') else { return false };
             quoted += 1;
             doubled |= cell.doubled;
             hides_separator |= cell.hides_separator;
@@ -86,14 +110,14 @@ fn is_quoted(text: &str) -> bool {
 }
 
 struct QuotedCell {
-    /// Bytes up to the tab or line end behind the cell.
+    /// Bytes up to the separator or line end behind the cell.
     length: usize,
     doubled: bool,
     hides_separator: bool,
 }
 
-/// Reads the quoted cell at the start of `bytes`; `None` if it does not end in a `"` before a tab or line end.
-fn quoted_cell(bytes: &[u8]) -> Option<QuotedCell> {
+/// Reads the quoted cell at the start of `bytes`; `None` if it does not end in a `"` before a separator or line end.
+fn quoted_cell(bytes: &[u8], separator: u8) -> Option<QuotedCell> {
     let (mut position, mut doubled) = (1, false);
     let close = loop {
         position += bytes[position..].iter().position(|byte| *byte == b'"')?;
@@ -104,15 +128,11 @@ fn quoted_cell(bytes: &[u8]) -> Option<QuotedCell> {
         position += 2;
     };
     let inner = &bytes[1..close];
-    let hides_separator = inner.iter().any(|byte| matches!(byte, b'\t' | b'\n'));
+    let hides_separator = inner.iter().any(|byte| *byte == separator || *byte == b'\n');
     let behind = &bytes[close + 1..];
     let line_end = if behind.starts_with(b"\r\n") { 1 } else { 0 };
-    match behind.get(line_end) {
-        None | Some(b'\t' | b'\n') => {
-            Some(QuotedCell { length: close + 1 + line_end, doubled, hides_separator })
-        }
-        Some(_) => None,
-    }
+    let ends = behind.get(line_end).is_none_or(|byte| *byte == separator || *byte == b'\n');
+    ends.then_some(QuotedCell { length: close + 1 + line_end, doubled, hides_separator })
 }
 
 /// Says whether the lines of a text differ in their number of tabs.
@@ -144,6 +164,21 @@ mod tests {
         let tabs = content.replace(',', "\t");
         let expected = ["1:text|label", "2:one\t \"two\"\nthree|1", "4:four|0"];
         assert_eq!(rows(&tabs, Format::Tsv, None), expected);
+    }
+
+    #[test]
+    fn cells_whose_quotes_do_not_end_are_found() {
+        for (text, line) in [
+            ("a,b\nx,\"y\nz,w\n", Some(2)),
+            ("a,b\n\"x\ny\",\"z\n\"\"\n", Some(3)),
+            ("a,b\nx,\"y\" z\n", Some(2)),
+            ("a,b\nx,\"", Some(2)),
+            ("a,b\r\nx,\"y\"\r\nz,\"\"\"w\"\"\"\r\n", None),
+            ("a,b\nx,19\" screen\n,\n", None),
+            ("\"a\"", None),
+        ] {
+            assert_eq!(line_of_open_quote(text, b','), line, "{text:?}");
+        }
     }
 
     #[test]
