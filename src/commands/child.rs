@@ -27,6 +27,9 @@ pub struct ChildArguments {
 #[derive(Subcommand)]
 enum ChildCommand {
     /// Compute the masks of an experiment's runs without training.
+    #[command(after_help = "\
+Examples:
+  child-tuning child compute experiments/child_overlap.yaml --output masks")]
     Compute {
         #[command(flatten)]
         experiment: ExperimentArguments,
@@ -37,6 +40,9 @@ enum ChildCommand {
         output: PathBuf,
     },
     /// Show a mask: where it comes from, and how much of each layer it keeps.
+    #[command(after_help = "\
+Examples:
+  child-tuning child inspect masks/5f6e94a1a1d8ba97.safetensors --tensors")]
     Inspect {
         /// Mask file
         #[arg(value_name = "MASK.safetensors")]
@@ -46,6 +52,9 @@ enum ChildCommand {
         tensors: bool,
     },
     /// Show how much masks have in common: |A ∩ B| / |A ∪ B|, |A ∩ B| / |A|, and what chance would give.
+    #[command(after_help = "\
+Examples:
+  child-tuning child overlap masks/*.safetensors --output overlap.csv --by layer")]
     Overlap {
         /// Mask files of one model and scope
         #[arg(required = true, num_args = 2.., value_name = "MASK.safetensors")]
@@ -61,6 +70,9 @@ enum ChildCommand {
     ///
     /// Each draw is another batch and mask at the weights that a run starts from. Dropout, clipping, warm-up and weight
     /// decay are off for it, and passes are in float32.
+    #[command(after_help = "\
+Examples:
+  child-tuning child variance experiments/theorem1.yaml --output theorem1.csv")]
     Variance {
         #[command(flatten)]
         experiment: ExperimentArguments,

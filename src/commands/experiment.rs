@@ -35,7 +35,8 @@ pub struct ExperimentArguments {
     /// Change a key of the experiment: a dotted path and a YAML value; may be repeated
     #[arg(long = "set", value_name = "PATH=VALUE")]
     overrides: Vec<Override>,
-    /// Only the runs with this model, task, method or seed, such as task=rte; may be repeated or joined by commas
+    /// Only the runs with this model, task, method or seed, such as task=rte; may be repeated or joined by commas, and all must
+    /// hold
     #[arg(long, value_name = "COLUMN=VALUE", value_delimiter = ',', value_parser = column_and_value)]
     only: Vec<(String, String)>,
     #[command(flatten)]

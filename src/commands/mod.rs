@@ -60,16 +60,44 @@ pub struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Train the runs that are missing from the experiments' results files.
+    #[command(after_help = "\
+Examples:
+  child-tuning run experiments/quickstart.yaml --jobs auto
+  child-tuning run experiments/glue.yaml --device cuda --only task=rte,seed=42
+  child-tuning run experiments/glue.yaml --set model=models/minilm-l6 --set train.epochs=1")]
     Run(experiment::RunArguments),
     /// Show what `run` would do: runs, steps, what is finished. Trains nothing.
+    #[command(after_help = "\
+Examples:
+  child-tuning plan experiments/quickstart.yaml
+  child-tuning plan experiments/glue.yaml --device cuda --only task=rte --jobs 4")]
     Plan(experiment::PlanArguments),
     /// Show mean, spread, best and failures per task and method of result files.
+    #[command(after_help = "\
+Examples:
+  child-tuning compare results/glue.csv
+  child-tuning compare results/glue.csv results/prior_methods.csv --format markdown")]
     Compare(compare::CompareArguments),
     /// Write a report of result files: tables, figures, costs, failures and where the numbers come from.
+    #[command(after_help = "\
+Examples:
+  child-tuning report results/glue.csv --output report")]
     Report(report::ReportArguments),
     /// Score a fine-tuned model, as it is, on data sets.
+    #[command(after_help = "\
+Prints a CSV: task,split,examples,metric,value.
+
+Examples:
+  child-tuning evaluate --model results/models/bb859e4112612e5a --task rte
+  child-tuning evaluate --model MODEL --task snli,scitail,sick --data ~/data")]
     Evaluate(evaluate::EvaluateArguments),
     /// Predict the examples of a file with a fine-tuned model.
+    #[command(after_help = "\
+The columns are index and prediction, and with --logits one logit_<k> for each label.
+
+Examples:
+  child-tuning predict --model results/models/bb859e4112612e5a --task rte --input data/RTE/test.tsv --output predictions.csv
+  child-tuning predict --model MODEL --task claims.yaml --input claims.csv --output predictions.csv --logits")]
     Predict(predict::PredictArguments),
     /// Compute, inspect and compare child networks (masks).
     Child(child::ChildArguments),
@@ -78,6 +106,11 @@ enum Command {
     /// Fetch and list models of the Hugging Face Hub, and inspect model folders.
     Model(model::ModelArguments),
     /// Write a model folder, head included, in the form that transformers loads.
+    #[command(after_help = "\
+A model that is in the folder already is replaced.
+
+Examples:
+  child-tuning export --model bert-base-cased --task rte --output rte-start")]
     Export(export::ExportArguments),
     /// Show what is installed here (libtorch, CUDA, data, models) and what to do about what is not.
     Doctor(doctor::DoctorArguments),
@@ -211,7 +244,7 @@ fn device_named(name: &str) -> Result<Device, Error> {
 /// Folders with data sets.
 #[derive(Args)]
 pub struct DataArguments {
-    /// Folder with data sets, searched before those of the experiment, `data/` and what was fetched; may be repeated [env:
+    /// Folder with data sets, searched before those of an experiment, `data/` and what was fetched; may be repeated [env:
     /// DATA]
     #[arg(long = "data", value_name = "FOLDER")]
     data: Vec<PathBuf>,

@@ -86,7 +86,9 @@ impl ResultsFile {
             .create(true)
             .open(&results.path)
             .map_err(|source| unwritable("write", &results.path, &source))?;
-        text::parse(&results.path, &results.contents()?.bytes)?;
+        // Before anything is mended: a file that is refused stays as it is.
+        text::parse(&results.path, &whole_rows(&results.path)?.bytes)?;
+        let _ = results.contents()?;
         results.clear_claims();
         Ok(results)
     }
@@ -271,6 +273,11 @@ fn lock(results: &Path) -> Result<File> {
 /// # Errors
 /// Fails if the file cannot be read, has other columns or another schema version.
 pub fn recorded(path: &Path) -> Result<Recorded> {
+    Ok(whole_rows(path)?.recorded())
+}
+
+/// Finds the rows of a file, but for a last one that was cut off.
+fn whole_rows(path: &Path) -> Result<Contents> {
     let mut bytes = fs::read(path).map_err(Error::io("read", path))?;
     check_line_ends(path, &bytes)?;
     let header = header(path)?;
@@ -283,7 +290,7 @@ pub fn recorded(path: &Path) -> Result<Recorded> {
     let mut contents = Contents::find(path, bytes, &header)?;
     // Not there yet: its run is done again.
     let _ = contents.take_torn();
-    Ok(contents.recorded())
+    Ok(contents)
 }
 
 fn header(path: &Path) -> Result<Vec<u8>> {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Map, Value};
 
 use super::classifier::Network;
+use super::layers::Activation;
 use super::params::ParameterTable;
 use super::{bert, deberta_v2, distilbert, electra, modernbert, roberta, xlnet};
 use crate::error::{Error, Result};
@@ -115,6 +116,15 @@ impl ModelConfig {
         let mut table = ParameterTable::default();
         let network = self.family()?(self, outputs, &mut table)?;
         Ok((network, table))
+    }
+
+    /// Returns the activation function that a key names, or one that is named here.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if it is not known.
+    pub fn activation_or(&self, key: &str, default: &str) -> Result<Activation> {
+        Activation::parse(self.text_or(key, default)?)
+            .map_err(|error| self.error(format!("`{key}`: {error}")))
     }
 
     /// Returns the family's constructor.

@@ -75,7 +75,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let settings = LayerSettings {
         sizes,
         layers: config.layers("num_hidden_layers")?,
-        activation: Activation::parse(config.text_or("hidden_act", "gelu")?)?,
+        activation: config.activation_or("hidden_act", "gelu")?,
         epsilon: config.magnitude_or("layer_norm_eps", 1e-7)?,
         hidden_dropout,
         attention_output_dropout: hidden_dropout,
@@ -94,7 +94,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
         attention,
         convolution,
         pooler: linear("pooler.dense", hidden, ParameterPlace::Pooler),
-        pooler_activation: Activation::parse(config.text_or("pooler_hidden_act", "gelu")?)?,
+        pooler_activation: config.activation_or("pooler_hidden_act", "gelu")?,
         pooler_dropout: config.dropout_or("pooler_dropout", 0.0)?,
         classifier: linear("classifier", outputs, ParameterPlace::Head),
         classifier_dropout: config.dropout_or("cls_dropout", hidden_dropout)?,
@@ -303,7 +303,7 @@ impl ConvolutionBlock {
         let name = |part: &str| format!("deberta.encoder.conv.{part}");
         Ok(Some(Self {
             convolution: Convolution::declare(table, &name("conv"), hidden, kernel, groups, place),
-            activation: Activation::parse(config.text_or("conv_act", "tanh")?)?,
+            activation: config.activation_or("conv_act", "tanh")?,
             norm: LayerNorm::declare(table, &name("LayerNorm"), hidden, settings.epsilon, place),
             dropout: settings.hidden_dropout,
         }))

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::classifier::{Network, Sizes};
 use super::config::ModelConfig;
-use super::layers::{Activation, Linear};
+use super::layers::Linear;
 use super::parameter::ParameterPlace;
 use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
@@ -52,7 +52,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let settings = LayerSettings {
         sizes,
         layers: config.layers("n_layers")?,
-        activation: Activation::parse(config.text_or("activation", "gelu")?)?,
+        activation: config.activation_or("activation", "gelu")?,
         epsilon: EPSILON,
         hidden_dropout: config.dropout_or("dropout", 0.1)?,
         // Of the attention's output there is none.

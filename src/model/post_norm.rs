@@ -115,7 +115,7 @@ impl LayerSettings {
                 positions: Some(config.integer("max_position_embeddings")?),
             },
             layers: config.layers("num_hidden_layers")?,
-            activation: Activation::parse(config.text_or("hidden_act", "gelu")?)?,
+            activation: config.activation_or("hidden_act", "gelu")?,
             epsilon: config.magnitude_or("layer_norm_eps", 1e-12)?,
             hidden_dropout,
             attention_output_dropout: hidden_dropout,

@@ -70,7 +70,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let dropout = config.dropout_or("dropout", 0.1)?;
     let summary = summary(config)?;
     let attention = attention_settings(config, &sizes, dropout, summary)?;
-    let activation = Activation::parse(config.text_or("ff_activation", "gelu")?)?;
+    let activation = config.activation_or("ff_activation", "gelu")?;
     let words = Embedding::declare(table, "transformer.word_embedding", sizes.vocabulary, hidden);
     // The word of targets in pretraining: part of the model, but of no classification.
     let place = ParameterPlace::Embeddings;
@@ -201,7 +201,10 @@ fn summary(config: &ModelConfig) -> Result<Summary> {
 fn summary_activation(config: &ModelConfig) -> Result<Option<Activation>> {
     let name = config.text_or("summary_activation", "tanh")?;
     let is_null = config.values().get("summary_activation").is_some_and(Value::is_null);
-    (!name.is_empty() && !is_null).then(|| Activation::parse(name)).transpose()
+    match name.is_empty() || is_null {
+        true => Ok(None),
+        false => config.activation_or("summary_activation", "tanh").map(Some),
+    }
 }
 
 impl Layer {

@@ -144,6 +144,16 @@ fn a_row_cut_off_anywhere_is_removed_and_done_again() {
 }
 
 #[test]
+fn a_file_that_is_refused_stays_as_it_is() {
+    let (_folder, path) = place();
+    ResultsFile::open(&path).unwrap().append(&[row(1, "rte")]).unwrap();
+    let conflict = [fs::read(&path).unwrap(), b"=======\n>>>>>>> theirs\n".to_vec()].concat();
+    fs::write(&path, &conflict).unwrap();
+    assert!(ResultsFile::open(&path).is_err());
+    assert_eq!(fs::read(&path).unwrap(), conflict);
+}
+
+#[test]
 fn a_header_cut_off_anywhere_is_written_again() {
     let (_folder, path) = place();
     ResultsFile::open(&path).unwrap();
