@@ -303,6 +303,29 @@ mod tests {
         }
     }
 
+    /// Rows of float64 go by the operations of libtorch, which a GPU has, too.
+    #[test]
+    fn the_copies_of_the_cpu_are_those_of_libtorch_with_their_gradients() {
+        let layout = AttentionLayout::new(&[3, 40, 2], 2, 100_000, Kind::Float, Device::Cpu).unwrap();
+        let results = |kind: Kind| {
+            let rows = (Tensor::arange(45 * 4, (Kind::Float, Device::Cpu)) * 0.3).sin().view([45, 4]);
+            let rows = rows.to_kind(kind).set_requires_grad(true);
+            let parts = layout.split_scaled(&rows, 2, 0.5).unwrap();
+            let joined = layout.join(&parts.iter().map(Tensor::square).collect::<Vec<_>>(), 2).unwrap();
+            (&joined * &rows).sum(kind).backward();
+            let mut all = parts;
+            all.extend([joined, rows.grad()]);
+            all.iter().map(|tensor| tensor.detach().to_kind(Kind::Double)).collect::<Vec<_>>()
+        };
+        for (own, libtorch) in results(Kind::Float).iter().zip(results(Kind::Double)) {
+            assert!(
+                own.size() == libtorch.size() && own.allclose(&libtorch, 1e-5, 1e-6, false),
+                "{:?}",
+                own.size()
+            );
+        }
+    }
+
     #[test]
     fn tokens_go_to_their_rectangle_and_come_back() {
         let (lengths, heads) = ([3, 40, 2], 2);

@@ -107,6 +107,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn labels_are_alike_in_any_case_of_any_alphabet() {
+        assert!(same_label("École", "éCOLE") && same_label("entailment", "ENTAILMENT"));
+        assert!(!same_label("ecole", "école"));
+    }
+
+    #[test]
     fn a_label_is_known_by_name_number_and_other_spelling_in_any_case() {
         let card = TaskCard::builtin("scitail").unwrap();
         let layout = card.layouts.iter().find(|layout| !layout.labels.is_empty()).unwrap();
