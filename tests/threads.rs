@@ -4,11 +4,12 @@
 use std::sync::atomic::AtomicBool;
 
 use child_tuning::data::EncodedDataset;
+use child_tuning::libtorch::{keep_the_order_of_sums, linear};
 use child_tuning::method::{MethodSpec, Preset};
 use child_tuning::model::{Classifier, Labels};
 use child_tuning::train::{Control, Hyperparameters, Trainer, prepare};
 use child_tuning::verify::{Shape, measured_method, random_data};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// A random model with dropout and random data.
 fn start() -> (Classifier, EncodedDataset) {
@@ -43,6 +44,20 @@ fn trained(method: &str, threads: usize) -> Tensor {
     })
 }
 
+/// Output of a linear layer of given rows, width and width of output, and the gradients of its input and weights.
+fn layer([rows, width, output]: [i64; 3], threads: usize) -> [Tensor; 3] {
+    with_threads(1, threads, || {
+        let wave = |shape: [i64; 2]| {
+            Tensor::arange(shape[0] * shape[1], (Kind::Float, Device::Cpu)).sin().reshape(shape)
+        };
+        let input = wave([rows, width]).set_requires_grad(true);
+        let weight = wave([output, width]).set_requires_grad(true);
+        let product = linear(&input, &weight, None).unwrap();
+        product.square().sum(Kind::Float).backward();
+        [product.detach(), input.grad(), weight.grad()]
+    })
+}
+
 /// The hash of the mask that a method begins with.
 fn mask(method: &str, threads: usize, of_libtorch: usize) -> String {
     with_threads(threads, of_libtorch, || {
@@ -59,7 +74,7 @@ fn mask(method: &str, threads: usize, of_libtorch: usize) -> String {
 
 #[test]
 fn no_bit_depends_on_the_number_of_threads() {
-    let strict = child_tuning::libtorch::keep_the_order_of_sums();
+    let strict = keep_the_order_of_sums();
     for method in ["fish_mask: {p: 0.1, examples: 9}", "sift: {examples: 9}", "magnitude_mask"] {
         let several = mask(method, 3, if strict { 3 } else { 1 });
         assert_eq!(mask(method, 1, 1), several, "{method}: the masks with one thread and with 3");
@@ -68,11 +83,20 @@ fn no_bit_depends_on_the_number_of_threads() {
         println!("skipped: the matrix products of this machine's libtorch have no strict order of sums");
         return;
     }
+    // Wide layers and many threads, which a library could give parts of one sum.
+    for [rows, width, output] in [[129, 768, 3072], [129, 3072, 768], [160, 1024, 1024], [700, 1024, 4096]] {
+        let one = layer([rows, width, output], 1);
+        for threads in [2, 9, 16] {
+            let other = layer([rows, width, output], threads);
+            let equal = one.iter().zip(&other).all(|(one, other)| one == other);
+            assert!(equal, "a layer of {rows} × {width} × {output}: bits that differ with {threads} threads");
+        }
+    }
     for method in ["vanilla", "child_tuning_f"] {
         let one = trained(method, 1);
         for threads in [2, 3] {
             let other = trained(method, threads);
-            let different = i64::try_from(one.ne_tensor(&other).sum(tch::Kind::Int64)).unwrap();
+            let different = i64::try_from(one.ne_tensor(&other).sum(Kind::Int64)).unwrap();
             assert_eq!(different, 0, "{method}: bits that differ between one thread and {threads}");
         }
     }

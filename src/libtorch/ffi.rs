@@ -56,6 +56,13 @@ unsafe extern "C" {
         release: ReleaseFunction,
     ) -> *mut c_char;
 
+    pub(super) fn child_tuning_onednn_linear(
+        input: *mut C_tensor,
+        weight: *mut C_tensor,
+        bias: *mut C_tensor,
+        output: *mut *mut C_tensor,
+    ) -> *mut c_char;
+
     pub(super) fn child_tuning_fused_adamw(
         parameters: *mut C_tensor,
         gradients: *mut C_tensor,

@@ -8,6 +8,7 @@ mod context;
 mod cuda_graph;
 mod ffi;
 mod hooks;
+mod linear;
 mod memory;
 mod number;
 mod optimizer;
@@ -22,6 +23,7 @@ pub use context::{
 };
 pub use cuda_graph::{CudaGraph, OwnStream};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
+pub use linear::linear;
 pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use number::Number;
 pub use optimizer::{FusedAdamW, FusedGroup};

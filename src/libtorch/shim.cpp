@@ -7,7 +7,9 @@
 #include "guarded.h"
 
 #include <ATen/Context.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -172,6 +174,20 @@ char *child_tuning_own_backward(at::Tensor *const *outputs, size_t output_count,
     if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(list)) return;
     node->set_next_edges(torch::autograd::collect_next_edges(list));
     torch::autograd::set_history(tensors(outputs, output_count), node);
+  });
+}
+
+// mkldnn::_linear_pointwise with nothing fused to it: input . weight^T + bias in oneDNN, without a graph; a null bias is none.
+char *child_tuning_onednn_linear(at::Tensor *input, at::Tensor *weight, at::Tensor *bias, at::Tensor **output) {
+  using Linear = at::Tensor(const at::Tensor &, const at::Tensor &, const std::optional<at::Tensor> &, std::string_view,
+                            c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  return guarded([&] {
+    static const auto linear =
+        c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const auto added = bias == nullptr ? std::nullopt : std::make_optional(*bias);
+    const c10::List<std::optional<at::Scalar>> no_scalars;
+    *output = new at::Tensor(linear.call(*input, *weight, added, "none", no_scalars, ""));
   });
 }
 

@@ -6,6 +6,7 @@ use super::parameter::{ParameterKind, ParameterPlace};
 use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use crate::error::{Error, Result};
+use crate::libtorch::linear;
 
 /// y = x Wᵀ + b, or y = x Wᵀ.
 #[derive(Clone, Copy, Debug)]
@@ -82,7 +83,7 @@ impl Linear {
         let weight = pass.weight(self.weight).f_flatten(1, -1)?;
         let weight = if self.input_first { weight.f_transpose(0, 1)? } else { weight };
         let input = input.f_to_kind(weight.kind())?;
-        let mut output = input.f_linear(&weight, self.bias.map(|bias| pass.weight(bias)))?;
+        let mut output = linear(&input, &weight, self.bias.map(|bias| pass.weight(bias)))?;
         if pass.is_observed() && !output.requires_grad() {
             // No parameter that trains is part of it so far, and the observer hooks its gradient.
             output = output.f_set_requires_grad(true)?;
