@@ -9,6 +9,12 @@ pub fn mean(numbers: &[f64]) -> Option<f64> {
     (!numbers.is_empty()).then(|| numbers.iter().sum::<f64>() / numbers.len() as f64)
 }
 
+/// Returns whether one mean of scores is higher than another, by more than the order in which their terms were added can
+/// make: scores of one data set that differ at all differ by far more.
+pub fn is_above(one: f64, other: f64) -> bool {
+    one > other + 1e-9
+}
+
 /// Returns the standard deviation of a sample, with n − 1 below (`numpy.std(ddof=1)`); nothing for fewer than two
 /// numbers.
 pub fn standard_deviation(numbers: &[f64]) -> Option<f64> {
@@ -57,6 +63,14 @@ pub fn confidence_half_width(numbers: &[f64]) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_order_of_terms_makes_no_mean_higher() {
+        let (one, other) = ([0.6101, 0.5523, 0.7013], [0.7013, 0.5523, 0.6101]);
+        let [one, other] = [one, other].map(|numbers| mean(&numbers).unwrap());
+        assert!(one != other && !is_above(one, other) && !is_above(other, one));
+        assert!(is_above(0.5 + 1e-6, 0.5) && !is_above(0.5, 0.5 + 1e-6));
+    }
 
     /// Scores of seven seeds, one of them collapsed.
     const SCORES: [f64; 7] = [0.8412, 0.8556, 0.7978, 0.8628, 0.8484, 0.5271, 0.8520];

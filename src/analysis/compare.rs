@@ -11,7 +11,7 @@ pub(super) use render::markdown_text;
 
 use super::cost::Cost;
 use crate::experiment::results::{Row, Status};
-use crate::statistics::{confidence_half_width, maximum, mean, median, standard_deviation};
+use crate::statistics::{confidence_half_width, is_above, maximum, mean, median, standard_deviation};
 
 /// Name of the method that the others are set against: plain fine-tuning.
 const BASELINE: &str = "vanilla";
@@ -200,13 +200,55 @@ const TUNED: [&str; 8] = [
     "epsilon",
 ];
 
+/// A pretrained model: its contents, whatever rows call it.
+#[derive(Clone, Copy, PartialEq)]
+struct Model<'r> {
+    /// As the first row with these contents names it.
+    name: &'r str,
+    /// The `model_config` of that row.
+    overrides: &'r str,
+    /// SHA-256 of the weights, which may have been others under the same name, of the config that trained, and of the
+    /// tokenizer.
+    contents: [&'r str; 3],
+}
+
+impl<'r> Model<'r> {
+    /// Returns the model of a row as the first of some rows names it.
+    fn of(row: &'r Row, rows: &[&'r Row]) -> Self {
+        let contents = |row: &'r Row| [&*row.model_sha256, &*row.config_sha256, &*row.tokenizer_sha256];
+        // Rows that people made may have no hashes.
+        let is_same = |other: &&&'r Row| {
+            contents(other) == contents(row) && (other.model == row.model || !row.model_sha256.is_empty())
+        };
+        let first = rows.iter().find(is_same).copied().unwrap_or(row);
+        Self { name: &first.model, overrides: &first.model_config, contents: contents(row) }
+    }
+
+    /// Returns what tells it from others of the same name.
+    fn telling_contents(&self, others: impl Iterator<Item = Model<'r>> + Clone) -> Vec<String> {
+        let namesakes = others.filter(|other| other.name == self.name);
+        let differs =
+            |place: usize| namesakes.clone().any(|other| other.contents[place] != self.contents[place]);
+        let mut telling = Vec::new();
+        for (place, name) in ["weights", "config", "tokenizer"].into_iter().enumerate() {
+            if differs(place) {
+                let is_typed =
+                    name == "config" && namesakes.clone().any(|other| other.overrides != self.overrides);
+                telling.push(match is_typed {
+                    true => format!("model_config={}", self.overrides),
+                    false => format!("{name}={}", short_hash(self.contents[place])),
+                });
+            }
+        }
+        telling
+    }
+}
+
 /// What the runs of a group have in common.
 #[derive(PartialEq)]
 struct Identity<'r> {
-    model: &'r str,
-    /// SHA-256 of the pretrained weights, which may have been others under the same name.
-    weights: &'r str,
-    /// SHA-256 of the training data, likewise.
+    model: Model<'r>,
+    /// SHA-256 of the training data, which may have been others under the same name.
     data: &'r str,
     method: String,
     method_settings: Vec<Setting>,
@@ -236,9 +278,7 @@ impl Identity<'_> {
         };
         let shared = shared.map(|setting| format!("{}={}", setting.name, setting.value));
         let mut settings: Vec<String> = own.map(of_stage).chain(shared).collect();
-        if others.iter().any(|other| other.model == self.model && other.weights != self.weights) {
-            settings.push(format!("weights={}", short_hash(self.weights)));
-        }
+        settings.extend(self.model.telling_contents(others.iter().map(|other| other.model)));
         if others.iter().any(|other| other.data != self.data) {
             settings.push(format!("train_data={}", short_hash(self.data)));
         }
@@ -256,11 +296,11 @@ impl Identity<'_> {
         let is_tuned = |own: &Setting| own.name == "purpose" && own.value == "tuned";
         let tuned = self.hyperparameters.iter().any(is_tuned);
         let alike = |(left, right): (&Setting, &Setting)| {
-            left == right || (tuned && TUNED.contains(&left.name.as_str()))
+            left == right || (tuned && left.name == right.name && TUNED.contains(&left.name.as_str()))
         };
         other.is_baseline()
             && !self.is_baseline()
-            && (other.model, other.weights, other.data) == (self.model, self.weights, self.data)
+            && (other.model, other.data) == (self.model, self.data)
             && stages(other) == stages(self)
             && other.hyperparameters.len() == self.hyperparameters.len()
             && other.hyperparameters.iter().zip(&self.hyperparameters).all(alike)
@@ -275,8 +315,7 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
     // Runs that failed early may not know the size; it is a setting only where it was set.
     let size_is_setting = sizes.len() > 1;
     let (identities, members): (Vec<Identity>, Vec<Vec<&Row>>) = gather(rows, |row| Identity {
-        model: &row.model,
-        weights: &row.model_sha256,
+        model: Model::of(row, rows),
         data: &row.train_sha256,
         method: chain(row, &row.source_method, &row.method),
         method_settings: method_settings(row),
@@ -294,7 +333,8 @@ fn groups(rows: &[&Row]) -> Vec<Group> {
             group(identity, identity.telling_settings(&identities), rows, &baselines)
         })
         .collect();
-    let models: Vec<_> = identities.iter().map(|own| [own.model, own.weights, own.data]).collect();
+    let models: Vec<_> =
+        identities.iter().map(|own| [own.model.name, own.model.contents[0], own.data]).collect();
     mark_best_means(&mut groups, &models);
     groups
 }
@@ -315,7 +355,7 @@ fn group(identity: &Identity, settings: String, rows: &[&Row], baselines: &[&Vec
     let differences = paired.map_or(Vec::new(), |baseline| differences(rows, baseline));
     let cost = Cost::of(rows);
     Group {
-        model: identity.model.to_owned(),
+        model: identity.model.name.to_owned(),
         method: identity.method.clone(),
         settings,
         runs: rows.len(),
@@ -375,7 +415,8 @@ fn mark_best_means(groups: &mut [Group], models: &[[&str; 3]]) {
     for (group, model) in groups.iter_mut().zip(models) {
         let of_model = models.iter().zip(&means).filter(|(other, _)| *other == model);
         let rivals: Vec<f64> = of_model.filter_map(|(_, mean)| *mean).collect();
-        group.has_best_mean = rivals.len() > 1 && group.mean == maximum(&rivals);
+        let is_beaten = |mean: f64| rivals.iter().any(|rival| is_above(*rival, mean));
+        group.has_best_mean = rivals.len() > 1 && group.mean.is_some_and(|mean| !is_beaten(mean));
     }
 }
 
@@ -406,46 +447,22 @@ fn stage_settings(config: &str) -> Vec<Setting> {
     config.split('>').enumerate().flat_map(of_stage).collect()
 }
 
-/// Returns what a run shares with runs of every other method.
+/// Returns what a run shares with runs of every other method, and the same of the stages before it.
 fn hyperparameters(row: &Row, size_is_setting: bool) -> Vec<Setting> {
-    let mut settings = vec![
-        ("preset", row.preset.clone()),
-        ("learning_rate", short(row.learning_rate)),
-        ("epochs", short(row.epochs)),
-        ("batch_size", row.batch_size.to_string()),
-        ("micro_batch", row.micro_batch.to_string()),
-        ("max_length", row.max_length.to_string()),
-        ("warmup", short(row.warmup)),
-        ("weight_decay", short(row.weight_decay)),
-        ("max_gradient_norm", row.max_gradient_norm.map_or("none".into(), short)),
-        ("optimizer", row.optimizer.clone()),
-        ("beta1", short(row.beta1)),
-        ("beta2", short(row.beta2)),
-        ("epsilon", short(row.epsilon)),
-        ("adamw", row.adamw.clone()),
-        ("precision", row.precision.clone()),
-        ("order", row.order.clone()),
-        ("checkpoint", row.checkpoint.clone()),
-        ("early_stopping", row.early_stopping.map_or("none".into(), |patience| patience.to_string())),
-        ("label_noise", short(row.label_noise)),
-        ("freeze", row.freeze.clone()),
-        ("head", row.head.clone()),
-        ("model_config", row.model_config.clone()),
-        ("purpose", row.purpose.clone()),
-    ];
+    let own = row.settings().into_iter().map(|(name, value)| (name.to_owned(), value));
+    let of_sources = stage_settings(&row.source_settings)
+        .into_iter()
+        .map(|setting| (format!("stage{}.{}", setting.stage + 1, setting.name), setting.value));
+    let mut settings: Vec<(String, String)> = own.chain(of_sources).collect();
+    settings.push(("purpose".into(), row.purpose.clone()));
     // Runs that start from a folder of unknown making: all that tells them apart is what is in it.
     let of_chain = stage_settings(&row.source_config).into_iter().find(|setting| setting.name == START);
     let of_run = (row.source_method.is_empty() && !row.source_run.is_empty()).then(|| row.source_run.clone());
-    settings.extend(of_chain.map(|setting| setting.value).or(of_run).map(|start| (START, start)));
+    settings.extend(of_chain.map(|setting| setting.value).or(of_run).map(|start| (START.into(), start)));
     if size_is_setting {
-        settings.push(("examples_train", row.examples_train.to_string()));
+        settings.push(("examples_train".into(), row.examples_train.to_string()));
     }
-    settings.into_iter().map(|(name, value)| Setting { stage: 0, name: name.to_owned(), value }).collect()
-}
-
-/// Writes a number as people write hyper-parameters: `0.01`, but `2e-5`.
-fn short(number: f64) -> String {
-    if number != 0.0 && number.abs() < 1e-3 { format!("{number:e}") } else { number.to_string() }
+    settings.into_iter().map(|(name, value)| Setting { stage: 0, name, value }).collect()
 }
 
 #[cfg(test)]

@@ -49,7 +49,8 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
         [arguments.input.clone(), arguments.task.clone().into()].into_iter().chain(files).collect();
     check_output(&arguments.output, inputs.iter().map(PathBuf::as_path))?;
     let card = named_card(&arguments.task, Path::new(""))?;
-    let dataset = read_file(&card, &arguments.input)?;
+    // Every row of the input is to have an answer.
+    let dataset = read_file(&TaskCard { allow_empty_text: true, ..card.clone() }, &arguments.input)?;
     let folder = ModelFolder::open(&model)?;
     let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
     let encoder = TokenEncoder::from_folder(&model)?;

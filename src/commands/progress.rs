@@ -192,11 +192,10 @@ fn outcome(rows: &[Row]) -> String {
     let score = |row: &Row| {
         let score = row.score.filter(|score| score.is_finite());
         let score = score.map_or("undefined".to_owned(), |score| format!("{:.2}", 100.0 * score));
-        let degenerate = match row.degenerate {
-            Some(true) if matches!(row.headline.as_str(), "combined" | "pearson" | "spearman") => {
-                ", predicts nearly one value only"
-            }
-            Some(true) => ", predicts one class only",
+        let has_classes = row.accuracy.or(row.f1).or(row.matthews).is_some();
+        let degenerate = match (row.degenerate, has_classes) {
+            (Some(true), true) => ", predicts one class only",
+            (Some(true), false) => ", predicts nearly one value only",
             _ => "",
         };
         let of_task = rows.iter().filter(|other| other.evaluated_on == row.evaluated_on);

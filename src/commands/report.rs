@@ -27,11 +27,23 @@ pub fn report(arguments: ReportArguments) -> Result<ExitCode> {
     let report = report_on(&read_rows(&arguments.files)?);
     let folder = &arguments.output;
     std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    let text = folder.join("report.md");
+    let earlier = std::fs::read_to_string(&text).unwrap_or_default();
     for (name, figure) in &report.figures {
         write_bytes(&folder.join(name), figure.as_bytes())?;
     }
-    let text = folder.join("report.md");
     write_bytes(&text, report.markdown.as_bytes())?;
+    let is_left_over = |name: &&str| report.figures.iter().all(|(new, _)| new != name);
+    for name in figures_of(&earlier).filter(is_left_over) {
+        // What cannot be removed does no harm.
+        let _ = std::fs::remove_file(folder.join(name));
+    }
     show(text.display())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Returns the names of the figures that a report shows.
+fn figures_of(markdown: &str) -> impl Iterator<Item = &str> {
+    let linked = markdown.split("](").skip(1).filter_map(|rest| Some(rest.split_once(')')?.0));
+    linked.filter(|name| name.ends_with(".svg") && !name.contains(['/', '\\']))
 }

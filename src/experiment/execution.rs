@@ -1,13 +1,13 @@
 //! An experiment from its plan to a complete results file, whoever trains the runs: this process or several workers.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::plan::Plan;
 use super::queue::{Queue, Turn};
 use super::resident::has_model;
-use super::results::{Recorded, ResultsFile, Status, read};
+use super::results::{NeededSources, Recorded, ResultsFile, Status, read};
 use super::run::Run;
 use super::runner::{Attempt, RunEvent, kept_folder};
 use crate::error::{Error, Result};
@@ -68,6 +68,8 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
     if let Some(repair) = results.repaired() {
         executor.report(RunEvent::Note(repair.to_owned()));
     }
+    let sources = sources(plan);
+    let needed = (!sources.is_empty()).then(|| results.need_sources(sources)).transpose()?;
     let recorded = results.recorded()?;
     if let Some(note) = not_kept(plan, &recorded) {
         executor.report(RunEvent::Note(note));
@@ -81,7 +83,9 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
         let runs = [plan.runs.clone(), execution.chosen(plan)?].concat();
         execution.train_missing(&runs)?;
     }
-    clear_sources(plan, &execution.results)?;
+    if let Some(needed) = needed {
+        clear_sources(plan, &execution.results, needed)?;
+    }
     let had_diverged = |run: &&Arc<Run>| recorded.status(&run.id) == Some(Status::Diverged);
     execution.summary.diverged_before = plan.all_runs().filter(had_diverged).count();
     Ok(execution.summary)
@@ -90,8 +94,9 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
 /// Says how many runs have ended before and left no model in the folder that the plan now keeps models in.
 fn not_kept(plan: &Plan, recorded: &Recorded) -> Option<String> {
     let folder = plan.save.as_ref()?;
-    let lacks_model =
-        |run: &&Arc<Run>| recorded.status(&run.id) == Some(Status::Ok) && !has_model(&kept_folder(plan, run));
+    let lacks_model = |run: &&Arc<Run>| {
+        recorded.status(&run.id) == Some(Status::Ok) && !has_model(&kept_folder(plan, &run.id))
+    };
     let count = plan.runs.iter().filter(lacks_model).count();
     (count > 0).then(|| {
         format!(
@@ -199,23 +204,25 @@ fn make_folders(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// Removes the models that were kept only for other runs to start from, once those are done.
-fn clear_sources(plan: &Plan, results: &ResultsFile) -> Result<()> {
-    if plan.save.is_some() {
-        return Ok(());
-    }
+/// Returns the ids of the runs whose weights are kept only for others of a plan to start from.
+fn sources(plan: &Plan) -> BTreeSet<String> {
+    let sources = plan.runs.iter().filter(|_| plan.save.is_none()).filter_map(|run| run.source_run());
+    sources.map(|source| source.id.clone()).collect()
+}
+
+/// Removes the weights that were kept only for other runs to start from, once those are done and no other process needs them.
+fn clear_sources(plan: &Plan, results: &ResultsFile, needed: NeededSources) -> Result<()> {
     let recorded = results.recorded()?;
     let is_open = |run: &&Arc<Run>| !recorded.has(&run.id, run.rows());
-    let needed: HashSet<&str> = (plan.runs.iter().filter(is_open))
+    let still_needed: HashSet<&str> = (plan.runs.iter().filter(is_open))
         .filter_map(|run| run.source_run().map(|source| source.id.as_str()))
         .collect();
-    for source in plan.runs.iter().filter_map(|run| run.source_run()) {
-        if !needed.contains(source.id.as_str()) {
+    results.release_sources(needed, |source| {
+        if !still_needed.contains(source) {
             // What cannot be removed does no harm; the folder above goes with the last one.
             let kept = kept_folder(plan, source);
             let _ = std::fs::remove_dir_all(&kept);
             let _ = kept.parent().map(std::fs::remove_dir);
         }
-    }
-    Ok(())
+    })
 }

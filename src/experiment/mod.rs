@@ -1,5 +1,6 @@
 //! Experiments: YAML as typed, the plan of runs it stands for, the runner, and the result CSV.
 
+mod axes;
 mod cost;
 mod entries;
 mod execution;
@@ -10,6 +11,7 @@ mod machine;
 mod overrides;
 mod pace;
 mod plan;
+mod plan_checks;
 mod profile;
 mod queue;
 mod resident;

@@ -7,19 +7,23 @@
 //! - *Nothing is there twice.* Every change is made under a lock, after the file has been read again; a row whose
 //!   (run, data set, split, hash of the data) is there already is dropped.
 //! - *Nothing is done twice.* A run is claimed before it is trained; the claim ends with the process.
+//! - *Nothing is taken away.* The weights that runs start from stay as long as a process needs them.
 //! - *Nothing stays failed.* A run counts as finished once it ended `ok` or `diverged`. A `failed` one is tried again,
 //!   and what it brings then takes the place of its failed rows.
 
+mod claims;
 mod contents;
 mod row;
 mod text;
 
 use std::collections::HashSet;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use claims::lock;
+pub use claims::{Claim, NeededSources};
 pub use contents::Recorded;
 use contents::{Contents, Found, check_line_ends};
 pub use row::{Row, SCHEMA_VERSION, Status};
@@ -28,7 +32,7 @@ pub use text::read;
 pub(super) use text::{from_text, to_text};
 
 use crate::error::{Error, Result};
-use crate::files::{beside, folder_of, is_pipe, write_bytes};
+use crate::files::{folder_of, is_pipe, write_bytes};
 
 /// Returns whether a file holds results, of whatever version and in whatever order of its columns.
 pub fn is_results_file(path: &Path) -> bool {
@@ -47,15 +51,6 @@ pub fn is_results_file(path: &Path) -> bool {
 pub struct ResultsFile {
     path: PathBuf,
     repaired: OnceLock<String>,
-}
-
-/// The right to train one run, until it is dropped or the process ends, however it ends.
-#[derive(Debug)]
-pub struct Claim {
-    results: PathBuf,
-    path: PathBuf,
-    /// Holds the lock for as long as it is open.
-    _file: File,
 }
 
 impl ResultsFile {
@@ -91,18 +86,6 @@ impl ResultsFile {
         let _ = results.contents()?;
         results.clear_claims();
         Ok(results)
-    }
-
-    /// Removes the claims of killed processes: what nobody locks, nobody holds. The caller has locked the results, so
-    /// that nobody makes a claim meanwhile. What cannot be removed does no harm.
-    fn clear_claims(&self) {
-        let folder = beside(&self.path, ".claims");
-        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
-            if open_lock_file(&entry.path()).is_ok_and(|file| file.try_lock().is_ok()) {
-                let _ = fs::remove_file(entry.path());
-            }
-        }
-        let _ = fs::remove_dir(&folder);
     }
 
     /// Returns what was cut away from the file because it had been written in part only, if anything was.
@@ -164,29 +147,6 @@ impl ResultsFile {
         Ok(new.len())
     }
 
-    /// Claims a run, so that no other thread or process trains it too.
-    ///
-    /// Returns nothing if someone else holds the run. Whoever gets it should ask [`ResultsFile::recorded`] once more:
-    /// another process may have finished it, and given it back, since.
-    ///
-    /// # Errors
-    /// Fails if the claim cannot be written beside the results file.
-    pub fn claim(&self, run: &str) -> Result<Option<Claim>> {
-        if run.is_empty() || !run.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            return Err(Error::configuration(format!("run id `{run}` is not made of letters and digits")));
-        }
-        let _lock = lock(&self.path)?;
-        let folder = beside(&self.path, ".claims");
-        fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-        let path = folder.join(run);
-        let file = open_lock_file(&path)?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(Claim { results: self.path.clone(), path, _file: file })),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(source)) => Err(Error::io("lock", path)(source)),
-        }
-    }
-
     /// Reads the file, which the caller has locked, and mends what a cut-off write left of its end.
     fn contents(&self) -> Result<Contents> {
         let header = header(&self.path)?;
@@ -245,29 +205,6 @@ impl ResultsFile {
     }
 }
 
-impl Drop for Claim {
-    /// Gives the run back. What cannot be removed does no harm: a claim without a lock holds nothing.
-    fn drop(&mut self) {
-        // Under the lock, since otherwise somebody could open the file before it is removed and lock it after.
-        if let Ok(_lock) = lock(&self.results) {
-            let _ = fs::remove_file(&self.path);
-            // Succeeds for the last claim only: the folder must be empty.
-            let _ = fs::remove_dir(folder_of(&self.path));
-        }
-    }
-}
-
-/// Locks a results file until the returned file is dropped.
-///
-/// What is locked is a file beside it, which is never replaced: whoever waited for a lock on the results file itself
-/// would, after a replacement, hold a lock on a file that no longer has a name.
-fn lock(results: &Path) -> Result<File> {
-    let path = beside(results, ".lock");
-    let file = open_lock_file(&path)?;
-    file.lock().map_err(Error::io("lock", path))?;
-    Ok(file)
-}
-
 /// Tells what is there of every run, without a lock, and without mending or writing anything.
 ///
 /// # Errors
@@ -303,10 +240,6 @@ fn lacks_newline(bytes: &[u8]) -> bool {
     let last = last.strip_suffix(b"\r").unwrap_or(last);
     let time = last.rsplit(|&byte| byte == b',').next().unwrap_or_default();
     std::str::from_utf8(time).is_ok_and(|time| humantime::parse_rfc3339(time).is_ok())
-}
-
-fn open_lock_file(path: &Path) -> Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(Error::io("create", path))
 }
 
 fn unwritable(action: &str, path: &Path, source: &std::io::Error) -> Error {

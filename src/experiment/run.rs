@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::entries::{Evaluated, ModelEntry, TaskEntry};
+use super::run_rows::settled;
 use super::start::{Source, Start};
 use crate::data::Split;
 use crate::error::{Error, Result};
@@ -115,10 +116,7 @@ impl Run {
         match &self.start {
             Start::Pretrained => Source::default(),
             Start::Folder(folder) => folder.source.clone(),
-            Start::Run(run) => {
-                let (task, method) = (&run.task.card.name, &run.method);
-                run.source().then(&run.id, task, method.name(), &method.options())
-            }
+            Start::Run(run) => run.source().then(&settled(run)),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use sha2::{Digest, Sha256};
 use tch::Device;
 
 use super::cost::method_cost;
@@ -13,7 +14,7 @@ use super::run::{Run, RunPurpose};
 use crate::data::{Metric, Objective};
 use crate::libtorch;
 use crate::train::{Evaluation, Trained};
-use crate::values::yaml_name;
+use crate::values::{hexadecimal, yaml_name};
 
 const MEBIBYTE: f64 = 1024.0 * 1024.0;
 
@@ -30,13 +31,12 @@ pub struct Outcome {
 /// Makes the row of a run on one data set, with what is known whatever becomes of the run.
 pub fn described(plan: &Plan, run: &Run, evaluated: &Evaluated, device: Device, started: SystemTime) -> Row {
     let on = &evaluated.on;
-    let settings = &run.hyperparameters;
     let source = run.source();
     let overrides = &run.model.overrides;
     let is_regression = matches!(run.task.card.objective, Objective::Regression);
+    let config = serde_json::Value::Object(run.config().values().clone()).to_string();
     Row {
         experiment: plan.name.clone(),
-        run: run.id.clone(),
         purpose: match run.purpose {
             RunPurpose::Report => "report".into(),
             RunPurpose::Tuned => "tuned".into(),
@@ -45,6 +45,8 @@ pub fn described(plan: &Plan, run: &Run, evaluated: &Evaluated, device: Device, 
         model: run.model.name.clone(),
         model_sha256: run.model.sha256.clone(),
         model_revision: run.model.revision.clone().unwrap_or_default(),
+        config_sha256: hexadecimal(&Sha256::digest(config)),
+        tokenizer_sha256: run.model.tokenizer_sha256.clone(),
         model_config: match overrides.is_empty() {
             true => String::new(),
             false => serde_json::Value::Object(overrides.clone()).to_string(),
@@ -53,12 +55,32 @@ pub fn described(plan: &Plan, run: &Run, evaluated: &Evaluated, device: Device, 
         source_task: source.task,
         source_method: source.method,
         source_config: source.method_config,
-        task: run.task.card.name.clone(),
+        source_settings: source.settings,
         train_sha256: run.task.train.sha256.clone(),
         evaluated_on: on.card.name.clone(),
         split: on.split.name().to_owned(),
         evaluated_sha256: evaluated.sha256.clone(),
         preset: yaml_name(&plan.preset),
+        headline: on.card.headline.name().to_owned(),
+        examples_prepared: run.method.examples_passed(run.training_examples()) as u64,
+        passes_per_step: run.method.parts().passes(is_regression) as u64,
+        method_state_mb: method_cost(run).ok().map(|cost| cost.method_bytes as f64 / MEBIBYTE),
+        examples_evaluated: on.dataset.examples.len() as u64,
+        device: machine::device_name(device),
+        torch: libtorch::version(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        commit: Some(env!("CHILD_TUNING_COMMIT").to_owned()).filter(|commit| commit != "unknown"),
+        started_at: humantime::format_rfc3339_seconds(started).to_string(),
+        ..settled(run)
+    }
+}
+
+/// Makes the part of a run's rows that says what trains, and how.
+pub fn settled(run: &Run) -> Row {
+    let settings = &run.hyperparameters;
+    Row {
+        run: run.id.clone(),
+        task: run.task.card.name.clone(),
         method: run.method.name().to_owned(),
         method_config: run.method.options(),
         freeze: yaml_name(&settings.freeze),
@@ -82,17 +104,7 @@ pub fn described(plan: &Plan, run: &Run, evaluated: &Evaluated, device: Device, 
         checkpoint: yaml_name(&settings.checkpoint),
         early_stopping: settings.early_stopping.map(|patience| patience as u64),
         label_noise: run.label_noise,
-        headline: on.card.headline.name().to_owned(),
-        examples_prepared: run.method.examples_passed(run.training_examples()) as u64,
-        passes_per_step: run.method.parts().passes(is_regression) as u64,
-        method_state_mb: method_cost(run).ok().map(|cost| cost.method_bytes as f64 / MEBIBYTE),
         examples_train: run.training_examples() as u64,
-        examples_evaluated: on.dataset.examples.len() as u64,
-        device: machine::device_name(device),
-        torch: libtorch::version(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        commit: Some(env!("CHILD_TUNING_COMMIT").to_owned()).filter(|commit| commit != "unknown"),
-        started_at: humantime::format_rfc3339_seconds(started).to_string(),
         ..Row::default()
     }
 }

@@ -347,7 +347,7 @@ impl<'a> Runner<'a> {
 
     /// Returns where the model of a run is kept.
     fn kept(&self, run: &Run) -> PathBuf {
-        kept_folder(self.plan, run)
+        kept_folder(self.plan, &run.id)
     }
 }
 
@@ -379,10 +379,10 @@ impl Executor for Runner<'_> {
     }
 }
 
-/// Returns where the model of a run is kept: in `save:`, or beside the results where others start from it.
-pub(super) fn kept_folder(plan: &Plan, run: &Run) -> PathBuf {
+/// Returns where the model of a run, named by its id, is kept: in `save:`, or beside the results where others start from it.
+pub(super) fn kept_folder(plan: &Plan, run: &str) -> PathBuf {
     let folder = plan.save.clone().unwrap_or_else(|| beside(&plan.results, ".sources"));
-    folder.join(&run.id)
+    folder.join(run)
 }
 
 /// Makes the rows of a run that has no scores, with how it ended and why.

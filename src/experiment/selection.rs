@@ -11,6 +11,7 @@ use super::run::{Run, RunIds};
 use super::spec::ExperimentSpec;
 use super::stage_spec::{SelectBy, SelectSpec};
 use crate::error::{Error, Result};
+use crate::statistics::{is_above, mean};
 use crate::values::PartialShare;
 
 /// The trials of an experiment, and what they choose between.
@@ -160,7 +161,7 @@ impl Choice {
     /// Chooses the candidate with the highest mean score, among those with the most trials that have one; the first of
     /// equals. Returns nothing while a trial is missing or failed.
     pub fn choose(&self, rows: &[Row]) -> Option<Chosen<'_>> {
-        let mut best: Option<(usize, f64, &Candidate)> = None;
+        let mut best: Option<(usize, Option<f64>, &Candidate)> = None;
         for candidate in &self.candidates {
             let mut scores = Vec::new();
             for trial in &candidate.trials {
@@ -172,13 +173,17 @@ impl Choice {
                 })?;
                 scores.extend(row.score.filter(|_| row.status == Status::Ok));
             }
-            let mean = scores.iter().sum::<f64>() / scores.len().max(1) as f64;
-            if best.is_none_or(|(count, highest, _)| (scores.len(), mean) > (count, highest)) {
+            let mean = mean(&scores);
+            let is_better = |(count, best, _): (usize, Option<f64>, _)| match mean.zip(best) {
+                Some((mean, best)) if scores.len() == count => is_above(mean, best),
+                _ => scores.len() > count,
+            };
+            if best.is_none_or(is_better) {
                 best = Some((scores.len(), mean, candidate));
             }
         }
-        let (count, mean, candidate) = best?;
-        Some(Chosen { candidate, mean: (count > 0).then_some(mean) })
+        let (_, mean, candidate) = best?;
+        Some(Chosen { candidate, mean })
     }
 
     /// Says what a candidate is made of: its method's options, and what of its hyper-parameters not all candidates share.

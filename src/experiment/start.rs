@@ -1,12 +1,14 @@
 //! The weights that runs start from: pretrained ones, those of another run, those in a folder.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
 use super::entries::{ModelEntry, open_folder};
+use super::results::{Row, Status, read};
 use super::run::Run;
 use super::stage_spec::{EarlierRuns, InitFrom};
 use crate::error::{Error, Result};
@@ -46,12 +48,14 @@ pub struct Source {
     pub method: String,
     /// The settings of the methods.
     pub method_config: String,
+    /// Everything else that these stages were trained with.
+    pub settings: String,
 }
 
 impl Source {
-    /// Returns where weights come from that a further stage has trained, given the run, its task, its method and the
-    /// method's settings. A stage without settings keeps its place between the `>`.
-    pub fn then(self, run: &str, task: &str, method: &str, method_config: &str) -> Self {
+    /// Returns where weights come from that a further stage has trained, whose row tells of it. A stage without settings of
+    /// its method keeps its place between the `>`.
+    pub fn then(self, stage: &Row) -> Self {
         let is_first = self.method.is_empty();
         let joined = |earlier: &str, own: &str| match is_first {
             true => own.to_owned(),
@@ -59,13 +63,21 @@ impl Source {
         };
         // Of a folder of unknown making only its weights are known.
         let start = (is_first && !self.run.is_empty()).then(|| format!("start={}", self.run));
-        let settings: Vec<&str> =
-            start.as_deref().into_iter().chain([method_config]).filter(|words| !words.is_empty()).collect();
+        let settings: Vec<&str> = start
+            .as_deref()
+            .into_iter()
+            .chain([&*stage.method_config])
+            .filter(|words| !words.is_empty())
+            .collect();
+        let examples = ("examples_train", stage.examples_train.to_string());
+        let shared = stage.settings().into_iter().chain([examples]);
+        let shared: Vec<String> = shared.map(|(name, value)| format!("{name}={value}")).collect();
         Self {
-            run: run.to_owned(),
-            task: joined(&self.task, task),
-            method: joined(&self.method, method),
+            run: stage.run.clone(),
+            task: joined(&self.task, &stage.task),
+            method: joined(&self.method, &stage.method),
             method_config: joined(&self.method_config, &settings.join(" ")),
+            settings: joined(&self.settings, &shared.join(" ")),
         }
     }
 }
@@ -159,34 +171,31 @@ fn earlier_run(earlier: &EarlierRuns, model: &ModelEntry, seed: u64) -> Result<(
             columns.join(", ")
         ))
     };
-    let unreadable =
-        |error: csv::Error| Error::configuration(format!("init_from: {}: {error}", path.display()));
+    let of_file = |error: &dyn Display| Error::configuration(format!("init_from: {error}"));
+    let rows = read(path).map_err(|error| of_file(&error))?;
+    let unreadable = |error: csv::Error| of_file(&format!("{}: {error}", path.display()));
     let mut reader = csv::Reader::from_path(path).map_err(unreadable)?;
     let header = reader.headers().map_err(unreadable)?.clone();
     if let Some(column) = earlier.columns.keys().find(|column| !header.iter().any(|name| name == *column)) {
         let hint = suggestion(column, header.iter());
-        return Err(Error::configuration(format!(
-            "init_from: {} has no column `{column}`{hint}",
-            path.display()
-        )));
+        return Err(of_file(&format!("{} has no column `{column}`{hint}", path.display())));
     }
     let mut found: BTreeMap<String, Source> = BTreeMap::new();
-    for row in reader.deserialize::<BTreeMap<String, String>>() {
-        let row = row.map_err(unreadable)?;
-        let get = |column: &str| row.get(column).map(String::as_str).unwrap_or_default();
+    for (row, fields) in rows.iter().zip(reader.deserialize::<BTreeMap<String, String>>()) {
+        let fields = fields.map_err(unreadable)?;
+        let get = |column: &str| fields.get(column).map(String::as_str).unwrap_or_default();
         let wanted = earlier.columns.iter().all(|(column, value)| value.is(get(column)))
-            && get("seed") == seed.to_string()
-            && get("model_sha256") == model.sha256
-            && get("status") == "ok";
+            && (row.seed, &row.model_sha256) == (seed, &model.sha256)
+            && row.status == Status::Ok;
         if wanted {
             let earlier = Source {
-                run: get("source_run").to_owned(),
-                task: get("source_task").to_owned(),
-                method: get("source_method").to_owned(),
-                method_config: get("source_config").to_owned(),
+                run: row.source_run.clone(),
+                task: row.source_task.clone(),
+                method: row.source_method.clone(),
+                method_config: row.source_config.clone(),
+                settings: row.source_settings.clone(),
             };
-            let source = earlier.then(get("run"), get("task"), get("method"), get("method_config"));
-            found.insert(source.run.clone(), source);
+            found.insert(row.run.clone(), earlier.then(row));
         }
     }
     match found.len() {

@@ -229,10 +229,10 @@ fn results_of_another_version_are_refused_and_left_alone() {
     let workplace = Workplace::new();
     workplace.experiment("");
     workplace.run(&[]).with_code(0);
-    let newer = workplace.read("results.csv").replace("\n5,", "\n6,");
+    let newer = workplace.read("results.csv").replace("\n6,", "\n7,");
     workplace.write("results.csv", &newer);
     for answer in [workplace.run(&[]), workplace.call(&["compare", "results.csv"])] {
-        answer.refused(2, &["results.csv:2: ", "schema version `6`", "knows 5"]);
+        answer.refused(2, &["results.csv:2: ", "schema version `7`", "knows 6"]);
     }
     assert_eq!(workplace.read("results.csv"), newer);
 }

@@ -107,5 +107,39 @@ fn a_report_is_a_text_with_figures_that_are_there() {
         "{text}"
     );
 
+    // One of fewer results takes the figures away that it no longer has, and nothing else.
+    workplace.write("papers/report/own.svg", "mine");
+    let only_rte: Vec<String> = (workplace.read("results.csv").lines())
+        .filter(|line| !line.contains(",mrpc,"))
+        .map(str::to_owned)
+        .collect();
+    workplace.write("rte.csv", only_rte.join("\n") + "\n");
+    workplace.call(&["report", "rte.csv", "--output", "papers/report"]).with_code(0);
+    assert_eq!(workplace.files("papers/report"), ["01_rte_dev.svg", "own.svg", "report.md"]);
     report("results.csv").with_code(3);
+}
+
+#[test]
+fn what_is_typed_otherwise_and_means_the_same_is_compared() {
+    let workplace = Workplace::new();
+    workplace.experiment("method: [vanilla, child_tuning_f]\nseeds: [1, 2]");
+    workplace.run(&["--only", "method=vanilla,seed=1"]).with_code(0);
+    // The model by its whole path, one of its values written out, another preset with all that it settles written out.
+    let path = format!("model={}", workplace.path("bert_pair").display());
+    workplace.run(&["--set", &path]).with_code(0);
+    assert_eq!(workplace.rows("results.csv").len(), 4);
+    let config: serde_json::Value = serde_json::from_str(&workplace.read("bert_pair/config.json")).unwrap();
+    let dropout = format!("model_config={{hidden_dropout_prob: {}}}", config["hidden_dropout_prob"]);
+    let official = ["preset=official", "train.warmup=0.1", "train.adamw=torch", &dropout];
+    let official: Vec<&str> = official.iter().flat_map(|value| ["--set", value]).collect();
+    workplace.run(&official).with_code(0);
+    let text = workplace.call(&["compare", "results.csv", "--format", "csv"]).with_code(0).stdout;
+    workplace.write("comparison.csv", text);
+    let groups = workplace.rows("comparison.csv");
+    let counts = |column: &str| groups.iter().map(|row| row[column].clone()).collect::<Vec<_>>();
+    assert_eq!(counts("method"), ["vanilla", "child_tuning_f", "child_tuning_f"]);
+    assert_eq!(
+        (counts("runs"), counts("common_seeds")),
+        (vec!["2".to_owned(); 3], ["0", "2", "2"].map(String::from).into())
+    );
 }

@@ -21,7 +21,9 @@ fn a_grid_writes_one_row_a_run_and_a_second_start_runs_nothing() {
     assert!(first.stdout.contains("experiment: 6 runs done; "), "{}", first.stdout);
     assert!(first.stdout.ends_with(" s in all\nresults: results.csv\n"), "{}", first.stdout);
     let written = workplace.read("results.csv");
-    assert!(written.starts_with("schema_version,experiment,run,model,model_sha256,model_revision,task,"));
+    assert!(written.starts_with(
+        "schema_version,experiment,run,model,model_sha256,model_revision,config_sha256,tokenizer_sha256,task,"
+    ));
     let rows = workplace.rows("results.csv");
     let expected = ["child_tuning_f", "vanilla"].map(|method| ["1", "2", "3"].map(|seed| (method, seed)));
     assert_eq!(methods_and_seeds(&rows), expected.concat());
@@ -190,13 +192,14 @@ fn a_row_says_where_it_comes_from() {
         "source_task",
         "source_method",
         "source_config",
+        "source_settings",
         "early_stopping",
     ];
     for (column, value) in row.iter().filter(|(column, _)| !optional.contains(&column.as_str())) {
         assert!(!value.is_empty(), "{column} is empty");
     }
     let expected = [
-        ("schema_version", "5"),
+        ("schema_version", "6"),
         ("experiment", "provenance"),
         ("model", "bert_pair"),
         ("task", "rte"),
@@ -219,7 +222,13 @@ fn a_row_says_where_it_comes_from() {
     assert!(row["method_config"].starts_with("p=0.3 fisher=per_example"), "{}", row["method_config"]);
     assert!(row["device"].starts_with("cpu (") && row["device"].contains("1 threads"), "{}", row["device"]);
     assert!(row["torch"].starts_with("2."), "{}", row["torch"]);
-    for (column, length) in [("run", 16), ("model_sha256", 64), ("mask_sha256", 64)] {
+    for (column, length) in [
+        ("run", 16),
+        ("model_sha256", 64),
+        ("config_sha256", 64),
+        ("tokenizer_sha256", 64),
+        ("mask_sha256", 64),
+    ] {
         let value = &row[column];
         assert!(
             value.len() == length && value.bytes().all(|byte| byte.is_ascii_hexdigit()),

@@ -149,6 +149,15 @@ fn labels_of_the_input_do_not_matter() {
 }
 
 #[test]
+fn every_row_has_an_answer() {
+    let workplace = Workplace::with_models(&["bert_single"]);
+    workplace.write("input.tsv", "index\tsentence\n0\tthe cat sits\n1\t\n2\t  \n3\ta mat\n");
+    let rows = predict(&workplace, "bert_single", "cola", "input.tsv", &["--logits"]);
+    assert_eq!(rows.len(), 4);
+    assert_eq!(rows[1]["logit_0"], rows[2]["logit_0"]);
+}
+
+#[test]
 fn inputs_longer_than_the_model_are_refused() {
     let workplace = Workplace::with_models(&["bert_single"]);
     let test = gold("CoLA/test.tsv", 1, 1).0;

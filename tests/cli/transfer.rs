@@ -1,7 +1,8 @@
 //! Stages, further evaluations, starts from other runs, tuning: what goes beyond one task and its dev set.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
+use child_tuning::experiment::results::ResultsFile;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use crate::support::{Row, Workplace};
@@ -51,6 +52,31 @@ fn a_source_is_trained_once_and_its_encoder_stays_as_it_is() {
     let again = workplace.run(&["--set", "then.task=[cola, stsb, rte]"]).with_code(0);
     assert!(started(&again.stderr, "] mrpc ").is_empty() && !again.stderr.contains("trained again"));
     assert_eq!(started(&again.stderr, " rte ").len(), 2, "{}", again.stderr);
+}
+
+#[test]
+fn a_source_that_another_process_needs_is_left_to_it() {
+    let workplace = Workplace::new();
+    workplace.experiment(STAGES);
+    workplace.run(&["--only", "task=cola"]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    let sources: BTreeSet<String> =
+        rows.iter().filter(|row| row["task"] == "mrpc").map(|row| row["run"].clone()).collect();
+    std::fs::remove_file(workplace.path("results.csv")).unwrap();
+    // This process stands for one at work on the other target.
+    let results = ResultsFile::open(workplace.path("results.csv")).unwrap();
+    let needed = results.need_sources(sources.clone()).unwrap();
+    workplace.run(&["--only", "task=cola"]).with_code(0);
+    for source in &sources {
+        assert!(workplace.path(&format!("results.csv.sources/{source}/model.safetensors")).exists());
+    }
+    let mut left = BTreeSet::new();
+    results.release_sources(needed, |source| _ = left.insert(source.to_owned())).unwrap();
+    assert_eq!(left, sources);
+    // The next process that needs them takes them as they are, and clears up.
+    let answer = workplace.run(&["--only", "task=stsb"]).with_code(0);
+    assert!(started(&answer.stderr, "] mrpc ").is_empty(), "{}", answer.stderr);
+    assert!(!workplace.path("results.csv.sources").exists());
 }
 
 #[test]
@@ -457,4 +483,41 @@ fn a_model_that_numbers_its_labels_otherwise_is_scored_by_name() {
     workplace.run(&[]).with_code(0);
     let scores = workplace.column("results.csv", "loss");
     assert_eq!(scores[0], scores[1]);
+}
+
+#[test]
+fn settings_of_a_source_are_in_the_rows_of_its_targets() {
+    let workplace = Workplace::new();
+    let stages =
+        STAGES.replace("learning_rate: 1e-3", "learning_rate: [1e-3, 3e-3]").replace("[cola, stsb]", "cola");
+    workplace.experiment(&stages);
+    workplace.run(&[]).with_code(0);
+    let rows = workplace.rows("results.csv");
+    let targets: Vec<&Row> = rows.iter().filter(|row| row["task"] == "cola").collect();
+    assert_eq!(targets.len(), 4);
+    for target in targets {
+        let source = rows.iter().find(|row| row["run"] == target["source_run"]).unwrap();
+        let settings: Vec<&str> = target["source_settings"].split(' ').collect();
+        for column in ["learning_rate", "batch_size", "label_noise", "freeze", "examples_train"] {
+            let value = match source[column].as_str() {
+                "0.0" => "0",
+                value => value,
+            };
+            assert!(settings.contains(&format!("{column}={value}").as_str()), "{column}: {settings:?}");
+        }
+    }
+    let text = workplace.call(&["compare", "results.csv"]).with_code(0).stdout;
+    assert!(text.contains("vanilla>vanilla  stage1.learning_rate=0.001"), "{text}");
+    assert_eq!(text.matches(": difference from vanilla").count(), 2, "one for each task: {text}");
+}
+
+#[test]
+fn only_knows_reported_seeds_and_every_spelling_of_a_task() {
+    let workplace = Workplace::new();
+    workplace.experiment("task: [rte, mrpc]\nseeds: [5, 6]\nselect: {by: dev, on_seeds: [1, 2]}\ntrain: {max_length: 32, learning_rate: [1e-3, 2e-3]}");
+    workplace
+        .call(&["plan", "experiment.yaml", "--only", "seed=1"])
+        .refused(2, &["leaves no run", "there are 5, 6"]);
+    let answer = workplace.call(&["plan", "experiment.yaml", "--only", "task=RTE"]).with_code(0);
+    assert!(!answer.stdout.contains("mrpc"), "{}", answer.stdout);
 }

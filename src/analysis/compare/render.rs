@@ -4,6 +4,7 @@ use comfy_table::presets::{ASCII_MARKDOWN, UTF8_HORIZONTAL_ONLY};
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
 use super::{Block, Comparison, Difference, Group};
+use crate::statistics::is_above;
 
 /// What is said once below all tables, as they show it.
 const LEGEND: &str = "\
@@ -250,7 +251,7 @@ impl Block {
         {
             lines.push(format!(
                 "vanilla was tuned {rivals} times, and nothing tells which of them a tuned method belongs to: no difference; \
-                 compare the results of one tuning at a time"
+                 give each tuning a results file of its own"
             ));
         }
         lines.iter().map(|line| (style.escape)(line)).collect()
@@ -259,11 +260,17 @@ impl Block {
     fn conclusion(&self, model: &str) -> Option<String> {
         let groups = || self.groups.iter().filter(|group| group.model == model);
         let compared = || groups().filter_map(|group| Some((group, group.mean?, group.difference?)));
-        let best = compared().max_by(|(_, left, _), (_, right, _)| left.total_cmp(right));
+        // The first of equals.
+        let best = compared().reduce(|best, other| if is_above(other.1, best.1) { other } else { best });
         let Some((best, _, difference)) = best else {
-            let others = groups().any(|group| !group.is_baseline && group.rival_baselines == 0);
-            return others
-                .then(|| "no difference from vanilla: no seed has a score of it and of another method with the same settings".into());
+            let mut others =
+                groups().filter(|group| !group.is_baseline && group.rival_baselines == 0).peekable();
+            others.peek()?;
+            let reason = match groups().any(|group| group.surplus > 0) {
+                true => "seeds have more than one run in a group",
+                false => "no seed has a score of it and of another method with the same settings",
+            };
+            return Some(format!("no difference from vanilla: {reason}"));
         };
         let choice = match compared().count() {
             1 => String::new(),
@@ -338,7 +345,9 @@ fn percent(score: f64) -> String {
 }
 
 fn signed_percent(difference: f64) -> String {
-    format!("{:+.2}", 100.0 * difference)
+    let text = format!("{:+.2}", 100.0 * difference);
+    // What rounds to nothing has no sign.
+    if text == "-0.00" { "+0.00".into() } else { text }
 }
 
 /// Joins a mean and its standard deviation, as far as there are any.

@@ -415,3 +415,106 @@ fn other_data_and_other_weights_under_the_same_names_are_never_compared() {
     let rows = [of("bert", run("vanilla", 1, 0.4)), of("roberta", run("r3f", 1, 0.6))];
     assert_eq!(labels(&compare(&rows)), ["vanilla", "r3f"]);
 }
+
+#[test]
+fn a_model_is_what_it_contains_however_rows_call_it() {
+    let of = |model: &str, config: &str, overrides: &str, row: Row| Row {
+        run: format!("{}{config}", row.run),
+        model: model.into(),
+        model_sha256: "w".into(),
+        config_sha256: config.into(),
+        model_config: overrides.into(),
+        ..row
+    };
+    // A folder, the same by another path and under another preset, and with a default written out.
+    let mut rows = vec![
+        of("models/tiny", "c", "", run("vanilla", 1, 0.4)),
+        of("/srv/models/tiny", "c", "", run("vanilla", 2, 0.5)),
+        Row { preset: "official".into(), ..of("models/tiny", "c", "{\"dropout\":0.1}", run("r3f", 1, 0.5)) },
+        of("tiny", "c", "", run("r3f", 2, 0.6)),
+    ];
+    for _ in 0..2 {
+        let comparison = compare(&rows);
+        assert_eq!(comparison.blocks[0].groups.len(), 2);
+        let r3f = comparison.blocks[0].groups.iter().find(|group| group.method == "r3f").unwrap();
+        assert_eq!((r3f.difference.map(|difference| difference.seeds), r3f.settings.as_str()), (Some(2), ""));
+        assert!(comparison.blocks[0].groups.iter().all(|group| group.model == rows[0].model));
+        rows.reverse();
+    }
+    // Another config is another model, whether the experiment or the folder's file has it.
+    let rows = [
+        of("tiny", "c", "", run("vanilla", 1, 0.4)),
+        of("tiny", "d", "{\"dropout\":0.2}", run("vanilla", 1, 0.5)),
+    ];
+    assert_eq!(labels(&compare(&rows)), ["vanilla model_config=", "vanilla model_config={\"dropout\":0.2}"]);
+    let rows = [of("tiny", "cc", "", run("vanilla", 1, 0.4)), of("tiny", "dd", "", run("r3f", 1, 0.5))];
+    let comparison = compare(&rows);
+    assert_eq!(labels(&comparison), ["vanilla config=cc", "r3f config=dd"]);
+    assert_eq!(comparison.blocks[0].groups[1].difference, None);
+}
+
+#[test]
+fn settings_of_earlier_stages_set_groups_apart() {
+    let after = |method: &str, rate: &str, seed: u64, score: f64| Row {
+        run: format!("{method} {rate} {seed}"),
+        source_run: format!("{rate} {seed}"),
+        source_task: "mrpc".into(),
+        source_method: method.into(),
+        source_settings: format!("learning_rate={rate} epochs=3"),
+        ..run("vanilla", seed, score)
+    };
+    let rows = [
+        after("vanilla", "1e-3", 1, 0.4),
+        after("vanilla", "3e-3", 1, 0.5),
+        after("child_tuning_f", "1e-3", 1, 0.6),
+        after("child_tuning_f", "3e-3", 1, 0.6),
+    ];
+    let comparison = compare(&rows);
+    assert_eq!(
+        labels(&comparison),
+        [
+            "vanilla>vanilla stage1.learning_rate=1e-3",
+            "vanilla>vanilla stage1.learning_rate=3e-3",
+            "child_tuning_f>vanilla stage1.learning_rate=1e-3",
+            "child_tuning_f>vanilla stage1.learning_rate=3e-3"
+        ]
+    );
+    let differences: Vec<_> =
+        comparison.blocks[0].groups.iter().map(|group| group.difference.map(|own| own.mean)).collect();
+    near(differences[2], 0.2);
+    near(differences[3], 0.1);
+}
+
+#[test]
+fn equal_means_are_equal_in_whatever_order_they_were_added() {
+    let of = |method: &str, scores: [f64; 3]| {
+        scores.into_iter().zip(1..).map(|(score, seed)| run(method, seed, score)).collect::<Vec<Row>>()
+    };
+    let rows = [
+        of("vanilla", [0.1, 0.1, 0.1]),
+        of("r3f", [0.6101, 0.5523, 0.7013]),
+        of("r_drop", [0.7013, 0.5523, 0.6101]),
+    ]
+    .concat();
+    let comparison = compare(&rows);
+    let best: Vec<bool> = comparison.blocks[0].groups.iter().map(|group| group.has_best_mean).collect();
+    assert_eq!(best, [false, true, true]);
+    let text = comparison.to_text();
+    assert!(text.lines().any(|line| line.starts_with("r3f: ")), "the first of equals: {text}");
+}
+
+#[test]
+fn a_difference_of_nothing_has_no_sign_and_repeated_seeds_are_the_reason_given() {
+    let rows = [
+        run("vanilla", 1, 0.5),
+        run("vanilla", 2, 0.6),
+        run("r3f", 1, 0.5 - 1e-6),
+        run("r3f", 2, 0.6 + 1e-9),
+    ];
+    let text = compare(&rows).to_text();
+    assert!(text.contains("+0.00") && !text.contains("-0.00"), "{text}");
+    let twice =
+        [run("vanilla", 1, 0.5), run("r3f", 1, 0.5), Row { run: "other".into(), ..run("r3f", 1, 0.6) }];
+    let text = compare(&twice).to_text();
+    assert!(text.contains("no difference from vanilla: seeds have more than one run in a group"), "{text}");
+}

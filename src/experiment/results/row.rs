@@ -6,7 +6,7 @@ use super::text::{count, flag, number};
 use crate::values::yaml_name;
 
 /// The version of the columns below; a column that is added, dropped or given another meaning raises it.
-pub const SCHEMA_VERSION: u32 = 5;
+pub const SCHEMA_VERSION: u32 = 6;
 
 /// The version of the columns of a row, [`SCHEMA_VERSION`] when it is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +57,10 @@ pub struct Row {
     pub model_sha256: String,
     /// Commit of the pretrained encoder on the Hub; empty for a folder.
     pub model_revision: String,
+    /// SHA-256 of the config that the model trained with, `model_config` included.
+    pub config_sha256: String,
+    /// SHA-256 of the files of its tokenizer.
+    pub tokenizer_sha256: String,
     /// Task that was trained on.
     pub task: String,
     /// SHA-256 of its training data, of which a run may take a part.
@@ -80,6 +84,9 @@ pub struct Row {
     pub source_method: String,
     /// Settings of these methods.
     pub source_config: String,
+    /// Everything else that [`Row::settings`] of the source would be, as `key=value` pairs between spaces; of a chain all,
+    /// between `>`.
+    pub source_settings: String,
     /// `paper` or `official`.
     pub preset: String,
     /// Name of the fine-tuning method, such as `child_tuning_d`.
@@ -232,4 +239,35 @@ impl Row {
     pub fn is_trial(&self) -> bool {
         self.purpose == "selection"
     }
+
+    /// Returns what a run shares with runs of other methods, by name: how it trains, with all that its preset has settled.
+    pub fn settings(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("learning_rate", short(self.learning_rate)),
+            ("epochs", short(self.epochs)),
+            ("batch_size", self.batch_size.to_string()),
+            ("micro_batch", self.micro_batch.to_string()),
+            ("max_length", self.max_length.to_string()),
+            ("warmup", short(self.warmup)),
+            ("weight_decay", short(self.weight_decay)),
+            ("max_gradient_norm", self.max_gradient_norm.map_or("none".into(), short)),
+            ("optimizer", self.optimizer.clone()),
+            ("beta1", short(self.beta1)),
+            ("beta2", short(self.beta2)),
+            ("epsilon", short(self.epsilon)),
+            ("adamw", self.adamw.clone()),
+            ("precision", self.precision.clone()),
+            ("order", self.order.clone()),
+            ("checkpoint", self.checkpoint.clone()),
+            ("early_stopping", self.early_stopping.map_or("none".into(), |patience| patience.to_string())),
+            ("label_noise", short(self.label_noise)),
+            ("freeze", self.freeze.clone()),
+            ("head", self.head.clone()),
+        ]
+    }
+}
+
+/// Writes a number as people write hyper-parameters: `0.01`, but `2e-5`.
+fn short(number: f64) -> String {
+    if number != 0.0 && number.abs() < 1e-3 { format!("{number:e}") } else { number.to_string() }
 }

@@ -3,9 +3,10 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::{ResultsFile, Row, Status, beside, read, recorded};
+use super::{ResultsFile, Row, Status, read, recorded};
 use crate::data::Split;
 use crate::error::Error;
+use crate::files::beside;
 
 fn row(run: usize, evaluated_on: &str) -> Row {
     Row {
@@ -256,6 +257,26 @@ fn a_claim_that_a_killed_process_left_holds_nothing() {
 }
 
 #[test]
+fn sources_are_released_by_the_last_who_needs_them() {
+    let (_folder, path) = place();
+    let (first, second) = (ResultsFile::open(&path).unwrap(), ResultsFile::open(&path).unwrap());
+    let ids = |ids: &str| ids.split(' ').map(str::to_owned).collect();
+    let (of_first, of_second) =
+        (first.need_sources(ids("a b c")).unwrap(), second.need_sources(ids("b c d")).unwrap());
+    // A killed process that needed everything, and one that comes to look.
+    fs::write(beside(&path, ".claims").join("sources-7"), "a\nb\nc\nd\n").unwrap();
+    let _third = ResultsFile::open(&path).unwrap();
+    let removed = |results: &ResultsFile, needed| {
+        let mut removed = Vec::new();
+        results.release_sources(needed, |source| removed.push(source.to_owned())).unwrap();
+        removed
+    };
+    assert_eq!(removed(&first, of_first), ["a"]);
+    assert_eq!(removed(&second, of_second), ["b", "c", "d"]);
+    assert!(!beside(&path, ".claims").exists());
+}
+
+#[test]
 fn refuses_foreign_files_and_leaves_them_alone() {
     let (_folder, path) = place();
     let header = {
@@ -273,14 +294,14 @@ fn refuses_foreign_files_and_leaves_them_alone() {
     };
     assert!(message("name,score\nx,1").contains("column 1 is `name`, expected `schema_version`"));
     let renamed = header.replace(",task,", ",dataset,");
-    assert!(message(&renamed).contains("column 7 is `dataset`, expected `task`"));
+    assert!(message(&renamed).contains("column 9 is `dataset`, expected `task`"));
     let shorter = header.replace(",started_at", "");
     assert!(message(&shorter).contains("is the end of the line, expected `started_at`"));
     let longer = header.replace(",started_at", ",started_at,mood");
     assert!(message(&longer).contains("is `mood`, expected the end of the line"));
-    assert!(message("schema_version,shape\n6,round\n").contains("has schema version `6`"));
-    let newer = format!("{header}6{}\n", ",x".repeat(header.matches(',').count()));
-    assert!(message(&newer).contains(":2: has schema version `6`"));
+    assert!(message("schema_version,shape\n7,round\n").contains("has schema version `7`"));
+    let newer = format!("{header}7{}\n", ",x".repeat(header.matches(',').count()));
+    assert!(message(&newer).contains(":2: has schema version `7`"));
 }
 
 #[test]

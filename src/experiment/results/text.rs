@@ -30,7 +30,7 @@ pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
         return Err(Error::data(path, 0, "is empty: a results file starts with a line of column names"));
     }
     if let Some(column) =
-        ["task", "method", "status"].iter().find(|name| !header.iter().any(|own| own == **name))
+        ["task", "method", "status", "score"].iter().find(|name| !header.iter().any(|own| own == **name))
     {
         return Err(Error::data(
             path,
@@ -242,7 +242,7 @@ mod tests {
     fn quotes_as_rfc_4180_does() {
         let row = Row { experiment: "a,b".into(), model: "say \"x\"".into(), ..Row::default() };
         let line = String::from_utf8(encode(&[&row]).unwrap()).unwrap();
-        assert!(line.starts_with("5,\"a,b\",,\"say \"\"x\"\"\",,"), "{line}");
+        assert!(line.starts_with("6,\"a,b\",,\"say \"\"x\"\"\",,"), "{line}");
     }
 
     #[test]
@@ -255,15 +255,15 @@ mod tests {
     /// The columns that must be there, in another order, with one of the user's own.
     const REQUIRED: &str = "note,seed,learning_rate,epochs,batch_size,micro_batch,max_length,warmup,\
         weight_decay,schema_version,experiment,run,purpose,model_config,source_run,source_task,source_method,\
-        source_config,train_sha256,evaluated_sha256,freeze,head,optimizer,beta1,beta2,label_noise,model,model_sha256,model_revision,task,evaluated_on,split,preset,method,\
+        source_config,source_settings,config_sha256,tokenizer_sha256,train_sha256,evaluated_sha256,freeze,head,optimizer,beta1,beta2,label_noise,model,model_sha256,model_revision,task,evaluated_on,split,preset,method,\
         method_config,epsilon,adamw,precision,order,checkpoint,status,headline,passes_per_step,examples_prepared,examples_train,examples_evaluated,device,torch,\
         version,started_at";
-    const VALUES: &str = "mine,42,4e-5,3.0,16,1,128,0.1,0.01,5,e,0f,report,,,,,,t,d,nothing,keep,adamw,0.9,0.999,0,m,s,,rte,rte,validation,paper,vanilla,,1e-8,torch,\
+    const VALUES: &str = "mine,42,4e-5,3.0,16,1,128,0.1,0.01,6,e,0f,report,,,,,,,c,k,t,d,nothing,keep,adamw,0.9,0.999,0,m,s,,rte,rte,validation,paper,vanilla,,1e-8,torch,\
         bf16,shuffled,last,ok,accuracy,1,0,10,5,cpu,2.11.0,0.1.0,2026-01-01T00:00:00Z";
 
     #[test]
     fn takes_any_order_missing_optional_columns_and_further_ones() {
-        let rows = parsed(&format!("{REQUIRED}\n{VALUES}\n")).unwrap();
+        let rows = parsed(&format!("{REQUIRED},score\n{VALUES},\n")).unwrap();
         assert_eq!((rows[0].seed, rows[0].learning_rate, rows[0].task.as_str()), (42, 4e-5, "rte"));
         assert_eq!((rows[0].score, rows[0].step, rows[0].degenerate), (None, None, None));
     }
@@ -281,18 +281,19 @@ mod tests {
         let bad_number =
             parsed(&format!("{REQUIRED},score\n{VALUES},1\n{VALUES},high\n")).unwrap_err().to_string();
         assert_eq!(bad_number, "results.csv:3: column `score`: invalid float literal");
-        let bad_step = parsed(&format!("{REQUIRED},step\n{VALUES},1.5\n")).unwrap_err().to_string();
+        let bad_step = parsed(&format!("{REQUIRED},score,step\n{VALUES},,1.5\n")).unwrap_err().to_string();
         assert!(
             bad_step.starts_with("results.csv:2: ") && bad_step.contains("`1.5` is not a whole"),
             "{bad_step}"
         );
-        let torn = parsed(&format!("{REQUIRED}\n{VALUES}\nmine,42\n")).unwrap_err().to_string();
-        assert!(torn.starts_with("results.csv:3: has 2 fields under 50 column names"), "{torn}");
+        let torn = parsed(&format!("{REQUIRED},score\n{VALUES},\nmine,42\n")).unwrap_err().to_string();
+        assert!(torn.starts_with("results.csv:3: has 2 fields under 54 column names"), "{torn}");
         let missing =
-            parsed("schema_version,task,method,status\n5,rte,vanilla,ok\n").unwrap_err().to_string();
+            parsed("schema_version,task,method,status,score\n6,rte,vanilla,ok,\n").unwrap_err().to_string();
         assert!(missing.starts_with("results.csv:2: ") && missing.contains("`experiment`"), "{missing}");
-        let newer = parsed("schema_version,task,method,status,unheard_of\n6,,,,x\n").unwrap_err().to_string();
-        assert!(newer.starts_with("results.csv:2: has schema version `6`"), "{newer}");
+        let newer =
+            parsed("schema_version,task,method,status,score,unheard_of\n7,,,,,x\n").unwrap_err().to_string();
+        assert!(newer.starts_with("results.csv:2: has schema version `7`"), "{newer}");
         assert_eq!(
             parsed("").unwrap_err().to_string(),
             "results.csv: is empty: a results file starts with a line of column names"
@@ -301,7 +302,8 @@ mod tests {
 
     #[test]
     fn lines_are_counted_whatever_ends_them() {
-        let rows = |end: &str| [REQUIRED, VALUES, "", VALUES, "mine,42", VALUES].join(end);
+        let (header, row) = (format!("{REQUIRED},score"), format!("{VALUES},"));
+        let rows = |end: &str| [&*header, &row, "", &row, "mine,42", &row].join(end);
         for end in ["\n", "\r\n"] {
             let message = parsed(&rows(end)).unwrap_err().to_string();
             assert!(message.starts_with("results.csv:5: has 2 fields"), "{end:?}: {message}");
@@ -311,7 +313,7 @@ mod tests {
     #[test]
     fn a_last_row_that_was_cut_off_is_not_there_yet() {
         for end in ["\n", "\r\n"] {
-            let text = [REQUIRED, VALUES, "mine,42"].join(end);
+            let text = [&*format!("{REQUIRED},score"), &format!("{VALUES},"), "mine,42"].join(end);
             assert_eq!(parsed(&text).unwrap().len(), 1, "{end:?}");
         }
     }
