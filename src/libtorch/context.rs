@@ -41,14 +41,30 @@ pub fn device_memory(device: usize) -> Result<(u64, u64)> {
     Ok((free, total))
 }
 
-/// Gives memory of freed tensors, which libtorch keeps for the next ones, back to the CUDA devices. Without effect
-/// where there is none.
+/// Makes a device the one of this thread that what names no device goes to, such as pinned memory: otherwise it is the first
+/// GPU, on which every process would take memory. Without effect for the CPU.
 ///
 /// # Errors
-/// Fails if a device reports an error from an earlier kernel.
-pub fn release_cached_memory() -> Result<()> {
-    // SAFETY: no pointers are involved.
-    ffi::check(unsafe { ffi::child_tuning_release_cached_memory() })
+/// Fails if there is no such device.
+pub fn use_device(device: Device) -> Result<()> {
+    match device {
+        // SAFETY: no pointers are involved.
+        Device::Cuda(index) => ffi::check(unsafe { ffi::child_tuning_use_device(index as i32) }),
+        _ => Ok(()),
+    }
+}
+
+/// Waits for a CUDA device, and gives memory of freed tensors, which libtorch keeps for the next ones, back to it. Without
+/// effect for the CPU.
+///
+/// # Errors
+/// Fails if the device reports an error from an earlier kernel.
+pub fn release_cached_memory(device: Device) -> Result<()> {
+    match device {
+        // SAFETY: no pointers are involved.
+        Device::Cuda(index) => ffi::check(unsafe { ffi::child_tuning_release_cached_memory(index as i32) }),
+        _ => Ok(()),
+    }
 }
 
 /// Seeds libtorch's generators of all devices (`torch.manual_seed`).
@@ -145,6 +161,8 @@ mod tests {
             assert!(free <= total && total > 0);
         }
         assert!(device_memory(devices).is_err());
-        release_cached_memory().unwrap();
+        release_cached_memory(Device::Cpu).unwrap();
+        use_device(Device::Cpu).unwrap();
+        assert!(use_device(Device::Cuda(devices)).is_err());
     }
 }

@@ -117,7 +117,9 @@ unsafe extern "C" {
         total_bytes: *mut u64,
     ) -> *mut c_char;
 
-    pub(super) fn child_tuning_release_cached_memory() -> *mut c_char;
+    pub(super) fn child_tuning_use_device(device: c_int) -> *mut c_char;
+
+    pub(super) fn child_tuning_release_cached_memory(device: c_int) -> *mut c_char;
 }
 
 // ---- Computing on a GPU ----

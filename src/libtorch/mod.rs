@@ -19,7 +19,7 @@ mod profile;
 pub use attention::{FlashQueries, PackedLengths, flash_attention, flash_attention_runs};
 pub use context::{
     Tf32, cuda_peak_bytes, device_memory, release_cached_memory, reset_cuda_peak, seed_generators,
-    synchronize, version,
+    synchronize, use_device, version,
 };
 pub use cuda_graph::{CudaGraph, OwnStream};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};

@@ -16,6 +16,8 @@
 #include <ATen/ops/pin_memory.h>
 #include <ATen/ops/to.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <kineto/ActivityType.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
 #include <torch/csrc/autograd/function_hook.h>
@@ -332,12 +334,28 @@ char *child_tuning_device_memory(int device, uint64_t *free_bytes, uint64_t *tot
   });
 }
 
-// Gives memory that libtorch keeps for later back to the CUDA devices; nothing where CUDA was never used.
-char *child_tuning_release_cached_memory() {
+// Makes a CUDA device the one that what names none goes to, such as pinned memory.
+char *child_tuning_use_device(int device) {
+  return guarded([&] {
+    TORCH_CHECK(at::hasCUDA(), "there is no CUDA device");
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    c10::impl::VirtualGuardImpl(at::kCUDA).setDevice(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
+  });
+}
+
+// Gives memory that libtorch keeps for later back to the CUDA devices; nothing where CUDA was never used. All work on
+// `device` is done before.
+char *child_tuning_release_cached_memory(int device) {
   return guarded([&] {
     if (!at::hasCUDA()) return;
     auto *allocator = at::getDeviceAllocator(at::kCUDA);
-    if (allocator->initialized()) allocator->emptyCache();
+    if (!allocator->initialized()) return;
+    // Where segments grow, the allocator of libtorch 2.11 waits for the current device only before it takes memory away
+    // (pytorch/pytorch#196258).
+    const auto index = static_cast<c10::DeviceIndex>(device);
+    const c10::DeviceGuard guard(at::Device(at::kCUDA, index));
+    at::detail::getCUDAHooks().deviceSynchronize(index);
+    allocator->emptyCache();
   });
 }
 

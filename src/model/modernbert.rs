@@ -290,6 +290,14 @@ impl Network for ModernBert {
         "model."
     }
 
+    fn reads_packed_tokens(&self) -> bool {
+        // First tokens within windows go to rectangles, whatever layer they are of (`Pass::attention_within`).
+        let is_narrow = |layer: &Layer| {
+            layer.rows == Rows::Examples && self.settings.reaches[layer.reach].window.is_some()
+        };
+        !self.layers.iter().any(is_narrow)
+    }
+
     fn narrows_last_layer(&self) -> bool {
         self.settings.pooling == Pooling::FirstToken
     }
@@ -370,5 +378,18 @@ mod tests {
             assert!((0.9..=1.000_001).contains(&share), "{name} {share}");
         }
         assert_eq!((largest_of("head.norm.weight"), largest_of("classifier.bias")), (1.0, 0.0));
+    }
+
+    #[test]
+    fn passes_that_go_to_rectangles_say_so() {
+        let reads_packed_tokens = |last: &str, pooling: &str| {
+            let layers = ["full_attention", "sliding_attention", "full_attention", last];
+            // Heads of eight numbers, which flash attention takes.
+            let config = config(json!({"layer_types": layers, "classifier_pooling": pooling}));
+            Classifier::shape(&config, &Labels::Score).unwrap().reads_packed_tokens
+        };
+        assert!(reads_packed_tokens("full_attention", "cls"));
+        assert!(reads_packed_tokens("sliding_attention", "mean"));
+        assert!(!reads_packed_tokens("sliding_attention", "cls"));
     }
 }

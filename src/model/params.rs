@@ -15,6 +15,7 @@ use super::half_copy::HalfCopy;
 use super::parameter::{Parameter, ParameterKind, ParameterPlace};
 use super::trainable::{Trainable, TrainableGroup, Treatment};
 use crate::error::{Error, Result};
+use crate::libtorch::use_device;
 use crate::random::{self, Key, Purpose};
 
 /// Ranges start at multiples of this many elements: a cache line, and one group of random numbers.
@@ -121,11 +122,12 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Allocates zeroed values for the declared parameters.
+    /// Allocates zeroed values for the declared parameters, on a device that this thread goes on to compute on.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn allocate(mut table: ParameterTable, device: Device) -> Result<Self> {
+        use_device(device)?;
         let total = table.place();
         let values = Tensor::f_zeros([total as i64], (Kind::Float, device))?;
         let declared = table.parameters.len();

@@ -99,9 +99,11 @@ impl MemoryUse {
             true => (token + size * 3.0 * hidden, 0.0),
             false => (token, size * 3.0 * hidden),
         };
-        // Of attention in the open: the probabilities before and after dropout.
+        // Of attention in the open: the probabilities before and after dropout. On a GPU scores that depend on both tokens,
+        // and a copy of them that is padded.
         let (pair, pair_gradients) = match device.is_cuda() {
-            true => (0.0, 0.0),
+            true if shape.reads_packed_tokens => (0.0, 0.0),
+            true => (2.0 * size * heads, size * heads),
             false => (2.0 * size * heads, 3.0 * size * heads),
         };
         // A layer that computes one token of each example keeps its input, keys and values.
@@ -210,7 +212,7 @@ fn held(shape: &ModelShape, half: bool) -> f64 {
 pub fn available_memory(device: Device) -> Result<Option<u64>> {
     if let Device::Cuda(index) = device {
         // What earlier runs have left in libtorch's cache is free, too.
-        release_cached_memory()?;
+        release_cached_memory(device)?;
         return Ok(Some(device_memory(index)?.0));
     }
     let machine = number_behind("/proc/meminfo", "MemAvailable:").map(|kilobytes| kilobytes * 1024);

@@ -65,6 +65,11 @@ impl StepGraphs {
         Ok(Some(Self { recorded: HashMap::new(), seen: HashMap::new(), warm_up, max_length, _stream }))
     }
 
+    /// Returns how many shapes are recorded.
+    pub fn shapes(&self) -> usize {
+        self.recorded.len()
+    }
+
     /// Gives up what is recorded, and its memory; shapes that come later may be recorded again.
     pub fn forget(&mut self) {
         self.recorded.clear();
@@ -104,7 +109,7 @@ impl StepGraphs {
             return passes();
         }
         // The memory of a record is its own, and cannot be what the passes before have left in the cache.
-        release_cached_memory()?;
+        release_cached_memory(classifier.parameters.device())?;
         let sharing = self.recorded.values().next().map(|recorded| &recorded.graph);
         let (graph, loss) = CudaGraph::record(sharing, passes)?;
         let recorded = Recorded { graph, batch, targets, loss, collected: hooks.collected() };

@@ -336,6 +336,11 @@ impl<'a> Trainer<'a> {
         StepWeights::new(used, &leaves)
     }
 
+    /// Returns how many shapes of batches have a record that stands for their passes; none but with `cuda_graphs` on a GPU.
+    pub fn recorded_shapes(&self) -> usize {
+        self.graphs.as_ref().map_or(0, StepGraphs::shapes)
+    }
+
     /// Halves the micro-batch, if a step can be taken again with smaller ones.
     fn halve_micro_batch(&mut self) -> bool {
         let again = self.micro_batch > 1 && !self.hyperparameters.release_gradients;
@@ -345,7 +350,7 @@ impl<'a> Trainer<'a> {
                 graphs.forget();
             }
             // What cannot be given back stays for the next try.
-            let _ = release_cached_memory();
+            let _ = release_cached_memory(self.classifier.parameters.device());
         }
         again
     }

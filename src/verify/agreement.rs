@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{Checks, Shape, difference, random_data};
 use crate::child::{GradientHooks, GradientMask};
 use crate::data::{EncodedDataset, LabelMap, TaskCard};
 use crate::error::{Error, Result};
 use crate::method::Prepared;
-use crate::model::{Classifier, Labels, ModelConfig, Pass, loss, span};
+use crate::model::{Classifier, Dropout, Labels, ModelConfig, Pass, loss, span};
+use crate::random::{Key, Purpose};
 use crate::train::{
     Hyperparameters, MicroBatch, Order, Precision, Scored, Trainer, Warmup, evaluate, predict,
 };
@@ -33,15 +34,25 @@ impl Pair {
     }
 
     pub fn of(config: &ModelConfig, vocabulary: u32, labels: Labels, device: Device) -> Result<Self> {
+        // The first eight are all of one length: the way without padding.
+        let lengths: Vec<usize> =
+            (0..10 * BATCH).map(|i| if i < BATCH { 24 } else { 3 + i * 7 % 41 }).collect();
+        Self::with_lengths(config, vocabulary, labels, &lengths, device)
+    }
+
+    fn with_lengths(
+        config: &ModelConfig,
+        vocabulary: u32,
+        labels: Labels,
+        lengths: &[usize],
+        device: Device,
+    ) -> Result<Self> {
         let model = |device| -> Result<Classifier> {
             let mut model = Classifier::untrained(config.clone(), labels.clone(), device)?;
             model.reset(SEED)?;
             Ok(model)
         };
-        // The first eight are all of one length: the way without padding.
-        let lengths: Vec<usize> =
-            (0..10 * BATCH).map(|i| if i < BATCH { 24 } else { 3 + i * 7 % 41 }).collect();
-        let data = random_data(&lengths, vocabulary, &labels);
+        let data = random_data(lengths, vocabulary, &labels);
         Ok(Self { reference: model(Device::Cpu)?, subject: model(device)?, data })
     }
 }
@@ -183,7 +194,58 @@ pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Resul
         check_ways(checks, &mut pair, &name)?;
         check_predictions(checks, &pair, &name)?;
     }
+    check_long_examples(checks, shape, device)?;
+    for checkpointed in [false, true] {
+        let way = if checkpointed { "checkpointed" } else { "plain" };
+        let name =
+            format!("{}: slope of the loss with dropout along the gradient of a {way} pass", shape.name);
+        checks.at_most("passes", name, 1e-2, || slope_difference(shape, checkpointed, [1, 1], device));
+    }
     Ok(())
+}
+
+/// Passes over examples so long, and so many tokens, that kernels go over them in several pieces: flash attention's backward
+/// over more than 128 keys, that of embeddings over more than 3072 rows.
+fn check_long_examples(checks: &mut Checks, shape: &Shape, device: Device) -> Result<()> {
+    let lengths: Vec<usize> = (0..14).map(|example| 180 + example * 29 % 150).collect();
+    let config = shape.config(0.0, SPREAD);
+    let mut pair = Pair::with_lengths(&config, shape.vocabulary, classes(), &lengths, device)?;
+    let numbers: Vec<usize> = (0..lengths.len()).collect();
+    check_passes(checks, &mut pair, &numbers, |about| format!("{}: {about}, long examples", shape.name))
+}
+
+/// Returns how far the slope of the loss along its gradient is from the norm of that gradient, relative to it, with dropout.
+/// A backward that dropped other elements than the forward pass would give the gradient of another function. `draws` number the
+/// dropout of the gradient's pass and of those that measure the slope.
+fn slope_difference(shape: &Shape, checkpointed: bool, draws: [u64; 2], device: Device) -> Result<f64> {
+    let mut model = Classifier::untrained(shape.config(0.1, SPREAD), classes(), device)?;
+    model.reset(SEED)?;
+    let data = random_data(&[24, 5, 31, 44, 12, 9, 40, 17], shape.vocabulary, model.labels());
+    let numbers: Vec<usize> = (0..data.len()).collect();
+    let passed = |model: &Classifier, draw: u64| -> Result<(f64, Tensor)> {
+        let (batch, targets) = data.batch(&numbers, 0, device)?;
+        let weights = model.parameters.compute_weights(Kind::Float)?;
+        let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, None)?;
+        let dropout = Dropout::of_key(Key::derive(SEED, Purpose::Dropout, draw), 0, device)?;
+        let pass = Pass::new(&weights, &batch, Some(dropout));
+        let pass = if checkpointed { pass.checkpointed() } else { pass };
+        let mean = loss(&model.logits(&pass)?, &targets, numbers.len())?;
+        pass.backward(&mean)?;
+        hooks.end_step()?;
+        Ok((f64::try_from(mean.f_detach()?)?, on_cpu(model.parameters.gradients()?)?))
+    };
+    let start = on_cpu(model.parameters.values())?;
+    let gradient = passed(&model, draws[0])?.1;
+    let norm = f64::try_from(gradient.f_norm()?)?;
+    // The loss changes by a hundredth on either side.
+    let length = 0.01 / norm;
+    let direction = gradient.f_mul_scalar(length / norm)?;
+    let mut loss_at = |sign: f64| -> Result<f64> {
+        model.parameters.restore(&start.f_add(&direction.f_mul_scalar(sign)?)?)?;
+        Ok(passed(&model, draws[1])?.0)
+    };
+    let slope = (loss_at(1.0)? - loss_at(-1.0)?) / (2.0 * length);
+    Ok((slope - norm).abs() / norm)
 }
 
 /// Steps that take less memory against plain steps.
@@ -286,6 +348,15 @@ fn check_predictions(checks: &mut Checks, pair: &Pair, name: &impl Fn(&str) -> S
 mod tests {
     use super::super::{Check, Outcome};
     use super::*;
+
+    #[test]
+    fn a_gradient_of_other_dropout_fails_its_check() {
+        for checkpointed in [false, true] {
+            let difference =
+                |draws| slope_difference(&Shape::TINY, checkpointed, draws, Device::Cpu).unwrap();
+            assert!(difference([1, 1]) < 1e-3 && difference([1, 2]) > 0.1);
+        }
+    }
 
     #[test]
     fn a_wrong_weight_on_the_device_fails_the_checks() {

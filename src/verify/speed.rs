@@ -152,7 +152,7 @@ impl<'w> Models<'w> {
 
     /// Hands out the model with the weights of the start. Where `work` fails or panics, the next training gets another.
     fn with<T>(&mut self, work: impl FnOnce(&mut Classifier) -> Result<T>) -> Result<T> {
-        release_cached_memory()?;
+        release_cached_memory(self.device)?;
         let (mut model, start) = match self.made.take() {
             Some((mut model, start)) => {
                 model.parameters.restore(&start)?;
