@@ -34,7 +34,6 @@ pub fn described(plan: &Plan, run: &Run, evaluated: &Evaluated, device: Device, 
     let source = run.source();
     let overrides = &run.model.overrides;
     let is_regression = matches!(run.task.card.objective, Objective::Regression);
-    let config = serde_json::Value::Object(run.config().values().clone()).to_string();
     Row {
         experiment: plan.name.clone(),
         purpose: match run.purpose {
@@ -45,7 +44,7 @@ pub fn described(plan: &Plan, run: &Run, evaluated: &Evaluated, device: Device, 
         model: run.model.name.clone(),
         model_sha256: run.model.sha256.clone(),
         model_revision: run.model.revision.clone().unwrap_or_default(),
-        config_sha256: hexadecimal(&Sha256::digest(config)),
+        config_sha256: hexadecimal(&Sha256::digest(run.config().to_json())),
         tokenizer_sha256: run.model.tokenizer_sha256.clone(),
         model_config: match overrides.is_empty() {
             true => String::new(),

@@ -48,7 +48,7 @@ pub struct Source {
     pub method: String,
     /// The settings of the methods.
     pub method_config: String,
-    /// Everything else that these stages were trained with.
+    /// The further settings of these stages ([`Row::settings`]), and how many examples they trained on.
     pub settings: String,
 }
 
@@ -123,7 +123,7 @@ fn start_folder(init_from: &InitFrom, model: &ModelEntry, seed: u64) -> Result<S
     })?;
     same_architecture(&folder, model)?;
     let weights = folder.sha256()?;
-    let config = serde_json::Value::Object(folder.config.values().clone()).to_string();
+    let config = folder.config.to_json();
     let sha256 = hexadecimal(&Sha256::digest(format!("{weights} {config}")));
     let source = match source.run.is_empty() {
         true => Source { run: weights[..16].to_owned(), ..source },

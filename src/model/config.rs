@@ -147,6 +147,11 @@ impl ModelConfig {
         &self.values
     }
 
+    /// Returns the keys and values as JSON, in their order.
+    pub fn to_json(&self) -> String {
+        Value::Object(self.values.clone()).to_string()
+    }
+
     /// Returns a positive integer that must be there.
     ///
     /// # Errors

@@ -23,3 +23,4 @@ mod predict;
 mod server;
 mod support;
 mod transfer;
+mod tuning;

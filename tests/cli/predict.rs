@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Row, Workplace, project};
+use crate::support::{Row, Workplace, number, project};
 
 /// Trains one run, whose model is kept in `saved/`; returns its folder and its row.
 fn saved(workplace: &Workplace, task: &str) -> (String, Row) {
@@ -30,10 +30,6 @@ fn gold(path: &str, column: usize, skip: usize) -> (String, Vec<String>) {
     let text = std::fs::read_to_string(&path).unwrap();
     let cell = |line: &str| line.split('\t').nth(column).unwrap().to_owned();
     (path.to_str().unwrap().to_owned(), text.lines().skip(skip).map(cell).collect())
-}
-
-fn number(row: &Row, column: &str) -> f64 {
-    row[column].parse().unwrap()
 }
 
 #[test]

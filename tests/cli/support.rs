@@ -187,3 +187,8 @@ impl Answer {
         assert!(self.stderr.matches("os error").count() <= 1, "{}", self.stderr);
     }
 }
+
+/// Returns the number in a column of a row.
+pub fn number(row: &Row, column: &str) -> f64 {
+    row[column].parse().unwrap_or_else(|_| panic!("{column} is `{}`", row[column]))
+}

@@ -84,8 +84,8 @@ pub struct Row {
     pub source_method: String,
     /// Settings of these methods.
     pub source_config: String,
-    /// Everything else that [`Row::settings`] of the source would be, as `key=value` pairs between spaces; of a chain all,
-    /// between `>`.
+    /// The [`Row::settings`] of the source and its number of training examples, as `key=value` pairs between spaces; of a chain
+    /// all, between `>`.
     pub source_settings: String,
     /// `paper` or `official`.
     pub preset: String,
