@@ -68,7 +68,7 @@ const PASSES: [(&str, Estimator, bool); 4] = [
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let device = set_up(arguments.threads, &arguments.device)?;
+    let device = set_up(arguments.threads, &arguments.device);
     let shape = Shape {
         name: "measured",
         layers: arguments.layers,

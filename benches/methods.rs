@@ -85,7 +85,7 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let device = set_up(arguments.threads, &arguments.device)?;
+    let device = set_up(arguments.threads, &arguments.device);
     let lengths = token_counts(&arguments.lengths)?;
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
     let data = random_data(&lengths[..lengths.len().min(64 * arguments.batch_size)], VOCABULARY, &labels);

@@ -66,7 +66,7 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let device = set_up(arguments.threads, &arguments.device)?;
+    let device = set_up(arguments.threads, &arguments.device);
     let lengths = token_counts(&arguments.lengths)?;
     let (layers, hidden) = (arguments.layers, arguments.hidden);
     let shape = Shape { name: "bert", layers, hidden, heads: hidden / 64, vocabulary: VOCABULARY };

@@ -28,8 +28,7 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    tch::set_num_threads(arguments.threads as i32);
-    rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
+    child_tuning::libtorch::use_threads(Some(arguments.threads), Device::Cpu);
     // Matrices of the size of a large encoder's, and a tenth of the scores equal.
     let mut table = ParameterTable::default();
     for number in 0..arguments.millions / 4 {

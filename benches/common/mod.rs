@@ -9,12 +9,12 @@ use tch::Device;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Sets libtorch and the threads up as the program does, and returns the device that `cpu` or `cuda` names.
-pub fn set_up(threads: usize, device: &str) -> anyhow::Result<Device> {
+pub fn set_up(threads: usize, device: &str) -> Device {
     child_tuning::libtorch::with_a_considerate_environment();
     child_tuning::libtorch::keep_the_order_of_sums();
-    tch::set_num_threads(threads as i32);
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    Ok(if device == "cpu" { Device::Cpu } else { Device::Cuda(0) })
+    let device = if device == "cpu" { Device::Cpu } else { Device::Cuda(0) };
+    child_tuning::libtorch::use_threads(Some(threads), device);
+    device
 }
 
 /// Reads token counts, one a line.

@@ -9,11 +9,12 @@ use std::sync::atomic::AtomicBool;
 use anyhow::Result;
 use child_tuning::error::Error;
 use child_tuning::experiment::{Plan, Speed, Tokens, WorkerPool, forecast, serve};
+use child_tuning::libtorch::use_threads;
 use child_tuning::train::available_memory;
 use clap::Args;
 use tch::{Cuda, Device};
 
-use super::{ComputeArguments, device_named, use_threads};
+use super::{ComputeArguments, device_named};
 
 /// How many runs are trained at once.
 #[derive(Args)]
@@ -114,7 +115,7 @@ pub fn worker_pool(places: &[WorkerPlace]) -> WorkerPool {
 impl WorkerPlace {
     /// Sets up the thread pools of this process to compute here.
     pub fn set_up(self) {
-        use_threads(self.threads);
+        use_threads(Some(usize::from(self.threads)), self.device);
     }
 
     /// Works for the process that started this one.

@@ -28,6 +28,7 @@ use child_tuning::error::Error;
 use child_tuning::experiment::data_roots;
 use child_tuning::experiment::results::is_results_file;
 use child_tuning::files::folder_of;
+use child_tuning::libtorch::use_threads;
 use clap::{Args, Parser, Subcommand};
 use tch::{Cuda, Device};
 
@@ -206,18 +207,10 @@ pub struct ComputeArguments {
 impl ComputeArguments {
     /// Settles the device and sets up the thread pools.
     fn device(&self) -> Result<Device, Error> {
-        if let Some(threads) = self.threads {
-            use_threads(threads);
-        }
-        device_named(&self.device)
+        let device = device_named(&self.device)?;
+        use_threads(self.threads.map(usize::from), device);
+        Ok(device)
     }
-}
-
-/// Sets up the thread pools of this process.
-fn use_threads(threads: u16) {
-    tch::set_num_threads(i32::from(threads));
-    // Only fails if the pool exists already, and then with the default number of threads.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global();
 }
 
 /// Settles which device a name means.

@@ -30,7 +30,7 @@ pub use optimizer::{FusedAdamW, FusedGroup};
 pub use own_backward::{with_backward, with_backward_of_all};
 pub use process::{
     OUTER_LIBRARY_PATH, end_now, keep_the_order_of_sums, own_settings, release_freed_memory,
-    survive_file_size_limits, with_a_considerate_environment,
+    survive_file_size_limits, use_threads, with_a_considerate_environment,
 };
 pub use profile::{Profile, ProfileRow, profile};
 

@@ -3,11 +3,15 @@
 use std::ffi::{CStr, c_int, c_void};
 use std::os::unix::process::CommandExt;
 
+use tch::Device;
+
 /// What libtorch reads from the environment, and what this program sets it to where the user says nothing.
-const SETTINGS: [(&str, &str); 8] = [
+const SETTINGS: [(&str, &str); 9] = [
     // Idle threads sleep instead of spin. Where another process wants the cores, spinning at every barrier made a run
     // that takes two minutes take more than ten.
-    ("OMP_WAIT_POLICY", "passive"),
+    (WAIT_POLICY, "passive"),
+    // But not at once: to wake a thread takes about as long as this many looks, and most work that follows comes sooner.
+    ("GOMP_SPINCOUNT", "3000"),
     // Every batch has its own number of tokens, and both oneDNN and the layer through which libtorch calls it (ideep) keep
     // what was compiled for the last 1024 shapes: gigabytes.
     ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"),
@@ -26,14 +30,16 @@ const SETTINGS: [(&str, &str); 8] = [
     // The profiler reports on stderr that a machine has no GPU.
     ("KINETO_LOG_LEVEL", "99"),
 ];
+/// Settings that give way to another one of the user's: the older name of the allocator's settings outranks the newer, and the
+/// number of looks the policy.
+const YIELDING: [(&str, &str); 2] = [(CUDA_ALLOCATOR, "PYTORCH_ALLOC_CONF"), ("GOMP_SPINCOUNT", WAIT_POLICY)];
+const WAIT_POLICY: &str = "OMP_WAIT_POLICY";
 const GPU_ORDER: &str = "CUDA_DEVICE_ORDER";
 /// Holds `LD_LIBRARY_PATH` as it was before the launcher of the bundle put libtorch first.
 pub const OUTER_LIBRARY_PATH: &str = "CHILD_TUNING_OUTER_LIBRARY_PATH";
 /// Names those of the settings that are this program's and not the user's, for [`own_settings`].
 const OWN_SETTINGS: &str = "CHILD_TUNING_SETTINGS";
 const CUDA_ALLOCATOR: &str = "PYTORCH_CUDA_ALLOC_CONF";
-/// The newer name of the same setting, which the older one would outrank.
-const ANY_ALLOCATOR: &str = "PYTORCH_ALLOC_CONF";
 
 /// Makes libtorch a considerate process: idle threads sleep, and what it keeps of CPU kernels and GPU memory is bounded.
 /// Whatever the user has set stays.
@@ -41,9 +47,8 @@ const ANY_ALLOCATOR: &str = "PYTORCH_ALLOC_CONF";
 /// The libraries read this when they are loaded, before `main`; so the program starts itself again with it.
 pub fn with_a_considerate_environment() {
     let is_set = |name: &str| std::env::var_os(name).is_some();
-    let missing = SETTINGS.iter().filter(|(name, _)| !is_set(name));
-    let missing: Vec<_> =
-        missing.filter(|(name, _)| *name != CUDA_ALLOCATOR || !is_set(ANY_ALLOCATOR)).collect();
+    let yields = |name: &str| YIELDING.iter().any(|&(own, other)| own == name && is_set(other));
+    let missing: Vec<_> = SETTINGS.iter().filter(|(name, _)| !is_set(name) && !yields(name)).collect();
     if missing.is_empty() {
         return;
     }
@@ -63,6 +68,21 @@ pub fn own_settings() -> Vec<String> {
     let names = std::env::var(OWN_SETTINGS).unwrap_or_default();
     let names = names.split_whitespace().filter(|name| *name != GPU_ORDER);
     names.chain([OWN_SETTINGS]).map(str::to_owned).collect()
+}
+
+/// Sets up the thread pools of this process for a thread that trains on `device`, which has to be the calling one; without a number
+/// of threads, as the libraries choose it. The first call counts.
+///
+/// On the CPU that thread is one of rayon's: from another it would hand each loop over and sleep until it is done. On a GPU
+/// backward has threads of its own, and a loop of theirs must not wait for one that waits for them.
+pub fn use_threads(threads: Option<usize>, device: Device) {
+    if let Some(threads) = threads {
+        tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    let pool = if device == Device::Cpu { pool.use_current_thread() } else { pool };
+    // Only fails if there is a pool already.
+    let _ = pool.build_global();
 }
 
 /// Makes MKL's matrix products give the same bits on any number of threads, so that a run's numbers do not depend on how many
