@@ -91,33 +91,34 @@ pub fn philox(mut counter: [u32; 4], Key(mut key): Key) -> [u32; 4] {
 
 /// Computes the numbers of one group; `row` holds the three upper counter words.
 ///
-/// Written lane by lane so that it vectorises wherever it is inlined into a function with wide registers.
+/// Written lane by lane so that it vectorises wherever it is inlined into a function with wide registers. A word has 64 bits, of
+/// which the lower half counts: processors multiply the lower halves of 64-bit lanes, and nothing has to be moved between products.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "one lane of four arrays at a time is what vectorises")]
 pub fn group(key: Key, group: u32, row: [u32; 3]) -> [u32; GROUP] {
-    let mut words = [[0u32; LANES]; 4];
+    let product = |multiplier: u32, word: u64| u64::from(multiplier) * (word & u64::from(u32::MAX));
+    let mut words = [[0u64; LANES]; 4];
     for lane in 0..LANES {
-        words[0][lane] = group * LANES as u32 + lane as u32;
+        words[0][lane] = u64::from(group * LANES as u32 + lane as u32);
     }
     for (word, value) in words[1..].iter_mut().zip(row) {
-        *word = [value; LANES];
+        *word = [u64::from(value); LANES];
     }
     let mut key = key.0;
     for _ in 0..ROUNDS {
         for lane in 0..LANES {
             let [first, second, third, fourth] = words.each_ref().map(|word| word[lane]);
-            let product0 = u64::from(MULTIPLIERS[0]) * u64::from(first);
-            let product1 = u64::from(MULTIPLIERS[1]) * u64::from(third);
-            words[0][lane] = (product1 >> 32) as u32 ^ second ^ key[0];
-            words[1][lane] = product1 as u32;
-            words[2][lane] = (product0 >> 32) as u32 ^ fourth ^ key[1];
-            words[3][lane] = product0 as u32;
+            let products = [product(MULTIPLIERS[0], first), product(MULTIPLIERS[1], third)];
+            words[0][lane] = (products[1] >> 32) ^ second ^ u64::from(key[0]);
+            words[1][lane] = products[1];
+            words[2][lane] = (products[0] >> 32) ^ fourth ^ u64::from(key[1]);
+            words[3][lane] = products[0];
         }
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     let mut numbers = [0u32; GROUP];
-    for (target, word) in numbers.chunks_exact_mut(LANES).zip(&words) {
-        target.copy_from_slice(word);
+    for (number, &word) in numbers.iter_mut().zip(words.as_flattened()) {
+        *number = word as u32;
     }
     numbers
 }

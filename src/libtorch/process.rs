@@ -10,7 +10,7 @@ const SETTINGS: [(&str, &str); 9] = [
     // Idle threads sleep instead of spin. Where another process wants the cores, spinning at every barrier made a run
     // that takes two minutes take more than ten.
     (WAIT_POLICY, "passive"),
-    // But not at once: to wake a thread takes about as long as this many looks, and most work that follows comes sooner.
+    // But not at once: waking takes long, and after most barriers there is work again before so many looks.
     ("GOMP_SPINCOUNT", "3000"),
     // Every batch has its own number of tokens, and both oneDNN and the layer through which libtorch calls it (ideep) keep
     // what was compiled for the last 1024 shapes: gigabytes.
