@@ -71,7 +71,7 @@ pub fn own_settings() -> Vec<String> {
 }
 
 /// Sets up the thread pools of this process for a thread that trains on `device`, which has to be the calling one; without a number
-/// of threads, as the libraries choose it. The first call counts.
+/// of threads, as the libraries choose it. rayon's pool stays as the first call has made it.
 ///
 /// On the CPU that thread is one of rayon's: from another it would hand each loop over and sleep until it is done. On a GPU
 /// backward has threads of its own, and a loop of theirs must not wait for one that waits for them.

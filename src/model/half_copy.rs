@@ -68,7 +68,7 @@ impl HalfCopy {
             for (run, start) in &self.runs {
                 let source = values.f_narrow(0, run.start as i64, run.len() as i64)?;
                 let mut target = self.flat.f_narrow(0, *start as i64, run.len() as i64)?;
-                if (target.kind(), target.device()) == (Kind::BFloat16, Device::Cpu) {
+                if target.device() == Device::Cpu {
                     let chunks = elements_mut(&mut target)?.par_chunks_mut(CHUNK);
                     let sources = elements(&source)?.par_chunks(CHUNK);
                     chunks.zip(sources).for_each(|(target, source)| round(source, target));
