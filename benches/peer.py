@@ -3,9 +3,9 @@
     python benches/peer.py --method child_tuning_f --lengths benches/rte_lengths.txt --threads 2
 
 A training step is what the released training script does: forward with dropout, mean loss, backward, clip of the
-global gradient norm, optimizer step, schedule step. The model has the shape of BERT-base and random weights; the
-tokens are random too, since neither changes the time. A batch is padded to its own longest sentence, or with
-`--padding fixed` to 128 tokens, as the example scripts of transformers do.
+global gradient norm, optimizer step, schedule step. The model has the shape of BERT-base or BERT-large and random
+weights; the tokens are random too, since neither changes the time. A batch is padded to its own longest sentence, or
+with `--padding fixed` to 128 tokens, as the example scripts of transformers do.
 
 Protocol, one JSON object a line on stdout, for compare.py:
     after building and one warm-up step on the first batch   {"ready": true, "torch": VERSION, "device": NAME}
@@ -27,8 +27,18 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
 import released_optimizer  # noqa: E402  (kept with the scripts that make the fixtures)
 
-BATCH_SIZE = 16
 FIXED_LENGTH = 128
+SHAPES = {
+    "BERT-base": {},
+    "BERT-large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
+# Batches of equal examples, with `--tokens`.
+EQUAL_BATCHES = 4
 # The child's share, and the settings of the released run.sh; the steps are those of RTE, 3 epochs.
 SHARE = 0.3
 LEARNING_RATE = 4e-5
@@ -38,11 +48,11 @@ WARMUP_STEPS = 46
 TOTAL_STEPS = 468
 
 
-def make_batches(lengths, vocabulary_size, padding):
+def make_batches(lengths, batch_size, vocabulary_size, padding):
     """Returns batches of random tokens on the CPU, each with its number of real tokens."""
     batches = []
-    for start in range(0, len(lengths), BATCH_SIZE):
-        own = torch.tensor(lengths[start : start + BATCH_SIZE])
+    for start in range(0, len(lengths), batch_size):
+        own = torch.tensor(lengths[start : start + batch_size])
         width = own.max() if padding == "longest" else FIXED_LENGTH
         mask = (torch.arange(width) < own[:, None]).long()
         inputs = {
@@ -87,10 +97,14 @@ class Peer:
         torch.manual_seed(42)
         self.device = torch.device(arguments.device)
         self.precision = arguments.precision
-        config = transformers.BertConfig()
+        config = transformers.BertConfig(**SHAPES[arguments.shape])
         self.model = transformers.BertForSequenceClassification(config).to(self.device).train()
-        lengths = [int(line) for line in arguments.lengths.read_text().split()]
-        self.batches = make_batches(lengths, config.vocab_size, arguments.padding)
+        batch_size = arguments.batch_size
+        if arguments.tokens is None:
+            lengths = [int(line) for line in arguments.lengths.read_text().split()]
+        else:
+            lengths = [arguments.tokens] * (EQUAL_BATCHES * batch_size)
+        self.batches = make_batches(lengths, batch_size, config.vocab_size, arguments.padding)
         self.optimizer = make_optimizer(arguments.method, self.model)
         self.schedule = transformers.get_linear_schedule_with_warmup(self.optimizer, WARMUP_STEPS, TOTAL_STEPS)
 
@@ -137,7 +151,11 @@ def main():
     parser.add_argument("--method", choices=["vanilla", "child_tuning_f", "child_tuning_d"], required=True)
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--padding", choices=["longest", "fixed"], default="longest")
-    parser.add_argument("--lengths", type=pathlib.Path, required=True, help="a file with one token count per line")
+    lengths = parser.add_mutually_exclusive_group(required=True)
+    lengths.add_argument("--lengths", type=pathlib.Path, help="a file with one token count per line")
+    lengths.add_argument("--tokens", type=int, help="token count of every example")
+    parser.add_argument("--shape", choices=SHAPES, default="BERT-base")
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     arguments = parser.parse_args()

@@ -5,6 +5,7 @@
 
 mod agreement;
 mod families;
+mod floor;
 mod graphs;
 mod masks;
 mod methods;
@@ -19,6 +20,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
+pub use floor::MatrixRate;
 pub use random_model::{Shape, family_config, measured_method, random_data};
 pub use report::Report;
 pub use speed::{FisherTimes, Speed, SpeedRow, StepProfile};
@@ -167,6 +169,7 @@ pub fn verify(
         commit: env!("CHILD_TUNING_COMMIT"),
         quick: options.quick,
         checks: Vec::new(),
+        matrix_rates: Vec::new(),
         speeds: Vec::new(),
         fisher: Err("not measured yet".into()),
         peer: Vec::new(),
@@ -182,8 +185,7 @@ pub fn verify(
     }
     let workloads = speed::workloads(options);
     speed::measure(&workloads, options, &mut report, note, keep)?;
-    note("the Python peer …");
-    report.peer = peer::measure(options);
+    report.peer = peer::measure(&workloads, options, note);
     keep(&report)?;
     // A profiler that has run once may slow what comes after it.
     speed::profile_steps(&workloads, options, &mut report, note, keep)?;

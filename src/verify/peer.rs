@@ -10,6 +10,7 @@ use tch::Device;
 
 use super::Options;
 use super::report::measured;
+use super::speed::{Lengths, Workload};
 use crate::libtorch;
 use crate::statistics::median;
 
@@ -19,9 +20,11 @@ const WARM_UP: usize = 5;
 const STEPS: usize = 20;
 const ROUNDS: usize = 5;
 
-/// Training of BERT-base on lengths of RTE, batch 16, by transformers.
+/// Training of a workload by transformers.
 #[derive(Clone, Debug, Serialize)]
 pub struct PeerRow {
+    /// Shape and lengths.
+    pub workload: String,
     /// `vanilla` (torch's fused AdamW) or `child_tuning_f` (the released optimizer).
     pub method: &'static str,
     /// `float32` or `bf16` (autocast).
@@ -31,20 +34,32 @@ pub struct PeerRow {
     pub outcome: Result<f64, String>,
 }
 
-/// Measures the peer.
-pub(super) fn measure(options: Options) -> Vec<PeerRow> {
-    let row = |method, precision| {
-        let outcome = if options.quick {
-            Err("not part of a quick run".to_owned())
-        } else {
-            tokens_per_second(method, precision, options.device)
-        };
-        PeerRow { method, precision, outcome }
-    };
-    vec![row("vanilla", "bf16"), row("child_tuning_f", "bf16"), row("vanilla", "float32")]
+/// Measures the peer on the workloads, in bf16 (autocast) and float32.
+pub(super) fn measure(workloads: &[Workload], options: Options, note: &mut dyn FnMut(&str)) -> Vec<PeerRow> {
+    let mut rows = Vec::new();
+    for workload in workloads {
+        for (method, precision) in [("vanilla", "bf16"), ("child_tuning_f", "bf16"), ("vanilla", "float32")] {
+            let outcome = if options.quick {
+                Err("not part of a quick run".to_owned())
+            } else {
+                note(&format!("{}: the Python peer, {method} in {precision} …", workload.name));
+                tokens_per_second(workload, method, precision, options.device)
+            };
+            if let Ok(speed) = &outcome {
+                note(&format!("{speed:.0} tokens/s"));
+            }
+            rows.push(PeerRow { workload: workload.name.clone(), method, precision, outcome });
+        }
+    }
+    rows
 }
 
-fn tokens_per_second(method: &str, precision: &str, device: Device) -> Result<f64, String> {
+fn tokens_per_second(
+    workload: &Workload,
+    method: &str,
+    precision: &str,
+    device: Device,
+) -> Result<f64, String> {
     if !Path::new(SCRIPT).exists() {
         return Err(format!("{SCRIPT} is not in this folder"));
     }
@@ -54,7 +69,12 @@ fn tokens_per_second(method: &str, precision: &str, device: Device) -> Result<f6
     };
     let mut command = Command::new("python3");
     command.arg(SCRIPT).args(["--method", method, "--precision", precision]);
-    command.args(["--lengths", LENGTHS, "--device", &device]);
+    command.args(["--shape", workload.shape.name, "--device", &device]);
+    command.args(["--batch-size", &workload.batch_size.to_string()]);
+    match workload.lengths {
+        Lengths::OfRte => command.args(["--lengths", LENGTHS]),
+        Lengths::Equal(tokens) => command.args(["--tokens", &tokens.to_string()]),
+    };
     // What this program was started with is not the peer's: it is to find its own libraries, and to run as it comes.
     for name in libtorch::own_settings() {
         command.env_remove(name);

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::peer::PeerRow;
-use super::{Check, FisherTimes, Outcome, SpeedRow};
+use super::{Check, FisherTimes, MatrixRate, Outcome, SpeedRow};
 
 /// Sequences a second that training BERT-large on 128 tokens in bf16, batch 32, should reach on one H100.
 const BAR: f64 = 1700.0;
@@ -40,6 +40,8 @@ pub struct Report {
     pub quick: bool,
     /// All checks.
     pub checks: Vec<Check>,
+    /// What products of large matrices reach.
+    pub matrix_rates: Vec<MatrixRate>,
     /// All measured trainings.
     pub speeds: Vec<SpeedRow>,
     /// The Fisher pass, or why it was not measured.
@@ -85,11 +87,15 @@ impl Report {
             count(Outcome::Skipped)
         )?;
         writeln!(text, "## Speed\n")?;
+        for MatrixRate { precision, size, operations_per_second } in &self.matrix_rates {
+            let rate = operations_per_second / 1e12;
+            writeln!(text, "A product of matrices of {size} × {size} in {precision}: {rate:.3} TFLOP/s.")?;
+        }
         writeln!(
             text,
-            "| workload | batch | precision | method | sequences/s | tokens/s | of vanilla | kernels a step | memory, GB |"
+            "\n| workload | batch | precision | method | sequences/s | tokens/s | of that rate | of vanilla | kernels a step | their time, ms | memory, GB |"
         )?;
-        writeln!(text, "|---|---:|---|---|---:|---:|---:|---:|---:|")?;
+        writeln!(text, "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|")?;
         for row in &self.speeds {
             self.write_speed(text, row)?;
         }
@@ -114,12 +120,15 @@ impl Report {
             )?,
             Err(reason) => writeln!(text, "Not measured: {reason}.")?,
         }
-        writeln!(text, "\n## The Python peer: transformers, BERT-base, lengths of RTE, batch 16\n")?;
-        writeln!(text, "| precision | method | tokens/s |\n|---|---|---:|")?;
+        writeln!(text, "\n## The Python peer: transformers, in F with the released optimizer\n")?;
+        writeln!(text, "| workload | precision | method | tokens/s | child-tuning against it |")?;
+        writeln!(text, "|---|---|---|---:|---:|")?;
         for row in &self.peer {
-            let speed = row.outcome.as_ref().map(|speed| format!("{speed:.0}"));
-            let cell = speed.unwrap_or_else(|reason| format!("not run: {reason}"));
-            writeln!(text, "| {} | {} | {cell} |", row.precision, row.method)?;
+            let cells = match &row.outcome {
+                Ok(speed) => format!("{speed:.0} | {}", self.against(row, *speed)),
+                Err(reason) => format!("not run: {reason} | "),
+            };
+            writeln!(text, "| {} | {} | {} | {cells} |", row.workload, row.precision, row.method)?;
         }
         writeln!(text, "\n## Checks\n")?;
         writeln!(text, "| topic | check | measured | allowed | |\n|---|---|---:|---:|---|")?;
@@ -137,13 +146,25 @@ impl Report {
         Ok(())
     }
 
+    /// Returns how many times as fast as a row of the peer the same training is here, if it was measured.
+    fn against(&self, peer: &PeerRow, speed: f64) -> String {
+        let own = self.speeds.iter().find(|own| {
+            (own.workload.as_str(), own.method, own.precision.as_str())
+                == (peer.workload.as_str(), peer.method, peer.precision)
+        });
+        match own.map(|own| &own.outcome) {
+            Some(Ok(own)) => format!("{:.2}", own.tokens_per_second / speed),
+            _ => String::new(),
+        }
+    }
+
     fn write_speed(&self, text: &mut String, row: &SpeedRow) -> std::fmt::Result {
         let SpeedRow { workload, batch_size, method, precision, .. } = row;
         let how = if row.replayed { ", replayed" } else { "" };
         write!(text, "| {workload} | {batch_size} | {precision} | {method}{how} |")?;
         let speed = match &row.outcome {
             Ok(speed) => speed,
-            Err(reason) => return writeln!(text, " not measured: {reason} | | | | |"),
+            Err(reason) => return writeln!(text, " not measured: {reason} | | | | | | |"),
         };
         let vanilla = self.speeds.iter().find(|other| {
             (other.method, &other.workload, &other.precision) == ("vanilla", workload, precision)
@@ -154,13 +175,18 @@ impl Report {
             }
             _ => String::new(),
         };
-        let kernels = row.profile.as_ref().map(|profile| profile.kernels_per_step.to_string());
-        let kernels = kernels.unwrap_or_default();
+        let rate = self.matrix_rates.iter().find(|rate| rate.precision == *precision);
+        let of_rate = rate.map_or(String::new(), |rate| {
+            format!("{:.0} %", 100.0 * speed.operations_per_second / rate.operations_per_second)
+        });
+        let kernels = row.profile.as_ref().map_or(" | ".to_owned(), |profile| {
+            format!("{} | {:.2}", profile.kernels_per_step, profile.kernel_milliseconds)
+        });
         let memory = speed.peak_memory.map_or(String::new(), |bytes| format!("{:.2}", bytes as f64 / 1e9));
         writeln!(
             text,
-            " {:.0} | {:.0} | {of_vanilla} | {} | {memory} |",
-            speed.sequences_per_second, speed.tokens_per_second, kernels
+            " {:.0} | {:.0} | {of_rate} | {of_vanilla} | {kernels} | {memory} |",
+            speed.sequences_per_second, speed.tokens_per_second
         )
     }
 }

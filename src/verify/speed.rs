@@ -7,6 +7,7 @@ use std::time::Instant;
 use serde::Serialize;
 use tch::{Device, Tensor};
 
+use super::floor::{matrix_rate, operations};
 use super::report::measured;
 use super::{Options, Report, Shape, attempt, measured_method, random_data};
 use crate::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
@@ -60,6 +61,8 @@ pub struct Speed {
     pub sequences_per_second: f64,
     /// Real tokens a second.
     pub tokens_per_second: f64,
+    /// Operations a second of the encoder's matrix products.
+    pub operations_per_second: f64,
     /// Most memory in use, in bytes: of the device on CUDA, of the process on the CPU.
     pub peak_memory: Option<u64>,
 }
@@ -69,6 +72,8 @@ pub struct Speed {
 pub struct StepProfile {
     /// Kernels, copies and fills on the GPU in a step; 0 on the CPU.
     pub kernels_per_step: u64,
+    /// Time that they took together, in milliseconds.
+    pub kernel_milliseconds: f64,
     /// Operator calls on the host in a step.
     pub operators_per_step: u64,
     /// The kernels with the longest time in a step; on the CPU the operators with the longest own time.
@@ -101,12 +106,22 @@ pub struct FisherTimes {
     pub one_by_one: f64,
 }
 
+/// Numbers of tokens of the examples.
+#[derive(Clone, Copy)]
+pub(super) enum Lengths {
+    /// Those of RTE's training set.
+    OfRte,
+    /// The same for each.
+    Equal(usize),
+}
+
 /// A model and data that trainings are measured on.
 pub(super) struct Workload {
-    name: String,
-    shape: Shape,
+    pub name: String,
+    pub shape: Shape,
+    pub lengths: Lengths,
+    pub batch_size: usize,
     data: EncodedDataset,
-    batch_size: usize,
     /// Whether the Fisher pass is measured on it.
     has_fisher: bool,
     /// What is measured: in which precision, by which method, and whether passes are replayed.
@@ -114,17 +129,24 @@ pub(super) struct Workload {
 }
 
 impl Workload {
+    /// Describes trainings of a shape on so many examples.
     fn new(
         shape: Shape,
-        lengths: &[usize],
-        of: &str,
+        (lengths, examples): (Lengths, usize),
         batch_size: usize,
         has_fisher: bool,
         trainings: &[(Precision, Methods)],
     ) -> Self {
-        let data = random_data(lengths, shape.vocabulary, &labels());
+        let (of, counts) = match lengths {
+            Lengths::OfRte => {
+                let counts = RTE_LENGTHS.split_whitespace().filter_map(|length| length.parse().ok());
+                ("lengths of RTE".to_owned(), counts.take(examples).collect())
+            }
+            Lengths::Equal(tokens) => (format!("{tokens} tokens"), vec![tokens; examples]),
+        };
+        let data = random_data(&counts, shape.vocabulary, &labels());
         let (name, trainings) = (format!("{}, {of}", shape.name), trainings.to_vec());
-        Self { name, shape, data, batch_size, has_fisher, trainings }
+        Self { name, shape, lengths, batch_size, data, has_fisher, trainings }
     }
 
     /// Returns each training: the settings, and the method.
@@ -177,26 +199,19 @@ fn labels() -> Labels {
 /// Returns what is measured.
 pub(super) fn workloads(options: Options) -> Vec<Workload> {
     use Precision::{Bf16, Float32, Tf32};
-    let rte: Vec<usize> = RTE_LENGTHS.split_whitespace().filter_map(|length| length.parse().ok()).collect();
     if options.quick {
-        return vec![Workload::new(
-            Shape::TINY,
-            &rte[..64],
-            "lengths of RTE",
-            16,
-            true,
-            &[(Float32, METHODS)],
-        )];
+        let trainings = [(Float32, METHODS)];
+        return vec![Workload::new(Shape::TINY, (Lengths::OfRte, 64), 16, true, &trainings)];
     }
-    let of_large = [(Bf16, METHODS), (Tf32, VANILLA)];
+    let of_large = [(Bf16, METHODS), (Tf32, VANILLA), (Float32, VANILLA)];
     let of_base = [(Bf16, METHODS), (Bf16, REPLAYED), (Tf32, VANILLA), (Float32, VANILLA)];
     vec![
-        Workload::new(Shape::BERT_LARGE, &[128; 128], "128 tokens", 32, false, &of_large),
-        Workload::new(Shape::BERT_BASE, &rte, "lengths of RTE", 16, true, &of_base),
+        Workload::new(Shape::BERT_LARGE, (Lengths::Equal(128), 128), 32, false, &of_large),
+        Workload::new(Shape::BERT_BASE, (Lengths::OfRte, usize::MAX), 16, true, &of_base),
     ]
 }
 
-/// Measures trainings and the Fisher pass.
+/// Measures the matrix rates, trainings and the Fisher pass.
 pub(super) fn measure(
     workloads: &[Workload],
     options: Options,
@@ -204,6 +219,13 @@ pub(super) fn measure(
     note: &mut dyn FnMut(&str),
     keep: &mut dyn FnMut(&Report) -> Result<()>,
 ) -> Result<()> {
+    for precision in [Precision::Bf16, Precision::Tf32, Precision::Float32] {
+        let size = if options.quick { 512 } else { 8192 };
+        match attempt(|| matrix_rate(precision, size, options.device)) {
+            Ok(rate) => report.matrix_rates.push(rate),
+            Err(reason) => note(&format!("matrix rate not measured: {reason}")),
+        }
+    }
     for workload in workloads {
         let mut models = Models::new(workload, options.device);
         for (settings, method) in workload.trainings() {
@@ -288,21 +310,32 @@ fn wait(loss: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Takes steps over the next batches, waits for the last, and returns the seconds and the tokens.
+/// What steps went through.
+#[derive(Default)]
+struct Done {
+    tokens: usize,
+    /// Those of [`operations`].
+    operations: f64,
+}
+
+/// Takes steps over the next batches, waits for the last, and returns the seconds and what was done.
 fn take_steps<'a>(
     trainer: &mut Trainer,
     batches: &mut impl Iterator<Item = &'a [usize]>,
-    data: &EncodedDataset,
+    workload: &Workload,
     steps: usize,
-) -> Result<(f64, usize)> {
+) -> Result<(f64, Done)> {
     let started = Instant::now();
-    let (mut tokens, mut loss) = (0, None);
+    let (mut done, mut loss) = (Done::default(), None);
     for batch in batches.take(steps) {
-        tokens += batch.iter().map(|&number| data.inputs[number].ids.len()).sum::<usize>();
+        for tokens in batch.iter().map(|&number| workload.data.inputs[number].ids.len()) {
+            done.tokens += tokens;
+            done.operations += operations(&workload.shape, tokens);
+        }
         loss = Some(trainer.step(batch)?);
     }
     loss.as_ref().map_or(Ok(()), wait)?;
-    Ok((started.elapsed().as_secs_f64(), tokens))
+    Ok((started.elapsed().as_secs_f64(), done))
 }
 
 /// A training, and the batches that it takes over and over.
@@ -323,7 +356,7 @@ fn running<'a>(
     let steps = if options.quick { 1 } else { 5 };
     // Until most shapes of the batches are recorded.
     let steps = if settings.cuda_graphs { 10 * steps } else { steps };
-    take_steps(&mut trainer, &mut batches, &workload.data, steps)?;
+    take_steps(&mut trainer, &mut batches, workload, steps)?;
     Ok((trainer, batches))
 }
 
@@ -339,15 +372,17 @@ fn training(
     reset_peak_memory(options.device);
     let numbers: Vec<usize> = (0..data.len()).collect();
     let (mut trainer, mut batches) = running(workload, &numbers, method, settings, options, model)?;
-    let (mut sequences, mut tokens) = (Vec::new(), Vec::new());
+    let mut rates = [const { Vec::new() }; 3];
     for _ in 0..rounds {
-        let (seconds, count) = take_steps(&mut trainer, &mut batches, data, steps)?;
-        sequences.push((steps * batch_size) as f64 / seconds);
-        tokens.push(count as f64 / seconds);
+        let (seconds, done) = take_steps(&mut trainer, &mut batches, workload, steps)?;
+        let done = [(steps * batch_size) as f64, done.tokens as f64, done.operations];
+        rates.iter_mut().zip(done).for_each(|(rates, done)| rates.push(done / seconds));
     }
+    let [sequences, tokens, operations] = rates.map(|rates| median(&rates).unwrap_or(f64::NAN));
     Ok(Speed {
-        sequences_per_second: median(&sequences).unwrap_or(f64::NAN),
-        tokens_per_second: median(&tokens).unwrap_or(f64::NAN),
+        sequences_per_second: sequences,
+        tokens_per_second: tokens,
+        operations_per_second: operations,
         peak_memory: peak_memory(options.device),
     })
 }
@@ -362,9 +397,10 @@ fn step_profile(
     let data = &workload.data;
     let numbers: Vec<usize> = (0..data.len()).collect();
     let (mut trainer, mut batches) = running(workload, &numbers, method, settings, options, model)?;
-    let (_, profile) = profile(options.device, || take_steps(&mut trainer, &mut batches, data, 1))?;
+    let (_, profile) = profile(options.device, || take_steps(&mut trainer, &mut batches, workload, 1))?;
     Ok(StepProfile {
         kernels_per_step: profile.kernel_runs(),
+        kernel_milliseconds: profile.kernels.iter().fold(0.0, |sum, row| sum + row.own.as_secs_f64() * 1e3),
         operators_per_step: profile.operator_calls(),
         longest: longest(&profile),
     })
@@ -403,7 +439,7 @@ fn fisher_times(workload: &Workload, options: Options, model: &mut Classifier) -
     let settings = settings(workload, Precision::Float32);
     let mut trainer = Trainer::new(model, data, &settings, Prepared::default(), SEED)?;
     let mut batches = numbers.chunks(*batch_size).cycle();
-    take_steps(&mut trainer, &mut batches, data, 1)?;
-    let (epoch, _) = take_steps(&mut trainer, &mut batches, data, examples.div_ceil(*batch_size))?;
+    take_steps(&mut trainer, &mut batches, workload, 1)?;
+    let (epoch, _) = take_steps(&mut trainer, &mut batches, workload, examples.div_ceil(*batch_size))?;
     Ok(FisherTimes { workload: workload.name.clone(), examples, exact: pass, epoch, one_by_one })
 }
