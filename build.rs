@@ -12,7 +12,7 @@ const LIBTORCH_VERSION: &str = "2.11.0";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    for source in ["shim.cpp", "cuda_graph.cpp", "guarded.h"] {
+    for source in ["shim.cpp", "cuda_graph.cpp", "kernels.cpp", "kernels.cu", "guarded.h"] {
         println!("cargo:rerun-if-changed=src/libtorch/{source}");
     }
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
@@ -38,7 +38,10 @@ fn main() {
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .file("src/libtorch/shim.cpp")
-        .file("src/libtorch/cuda_graph.cpp");
+        .file("src/libtorch/cuda_graph.cpp")
+        .file("src/libtorch/kernels.cpp")
+        // An element of a kernel's is the same on the CPU and on a GPU, to the bit.
+        .flag("-ffp-contract=off");
     let has_cuda = library_folder.join("libtorch_cuda.so").exists();
     let cuda_headers = cuda_headers(&library_folder).filter(|_| has_cuda);
     if let Some(folder) = &cuda_headers {

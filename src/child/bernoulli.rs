@@ -1,23 +1,17 @@
 //! Child-Tuning_F: a fresh Bernoulli mask at every optimizer step.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-
-use tch::{Device, Kind, Tensor};
 
 use super::masking::StepMask;
 use super::network::MaskScope;
-use crate::error::Result;
-use crate::libtorch::seed_generators;
-use crate::locking::locked;
-use crate::model::Parameter;
+use crate::libtorch::RandomMask;
 use crate::random::{Bernoulli, Key, Purpose};
 
 /// The masks of a run: M_t ~ Bernoulli(p) for every element and step t, kept gradients scaled by 1/p (Algorithm 1 of
 /// the paper).
 ///
-/// On the CPU a mask is never stored: each element's fate is a pure function of seed, step and the element's place in
-/// the flat gradient, so that all micro-batches of a step and any number of threads see the same mask.
+/// A mask is never stored: each element's fate is a pure function of seed, step and the element's place in the flat gradient, so
+/// that all micro-batches of a step, any number of threads and every device see the same mask.
 pub struct BernoulliMask {
     scope: MaskScope,
     probability: f64,
@@ -25,8 +19,6 @@ pub struct BernoulliMask {
     scale: f32,
     seed: u64,
     step: AtomicU64,
-    /// `scale` on the device that last asked for it.
-    scale_on_device: Mutex<Option<Tensor>>,
 }
 
 impl BernoulliMask {
@@ -39,7 +31,6 @@ impl BernoulliMask {
             scale: if rescale { (1.0 / probability) as f32 } else { 1.0 },
             seed,
             step: AtomicU64::new(0),
-            scale_on_device: Mutex::new(None),
         }
     }
 
@@ -68,38 +59,9 @@ impl BernoulliMask {
         StepMask::Random { key: self.key(), limit: self.keep.limit, scale: self.scale }
     }
 
-    /// Returns a parameter's gradient, of any type, with zeros where the mask of the current step drops it, on a GPU; what is kept
-    /// is not scaled yet ([`BernoulliMask::scale_on`]). libtorch draws, seeded anew for each parameter and step, so that
-    /// micro-batches share a mask that nobody stores.
-    ///
-    /// # Errors
-    /// Fails if libtorch refuses an operation.
-    pub fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
-        // The kernel compares with numbers up to 1, 1 included.
-        if self.probability == 1.0 {
-            return Ok(gradient.shallow_clone());
-        }
-        seed_generators(self.key().of_part(parameter.range.start as u64).to_seed())?;
-        // A tensor of its own, since which number an element gets depends on the type of what is drawn.
-        let kept = Tensor::f_empty(gradient.size(), (Kind::Bool, gradient.device()))?
-            .f_bernoulli_float_(self.probability)?;
-        Ok(gradient.f_mul(&kept)?)
-    }
-
-    /// Returns the factor on what is kept as one float32 number `[1]` on a device, where it is not 1: multiplied by it,
-    /// gradients of any type become float32 and are rounded no more than that.
-    ///
-    /// # Errors
-    /// Fails if libtorch cannot allocate.
-    pub fn scale_on(&self, device: Device) -> Result<Option<Tensor>> {
-        if self.scale == 1.0 {
-            return Ok(None);
-        }
-        let mut on_device = locked(&self.scale_on_device);
-        if on_device.as_ref().is_none_or(|scale| scale.device() != device) {
-            *on_device = Some(Tensor::f_full([1], f64::from(self.scale), (Kind::Float, device))?);
-        }
-        Ok(on_device.as_ref().map(Tensor::shallow_clone))
+    /// Returns the mask of the current step, for kernels.
+    pub fn on_device(&self) -> RandomMask {
+        RandomMask { key: self.key().0, limit: self.keep.limit, scale: self.scale }
     }
 
     fn key(&self) -> Key {

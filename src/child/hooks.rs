@@ -2,14 +2,14 @@
 
 use std::sync::{Arc, Mutex};
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::adaptive::AdaptiveMask;
 use super::bernoulli::BernoulliMask;
 use super::masking::{self, Gradient, StepMask, mask_in_place};
 use super::network::{ChildNetwork, MaskScope};
 use crate::error::Result;
-use crate::libtorch::{AccumulationHook, elements, elements_mut};
+use crate::libtorch::{self, AccumulationHook, RandomMask, Stretch, elements, elements_mut};
 use crate::locking::locked;
 use crate::model::{Parameter, Parameters};
 use crate::random::GROUP;
@@ -91,19 +91,25 @@ impl GradientMask {
         }
     }
 
-    /// Returns the factor on what the mask lets through, on a GPU, where there is one.
-    fn scale_on(&self, device: Device) -> Result<Option<Tensor>> {
+    /// Returns the mask of the current step for kernels that read gradients through it, if it is a random one.
+    pub fn on_the_way(&self) -> Option<RandomMask> {
         match self {
-            GradientMask::Bernoulli(mask) => mask.scale_on(device),
-            GradientMask::Fixed(_) | GradientMask::Adaptive(_) => Ok(None),
+            GradientMask::Bernoulli(mask) => Some(mask.on_device()),
+            GradientMask::Fixed(_) | GradientMask::Adaptive(_) => None,
         }
     }
 
-    /// Returns a parameter's gradient with the mask of the current step, on a GPU, without the factor of
-    /// [`GradientMask::scale_on`].
+    /// Returns a parameter's gradient with the mask of the current step, on a GPU, `[count]`.
     fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
         match self {
-            GradientMask::Bernoulli(mask) => mask.on_device(gradient, parameter),
+            GradientMask::Bernoulli(mask) => {
+                let mut masked = Tensor::f_empty(gradient.size(), (Kind::Float, gradient.device()))?;
+                masked.f_copy_(gradient)?;
+                let first_group = parameter.range.start / GROUP;
+                let stretch = Stretch { first_group, members: None, mask: Some(mask.on_device()) };
+                libtorch::mask_in_place(stretch, &masked)?;
+                Ok(masked)
+            }
             GradientMask::Fixed(child) => child.on_device(gradient, parameter),
             GradientMask::Adaptive(mask) => mask.on_device(gradient, parameter),
         }
@@ -284,15 +290,16 @@ fn deposit_on_device(
     adds: bool,
 ) -> Result<()> {
     let gradient = gradient.f_contiguous()?.f_view([-1])?;
-    let (masked, scale) = match mask {
-        Some(mask) => (mask.on_device(&gradient, parameter)?, mask.scale_on(gradient.device())?),
-        None => (gradient, None),
+    let masked = match mask {
+        Some(mask) => mask.on_device(&gradient, parameter)?,
+        None => gradient,
     };
-    match (scale, adds) {
-        (None, false) => place.f_copy_(&masked)?,
-        (None, true) => *place = place.f_add_(&masked)?,
-        (Some(scale), false) => *place = masked.f_mul_out(place, &scale)?,
-        (Some(scale), true) => *place = place.f_addcmul_(&masked, &scale)?,
+    if masked.kind() == Kind::BFloat16 {
+        return libtorch::collect(&masked, place, adds);
+    }
+    match adds {
+        false => place.f_copy_(&masked)?,
+        true => *place = place.f_add_(&masked)?,
     }
     Ok(())
 }

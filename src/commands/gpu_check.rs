@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use child_tuning::error::Error;
 use child_tuning::files::write_bytes;
-use child_tuning::verify::{Check, Options, Outcome, Report, verify};
-use clap::Args;
+use child_tuning::verify::{Check, Options, Outcome, Report, Stage, verify};
+use clap::{Args, ValueEnum};
 use tch::Cuda;
 
 use super::{device_named, show, tell};
@@ -23,6 +23,16 @@ pub struct GpuCheckArguments {
     /// Only small sizes, and no Python peer: about a minute on a CPU
     #[arg(long)]
     quick: bool,
+    /// Do one part alone: the checks of numbers, the speed, or that of the Python peer
+    #[arg(long, value_name = "PART")]
+    only: Option<Part>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Part {
+    Checks,
+    Speed,
+    Peer,
 }
 
 /// Runs the suite, shows each check, and writes both reports.
@@ -35,7 +45,12 @@ pub fn gpu_check(arguments: GpuCheckArguments) -> Result<ExitCode> {
         )
         .into());
     }
-    let options = Options { device: device_named(&arguments.device)?, quick: arguments.quick };
+    let only = arguments.only.map(|part| match part {
+        Part::Checks => Stage::Checks,
+        Part::Speed => Stage::Speed,
+        Part::Peer => Stage::Peer,
+    });
+    let options = Options { device: device_named(&arguments.device)?, quick: arguments.quick, only };
     // Before minutes of measurements: a folder that cannot be written is known now.
     std::fs::create_dir_all(&arguments.output).map_err(Error::io("create", &arguments.output))?;
     let mut keep = |report: &Report| {

@@ -13,6 +13,7 @@ pub struct GridPoint {
     micro_batch: Option<MicroBatch>,
     warmup: Option<Warmup>,
     adamw: Option<AdamWForm>,
+    cuda_graphs: Option<bool>,
     /// Size of the subset of the training data.
     pub examples: Option<usize>,
     /// Share of the training labels that are replaced.
@@ -57,14 +58,10 @@ impl GridPoint {
                 hyperparameters.epochs
             )));
         }
-        if let Some(obstacle) = recording_obstacle(&hyperparameters) {
+        let obstacle = recording_obstacle(&hyperparameters, method);
+        hyperparameters.cuda_graphs = self.cuda_graphs.unwrap_or(obstacle.is_none());
+        if let Some(obstacle) = obstacle.filter(|_| hyperparameters.cuda_graphs) {
             return Err(Error::configuration(format!("train.cuda_graphs records passes, but {obstacle}")));
-        }
-        if hyperparameters.cuda_graphs && !method.parts().has_plain_passes() {
-            return Err(Error::configuration(format!(
-                "train.cuda_graphs records the passes of plain fine-tuning; {} has others: leave it out",
-                method.name()
-            )));
         }
         let noise = method.parts().hidden_noise.filter(|_| hyperparameters.precision == Precision::Bf16);
         if let Some(noise) = noise.filter(|noise| noise.scale < FINEST_BF16_NOISE) {
@@ -106,26 +103,33 @@ fn release_obstacle(hyperparameters: &Hyperparameters, method: &dyn Method) -> O
     }
 }
 
-/// Returns why passes that are to be recorded cannot be.
-fn recording_obstacle(hyperparameters: &Hyperparameters) -> Option<&'static str> {
-    let asked = hyperparameters.cuda_graphs;
-    match hyperparameters {
-        _ if !asked => None,
+/// Returns why the passes of a GPU cannot be recorded, if they cannot.
+fn recording_obstacle(hyperparameters: &Hyperparameters, method: &dyn Method) -> Option<String> {
+    let obstacle = match hyperparameters {
         Hyperparameters { freeze: Freeze::Encoder, .. } => {
-            Some("with a frozen encoder there are too few to save anything: leave it out")
+            "with a frozen encoder there are too few to save anything: leave it out"
         }
         Hyperparameters { gradient_checkpointing: true, .. } => {
-            Some("a layer that is run again seeds the generator: leave `train.gradient_checkpointing` out")
+            "a layer that is run again seeds the generator: leave `train.gradient_checkpointing` out"
         }
         Hyperparameters { release_gradients: true, .. } => {
-            Some("not the optimizer's steps within them: leave `train.release_gradients` out")
+            "not the optimizer's steps within them: leave `train.release_gradients` out"
         }
         _ if hyperparameters.micro_batch.at_most(hyperparameters.batch_size) < hyperparameters.batch_size => {
-            Some("of whole batches only: leave `train.micro_batch` out")
+            "of whole batches only: leave `train.micro_batch` out"
         }
-        Hyperparameters { precision: Precision::Bf16, .. } => None,
-        _ => Some("only in bf16 do many batches have one shape: set `train.precision: bf16`"),
-    }
+        Hyperparameters { precision: Precision::Float32 | Precision::Tf32, .. } => {
+            "only in bf16 do many batches have one shape: set `train.precision: bf16`"
+        }
+        _ if method.parts().has_plain_passes() => return None,
+        _ => {
+            return Some(format!(
+                "those of plain fine-tuning, and {} has others: leave it out",
+                method.name()
+            ));
+        }
+    };
+    Some(obstacle.to_owned())
 }
 
 /// Multiplies the lists out, the last key varying fastest.
@@ -138,7 +142,7 @@ fn grid(typed: &TrainSpec, mut start: GridPoint) -> Result<Vec<GridPoint>> {
     }
     start.hyperparameters.gradient_checkpointing =
         typed.gradient_checkpointing.unwrap_or(start.hyperparameters.gradient_checkpointing);
-    start.hyperparameters.cuda_graphs = typed.cuda_graphs.unwrap_or(start.hyperparameters.cuda_graphs);
+    start.cuda_graphs = typed.cuda_graphs.or(start.cuda_graphs);
     start.hyperparameters.release_gradients =
         typed.release_gradients.unwrap_or(start.hyperparameters.release_gradients);
     let mut points = vec![start];

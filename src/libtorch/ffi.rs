@@ -63,18 +63,13 @@ unsafe extern "C" {
         output: *mut *mut C_tensor,
     ) -> *mut c_char;
 
-    pub(super) fn child_tuning_fused_adamw(
-        parameters: *mut C_tensor,
-        gradients: *mut C_tensor,
-        first_moments: *mut C_tensor,
-        second_moments: *mut C_tensor,
-        step: *mut C_tensor,
-        learning_rate: f64,
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        epsilon: f64,
-        divisor: *mut C_tensor,
+    pub(super) fn child_tuning_launch(
+        device: c_int,
+        source: *const c_char,
+        name: *const c_char,
+        blocks: c_uint,
+        threads: c_uint,
+        arguments: *mut c_void,
     ) -> *mut c_char;
 
     pub(super) fn child_tuning_cuda_peak_bytes(device: c_int, bytes: *mut i64) -> *mut c_char;

@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::ffi;
+use super::kernels::{column_sums, sums_columns};
 use super::own_backward::with_backward;
 use crate::error::Result;
 
@@ -15,10 +16,40 @@ use crate::error::Result;
 /// # Errors
 /// Fails if shapes or types do not match.
 pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    if let Some(bias) = bias
+        && input.device().is_cuda()
+        && weight.kind() == Kind::BFloat16
+    {
+        return linear_of_halves(input, weight, bias);
+    }
     match onednn_is_faster() && suits_onednn(input, weight) {
         true => onednn_linear(input, weight, bias),
         false => Ok(input.f_linear(weight, bias)?),
     }
+}
+
+/// Computes [`linear`] in bfloat16 as libtorch does, but for the gradient of the bias, in which its kernel for sums over a few
+/// thousand rows takes several times as long as reading them.
+fn linear_of_halves(input: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let asked = [input, weight, bias].map(|tensor| tensor.requires_grad());
+    let (values, matrix) = (input.f_detach()?, weight.f_detach()?);
+    let output = values.f_linear(&matrix, Some(bias.f_detach()?))?;
+    with_backward(output, &[input, weight, bias], move |gradient| {
+        let mut gradients = asked.map(|_| Tensor::new());
+        if asked[0] {
+            gradients[0] = gradient.f_mm(&matrix)?;
+        }
+        if asked[1] {
+            gradients[1] = gradient.f_transpose(0, 1)?.f_mm(&values)?;
+        }
+        if asked[2] {
+            gradients[2] = match sums_columns(gradient) {
+                true => column_sums(gradient)?,
+                false => gradient.f_sum_dim_intlist(0, false, None)?,
+            };
+        }
+        Ok(gradients.into())
+    })
 }
 
 /// Computes [`linear`] in oneDNN, but for the gradient of the weights.
@@ -108,6 +139,28 @@ mod tests {
         output.square().mean_dim(0, false, Kind::Float).sum(Kind::Float).backward();
         let gradients = leaves.iter().zip(asked).filter(|(_, asked)| *asked).map(|(leaf, _)| leaf.grad());
         gradients.chain([output.detach()]).collect()
+    }
+
+    #[test]
+    fn halves_get_the_gradients_that_libtorch_gives() {
+        tch::manual_seed(1);
+        for (rows, width, output) in [(300, 96, 32), (130, 64, 7)] {
+            let shapes = [vec![rows, width], vec![output, width], vec![output]];
+            let inputs = shapes.map(|shape| Tensor::randn(shape, CPU).to_kind(Kind::BFloat16));
+            for asked in [[true; 3], [false, true, true], [true, false, false]] {
+                let expected =
+                    results(|input, weight, bias| input.linear(weight, bias), &inputs, asked, false);
+                let product = |input: &Tensor, weight: &Tensor, bias: Option<&Tensor>| {
+                    linear_of_halves(input, weight, bias.unwrap()).unwrap()
+                };
+                let found = results(product, &inputs, asked, false);
+                assert_eq!(found.len(), expected.len());
+                for (found, expected) in found.iter().zip(&expected) {
+                    let largest = f64::try_from(expected.to_kind(Kind::Float).abs().max()).unwrap();
+                    assert!(difference(found, expected) <= 0.01 * largest, "{rows} {width} {output}");
+                }
+            }
+        }
     }
 
     #[test]

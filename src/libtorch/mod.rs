@@ -1,6 +1,6 @@
-//! libtorch beyond tch: gradient hooks, the fused AdamW kernel, flash attention, typed memory, profiles.
+//! libtorch beyond tch: gradient hooks, kernels of our own, flash attention, typed memory, profiles.
 //!
-//! The C++ side (`shim.cpp`, and `cuda_graph.cpp` where CUDA's headers are) has a plain C interface; this module gives each
+//! The C++ side (`shim.cpp`, `kernels.cpp`, and `cuda_graph.cpp` where CUDA's headers are) has a plain C interface; this module gives each
 //! piece a safe type. It is the only place in the crate with `unsafe` code.
 
 mod attention;
@@ -8,10 +8,10 @@ mod context;
 mod cuda_graph;
 mod ffi;
 mod hooks;
+mod kernels;
 mod linear;
 mod memory;
 mod number;
-mod optimizer;
 mod own_backward;
 mod process;
 mod profile;
@@ -23,10 +23,10 @@ pub use context::{
 };
 pub use cuda_graph::{CudaGraph, OwnStream};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
+pub use kernels::{AdamWConstants, RandomMask, Stretch, collect, mask_in_place, sums_of_squares, update};
 pub use linear::linear;
 pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use number::Number;
-pub use optimizer::{FusedAdamW, FusedGroup};
 pub use own_backward::{with_backward, with_backward_of_all};
 pub use process::{
     OUTER_LIBRARY_PATH, end_now, keep_the_order_of_sums, own_settings, release_freed_memory,

@@ -12,7 +12,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/_flash_attention_forward.h>
-#include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/pin_memory.h>
 #include <ATen/ops/to.h>
 #include <c10/core/CachingDeviceAllocator.h>
@@ -190,19 +189,6 @@ char *child_tuning_onednn_linear(at::Tensor *input, at::Tensor *weight, at::Tens
     const auto added = bias == nullptr ? std::nullopt : std::make_optional(*bias);
     const c10::List<std::optional<at::Scalar>> no_scalars;
     *output = new at::Tensor(linear.call(*input, *weight, added, "none", no_scalars, ""));
-  });
-}
-
-// at::_fused_adamw_ over one flat tensor of weights. The kernel divides the gradients by `divisor`, a scalar on their
-// device; null leaves them.
-char *child_tuning_fused_adamw(at::Tensor *parameters, at::Tensor *gradients, at::Tensor *first_moments,
-                               at::Tensor *second_moments, at::Tensor *step, double learning_rate, double beta1,
-                               double beta2, double weight_decay, double epsilon, at::Tensor *divisor) {
-  return guarded([&] {
-    at::AutoDispatchBelowADInplaceOrView no_autograd;
-    const auto gradient_divisor = divisor == nullptr ? std::nullopt : std::make_optional(*divisor);
-    at::_fused_adamw_({*parameters}, {*gradients}, {*first_moments}, {*second_moments}, {}, {*step}, learning_rate,
-                      beta1, beta2, weight_decay, epsilon, /*amsgrad=*/false, /*maximize=*/false, gradient_divisor);
   });
 }
 

@@ -53,6 +53,25 @@ impl HalfCopy {
         Ok(Self { leaves: leaves.collect::<Result<_>>()?, flat, runs, stale: Cell::new(true) })
     }
 
+    /// Returns the part of the copy that holds some of the flat values, and which of them it has; none where it has none of the
+    /// first of them.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses.
+    pub fn part(&self, range: &Range<usize>) -> Result<Option<(Tensor, Range<usize>)>> {
+        let Some((run, offset)) = self.runs.iter().find(|(run, _)| run.contains(&range.start)) else {
+            return Ok(None);
+        };
+        let held = range.start..range.end.min(run.end);
+        let start = offset + held.start - run.start;
+        Ok(Some((self.flat.f_narrow(0, start as i64, held.len() as i64)?, held)))
+    }
+
+    /// Notes that the copy holds the present values.
+    pub fn mark_fresh(&self) {
+        self.stale.set(false);
+    }
+
     /// Notes that the values change.
     pub fn mark_stale(&self) {
         self.stale.set(true);

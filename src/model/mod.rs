@@ -37,6 +37,7 @@ pub use config::{FAMILIES, ModelConfig};
 pub use convolution::Convolution;
 pub use dropout::Dropout;
 pub use fresh_weights::FreshWeights;
+pub use half_copy::HalfCopy;
 pub use layer_norm::LayerNorm;
 pub use layers::{Embedding, Linear, Vector, loss};
 pub use noise::{Noise, NoiseKind};

@@ -335,6 +335,11 @@ impl Parameters {
         half.refreshed(&self.values)
     }
 
+    /// Returns the copy of the weights that passes in bfloat16 compute with, if there have been any.
+    pub fn half_copy(&self) -> Option<&HalfCopy> {
+        self.half.get()
+    }
+
     /// Copies all values from a buffer of the same layout.
     ///
     /// # Errors

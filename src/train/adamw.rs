@@ -8,7 +8,7 @@ use super::adamw_device::DeviceMoments;
 use super::adamw_host::{HostMoments, StepConstants};
 use super::hyperparameters::{AdamWForm, Hyperparameters};
 use super::optimizer::Clip;
-use crate::child::ChildNetwork;
+use crate::child::GradientMask;
 use crate::error::{Error, Result};
 use crate::libtorch::{elements, elements_mut};
 use crate::method::DecayScope;
@@ -49,27 +49,25 @@ impl AdamW {
         parameters: &Parameters,
         trainable: &Trainable,
         hyperparameters: &Hyperparameters,
-        child: Option<&Arc<ChildNetwork>>,
+        mask: Option<&Arc<GradientMask>>,
         decay: DecayScope,
     ) -> Result<Self> {
+        let list = || parameters.iter().map(|(_, parameter)| parameter);
         let decays_outside = decay == DecayScope::All;
         let moments = if parameters.device().is_cuda() {
             // Gradients that are released come one by one.
             let groups = match hyperparameters.release_gradients {
-                true => trainable.one_by_one(parameters.iter().map(|(_, parameter)| parameter)),
+                true => trainable.one_by_one(list()),
                 false => trainable.groups.clone(),
             };
-            Moments::Device(DeviceMoments::new(
-                &groups,
-                child.map(Arc::as_ref),
-                decays_outside,
-                parameters.device(),
-            )?)
+            // Backward may still read those in bfloat16 when gradients are released.
+            let copy = parameters.half_copy().filter(|_| !hyperparameters.release_gradients);
+            Moments::Device(DeviceMoments::new(&groups, parameters, mask, decays_outside, copy)?)
         } else {
             let treated = |parameter| Some((parameter, trainable.treatment(parameter)?));
-            let mut list: Vec<_> =
-                parameters.iter().filter_map(|(_, parameter)| treated(parameter)).collect();
+            let mut list: Vec<_> = list().filter_map(treated).collect();
             list.sort_by_key(|(parameter, _)| parameter.range.start);
+            let child = mask.and_then(|mask| mask.restriction());
             Moments::Host(HostMoments::new(list.into_iter(), child.cloned(), decays_outside))
         };
         Ok(Self {
@@ -92,19 +90,25 @@ impl AdamW {
         }
     }
 
-    /// Returns whether updates read the gradients of a fixed child network's members only, and so need no masked ones. (On the
-    /// CPU they do, too, but there hooks mask at no cost.)
-    pub fn gathers(&self) -> bool {
-        matches!(&self.moments, Moments::Device(moments) if moments.gathers())
+    /// Returns whether updates read gradients through the mask, and so need no masked ones; on a GPU only, since on the CPU
+    /// hooks mask at no cost.
+    pub fn masks(&self) -> bool {
+        matches!(&self.moments, Moments::Device(moments) if moments.masks())
     }
 
-    /// Returns the norm of each group of gradients that updates will gather; none if they do not.
+    /// Returns whether updates keep the weights in bfloat16 up to date that passes compute with
+    /// ([`Parameters::half_copy`]).
+    pub fn keeps_copy(&self) -> bool {
+        matches!(&self.moments, Moments::Device(moments) if moments.keeps_copy())
+    }
+
+    /// Returns sums that add up to that of the squares of the gradients that updates read through the mask; none on the CPU.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn norms(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
+    pub fn squares(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
         match &self.moments {
-            Moments::Device(moments) => moments.norms(gradients),
+            Moments::Device(moments) => moments.squares(gradients),
             Moments::Host(_) => Ok(Vec::new()),
         }
     }
@@ -153,12 +157,14 @@ impl AdamW {
                 Ok(())
             }
             Moments::Device(moments) => {
-                let divisor = match clip {
+                let factor = match clip {
                     Clip::Factor(1.0) => None,
-                    Clip::Factor(factor) => Some(Tensor::from(1.0 / factor).f_to_device(values.device())?),
-                    Clip::Divisor(divisor) => Some(divisor.shallow_clone()),
+                    Clip::Factor(factor) => {
+                        Some(Tensor::from_slice(&[*factor]).f_to_device(values.device())?)
+                    }
+                    Clip::OnDevice(factor) => Some(factor.shallow_clone()),
                 };
-                moments.apply(values, gradients, start, divisor.as_ref(), step, constants)
+                moments.apply(values, gradients, start, factor.as_ref(), constants)
             }
         }
     }

@@ -1,102 +1,153 @@
-//! AdamW on a GPU: libtorch's fused kernel, with moments for what trains only.
+//! AdamW on a GPU: the arithmetic of the CPU's in a kernel of our own, which reads gradients through the mask, with moments for
+//! what trains only.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::adamw_host::StepConstants;
-use crate::child::ChildNetwork;
+use super::adamw_host::{StepConstants, element_constants};
+use crate::child::GradientMask;
 use crate::error::Result;
-use crate::libtorch::{FusedAdamW, FusedGroup};
-use crate::model::{TrainableGroup, Treatment, span};
+use crate::libtorch::{RandomMask, Stretch, sums_of_squares, update};
+use crate::model::{HalfCopy, Parameter, Parameters, TrainableGroup, Treatment, span};
+use crate::random::GROUP;
 
 /// The moments of the weights that train, on a device.
 pub struct DeviceMoments {
-    groups: Vec<Group>,
+    pieces: Vec<Piece>,
+    /// The mask, where it is a random one or one of members.
+    mask: Option<Arc<GradientMask>>,
     /// Whether weights outside a fixed child network decay.
     decays_outside: bool,
-    /// Number of the step, as the kernel wants it.
-    step: Tensor,
+    /// Whether updates keep the weights in bfloat16 up to date.
+    keeps_copy: bool,
+    /// The factor on gradients of a step without clipping.
+    one: Tensor,
 }
 
-struct Group {
+/// Weights side by side that are treated alike.
+struct Piece {
     range: Range<usize>,
     treatment: Treatment,
-    /// Places of the members in the range, int32; `None` where all are.
+    /// Places of a fixed child network's members in the range, int32; `None` where all are.
     members: Option<Tensor>,
+    /// Whether the random mask reaches them.
+    is_masked: bool,
+    /// The same weights in bfloat16, where passes compute with them.
+    half: Option<Tensor>,
     first_moments: Tensor,
     second_moments: Tensor,
 }
 
-impl Group {
-    /// Returns what has moments of a group's part of a flat buffer: a copy of its members, or the part itself.
-    fn own(&self, part: &Tensor) -> Result<Tensor> {
-        Ok(match &self.members {
-            Some(members) => part.f_index_select(0, members)?,
-            None => part.shallow_clone(),
-        })
+impl Piece {
+    fn stretch(&self, mask: Option<RandomMask>) -> Stretch<'_> {
+        Stretch {
+            first_group: self.range.start / GROUP,
+            members: self.members.as_ref(),
+            mask: mask.filter(|_| self.is_masked),
+        }
     }
 }
 
 impl DeviceMoments {
-    /// Makes zero moments for groups of weights; with a child network only for its members.
+    /// Makes zero moments for groups of weights of `parameters`, on their device; with a fixed child network only for its members.
+    /// `copy` is that of the weights in bfloat16, if updates are to keep it up to date.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn new(
         groups: &[TrainableGroup],
-        child: Option<&ChildNetwork>,
+        parameters: &Parameters,
+        mask: Option<&Arc<GradientMask>>,
         decays_outside: bool,
-        device: Device,
+        copy: Option<&HalfCopy>,
     ) -> Result<Self> {
-        let group = |group: &TrainableGroup| -> Result<Group> {
-            let range = group.range.clone();
-            let members = child.map(|child| child.members_on_device(range.clone(), device)).transpose()?;
-            let count = members.as_ref().map_or(range.len(), Tensor::numel) as i64;
-            let zeros = || Tensor::f_zeros([count], (Kind::Float, device));
-            Ok(Group {
-                range,
-                treatment: group.treatment,
-                members,
-                first_moments: zeros()?,
-                second_moments: zeros()?,
-            })
+        let device = parameters.device();
+        let mask = mask.filter(|mask| mask.restriction().is_some() || mask.on_the_way().is_some()).cloned();
+        let child = mask.as_ref().and_then(|mask| mask.restriction());
+        let random = mask.as_ref().filter(|mask| mask.on_the_way().is_some());
+        // Weights outside a child network that decay change, too.
+        let copy = copy.filter(|_| child.is_none() || !decays_outside);
+        let reaches = |parameter: &Parameter| random.is_some_and(|mask| mask.scope().covers(parameter));
+        let half_of = |range: &Range<usize>| match copy {
+            Some(copy) => copy.part(range),
+            None => Ok(None),
         };
+        let mut list: Vec<&Parameter> = parameters.iter().map(|(_, parameter)| parameter).collect();
+        list.sort_by_key(|parameter| parameter.range.start);
+        let mut pieces = Vec::new();
+        for group in groups {
+            let own = list.iter().filter(|parameter| group.range.contains(&parameter.range.start));
+            // What each parameter's piece has in common with its neighbours'.
+            let alike = own.map(|parameter| {
+                let start = parameter.range.start;
+                Ok((start, reaches(parameter), half_of(&(start..group.range.end))?.is_some()))
+            });
+            let mut starts = alike.collect::<Result<Vec<_>>>()?;
+            starts.dedup_by_key(|&mut (_, reached, has_half)| (reached, has_half));
+            let ends = starts.iter().skip(1).map(|&(start, ..)| start).chain([group.range.end]);
+            for (&(start, is_masked, _), end) in starts.iter().zip(ends) {
+                let range = start..end;
+                let half = half_of(&range)?.map(|(half, _)| half);
+                let members =
+                    child.map(|child| child.members_on_device(range.clone(), device)).transpose()?;
+                let count = members.as_ref().map_or(range.len(), Tensor::numel) as i64;
+                let zeros = || Tensor::f_zeros([count], (Kind::Float, device));
+                let (first_moments, second_moments) = (zeros()?, zeros()?);
+                let treatment = group.treatment;
+                pieces.push(Piece {
+                    range,
+                    treatment,
+                    members,
+                    is_masked,
+                    half,
+                    first_moments,
+                    second_moments,
+                });
+            }
+        }
+        let keeps_copy = copy.is_some();
         Ok(Self {
-            groups: groups.iter().map(group).collect::<Result<_>>()?,
+            pieces,
+            mask,
             decays_outside,
-            step: Tensor::f_zeros([], (Kind::Float, device))?,
+            keeps_copy,
+            one: Tensor::f_ones([1], (Kind::Float, device))?,
         })
     }
 
-    /// Returns whether gradients and weights are read at the places of members.
-    pub fn gathers(&self) -> bool {
-        self.groups.iter().any(|group| group.members.is_some())
+    /// Returns whether updates read gradients through the mask, so that nobody else has to mask them.
+    pub fn masks(&self) -> bool {
+        self.mask.is_some()
     }
 
-    /// Returns the norm of each group's gradients, of its members where there are others, from the whole flat buffer.
+    /// Returns whether updates keep the weights in bfloat16 up to date.
+    pub fn keeps_copy(&self) -> bool {
+        self.keeps_copy
+    }
+
+    /// Returns sums that add up to that of the squares of all masked gradients, from the whole flat buffer.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn norms(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
-        let norm = |group: &Group| {
-            let own = span(gradients, &group.range)?;
-            Ok(group.own(&own)?.f_norm()?)
-        };
-        self.groups.iter().map(norm).collect()
+    pub fn squares(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
+        let squares =
+            |piece: &Piece| sums_of_squares(piece.stretch(self.random()), &span(gradients, &piece.range)?);
+        self.pieces.iter().map(squares).collect()
     }
 
     /// Returns the bytes of moments and members' places.
     pub fn bytes(&self) -> usize {
-        let bytes = |group: &Group| {
-            let places = group.members.as_ref().map_or(0, |members| members.numel() * size_of::<i32>());
-            2 * group.first_moments.numel() * size_of::<f32>() + places
+        let bytes = |piece: &Piece| {
+            let places = piece.members.as_ref().map_or(0, |members| members.numel() * size_of::<i32>());
+            2 * piece.first_moments.numel() * size_of::<f32>() + places
         };
-        self.groups.iter().map(bytes).sum()
+        self.pieces.iter().map(bytes).sum()
     }
 
-    /// Updates whole groups of weights, from the one that begins at `start` of the flat buffer, where `values` and `gradients`
-    /// begin, too. Gradients are divided by `divisor` and need not be masked. `constants` are those of a treatment.
+    /// Updates whole pieces of weights, from the one that begins at `start` of the flat buffer, where `values` and `gradients`
+    /// begin, too. Gradients are multiplied by the mask and by `factor`. `constants` are those of a treatment.
     ///
     /// # Errors
     /// Fails if libtorch refuses.
@@ -105,68 +156,186 @@ impl DeviceMoments {
         values: &Tensor,
         gradients: &Tensor,
         start: usize,
-        divisor: Option<&Tensor>,
-        step: u64,
+        factor: Option<&Tensor>,
         constants: impl Fn(Treatment) -> StepConstants,
     ) -> Result<()> {
-        self.step = self.step.f_fill_(step as f64)?;
         let end = start + gradients.numel();
-        for group in self.groups.iter().filter(|group| group.range.start >= start && group.range.end <= end) {
-            let constants = constants(group.treatment);
+        let own = |piece: &&Piece| piece.range.start >= start && piece.range.end <= end;
+        for piece in self.pieces.iter().filter(own) {
+            let mut inner = element_constants(&constants(piece.treatment));
             let part = |flat: &Tensor| {
-                flat.f_narrow(0, (group.range.start - start) as i64, group.range.len() as i64)
+                flat.f_narrow(0, (piece.range.start - start) as i64, piece.range.len() as i64)
             };
             let (mut values, gradients) = (part(values)?, part(gradients)?);
-            let Some(members) = &group.members else {
-                // The kernel decays before the update by itself, and spares a pass over the weights; it decays by the rate.
-                let decay = if constants.learning_rate > 0.0 { 1.0 - constants.decay_before } else { 0.0 };
-                self.update(&values, &gradients, group, divisor, &constants, decay)?;
-                scale(&mut values, constants.decay_after)?;
-                continue;
-            };
-            // What decays: all of the group, or the members alone.
-            let of_all = |factor| if self.decays_outside { factor } else { 1.0 };
-            let of_members = |factor| if self.decays_outside { 1.0 } else { factor };
-            scale(&mut values, of_all(constants.decay_before))?;
-            let mut own = group.own(&values)?;
-            scale(&mut own, of_members(constants.decay_before))?;
-            self.update(&own, &group.own(&gradients)?, group, divisor, &constants, 0.0)?;
-            scale(&mut own, of_members(constants.decay_after))?;
-            let _ = values.f_index_copy_(0, &members.f_to_kind(Kind::Int64)?, &own)?;
-            scale(&mut values, of_all(constants.decay_after))?;
+            let decay_after = inner.decay_after;
+            let outside = piece.members.is_some() && self.decays_outside;
+            if outside {
+                // The members decay with the others, in the same place of the arithmetic.
+                scale(&mut values, inner.decay_before)?;
+                (inner.decay_before, inner.decay_after) = (1.0, 1.0);
+            }
+            let moments = [&piece.first_moments, &piece.second_moments];
+            let factor = factor.unwrap_or(&self.one);
+            let half = piece.half.as_ref();
+            update(piece.stretch(self.random()), inner, factor, &gradients, &values, moments, half)?;
+            if outside {
+                scale(&mut values, decay_after)?;
+            }
         }
         Ok(())
     }
 
-    fn update(
-        &self,
-        values: &Tensor,
-        gradients: &Tensor,
-        group: &Group,
-        divisor: Option<&Tensor>,
-        constants: &StepConstants,
-        decay: f64,
-    ) -> Result<()> {
-        FusedAdamW {
-            learning_rate: constants.learning_rate,
-            weight_decay: if decay > 0.0 { decay / constants.learning_rate } else { 0.0 },
-            betas: constants.betas,
-            epsilon: constants.epsilon,
-        }
-        .apply(&FusedGroup {
-            parameters: values,
-            gradients,
-            first_moments: &group.first_moments,
-            second_moments: &group.second_moments,
-            step: &self.step,
-            gradient_divisor: divisor,
-        })
+    /// Returns the random mask of the current step, if there is one.
+    fn random(&self) -> Option<RandomMask> {
+        self.mask.as_ref().and_then(|mask| mask.on_the_way())
     }
 }
 
-fn scale(values: &mut Tensor, factor: f64) -> Result<()> {
+fn scale(values: &mut Tensor, factor: f32) -> Result<()> {
     if factor != 1.0 {
-        let _ = values.f_mul_scalar_(factor)?;
+        let _ = values.f_mul_scalar_(f64::from(factor))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::super::adamw_host::HostMoments;
+    use super::*;
+    use crate::child::{BernoulliMask, CHUNK, Cut, MaskScope, Threshold, mask_in_place, random_scores};
+    use crate::libtorch::{elements, elements_mut};
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable};
+    use crate::random::{Key, Purpose, fill_normal};
+
+    fn parameters() -> Parameters {
+        let mut table = ParameterTable::default();
+        table.declare("table", &[40, 70], ParameterKind::Embedding, ParameterPlace::Embeddings);
+        table.declare("wide", &[130, 300], ParameterKind::Weight, ParameterPlace::EncoderLayer(0));
+        table.declare("bias", &[130], ParameterKind::Bias, ParameterPlace::EncoderLayer(0));
+        table.declare("head", &[3, 70], ParameterKind::Weight, ParameterPlace::Head);
+        let parameters = Parameters::allocate(table, Device::Cpu).unwrap();
+        for (id, parameter) in parameters.iter() {
+            let part = parameters.part(&parameters.values_to_change(), id).unwrap();
+            part.shallow_clone().copy_(&Tensor::from_slice(&normal(parameter.count(), id.index() as u64)));
+        }
+        parameters
+    }
+
+    fn normal(count: usize, index: u64) -> Vec<f32> {
+        let mut numbers = vec![0f32; count];
+        fill_normal(&mut numbers, 1.0, Key::derive(7, Purpose::Initialisation, index), 0);
+        numbers
+    }
+
+    fn masks(parameters: &Parameters) -> Vec<Option<Arc<GradientMask>>> {
+        let random = |scope| GradientMask::Bernoulli(BernoulliMask::new(scope, 0.3, true, 5));
+        let cut = Cut::highest(0.3, MaskScope::Backbone, Threshold::Global);
+        let scores = random_scores(parameters.buffer_len(), 5);
+        let child = Arc::new(crate::child::ChildNetwork::from_scores(parameters, &scores, &cut).unwrap());
+        let masks = [random(MaskScope::All), random(MaskScope::EncoderLayers), GradientMask::Fixed(child)];
+        std::iter::once(None).chain(masks.map(|mask| Some(Arc::new(mask)))).collect()
+    }
+
+    fn constants(step: u64, decays_after: bool) -> impl Fn(Treatment) -> StepConstants + Sync {
+        move |treatment| {
+            let decays = [if treatment.decays { 0.99 } else { 1.0 }, 1.0];
+            StepConstants {
+                step,
+                learning_rate: 0.01,
+                betas: (0.9, 0.999),
+                epsilon: 1e-8,
+                decay_before: decays[usize::from(decays_after)],
+                decay_after: decays[usize::from(!decays_after)],
+            }
+        }
+    }
+
+    /// The kernels, run on the CPU's tensors, against the CPU's own way: masked gradients, then moments of all or of members.
+    #[test]
+    fn every_bit_is_as_on_the_cpu() {
+        let count = masks(&parameters()).len();
+        for (number, decays_outside, decays_after) in
+            (0..count).flat_map(|number| [(number, true, false), (number, false, true)])
+        {
+            let (host, device, released) = (parameters(), parameters(), parameters());
+            let mask = masks(&host).swap_remove(number);
+            let treated = host.iter().map(|(_, parameter)| (parameter, Treatment::plain(parameter)));
+            let mut list: Vec<_> = treated.collect();
+            list.sort_by_key(|(parameter, _)| parameter.range.start);
+            let child = mask.as_ref().and_then(|mask| mask.restriction()).cloned();
+            let mut on_host = HostMoments::new(list.iter().copied(), child, decays_outside);
+            let trainable = host.trainable(|_| true);
+            let one_by_one = trainable.one_by_one(host.iter().map(|(_, parameter)| parameter));
+            let moments = |groups| {
+                DeviceMoments::new(groups, &device, mask.as_ref(), decays_outside, device.half_copy())
+                    .unwrap()
+            };
+            let mut apart = moments(&one_by_one);
+            // From here on there is a copy of the weights.
+            device.compute_weights(Kind::BFloat16).unwrap();
+            let mut at_once = moments(&trainable.groups);
+            assert_eq!(at_once.keeps_copy(), number < count - 1 || !decays_outside);
+            assert_eq!((at_once.masks(), apart.masks()), (mask.is_some(), mask.is_some()));
+            for step in 1..=4 {
+                if let Some(mask) = &mask {
+                    mask.begin_step(step).unwrap();
+                }
+                let whole = device.gradients().unwrap().shallow_clone();
+                whole.shallow_clone().copy_(&Tensor::from_slice(&normal(host.buffer_len(), step)));
+                host.gradients().unwrap().shallow_clone().copy_(&whole);
+                if let Some(mask) = &mask {
+                    mask.apply_to_all(&host).unwrap();
+                }
+                let masked: &[f32] = elements(host.gradients().unwrap()).unwrap();
+                // Gaps hold zeros in a run; here they hold what no gradient is.
+                let exact: f64 = (list.iter().flat_map(|(parameter, _)| &masked[parameter.range.clone()]))
+                    .map(|&value| f64::from(value).powi(2))
+                    .sum();
+                let squares = Tensor::cat(&apart.squares(&whole).unwrap(), 0).sum(Kind::Double);
+                let found = f64::try_from(squares).unwrap();
+                assert!((found / exact - 1.0).abs() < 1e-12, "{found} {exact}");
+
+                let mut values = host.values_to_change();
+                let values: &mut [f32] = elements_mut(&mut values).unwrap();
+                on_host.apply(values, masked, 0, 0.7, constants(step, decays_after));
+                let factor = Tensor::from_slice(&[0.7f32]);
+                let own = device.values_to_change();
+                at_once.apply(&own, &whole, 0, Some(&factor), constants(step, decays_after)).unwrap();
+                // As gradients come that are released: parameter by parameter, the last first.
+                for (_, parameter) in released.iter().collect::<Vec<_>>().into_iter().rev() {
+                    let part = |flat: &Tensor| span(flat, &parameter.range).unwrap();
+                    let (values, gradients) = (part(&released.values_to_change()), part(&whole));
+                    let (start, constants) = (parameter.range.start, constants(step, decays_after));
+                    apart.apply(&values, &gradients, start, Some(&factor), constants).unwrap();
+                }
+            }
+            for (id, parameter) in host.iter() {
+                let part = |of: &Parameters| of.part(of.values(), id).unwrap();
+                if at_once.keeps_copy() {
+                    device.half_copy().unwrap().mark_fresh();
+                }
+                let half = &device.compute_weights(Kind::BFloat16).unwrap()[id.index()];
+                let rounded = host.leaf(id).to_kind(half.kind());
+                assert_eq!(half, &rounded, "{} with mask {number}", parameter.name);
+                for found in [&device, &released] {
+                    assert_eq!(part(found), part(&host), "{} with mask {number}", parameter.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn stretches_longer_than_all_threads_take_at_a_time_are_whole() {
+        const COUNT: usize = 4 * 2048 * 256 + 5 * CHUNK + 37;
+        let mask = BernoulliMask::new(MaskScope::All, 0.3, true, 5);
+        mask.begin_step(3);
+        let mut expected = vec![1f32; COUNT];
+        mask_in_place(&mut expected, mask.on_cpu(), 11);
+        let found = Tensor::ones([COUNT as i64], (Kind::Float, Device::Cpu));
+        let stretch = Stretch { first_group: 11, members: None, mask: Some(mask.on_device()) };
+        crate::libtorch::mask_in_place(stretch, &found).unwrap();
+        assert!(elements::<f32>(&found).unwrap() == expected);
+    }
 }

@@ -11,6 +11,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use crate::child::{CHUNK, ChildNetwork};
+use crate::libtorch::AdamWConstants;
 use crate::model::{Parameter, Treatment};
 use crate::random::GROUP;
 
@@ -113,44 +114,28 @@ impl HostMoments {
             work.push(Work { piece, values: own, gradients, first: own_first, second: own_second });
         }
         work.into_par_iter().for_each_init(Default::default, |gathered, work| {
-            let constants = ElementConstants::new(&constants(work.piece.treatment), factor);
+            let constants = element_constants(&constants(work.piece.treatment));
             match child.filter(|_| work.piece.members < work.values.len()) {
-                Some(child) => update_members(work, child, decays_outside, &constants, gathered),
-                None => update(work.values, work.gradients, work.first, work.second, &constants),
+                Some(child) => update_members(work, child, decays_outside, factor, &constants, gathered),
+                None => update(work.values, work.gradients, work.first, work.second, factor, &constants),
             }
         });
     }
 }
 
-/// The constants as the kernel uses them.
-#[derive(Clone, Copy)]
-struct ElementConstants {
-    factor: f32,
-    decay_before: f32,
-    decay_after: f32,
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
-    root_of_correction: f32,
-    step_size: f32,
-    epsilon: f32,
-}
-
-impl ElementConstants {
-    fn new(constants: &StepConstants, factor: f32) -> Self {
-        let (beta1, beta2) = constants.betas;
-        let correction = |beta: f64| 1.0 - beta.powi(constants.step as i32);
-        Self {
-            factor,
-            decay_before: constants.decay_before as f32,
-            decay_after: constants.decay_after as f32,
-            one_minus_beta1: (1.0 - beta1) as f32,
-            beta2: beta2 as f32,
-            one_minus_beta2: (1.0 - beta2) as f32,
-            root_of_correction: correction(beta2).sqrt() as f32,
-            step_size: (constants.learning_rate / correction(beta1)) as f32,
-            epsilon: constants.epsilon as f32,
-        }
+/// Rounds the constants of a step to those that the update of an element uses, on any device.
+pub(super) fn element_constants(constants: &StepConstants) -> AdamWConstants {
+    let (beta1, beta2) = constants.betas;
+    let correction = |beta: f64| 1.0 - beta.powi(constants.step as i32);
+    AdamWConstants {
+        decay_before: constants.decay_before as f32,
+        decay_after: constants.decay_after as f32,
+        one_minus_beta1: (1.0 - beta1) as f32,
+        beta2: beta2 as f32,
+        one_minus_beta2: (1.0 - beta2) as f32,
+        root_of_correction: correction(beta2).sqrt() as f32,
+        step_size: (constants.learning_rate / correction(beta1)) as f32,
+        epsilon: constants.epsilon as f32,
     }
 }
 
@@ -161,11 +146,12 @@ fn update(
     gradients: &[f32],
     first: &mut [f32],
     second: &mut [f32],
-    constants: &ElementConstants,
+    factor: f32,
+    constants: &AdamWConstants,
 ) {
     let constants = *constants;
     for (((value, &gradient), first), second) in values.iter_mut().zip(gradients).zip(first).zip(second) {
-        let gradient = gradient * constants.factor;
+        let gradient = gradient * factor;
         *first += constants.one_minus_beta1 * (gradient - *first);
         *second = *second * constants.beta2 + constants.one_minus_beta2 * gradient * gradient;
         let root = second.sqrt() / constants.root_of_correction + constants.epsilon;
@@ -179,7 +165,8 @@ fn update_members(
     work: Work,
     child: &ChildNetwork,
     decays_outside: bool,
-    constants: &ElementConstants,
+    factor: f32,
+    constants: &AdamWConstants,
     [values, gradients]: &mut [Vec<f32>; 2],
 ) {
     let Work { piece, values: all, gradients: all_gradients, first, second } = work;
@@ -196,7 +183,7 @@ fn update_members(
         values.push(all[place]);
         gradients.push(all_gradients[place]);
     });
-    update(values, gradients, first, second, &inner);
+    update(values, gradients, first, second, factor, &inner);
     let mut updated = values.iter();
     for_each_member(words, all.len(), |place| {
         if let Some(&value) = updated.next() {
@@ -241,11 +228,10 @@ fn count(child: &ChildNetwork, range: &Range<usize>) -> usize {
 mod tests {
     use tch::{Device, Kind, Tensor};
 
-    use super::super::adamw_device::DeviceMoments;
     use super::*;
     use crate::child::{Cut, MaskScope, Threshold, mask_in_place, random_scores};
     use crate::libtorch::{elements, elements_mut};
-    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters, TrainableGroup};
+    use crate::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
 
     fn parameters() -> Parameters {
         let mut table = ParameterTable::default();
@@ -378,60 +364,5 @@ mod tests {
             parameters.values_copy().unwrap()
         };
         assert_eq!(values(true), values(false));
-    }
-
-    /// What a GPU uses, tried on the CPU's tensors: libtorch's kernel on the same members.
-    #[test]
-    fn the_moments_of_a_device_agree() {
-        for (decays_outside, after) in [(true, false), (false, true)] {
-            let start = parameters();
-            let child = child(&start, 0.3);
-            let on_host = {
-                let parameters = parameters();
-                parameters.values_to_change().copy_(start.values());
-                let moments =
-                    HostMoments::new(in_order(&parameters).into_iter(), Some(child.clone()), decays_outside);
-                train(&parameters, moments, &child, 0.99, after);
-                parameters.values_copy().unwrap()
-            };
-            let trainable = start.trainable(|_| true);
-            let one_by_one = trainable.one_by_one(start.iter().map(|(_, parameter)| parameter));
-            let released = parameters();
-            released.values_to_change().copy_(start.values());
-            let moments = |groups: &[TrainableGroup]| {
-                DeviceMoments::new(groups, Some(&child), decays_outside, Device::Cpu).unwrap()
-            };
-            let (mut at_once, mut apart) = (moments(&trainable.groups), moments(&one_by_one));
-            let mut members = vec![1f32; start.buffer_len()];
-            mask_in_place(&mut members, child.on_cpu(), 0);
-            let members = Tensor::from_slice(&members).ne(0.0);
-            for step in 1..=10 {
-                let masked = Tensor::from_slice(&gradients(&start, step, &child)) * 0.7;
-                let norms = at_once.norms(&masked).unwrap();
-                // Members are gathered: what stands elsewhere in the buffer is as good as masked.
-                let gradients = masked.where_self(&members, &Tensor::from(1e3f32));
-                for (norm, masked) in at_once.norms(&gradients).unwrap().iter().zip(norms) {
-                    assert_eq!(norm, &masked);
-                }
-                let values = start.values_to_change();
-                at_once.apply(&values, &gradients, 0, None, step, constants(step, 0.99, after)).unwrap();
-                // As gradients come that are released: parameter by parameter, the last first.
-                for (_, parameter) in released.iter().collect::<Vec<_>>().into_iter().rev() {
-                    let [values, gradients] = [&released.values_to_change(), &gradients].map(|flat| {
-                        flat.narrow(0, parameter.range.start as i64, parameter.range.len() as i64)
-                    });
-                    let constants = constants(step, 0.99, after);
-                    apart.apply(&values, &gradients, parameter.range.start, None, step, constants).unwrap();
-                }
-            }
-            for (found, (id, parameter)) in
-                [&start, &released].into_iter().flat_map(|found| start.iter().map(move |own| (found, own)))
-            {
-                let part = |flat: &Tensor| start.part(flat, id).unwrap();
-                let difference = (part(found.values()) - part(&on_host)).abs().max();
-                let difference = f64::try_from(difference).unwrap();
-                assert!(difference < 1e-6, "{}: {difference}", parameter.name);
-            }
-        }
     }
 }

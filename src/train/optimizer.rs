@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::adamw::AdamW;
 use super::hyperparameters::{Hyperparameters, OptimizerRule};
 use super::sgd::Sgd;
-use crate::child::ChildNetwork;
+use crate::child::GradientMask;
 use crate::error::Result;
 use crate::method::DecayScope;
 use crate::model::{Parameters, Trainable};
@@ -24,8 +24,8 @@ pub enum Optimizer {
 pub enum Clip {
     /// By this factor, known to the host.
     Factor(f32),
-    /// By one over this scalar, which stays on the device so that nobody waits for it.
-    Divisor(Tensor),
+    /// By this factor, `[1]` in float32, which stays on the device so that nobody waits for it.
+    OnDevice(Tensor),
 }
 
 impl Clip {
@@ -38,8 +38,8 @@ impl Clip {
 }
 
 impl Optimizer {
-    /// Makes the optimizer that the hyper-parameters ask for, for the parameters that train. With a fixed `child` network, weight
-    /// decay may be kept to its members; all other weights keep every bit then.
+    /// Makes the optimizer that the hyper-parameters ask for, for the parameters that train. With a `mask` that is a fixed child
+    /// network, weight decay may be kept to its members; all other weights keep every bit then.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -47,14 +47,17 @@ impl Optimizer {
         parameters: &Parameters,
         trainable: &Trainable,
         hyperparameters: &Hyperparameters,
-        child: Option<&Arc<ChildNetwork>>,
+        mask: Option<&Arc<GradientMask>>,
         decay: DecayScope,
     ) -> Result<Self> {
         Ok(match hyperparameters.optimizer {
             OptimizerRule::Adamw => {
-                Optimizer::AdamW(AdamW::new(parameters, trainable, hyperparameters, child, decay)?)
+                Optimizer::AdamW(AdamW::new(parameters, trainable, hyperparameters, mask, decay)?)
             }
-            OptimizerRule::Sgd => Optimizer::Sgd(Sgd::new(trainable, hyperparameters, child, decay)),
+            OptimizerRule::Sgd => {
+                let child = mask.and_then(|mask| mask.restriction());
+                Optimizer::Sgd(Sgd::new(trainable, hyperparameters, child, decay))
+            }
         })
     }
 
@@ -66,22 +69,31 @@ impl Optimizer {
         }
     }
 
-    /// Returns whether updates read the gradients of a fixed child network's members only, so that nobody else has to mask them.
-    pub fn gathers(&self) -> bool {
+    /// Returns whether updates read gradients through the mask, so that nobody else has to mask them.
+    pub fn masks(&self) -> bool {
         match self {
-            Optimizer::AdamW(adamw) => adamw.gathers(),
+            Optimizer::AdamW(adamw) => adamw.masks(),
             Optimizer::Sgd(_) => false,
         }
     }
 
-    /// Returns the norm of each group of gradients that updates will gather from the whole buffer, as scalars on its device: the
-    /// norm of these norms is the global norm. None if the optimizer does not gather.
+    /// Returns whether updates keep the weights in bfloat16 up to date that passes compute with
+    /// ([`Parameters::half_copy`]).
+    pub fn keeps_copy(&self) -> bool {
+        match self {
+            Optimizer::AdamW(adamw) => adamw.keeps_copy(),
+            Optimizer::Sgd(_) => false,
+        }
+    }
+
+    /// Returns sums on the device that add up to that of the squares of the gradients which updates will read through the mask, from
+    /// the whole flat buffer; none if they do not.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn norms(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
+    pub fn squares(&self, gradients: &Tensor) -> Result<Vec<Tensor>> {
         match self {
-            Optimizer::AdamW(adamw) => adamw.norms(gradients),
+            Optimizer::AdamW(adamw) => adamw.squares(gradients),
             Optimizer::Sgd(_) => Ok(Vec::new()),
         }
     }
@@ -96,7 +108,7 @@ impl Optimizer {
     }
 
     /// Updates weights with their gradients, both the part of the flat buffer that begins at `start`: the whole buffer, or one
-    /// parameter. Gradients are masked already unless [`Optimizer::gathers`] says that they need not be.
+    /// parameter. Gradients are masked already unless [`Optimizer::masks`] says that they need not be.
     ///
     /// # Errors
     /// Fails if libtorch refuses.
@@ -122,7 +134,7 @@ mod tests {
     fn gradients_become_shorter_never_longer_and_what_is_no_number_is_not_hidden() {
         let factor = |norm: f64| match Clip::to(1.0, norm) {
             Clip::Factor(factor) => factor,
-            Clip::Divisor(_) => unreachable!("the host knows the norm"),
+            Clip::OnDevice(_) => unreachable!("the host knows the norm"),
         };
         assert_eq!(factor(4.0), (1.0 / (4.0 + 1e-6)) as f32);
         assert_eq!([0.5, 0.0, f64::INFINITY].map(factor), [1.0, 1.0, 0.0]);

@@ -22,6 +22,11 @@ pub struct Pulls {
 }
 
 impl Pulls {
+    /// Returns whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.pulls.is_empty()
+    }
+
     /// Takes the pulls of a method, and the weight decay of the run from the optimizer, if one of them does it or takes its
     /// place. With `decayed` nothing but the members of that child network is moved towards zero. Returns what is left
     /// of the decay to the optimizer.

@@ -56,7 +56,7 @@ impl Sgd {
         let gradients = match clip {
             Clip::Factor(1.0) => gradients.shallow_clone(),
             Clip::Factor(factor) => gradients.f_mul_scalar(f64::from(*factor))?,
-            Clip::Divisor(divisor) => gradients.f_div(divisor)?,
+            Clip::OnDevice(factor) => gradients.f_mul(factor)?,
         };
         for group in &self.groups {
             let (first, last) = (group.range.start.max(start), group.range.end.min(end));

@@ -20,13 +20,13 @@ use super::step_weights::{StepWeights, plain_weights};
 use crate::child::{GradientHooks, GradientMask, norm_of_spans};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
-use crate::libtorch::release_cached_memory;
+use crate::libtorch::{Stretch, release_cached_memory, sums_of_squares};
 use crate::locking::locked;
 use crate::method::{
     ClipOrder, Method, Outside, PassSettings, Passes, Prepared, PullStrength, TrainingPoint,
 };
 use crate::model::{Classifier, Dropout, Parameter, Parameters, Trainable, loss, span};
-use crate::random::Purpose;
+use crate::random::{GROUP, Purpose};
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
 const STEPS_BETWEEN_LOOKS: u64 = 20;
@@ -109,7 +109,7 @@ enum Masking {
     Hooks,
     /// In the buffer, before or after the norm is taken of it.
     Buffer,
-    /// In the optimizer, which reads the gradients of a fixed child network's members only.
+    /// In the optimizer, which reads gradients through it.
     Optimizer,
 }
 
@@ -156,14 +156,14 @@ impl<'a> Trainer<'a> {
         let pulls = std::mem::take(&mut prepared.parts.pulls);
         let (pulls, weight_decay) = Pulls::new(pulls, hyperparameters.weight_decay, prepared.decayed());
         let settings = Hyperparameters { weight_decay, ..hyperparameters.clone() };
-        let optimizer = Optimizer::new(parameters, &trainable, &settings, prepared.child(), prepared.decay)?;
-        let optimizer = Arc::new(Mutex::new(optimizer));
         let weights = parameters.compute_weights(hyperparameters.pass_precision().kind())?;
+        let mask = prepared.mask.as_ref();
+        let optimizer = Optimizer::new(parameters, &trainable, &settings, mask, prepared.decay)?;
+        let optimizer = Arc::new(Mutex::new(optimizer));
         let trains = |parameter: &Parameter| trainable.holds(parameter);
-        // A replay does not mask, since each parameter's mask seeds the generator, which cannot be recorded; and the mask is
-        // on what pulls add, too.
+        // A replay does not mask, since a record would repeat one step's mask; and the mask is on what pulls add, too.
         let late = graphs.is_some() || pulls.reach_gradients() || prepared.clip == ClipOrder::BeforeMask;
-        let masking = match locked(&optimizer).gathers() {
+        let masking = match locked(&optimizer).masks() {
             true => Masking::Optimizer,
             false if late => Masking::Buffer,
             false => Masking::Hooks,
@@ -259,8 +259,16 @@ impl<'a> Trainer<'a> {
             mask.apply_to_all(parameters)?;
         }
         self.pulls.before_update(pull, learning_rate, trainable, [&values, &start])?;
-        locked(&self.optimizer).apply(&mut values, gradients, 0, &clip)?;
-        self.pulls.after_update(pull, learning_rate, trainable, [&values, &start])
+        let mut optimizer = locked(&self.optimizer);
+        optimizer.apply(&mut values, gradients, 0, &clip)?;
+        self.pulls.after_update(pull, learning_rate, trainable, [&values, &start])?;
+        if let Some(copy) = parameters.half_copy()
+            && optimizer.keeps_copy()
+            && self.pulls.is_empty()
+        {
+            copy.mark_fresh();
+        }
+        Ok(())
     }
 
     /// Returns the parameters as they are now.
@@ -368,15 +376,19 @@ impl<'a> Trainer<'a> {
             };
             return Ok(Clip::to(limit, norm));
         }
-        let norms = match (self.masking, self.prepared.clip) {
-            (Masking::Optimizer, ClipOrder::AfterMask) => locked(&self.optimizer).norms(gradients)?,
+        let squares = match (self.masking, self.prepared.clip) {
+            (Masking::Optimizer, ClipOrder::AfterMask) => locked(&self.optimizer).squares(gradients)?,
             _ => {
-                let norm = |range: &Range<usize>| Ok(span(gradients, range)?.f_norm()?);
-                self.trainable.spans.iter().map(norm).collect::<Result<Vec<_>>>()?
+                let squares = |range: &Range<usize>| {
+                    let stretch = Stretch { first_group: range.start / GROUP, members: None, mask: None };
+                    sums_of_squares(stretch, &span(gradients, range)?)
+                };
+                self.trainable.spans.iter().map(squares).collect::<Result<Vec<_>>>()?
             }
         };
-        let norm = Tensor::f_stack(&norms, 0)?.f_norm()?;
-        Ok(Clip::Divisor(norm.f_add_scalar(1e-6)?.f_div_scalar(limit)?.f_clamp_min(1.0)?))
+        let norm = Tensor::f_cat(&squares, 0)?.f_sum(Kind::Double)?.f_sqrt()?.f_view([1])?;
+        let factor = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?;
+        Ok(Clip::OnDevice(factor.f_clamp_max(1.0)?.f_to_kind(Kind::Float)?))
     }
 
     /// Trains to the end, and leaves the weights to be scored in the model.

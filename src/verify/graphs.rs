@@ -3,39 +3,69 @@
 use tch::{Device, Tensor};
 
 use super::agreement::{SEED, classes, on_cpu, settings};
-use super::random_model::{SHARE, measured_method};
+use super::random_model::{SHARE, family_config, measured_method};
 use super::{Checks, Shape, difference, random_data};
 use crate::error::Result;
 use crate::libtorch::flash_attention_runs;
-use crate::model::{Classifier, Precision};
+use crate::model::{Classifier, ModelConfig, Precision};
 use crate::train::{Hyperparameters, Trainer};
 
 const BATCH: usize = 8;
 const STEPS: usize = 24;
 
-/// Makes the checks for one shape.
+/// Makes the checks for BERT of one shape, with all methods whose masks differ.
 pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Result<()> {
-    for method in ["vanilla", "child_tuning_f", "child_tuning_d"] {
-        let name = format!("{}: {STEPS} steps of {method} replayed, dropout included, every bit", shape.name);
+    let config = |dropout| shape.config(dropout, 0.02);
+    check_replayed(
+        checks,
+        shape.name,
+        &config,
+        shape.vocabulary,
+        device,
+        &["vanilla", "child_tuning_f", "child_tuning_d"],
+    )
+}
+
+/// Makes the checks for a small model of another family.
+pub(super) fn check_family(checks: &mut Checks, family: &str, device: Device) -> Result<()> {
+    let vocabulary = Shape::TINY.vocabulary;
+    let config = |dropout| family_config(family, vocabulary, dropout);
+    check_replayed(checks, family, &config, vocabulary, device, &["vanilla"])
+}
+
+fn check_replayed(
+    checks: &mut Checks,
+    model: &str,
+    config: &dyn Fn(f64) -> ModelConfig,
+    vocabulary: u32,
+    device: Device,
+    methods: &[&str],
+) -> Result<()> {
+    let trained =
+        |method: &str, dropout, warm_up| trained(&config(dropout), vocabulary, method, warm_up, device);
+    for method in methods {
+        let name = format!("{model}: {STEPS} steps of {method} replayed, dropout included, every bit");
         if !flash_attention_runs(device) {
             checks.skip("CUDA graphs", name, "flash attention does not run on this device");
             continue;
         }
-        let replayed = |warm_up| trained(shape, method, 0.1, Some(warm_up), device);
+        if !Classifier::untrained(config(0.0), classes(), device)?.own_shape()?.reads_packed_tokens {
+            checks.skip("CUDA graphs", name, "the family has a shape for each batch, so nothing is recorded");
+            continue;
+        }
+        let replayed = |warm_up| trained(method, 0.1, Some(warm_up));
         checks.same("CUDA graphs", name, || {
             let ((replayed, recorded), (eager, none)) = (replayed(1)?, replayed(usize::MAX)?);
             // Without a record there would be nothing to compare.
             Ok(recorded > 0 && none == 0 && replayed.f_equal(&eager)?)
         });
         // The generator does not stand where it stands without graphs, so without dropout.
-        let name = format!("{}: {STEPS} steps of {method} replayed, against batches as they are", shape.name);
+        let name = format!("{model}: {STEPS} steps of {method} replayed, against batches as they are");
         checks.at_most("CUDA graphs", name, 5e-2, || {
-            let mut model = Classifier::untrained(shape.config(0.0, 0.02), classes(), device)?;
+            let mut model = Classifier::untrained(config(0.0), classes(), device)?;
             model.reset(SEED)?;
             let start = on_cpu(model.parameters.values())?;
-            let change = |graphs| -> Result<Tensor> {
-                Ok(trained(shape, method, 0.0, graphs, device)?.0.f_sub(&start)?)
-            };
+            let change = |graphs| -> Result<Tensor> { Ok(trained(method, 0.0, graphs)?.0.f_sub(&start)?) };
             difference(&change(Some(1))?, &change(None)?)
         });
     }
@@ -45,15 +75,15 @@ pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Resul
 /// Returns the weights after training, with passes that are recorded after so many passes of their shape, or without graphs,
 /// and the number of shapes that were recorded.
 fn trained(
-    shape: &Shape,
+    config: &ModelConfig,
+    vocabulary: u32,
     method: &str,
-    dropout: f64,
     warm_up: Option<usize>,
     device: Device,
 ) -> Result<(Tensor, usize)> {
     let lengths: Vec<usize> = (0..10 * BATCH).map(|example| 3 + example * 7 % 41).collect();
-    let data = random_data(&lengths, shape.vocabulary, &classes());
-    let mut model = Classifier::untrained(shape.config(dropout, 0.02), classes(), device)?;
+    let data = random_data(&lengths, vocabulary, &classes());
+    let mut model = Classifier::untrained(config.clone(), classes(), device)?;
     model.reset(SEED)?;
     let prepared = measured_method(method, SHARE, &model)?;
     let settings = Hyperparameters {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::agreement::{Pair, SEED, change, classes, gradient, on_cpu, settings};
 use super::{Checks, Shape, difference};
@@ -12,15 +12,14 @@ use crate::child::{
 };
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::method::{DecayScope, Prepared};
-use crate::model::{Classifier, Parameters, span};
+use crate::method::{ClipOrder, DecayScope, Prepared};
+use crate::model::{Classifier, Parameters};
 use crate::random::{Key, fill_normal};
-use crate::train::{Hyperparameters, MicroBatch, Precision, Trainer};
+use crate::train::{Hyperparameters, MicroBatch, OptimizerRule, Precision};
 
 const SHARE: f64 = 0.3;
 const EXAMPLES: usize = 16;
-/// Random shares may be this many standard deviations off.
-const DEVIATIONS: f64 = 5.0;
+const STEPS: usize = 3;
 
 /// Makes the checks for one shape.
 pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Result<()> {
@@ -28,7 +27,7 @@ pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Resul
     let name = |about: &str| format!("{}: {about}", shape.name);
     check_thresholds(checks, &pair, &name)?;
     check_fixed(checks, &mut pair, &name)?;
-    check_bernoulli(checks, &mut pair, &name);
+    check_bernoulli(checks, &mut pair, &name)?;
     check_fisher(checks, &mut pair, &name)
 }
 
@@ -116,67 +115,54 @@ fn check_fixed(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> Str
     Ok(())
 }
 
-/// F's masks, seen from outside: what a training step leaves of the gradient.
-fn check_bernoulli(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> String) {
-    let Pair { subject, data, .. } = pair;
-    let whole = settings(EXAMPLES);
-    let halves = Hyperparameters { micro_batch: MicroBatch::Examples(EXAMPLES / 2), ..whole.clone() };
-    // Which gradients of the first matrices are kept, in the first steps.
-    let mut share = |settings: &Hyperparameters| -> Result<f64> {
-        let kept = step_gradients(subject, data, settings, true, 1)?.remove(0).f_ne(0.0)?;
-        let (count, kept) = (kept.numel() as f64, f64::try_from(kept.f_sum(Kind::Double)?)?);
-        Ok((kept / count - SHARE).abs() / (SHARE * (1.0 - SHARE) / count).sqrt())
+/// F's masks: the same bits as on the CPU, wherever in a step they meet the gradient.
+fn check_bernoulli(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> String) -> Result<()> {
+    let Pair { reference, subject, data } = pair;
+    let mask = |scope| Arc::new(GradientMask::Bernoulli(BernoulliMask::new(scope, SHARE, true, SEED)));
+    let noise = scores(&reference.parameters).f_sub_scalar(3e3)?;
+    let masked = |model: &Classifier, scope, step| -> Result<Tensor> {
+        model.parameters.gradients()?.shallow_clone().f_copy_(&noise)?;
+        let mask = mask(scope);
+        mask.begin_step(step)?;
+        mask.apply_to_all(&model.parameters)?;
+        let masked = on_cpu(model.parameters.gradients()?)?;
+        let _ = model.parameters.gradients()?.shallow_clone().f_zero_()?;
+        Ok(masked)
     };
-    checks.at_most("masks", name("F, share that is kept, in standard deviations"), DEVIATIONS, || {
-        share(&whole)
-    });
-    // With a mask for each half, 1 − (1 − p)² of the elements would be kept.
-    checks.at_most("masks", name("F, one mask for two micro-batches"), DEVIATIONS, || share(&halves));
-    checks.at_most("masks", name("F, what is kept is scaled by 1/p"), 1e-3, || {
-        let plain = step_gradients(subject, data, &whole, false, 1)?.remove(0);
-        let masked = step_gradients(subject, data, &whole, true, 1)?.remove(0);
-        difference(&masked.f_mul_scalar(SHARE)?, &plain.f_mul(&masked.f_ne(0.0)?)?)
-    });
-    checks.at_most(
-        "masks",
-        name("F, another mask at every step, in standard deviations"),
-        DEVIATIONS,
-        || {
-            let steps = step_gradients(subject, data, &whole, true, 2)?;
-            let same = steps[0].f_ne(0.0)?.f_eq_tensor(&steps[1].f_ne(0.0)?)?;
-            // Independent masks agree where both keep or both drop.
-            let (count, expected) = (same.numel() as f64, SHARE * SHARE + (1.0 - SHARE) * (1.0 - SHARE));
-            let found = f64::try_from(same.f_sum(Kind::Double)?)? / count;
-            Ok((found - expected).abs() / (expected * (1.0 - expected) / count).sqrt())
-        },
-    );
-}
-
-/// Trains steps and returns what each left of the gradient of one feed-forward matrix, on the CPU.
-fn step_gradients(
-    model: &mut Classifier,
-    data: &EncodedDataset,
-    settings: &Hyperparameters,
-    masked: bool,
-    steps: usize,
-) -> Result<Vec<Tensor>> {
-    model.reset(SEED)?;
-    let matrix = model.parameters.find("bert.encoder.layer.0.output.dense.weight");
-    let range = matrix.map_or(0..0, |id| model.parameters.get(id).range.clone());
-    // A view of the buffer, which the trainer's steps fill.
-    let gradient = span(model.parameters.gradients()?, &range)?;
-    let mask = GradientMask::Bernoulli(BernoulliMask::new(MaskScope::EncoderLayers, SHARE, true, SEED));
-    let mask = masked.then(|| Arc::new(mask));
-    let mut trainer = Trainer::new(model, data, settings, Prepared { mask, ..Prepared::default() }, SEED)?;
-    let numbers: Vec<usize> = (0..EXAMPLES).collect();
-    let mut left = Vec::new();
-    for _ in 0..steps {
-        let _loss = trainer.step(&numbers)?;
-        left.push(on_cpu(&gradient)?);
+    for (scope, word) in [(MaskScope::All, "everywhere"), (MaskScope::EncoderLayers, "in the layers")] {
+        let expected = masked(reference, scope, 3)?;
+        checks.same("masks", name(&format!("F {word}, the same bits")), || {
+            Ok(masked(subject, scope, 3)? == expected && masked(subject, scope, 4)? != expected)
+        });
+        let plain = Hyperparameters { max_gradient_norm: Some(1.0), ..settings(EXAMPLES) };
+        for (way, settings, clip) in [
+            ("", plain.clone(), ClipOrder::AfterMask),
+            (", clipped before the mask", plain.clone(), ClipOrder::BeforeMask),
+            (
+                ", in micro-batches",
+                Hyperparameters { micro_batch: MicroBatch::Examples(EXAMPLES / 2), ..plain.clone() },
+                ClipOrder::AfterMask,
+            ),
+            (
+                ", with gradients released",
+                Hyperparameters { release_gradients: true, max_gradient_norm: None, ..plain.clone() },
+                ClipOrder::AfterMask,
+            ),
+            (
+                ", with SGD",
+                Hyperparameters { optimizer: OptimizerRule::Sgd, ..plain.clone() },
+                ClipOrder::AfterMask,
+            ),
+        ] {
+            let prepared = || Prepared { mask: Some(mask(scope)), clip, ..Prepared::default() };
+            let expected = change(reference, data, STEPS, &settings, prepared())?;
+            let about = format!("F {word}{way}, change of all weights in {STEPS} steps");
+            checks.at_most("masks", name(&about), 1e-2, || {
+                difference(&change(subject, data, STEPS, &settings, prepared())?, &expected)
+            });
+        }
     }
-    drop(trainer);
-    model.reset(SEED)?;
-    Ok(left)
+    Ok(())
 }
 
 pub(super) fn check_fisher(

@@ -36,6 +36,25 @@ pub struct Options {
     pub device: Device,
     /// Small sizes only, and no Python peer: seconds instead of minutes.
     pub quick: bool,
+    /// What alone is done of it, if anything is left out.
+    pub only: Option<Stage>,
+}
+
+impl Options {
+    fn includes(&self, stage: Stage) -> bool {
+        self.only.is_none_or(|only| only == stage)
+    }
+}
+
+/// A stage of the suite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The device's numbers against those of the CPU.
+    Checks,
+    /// How fast it trains.
+    Speed,
+    /// How fast the Python peer trains on it.
+    Peer,
 }
 
 /// How a check came out.
@@ -147,6 +166,10 @@ fn parts(options: Options) -> Vec<Part<'static>> {
         let graphs = move |checks: &mut Checks| graphs::check(checks, shape, device);
         parts.push((format!("{}: recorded steps", shape.name), Box::new(graphs)));
     }
+    for family in families::checked() {
+        let graphs = move |checks: &mut Checks| graphs::check_family(checks, family, device);
+        parts.push((format!("{family}: recorded steps"), Box::new(graphs)));
+    }
     parts
 }
 
@@ -174,7 +197,8 @@ pub fn verify(
         fisher: Err("not measured yet".into()),
         peer: Vec::new(),
     };
-    for (name, check) in parts(options) {
+    let parts = if options.includes(Stage::Checks) { parts(options) } else { Vec::new() };
+    for (name, check) in parts {
         note(&format!("{name} …"));
         let mut checks = Checks::new(show);
         if let Err(reason) = attempt(|| check(&mut checks)) {
@@ -184,11 +208,17 @@ pub fn verify(
         keep(&report)?;
     }
     let workloads = speed::workloads(options);
-    speed::measure(&workloads, options, &mut report, note, keep)?;
-    report.peer = peer::measure(&workloads, options, note);
-    keep(&report)?;
-    // A profiler that has run once may slow what comes after it.
-    speed::profile_steps(&workloads, options, &mut report, note, keep)?;
+    if options.includes(Stage::Speed) {
+        speed::measure(&workloads, options, &mut report, note, keep)?;
+    }
+    if options.includes(Stage::Peer) {
+        report.peer = peer::measure(&workloads, options, note);
+        keep(&report)?;
+    }
+    if options.includes(Stage::Speed) {
+        // A profiler that has run once may slow what comes after it.
+        speed::profile_steps(&workloads, options, &mut report, note, keep)?;
+    }
     Ok(report)
 }
 

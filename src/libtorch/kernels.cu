@@ -1,0 +1,289 @@
+// Kernels of our own. For a GPU they are compiled when it is first used (kernels.cpp); for the CPU, where tests run them
+// thread by thread, beside it. So this is C++ that both know, without headers.
+//
+// Threads share nothing and write what is theirs: no number depends on how many there are. Multiplications and additions are
+// not contracted, so that an element becomes the same as on the CPU, to the bit.
+
+// Which gradients of a step count. The masks of random.rs and masking.rs: where the random number of an element is at most
+// `limit`, its factor is `scale`, elsewhere zero.
+struct Mask {
+  unsigned key[2];
+  unsigned limit;
+  float scale;
+  // Whether there is a mask at all.
+  int draws;
+};
+
+// Numbers of a stretch of the flat buffers, of a child network's members among them, or of all.
+struct Stretch {
+  // The first number, whose place in the flat buffer is 64 times `first_group`.
+  long long first_group;
+  // How many there are; of members, if there are `members`.
+  long long count;
+  // Places of members in the stretch, or null.
+  const int *members;
+};
+
+// The constants of adamw_host.rs.
+struct AdamW {
+  float decay_before;
+  float decay_after;
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float root_of_correction;
+  float step_size;
+  float epsilon;
+};
+
+struct UpdateArguments {
+  Stretch stretch;
+  Mask mask;
+  AdamW constants;
+  // One factor on all gradients.
+  const float *factor;
+  const float *gradients;
+  float *values;
+  // Of members only, if there are members.
+  float *first_moments;
+  float *second_moments;
+  // The same weights in bfloat16, or null.
+  unsigned short *half;
+};
+
+struct SquaresArguments {
+  Stretch stretch;
+  Mask mask;
+  const float *gradients;
+  // One sum for each thread.
+  double *sums;
+};
+
+struct CollectArguments {
+  // In bfloat16.
+  const unsigned short *gradient;
+  float *place;
+  long long count;
+  // Whether to add to what is there.
+  int adds;
+};
+
+struct ColumnsArguments {
+  // In bfloat16, one row behind the other, each of a multiple of four numbers.
+  const unsigned short *numbers;
+  long long rows;
+  long long width;
+  // Sums of so many rows at a time, a row of sums for each.
+  long long rows_of_part;
+  float *sums;
+};
+
+struct TotalsArguments {
+  const float *sums;
+  long long rows;
+  long long width;
+  // In bfloat16.
+  unsigned short *totals;
+};
+
+struct MaskArguments {
+  Stretch stretch;
+  Mask mask;
+  float *values;
+};
+
+// A number of a thread's own, and how many threads there are.
+__device__ inline long long thread() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ inline long long threads() { return (long long)gridDim.x * blockDim.x; }
+
+struct alignas(8) FourHalves {
+  unsigned short numbers[4];
+};
+
+struct alignas(16) FourFloats {
+  float numbers[4];
+};
+
+// bfloat16 is the upper half of float32.
+__device__ inline float widened(unsigned short half) {
+  union { unsigned bits; float number; } number;
+  number.bits = (unsigned)half << 16;
+  return number.number;
+}
+
+// Rounds to the nearest, of two to the even one; what is not a number stays so.
+__device__ inline unsigned short rounded(float value) {
+  union { float number; unsigned bits; } number;
+  number.number = value;
+  if (value != value) return (unsigned short)(number.bits >> 16 | 0x40);
+  return (unsigned short)((number.bits + 0x7FFF + (number.bits >> 16 & 1)) >> 16);
+}
+
+// Numbers that one thread works on at a time: those of one Philox block, every sixteenth of a group of 64.
+const int NUMBERS = 4;
+const int LANES = 16;
+
+// Place in the stretch of number `word` of a block.
+__device__ inline long long place(long long block, int word) {
+  return block / LANES * (LANES * NUMBERS) + word * LANES + block % LANES;
+}
+
+__device__ inline long long blocks(const Stretch &stretch) {
+  return (stretch.count + LANES * NUMBERS - 1) / (LANES * NUMBERS) * LANES;
+}
+
+// Computes the factors of a block, one Philox4x32-10.
+__device__ inline void factors(const Mask &mask, const Stretch &stretch, long long block, float factors[NUMBERS]) {
+  if (!mask.draws) {
+    for (int word = 0; word < NUMBERS; word++) factors[word] = 1.0f;
+    return;
+  }
+  unsigned words[NUMBERS] = {(unsigned)(stretch.first_group * LANES + block), 0, 0, 0};
+  unsigned key[2] = {mask.key[0], mask.key[1]};
+  for (int round = 0; round < 10; round++) {
+    const unsigned long long first = 0xD2511F53ull * words[0];
+    const unsigned long long second = 0xCD9E8D57ull * words[2];
+    words[0] = (unsigned)(second >> 32) ^ words[1] ^ key[0];
+    words[1] = (unsigned)second;
+    words[2] = (unsigned)(first >> 32) ^ words[3] ^ key[1];
+    words[3] = (unsigned)first;
+    key[0] += 0x9E3779B9u;
+    key[1] += 0xBB67AE85u;
+  }
+  for (int word = 0; word < NUMBERS; word++) factors[word] = words[word] <= mask.limit ? mask.scale : 0.0f;
+}
+
+// The update of `torch.optim.AdamW`, as in adamw_host.rs.
+__device__ inline void step(const AdamW &constants, float gradient, float &value, float &first, float &second) {
+  first += constants.one_minus_beta1 * (gradient - first);
+  second = second * constants.beta2 + constants.one_minus_beta2 * gradient * gradient;
+  const float root = sqrtf(second) / constants.root_of_correction + constants.epsilon;
+  value = (value * constants.decay_before - constants.step_size * (first / root)) * constants.decay_after;
+}
+
+extern "C" {
+
+__global__ void update(UpdateArguments arguments) {
+  const Stretch stretch = arguments.stretch;
+  const float factor = *arguments.factor;
+  if (stretch.members) {
+    for (long long member = thread(); member < stretch.count; member += threads()) {
+      const int at = stretch.members[member];
+      step(arguments.constants, arguments.gradients[at] * factor, arguments.values[at], arguments.first_moments[member],
+           arguments.second_moments[member]);
+      if (arguments.half) arguments.half[at] = rounded(arguments.values[at]);
+    }
+    return;
+  }
+  for (long long block = thread(); block < blocks(stretch); block += threads()) {
+    // Read before anything is computed, so that the memory has much to do at a time.
+    float gradients[NUMBERS], values[NUMBERS], first[NUMBERS], second[NUMBERS], masks[NUMBERS];
+    for (int word = 0; word < NUMBERS; word++) {
+      const long long at = place(block, word);
+      if (at >= stretch.count) continue;
+      gradients[word] = arguments.gradients[at];
+      values[word] = arguments.values[at];
+      first[word] = arguments.first_moments[at];
+      second[word] = arguments.second_moments[at];
+    }
+    factors(arguments.mask, stretch, block, masks);
+    for (int word = 0; word < NUMBERS; word++) {
+      const long long at = place(block, word);
+      if (at >= stretch.count) continue;
+      step(arguments.constants, gradients[word] * masks[word] * factor, values[word], first[word], second[word]);
+      arguments.values[at] = values[word];
+      arguments.first_moments[at] = first[word];
+      arguments.second_moments[at] = second[word];
+      if (arguments.half) arguments.half[at] = rounded(values[word]);
+    }
+  }
+}
+
+__global__ void squares(SquaresArguments arguments) {
+  const Stretch stretch = arguments.stretch;
+  double sum = 0.0;
+  if (stretch.members) {
+    for (long long member = thread(); member < stretch.count; member += threads()) {
+      const float gradient = arguments.gradients[stretch.members[member]];
+      sum += (double)gradient * gradient;
+    }
+  } else {
+    for (long long block = thread(); block < blocks(stretch); block += threads()) {
+      float gradients[NUMBERS], masks[NUMBERS];
+      for (int word = 0; word < NUMBERS; word++) {
+        const long long at = place(block, word);
+        gradients[word] = at < stretch.count ? arguments.gradients[at] : 0.0f;
+      }
+      factors(arguments.mask, stretch, block, masks);
+      for (int word = 0; word < NUMBERS; word++) {
+        const double gradient = gradients[word] * masks[word];
+        sum += gradient * gradient;
+      }
+    }
+  }
+  arguments.sums[thread()] = sum;
+}
+
+__global__ void mask(MaskArguments arguments) {
+  const Stretch stretch = arguments.stretch;
+  for (long long block = thread(); block < blocks(stretch); block += threads()) {
+    float masks[NUMBERS];
+    factors(arguments.mask, stretch, block, masks);
+    for (int word = 0; word < NUMBERS; word++) {
+      const long long at = place(block, word);
+      if (at < stretch.count) arguments.values[at] *= masks[word];
+    }
+  }
+}
+
+// Puts a gradient to its place in the flat buffer.
+__global__ void collect(CollectArguments arguments) {
+  const FourHalves *gradient = (const FourHalves *)arguments.gradient;
+  FourFloats *place = (FourFloats *)arguments.place;
+  const long long fours = arguments.count / 4;
+  for (long long four = thread(); four < fours; four += threads()) {
+    const FourHalves own = gradient[four];
+    FourFloats sums = {};
+    if (arguments.adds) sums = place[four];
+    for (int number = 0; number < 4; number++) {
+      const float value = widened(own.numbers[number]);
+      sums.numbers[number] = arguments.adds ? sums.numbers[number] + value : value;
+    }
+    place[four] = sums;
+  }
+  for (long long at = fours * 4 + thread(); at < arguments.count; at += threads()) {
+    const float value = widened(arguments.gradient[at]);
+    arguments.place[at] = arguments.adds ? arguments.place[at] + value : value;
+  }
+}
+
+// Sums columns over parts of the rows.
+__global__ void columns(ColumnsArguments arguments) {
+  const long long fours = arguments.width / 4;
+  const long long parts = (arguments.rows + arguments.rows_of_part - 1) / arguments.rows_of_part;
+  const FourHalves *numbers = (const FourHalves *)arguments.numbers;
+  for (long long item = thread(); item < parts * fours; item += threads()) {
+    const long long part = item / fours, four = item % fours;
+    const long long first = part * arguments.rows_of_part;
+    const long long last = first + arguments.rows_of_part;
+    FourFloats sums = {};
+#pragma unroll 8
+    for (long long row = first; row < (last < arguments.rows ? last : arguments.rows); row++) {
+      const FourHalves own = numbers[row * fours + four];
+      for (int number = 0; number < 4; number++) sums.numbers[number] += widened(own.numbers[number]);
+    }
+    ((FourFloats *)arguments.sums)[item] = sums;
+  }
+}
+
+// Sums columns of sums.
+__global__ void totals(TotalsArguments arguments) {
+  for (long long column = thread(); column < arguments.width; column += threads()) {
+    float total = 0.0f;
+#pragma unroll 16
+    for (long long row = 0; row < arguments.rows; row++) total += arguments.sums[row * arguments.width + column];
+    arguments.totals[column] = rounded(total);
+  }
+}
+
+}  // extern "C"
