@@ -198,7 +198,9 @@ char *child_tuning_launch(int device, const char *source, const char *name, unsi
     const at::Device gpu(at::kCUDA, static_cast<c10::DeviceIndex>(device));
     const c10::DeviceGuard guard(gpu);
     void *stream = c10::impl::VirtualGuardImpl(at::kCUDA).getStream(gpu).native_handle();
-    driven(driver.launch(kernel(device, source, name), blocks, 1, 1, threads, 1, 1, 0, stream, &arguments, nullptr), name);
+    // First, since it finds the driver.
+    void *function = kernel(device, source, name);
+    driven(driver.launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, &arguments, nullptr), name);
   });
 }
 
