@@ -14,16 +14,18 @@ mod uses;
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
+use self::device::Rectangle;
 use self::uses::{Use, Uses};
 use super::network::MaskScope;
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::libtorch::{GradientHook, elements, elements_mut};
+use crate::locking::locked;
 use crate::model::{
     Convolution, Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows, Vector, span,
 };
@@ -77,11 +79,13 @@ struct MomentSlices<'a> {
 }
 
 /// Which rows of an activation belong to which example of a batch.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Examples {
     /// Where the rows of each copy of each example end.
     ends: Vec<usize>,
     copies: usize,
+    /// The same on the device that first asked for it.
+    rectangle: Mutex<Option<Rectangle>>,
 }
 
 impl Examples {
@@ -92,7 +96,16 @@ impl Examples {
             end += rows;
             end
         });
-        Self { ends: ends.collect(), copies }
+        Self { ends: ends.collect(), copies, rectangle: Mutex::default() }
+    }
+
+    /// Returns how packed rows are laid out on the device of a pass.
+    fn rectangle(&self, device: Device) -> Result<Rectangle> {
+        let mut kept = locked(&self.rectangle);
+        if kept.is_none() {
+            *kept = Some(Rectangle::new(self, device)?);
+        }
+        kept.as_ref().map(Rectangle::shallow_clone).ok_or_else(|| Error::Libtorch("there are no rows".into()))
     }
 
     fn copies(&self) -> usize {
@@ -308,8 +321,7 @@ fn add_squared_products(
     examples: &Examples,
 ) -> Result<()> {
     if gradient.device() != Device::Cpu {
-        let (gradient, input) = (gradient.f_to_kind(Kind::Float)?, input.f_to_kind(Kind::Float)?);
-        return device::add_squared_products(&sums, &gradient, &input, examples);
+        return device::add_squared_products(&sums, gradient, input, examples);
     }
     let inputs = input.size()[1] as usize;
     let input = input.f_contiguous()?;
@@ -335,9 +347,7 @@ fn add_squared_vector(
     examples: &Examples,
 ) -> Result<()> {
     if gradient.device() != Device::Cpu {
-        let gradient = gradient.f_to_kind(Kind::Float)?;
-        let product = factor.map(|factor| gradient.f_mul(factor)).transpose()?;
-        return device::add_squared_vector(&sums, product.as_ref().unwrap_or(&gradient), examples);
+        return device::add_squared_vector(&sums, &gradient.f_to_kind(Kind::Float)?, factor, examples);
     }
     let factor = factor.map(elements).transpose()?;
     match gradient.kind() {

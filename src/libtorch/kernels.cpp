@@ -191,6 +191,8 @@ char *child_tuning_launch(int device, const char *source, const char *name, unsi
       if (wanted == "squares") return on_cpu::run(on_cpu::squares, blocks, threads, arguments);
       if (wanted == "mask") return on_cpu::run(on_cpu::mask, blocks, threads, arguments);
       if (wanted == "collect") return on_cpu::run(on_cpu::collect, blocks, threads, arguments);
+      if (wanted == "part_sums") return on_cpu::run(on_cpu::part_sums, blocks, threads, arguments);
+      if (wanted == "part_squares") return on_cpu::run(on_cpu::part_squares, blocks, threads, arguments);
       if (wanted == "columns") return on_cpu::run(on_cpu::columns, blocks, threads, arguments);
       if (wanted == "totals") return on_cpu::run(on_cpu::totals, blocks, threads, arguments);
       TORCH_CHECK(false, "there is no kernel ", wanted);

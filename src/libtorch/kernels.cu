@@ -86,6 +86,26 @@ struct TotalsArguments {
   unsigned short *totals;
 };
 
+struct PartSumsArguments {
+  // Rows of numbers, and of factors on them or null.
+  const float *numbers;
+  const float *factors;
+  long long width;
+  // Where the rows of each part end.
+  const long long *ends;
+  long long parts;
+  // A row for each part.
+  float *sums;
+};
+
+struct PartSquaresArguments {
+  // As many numbers for each part as there are sums.
+  const float *numbers;
+  long long parts;
+  long long count;
+  float *sums;
+};
+
 struct MaskArguments {
   Stretch stretch;
   Mask mask;
@@ -283,6 +303,34 @@ __global__ void totals(TotalsArguments arguments) {
 #pragma unroll 16
     for (long long row = 0; row < arguments.rows; row++) total += arguments.sums[row * arguments.width + column];
     arguments.totals[column] = rounded(total);
+  }
+}
+
+// Sums the rows of each part.
+__global__ void part_sums(PartSumsArguments arguments) {
+  for (long long item = thread(); item < arguments.parts * arguments.width; item += threads()) {
+    const long long part = item / arguments.width, column = item % arguments.width;
+    const long long last = arguments.ends[part];
+    float sum = 0.0f;
+#pragma unroll 8
+    for (long long row = part == 0 ? 0 : arguments.ends[part - 1]; row < last; row++) {
+      const long long at = row * arguments.width + column;
+      sum += arguments.factors ? arguments.numbers[at] * arguments.factors[at] : arguments.numbers[at];
+    }
+    arguments.sums[item] = sum;
+  }
+}
+
+// Adds the squares of all parts to sums.
+__global__ void part_squares(PartSquaresArguments arguments) {
+  for (long long at = thread(); at < arguments.count; at += threads()) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (long long part = 0; part < arguments.parts; part++) {
+      const float number = arguments.numbers[part * arguments.count + at];
+      sum += number * number;
+    }
+    arguments.sums[at] += sum;
   }
 }
 

@@ -119,6 +119,24 @@ struct TotalsArguments {
 }
 
 #[repr(C)]
+struct PartSumsArguments {
+    numbers: *const c_void,
+    factors: *const c_void,
+    width: i64,
+    ends: *const c_void,
+    parts: i64,
+    sums: *mut c_void,
+}
+
+#[repr(C)]
+struct PartSquaresArguments {
+    numbers: *const c_void,
+    parts: i64,
+    count: i64,
+    sums: *mut c_void,
+}
+
+#[repr(C)]
 struct SquaresArguments {
     stretch: StretchArgument,
     mask: MaskArgument,
@@ -260,6 +278,50 @@ pub fn column_sums(rows: &Tensor) -> Result<Tensor> {
     // SAFETY: as above.
     unsafe { launch(c"totals", device, blocks(4 * width as usize), arguments) }?;
     Ok(totals)
+}
+
+/// Sums rows `[rows, width]`, each number times its factor if there are `factors`, over parts whose ends `ends` names, `[parts]`
+/// int64 in ascending order and no more than there are rows: `[parts, width]`. All numbers are float32.
+///
+/// # Errors
+/// As for [`update`].
+pub fn sums_of_parts(rows: &Tensor, factors: Option<&Tensor>, ends: &Tensor) -> Result<Tensor> {
+    let (width, parts) = (rows.size()[1], ends.size()[0]);
+    let sums = Tensor::f_empty([parts, width], (Kind::Float, rows.device()))?;
+    let flat = [Some(rows), factors].into_iter().flatten().map(|rows| rows.f_flatten(0, -1));
+    let flat = flat.collect::<std::result::Result<Vec<_>, _>>()?;
+    let alike = flat.iter().all(|other| other.numel() == rows.numel()) && ends.device() == rows.device();
+    fitting(alike, &flat.iter().collect::<Vec<_>>(), Kind::Float)?;
+    fitting(true, &[ends], Kind::Int64)?;
+    let arguments = PartSumsArguments {
+        numbers: flat[0].data_ptr(),
+        factors: flat.get(1).map_or(null(), |factors| factors.data_ptr().cast_const()),
+        width,
+        ends: ends.data_ptr(),
+        parts,
+        sums: sums.data_ptr(),
+    };
+    // SAFETY: as in `update`; the rows of each part are there by the caller's word, which `Examples` keeps.
+    unsafe { launch(c"part_sums", rows.device(), blocks(4 * (parts * width) as usize), arguments) }?;
+    Ok(sums)
+}
+
+/// Adds the squares of numbers of several parts, `[parts, ...]`, to sums of the shape `[...]`, part by part.
+///
+/// # Errors
+/// As for [`update`].
+pub fn add_squares_of_parts(numbers: &Tensor, sums: &Tensor) -> Result<()> {
+    let (numbers, sums) = (numbers.f_flatten(0, -1)?, sums.f_view([-1])?);
+    let count = sums.numel();
+    fitting(numbers.numel().is_multiple_of(count.max(1)), &[&numbers, &sums], Kind::Float)?;
+    let arguments = PartSquaresArguments {
+        numbers: numbers.data_ptr(),
+        parts: (numbers.numel() / count.max(1)) as i64,
+        count: count as i64,
+        sums: sums.data_ptr(),
+    };
+    // SAFETY: as in `update`.
+    unsafe { launch(c"part_squares", sums.device(), blocks(4 * count), arguments) }
 }
 
 fn is_aligned(tensor: &Tensor, bytes: usize) -> bool {

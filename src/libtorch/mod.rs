@@ -23,7 +23,10 @@ pub use context::{
 };
 pub use cuda_graph::{CudaGraph, OwnStream};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
-pub use kernels::{AdamWConstants, RandomMask, Stretch, collect, mask_in_place, sums_of_squares, update};
+pub use kernels::{
+    AdamWConstants, RandomMask, Stretch, add_squares_of_parts, collect, mask_in_place, sums_of_parts,
+    sums_of_squares, update,
+};
 pub use linear::linear;
 pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use number::Number;

@@ -1,15 +1,16 @@
 //! Squared gradients of single examples by libtorch's operations: what a GPU uses.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{Examples, Moments};
 use crate::error::Result;
-use crate::libtorch::upload;
+use crate::libtorch::{add_squares_of_parts, sums_of_parts, upload};
 
 /// Entries of all examples' gradients of one matrix that exist at a time: 256 MiB in float32.
 const PRODUCTS: i64 = 1 << 26;
 
-/// Adds Σ_b (dY_bᵀ X_b)² to sums of the shape `[out, in]`, from dY `[rows, out]` and X `[rows, in]`.
+/// Adds Σ_b (dY_bᵀ X_b)² to sums of the shape `[out, in]`, from dY `[rows, out]` and X `[rows, in]`, of one type: of bfloat16 the
+/// products are summed in float32.
 ///
 /// Works on blocks of output rows: no more than one block of the examples' gradients exists.
 pub(super) fn add_squared_products(
@@ -18,23 +19,33 @@ pub(super) fn add_squared_products(
     input: &Tensor,
     examples: &Examples,
 ) -> Result<()> {
-    let rectangle = Rectangle::new(examples, gradient)?;
+    let rectangle = examples.rectangle(gradient.device())?;
     let gradient = rectangle.lay_out(gradient)?.f_transpose(1, 2)?;
     let input = rectangle.lay_out(input)?;
     let (outputs, inputs) = (gradient.size()[1], input.size()[2]);
     let rows = (PRODUCTS / (rectangle.parts * inputs)).clamp(1, outputs);
     for start in (0..outputs).step_by(rows as usize) {
         let count = rows.min(outputs - start);
-        let mut products = gradient.f_narrow(1, start, count)?.f_bmm(&input)?;
-        add(&sums.lines(start, count)?, &products.f_square_()?, examples)?;
+        let gradient = gradient.f_narrow(1, start, count)?;
+        let products = match gradient.kind() {
+            Kind::Float => gradient.f_bmm(&input)?,
+            _ => gradient.f_bmm_dtype(&input, Kind::Float)?,
+        };
+        add_squares(&sums.lines(start, count)?, products, examples)?;
     }
     Ok(())
 }
 
-/// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`, from dY `[rows, width]`.
-pub(super) fn add_squared_vector(sums: &Moments, gradient: &Tensor, examples: &Examples) -> Result<()> {
-    let rows = Rectangle::new(examples, gradient)?.lay_out(gradient)?;
-    add(sums, &rows.f_sum_dim_intlist(1i64, false, Kind::Float)?.f_square()?, examples)
+/// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`; with `factor`, of dY ⊙ factor. Both are
+/// `[rows, width]` in float32.
+pub(super) fn add_squared_vector(
+    sums: &Moments,
+    gradient: &Tensor,
+    factor: Option<&Tensor>,
+    examples: &Examples,
+) -> Result<()> {
+    let ends = examples.rectangle(gradient.device())?.ends;
+    add_squares(sums, sums_of_parts(gradient, factor, &ends)?, examples)
 }
 
 /// Adds the squared gradients of a table's entries to sums of the shape `[entries, width]`, from dY `[rows, width]` and the
@@ -78,8 +89,12 @@ fn sums_at(rows: &Tensor, places: &Tensor, count: i64) -> Result<Tensor> {
     Ok(Tensor::f_embedding_dense_backward(rows, places, count, -1, false)?)
 }
 
-/// Adds squares of the parts, `[parts, ...]`, to sums of the shape `[...]`.
-fn add(sums: &Moments, squares: &Tensor, examples: &Examples) -> Result<()> {
+/// Adds the squares of numbers of the parts, `[parts, ...]`, which it takes over, to sums of the shape `[...]`.
+fn add_squares(sums: &Moments, mut numbers: Tensor, examples: &Examples) -> Result<()> {
+    if sums.further.is_none() {
+        return add_squares_of_parts(&numbers, &sums.squares);
+    }
+    let squares = numbers.f_square_()?;
     let mut shape = squares.size();
     shape[0] /= examples.copies() as i64;
     shape.insert(1, examples.copies() as i64);
@@ -98,15 +113,18 @@ fn add(sums: &Moments, squares: &Tensor, examples: &Examples) -> Result<()> {
 }
 
 /// How to lay packed rows out as `[parts, longest, width]`, zeros where nothing is.
-struct Rectangle {
+#[derive(Debug)]
+pub(super) struct Rectangle {
     parts: i64,
     longest: i64,
     /// Place of each row, `[rows]`; `None` where all parts are of one length.
     places: Option<Tensor>,
+    /// Where the rows of each part end, `[parts]`.
+    ends: Tensor,
 }
 
 impl Rectangle {
-    fn new(examples: &Examples, beside: &Tensor) -> Result<Self> {
+    pub fn new(examples: &Examples, device: Device) -> Result<Self> {
         let longest = examples.parts().map(|rows| rows.len()).max().unwrap_or(0);
         let places: Vec<i64> = (examples.parts().enumerate())
             .flat_map(|(part, rows)| (part * longest..part * longest + rows.len()).map(|place| place as i64))
@@ -114,9 +132,17 @@ impl Rectangle {
         let parts = examples.parts().count();
         let places = match places.len() == parts * longest {
             true => None,
-            false => Some(upload(&places, beside.device())?),
+            false => Some(upload(&places, device)?),
         };
-        Ok(Self { parts: parts as i64, longest: longest as i64, places })
+        let ends: Vec<i64> = examples.parts().map(|rows| rows.end as i64).collect();
+        let ends = upload(&ends, device)?;
+        Ok(Self { parts: parts as i64, longest: longest as i64, places, ends })
+    }
+
+    /// Returns another handle to it.
+    pub fn shallow_clone(&self) -> Self {
+        let places = self.places.as_ref().map(Tensor::shallow_clone);
+        Self { places, ends: self.ends.shallow_clone(), ..*self }
     }
 
     fn lay_out(&self, rows: &Tensor) -> Result<Tensor> {

@@ -124,12 +124,10 @@ fn a_vector_adds_up_what_a_loop_does() {
             let sums = found.slices().unwrap();
             rows::add_squared_vector(sums, &case.gradient, factor.map(Vec::as_slice), &case.examples);
             assert_close("host", &found, &expected);
-            let mut gradient = Case::tensor(&case.gradient, 13);
-            if let Some(factor) = factor {
-                gradient *= Case::tensor(factor, 13);
-            }
+            let gradient = Case::tensor(&case.gradient, 13);
+            let factor = factor.map(|factor| Case::tensor(factor, 13));
             let found = case.nothing(13);
-            device::add_squared_vector(&found, &gradient, &case.examples).unwrap();
+            device::add_squared_vector(&found, &gradient, factor.as_ref(), &case.examples).unwrap();
             assert_close("device", &found, &expected);
         }
     }
