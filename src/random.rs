@@ -6,6 +6,8 @@
 //! The vectorised entry point works on *groups* of [`GROUP`] numbers: sixteen Philox blocks side by side, where number
 //! `j` of a group is word `j / 16` of block `16 · group + j % 16`.
 
+use rayon::prelude::*;
+
 /// How many numbers a group has.
 pub const GROUP: usize = 64;
 const LANES: usize = GROUP / 4;
@@ -166,9 +168,12 @@ fn uniform53(high: u32, low: u32) -> f64 {
     ((u64::from(high) << 21) | (u64::from(low) >> 11)) as f64
 }
 
+/// Pairs of deviates that are worth a thread.
+const FEWEST_PAIRS: usize = 4096;
+
 /// Fills `values` with normal deviates of mean 0 and the given standard deviation (Box–Muller).
 pub fn fill_normal(values: &mut [f32], standard_deviation: f64, key: Key, stream: u32) {
-    for (index, pair) in values.chunks_mut(2).enumerate() {
+    values.par_chunks_mut(2).with_min_len(FEWEST_PAIRS).enumerate().for_each(|(index, pair)| {
         let block = philox([index as u32, stream, 0, 0], key);
         // The first in (0, 1] so that its logarithm is finite.
         let radius = (-2.0 * ((uniform53(block[0], block[1]) + 1.0) / 2f64.powi(53)).ln()).sqrt();
@@ -177,7 +182,7 @@ pub fn fill_normal(values: &mut [f32], standard_deviation: f64, key: Key, stream
         for (value, deviate) in pair.iter_mut().zip(deviates) {
             *value = (deviate * standard_deviation) as f32;
         }
-    }
+    });
 }
 
 #[cfg(test)]

@@ -344,6 +344,11 @@ impl<'a> Trainer<'a> {
         StepWeights::new(used, &leaves)
     }
 
+    /// Returns how many examples a pass has at most; fewer than at the start once memory has run out.
+    pub fn micro_batch(&self) -> usize {
+        self.micro_batch
+    }
+
     /// Returns how many shapes of batches have a record that stands for their passes; none but with `cuda_graphs` on a GPU.
     pub fn recorded_shapes(&self) -> usize {
         self.graphs.as_ref().map_or(0, StepGraphs::shapes)

@@ -8,6 +8,7 @@ mod families;
 mod floor;
 mod graphs;
 mod masks;
+mod memory;
 mod methods;
 mod peer;
 mod random_model;
@@ -161,6 +162,8 @@ fn parts(options: Options) -> Vec<Part<'static>> {
     }
     let methods = move |checks: &mut Checks| methods::check(checks, device);
     parts.push(("every method: whole trainings".into(), Box::new(methods)));
+    let memory = move |checks: &mut Checks| memory::check(checks, options);
+    parts.push(("memory".into(), Box::new(memory)));
     // Behind all others, since a recording that fails may leave a device in disorder.
     for shape in shapes {
         let graphs = move |checks: &mut Checks| graphs::check(checks, shape, device);
@@ -194,7 +197,7 @@ pub fn verify(
         checks: Vec::new(),
         matrix_rates: Vec::new(),
         speeds: Vec::new(),
-        fisher: Err("not measured yet".into()),
+        fisher: Vec::new(),
         peer: Vec::new(),
     };
     let parts = if options.includes(Stage::Checks) { parts(options) } else { Vec::new() };

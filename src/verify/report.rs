@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::json;
 
 use super::peer::PeerRow;
 use super::{Check, FisherTimes, MatrixRate, Outcome, SpeedRow};
@@ -21,6 +22,17 @@ pub(super) fn measured<T: Serialize, S: Serializer>(
         Err(reason) => map.serialize_entry("not_measured", reason)?,
     }
     map.end()
+}
+
+fn all_measured<T: Serialize, S: Serializer>(
+    outcomes: &[Result<T, String>],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let one = |outcome: &Result<T, String>| match outcome {
+        Ok(value) => json!({"measured": value}),
+        Err(reason) => json!({"not_measured": reason}),
+    };
+    serializer.collect_seq(outcomes.iter().map(one))
 }
 
 /// Everything that a run of the suite found.
@@ -44,9 +56,9 @@ pub struct Report {
     pub matrix_rates: Vec<MatrixRate>,
     /// All measured trainings.
     pub speeds: Vec<SpeedRow>,
-    /// The Fisher pass, or why it was not measured.
-    #[serde(serialize_with = "measured")]
-    pub fisher: Result<FisherTimes, String>,
+    /// Fisher passes, or why they were not measured.
+    #[serde(serialize_with = "all_measured")]
+    pub fisher: Vec<Result<FisherTimes, String>>,
     /// The Python peer.
     pub peer: Vec<PeerRow>,
 }
@@ -93,9 +105,9 @@ impl Report {
         }
         writeln!(
             text,
-            "\n| workload | batch | precision | method | sequences/s | tokens/s | of that rate | of vanilla | kernels a step | their time, ms | memory, GB |"
+            "\n| workload | batch | precision | method | sequences/s | tokens/s | of that rate | of vanilla | kernels a step | their time, ms | memory, GB | forecast |"
         )?;
-        writeln!(text, "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|")?;
+        writeln!(text, "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")?;
         for row in &self.speeds {
             self.write_speed(text, row)?;
         }
@@ -105,20 +117,22 @@ impl Report {
             writeln!(text, "\nThe bar of the first row, {BAR} sequences/s on one H100, is {word}.")?;
         }
         writeln!(text, "\n## Fisher information\n")?;
-        match &self.fisher {
-            Ok(times) => writeln!(
-                text,
-                "{}, {} examples: exact, one pass a batch {:.2} s; a plain epoch {:.2} s ({:.2} of it); one example at a \
-                 time {:.2} s ({:.1} times as long as the exact pass).",
-                times.workload,
-                times.examples,
-                times.exact,
-                times.epoch,
-                times.exact / times.epoch,
-                times.one_by_one,
-                times.one_by_one / times.exact
-            )?,
-            Err(reason) => writeln!(text, "Not measured: {reason}.")?,
+        writeln!(
+            text,
+            "| workload | precision | examples | exact, one pass a batch, s | of a plain epoch | one example at a time, of the \
+             exact pass |"
+        )?;
+        writeln!(text, "|---|---|---:|---:|---:|---:|")?;
+        for times in &self.fisher {
+            match times {
+                Ok(FisherTimes { workload, precision, examples, exact, epoch, one_by_one }) => writeln!(
+                    text,
+                    "| {workload} | {precision} | {examples} | {exact:.2} | {:.2} | {:.1} |",
+                    exact / epoch,
+                    one_by_one / exact
+                )?,
+                Err(reason) => writeln!(text, "| not measured: {reason} | | | | | |")?,
+            }
         }
         writeln!(text, "\n## The Python peer: transformers, in F with the released optimizer\n")?;
         writeln!(text, "| workload | precision | method | tokens/s | child-tuning against it |")?;
@@ -164,7 +178,7 @@ impl Report {
         write!(text, "| {workload} | {batch_size} | {precision} | {method}{how} |")?;
         let speed = match &row.outcome {
             Ok(speed) => speed,
-            Err(reason) => return writeln!(text, " not measured: {reason} | | | | | | |"),
+            Err(reason) => return writeln!(text, " not measured: {reason} | | | | | | | |"),
         };
         let vanilla = self.speeds.iter().find(|other| {
             (other.method, &other.workload, &other.precision) == ("vanilla", workload, precision)
@@ -183,9 +197,11 @@ impl Report {
             format!("{} | {:.2}", profile.kernels_per_step, profile.kernel_milliseconds)
         });
         let memory = speed.peak_memory.map_or(String::new(), |bytes| format!("{:.2}", bytes as f64 / 1e9));
+        let forecast =
+            speed.peak_memory.map_or(String::new(), |_| format!("{:.2}", speed.forecast_memory / 1e9));
         writeln!(
             text,
-            " {:.0} | {:.0} | {of_rate} | {of_vanilla} | {kernels} | {memory} |",
+            " {:.0} | {:.0} | {of_rate} | {of_vanilla} | {kernels} | {memory} | {forecast} |",
             speed.sequences_per_second, speed.tokens_per_second
         )
     }

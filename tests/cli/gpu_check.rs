@@ -14,13 +14,21 @@ fn the_suite_passes_on_the_cpu_and_is_written_down() {
     let checks = list("checks");
     for check in &checks {
         // What a CPU does not have.
-        let absent = ["attention", "CUDA graphs"].iter().any(|topic| check["topic"] == *topic);
+        let absent = ["attention", "memory", "CUDA graphs"].iter().any(|topic| check["topic"] == *topic);
         let expected = if absent { "skipped" } else { "passed" };
         assert_eq!(check["outcome"], expected, "{check}");
     }
-    for topic in
-        ["passes", "steps", "predictions", "thresholds", "masks", "Fisher", "attention", "CUDA graphs"]
-    {
+    for topic in [
+        "passes",
+        "steps",
+        "predictions",
+        "thresholds",
+        "masks",
+        "Fisher",
+        "attention",
+        "memory",
+        "CUDA graphs",
+    ] {
         assert!(checks.iter().any(|check| check["topic"] == topic), "{topic}");
     }
     let measured = |part: &str| {
@@ -38,12 +46,30 @@ fn the_suite_passes_on_the_cpu_and_is_written_down() {
         assert!(step["longest"].as_array().unwrap().len() > 5, "{row}");
     }
     assert_eq!(list("peer")[0]["outcome"]["not_measured"], "not part of a quick run");
-    assert!(report["fisher"]["measured"]["exact"].as_f64().unwrap() > 0.0);
+    let fisher = list("fisher");
+    assert_eq!(
+        fisher.iter().map(|row| &row["measured"]["precision"]).collect::<Vec<_>>(),
+        ["float32", "bf16"]
+    );
+    assert!(fisher.iter().all(|row| row["measured"]["exact"].as_f64().unwrap() > 0.0));
+    let rates = list("matrix_rates");
+    assert_eq!(rates.len(), 3);
+    assert!(rates.iter().all(|rate| rate["operations_per_second"].as_f64().unwrap() > 0.0));
     let markdown = workplace.read("new/out/gpu_check.md");
     for part in ["## Speed", "## Fisher", "not part of a quick run", "| Fisher | tiny: ", " 0 failed, "] {
         assert!(markdown.contains(part), "{part} is not in\n{markdown}");
     }
     assert!(answer.stdout.contains("passed   masks: tiny: fixed mask, the same bits"), "{}", answer.stdout);
+}
+
+#[test]
+fn one_part_alone_does_no_other() {
+    let workplace = Workplace::with_models(&[]);
+    let arguments = ["gpu-check", "--device", "cpu", "--quick", "--only", "peer", "--output", "out"];
+    workplace.call(&arguments).with_code(0);
+    let report: Value = serde_json::from_str(&workplace.read("out/gpu_check.json")).unwrap();
+    let counts = ["checks", "speeds", "fisher", "peer"].map(|part| report[part].as_array().unwrap().len());
+    assert_eq!(counts, [0, 0, 0, 3]);
 }
 
 #[test]
