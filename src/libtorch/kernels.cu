@@ -300,7 +300,7 @@ __global__ void columns(ColumnsArguments arguments) {
 __global__ void totals(TotalsArguments arguments) {
   for (long long column = thread(); column < arguments.width; column += threads()) {
     float total = 0.0f;
-#pragma unroll 16
+#pragma unroll 32
     for (long long row = 0; row < arguments.rows; row++) total += arguments.sums[row * arguments.width + column];
     arguments.totals[column] = rounded(total);
   }

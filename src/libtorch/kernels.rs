@@ -15,8 +15,11 @@ const SOURCE: &CStr = match CStr::from_bytes_with_nul(concat!(include_str!("kern
     Err(_) => panic!("the kernels have a zero byte"),
 };
 const THREADS: usize = 256;
-/// Rows are summed in at most so many parts, each by threads of its own.
-const PARTS_OF_COLUMNS: usize = 64;
+/// Rows are summed in parts, by threads of their own: in so many that all of a large GPU's processors have some, and so few that
+/// adding the parts up is no work.
+const PARTS_OF_COLUMNS: [usize; 2] = [64, 128];
+/// Sums of four columns that a GPU is busy with.
+const SUMS_AT_A_TIME: usize = 32_768;
 /// The most blocks of threads that a kernel is started with; each thread takes what it needs of the numbers.
 const MOST_BLOCKS: usize = 2048;
 
@@ -261,7 +264,9 @@ pub fn column_sums(rows: &Tensor) -> Result<Tensor> {
         return Err(Error::Libtorch("these rows have no column sums".into()));
     }
     let (count, width, device) = (rows.size()[0], rows.size()[1], rows.device());
-    let rows_of_part = (count as usize).div_ceil(PARTS_OF_COLUMNS) as i64;
+    let [fewest, most] = PARTS_OF_COLUMNS;
+    let parts = (4 * SUMS_AT_A_TIME / width.max(1) as usize).clamp(fewest, most);
+    let rows_of_part = (count as usize).div_ceil(parts) as i64;
     let parts = (count as usize).div_ceil(rows_of_part as usize) as i64;
     let sums = Tensor::f_empty([parts, width], (Kind::Float, device))?;
     let totals = Tensor::f_empty([width], (Kind::BFloat16, device))?;
