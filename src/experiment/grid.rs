@@ -58,9 +58,10 @@ impl GridPoint {
                 hyperparameters.epochs
             )));
         }
-        let obstacle = recording_obstacle(&hyperparameters, method);
-        hyperparameters.cuda_graphs = self.cuda_graphs.unwrap_or(obstacle.is_none());
-        if let Some(obstacle) = obstacle.filter(|_| hyperparameters.cuda_graphs) {
+        hyperparameters.cuda_graphs = self.cuda_graphs.unwrap_or(true);
+        if self.cuda_graphs == Some(true)
+            && let Some(obstacle) = recording_obstacle(&hyperparameters, method)
+        {
             return Err(Error::configuration(format!("train.cuda_graphs records passes, but {obstacle}")));
         }
         let noise = method.parts().hidden_noise.filter(|_| hyperparameters.precision == Precision::Bf16);
@@ -103,33 +104,13 @@ fn release_obstacle(hyperparameters: &Hyperparameters, method: &dyn Method) -> O
     }
 }
 
-/// Returns why the passes of a GPU cannot be recorded, if they cannot.
+/// Returns why passes of a method cannot be recorded under its settings, if they cannot.
 fn recording_obstacle(hyperparameters: &Hyperparameters, method: &dyn Method) -> Option<String> {
-    let obstacle = match hyperparameters {
-        Hyperparameters { freeze: Freeze::Encoder, .. } => {
-            "with a frozen encoder there are too few to save anything: leave it out"
-        }
-        Hyperparameters { gradient_checkpointing: true, .. } => {
-            "a layer that is run again seeds the generator: leave `train.gradient_checkpointing` out"
-        }
-        Hyperparameters { release_gradients: true, .. } => {
-            "not the optimizer's steps within them: leave `train.release_gradients` out"
-        }
-        _ if hyperparameters.micro_batch.at_most(hyperparameters.batch_size) < hyperparameters.batch_size => {
-            "of whole batches only: leave `train.micro_batch` out"
-        }
-        Hyperparameters { precision: Precision::Float32 | Precision::Tf32, .. } => {
-            "only in bf16 do many batches have one shape: set `train.precision: bf16`"
-        }
-        _ if method.parts().has_plain_passes() => return None,
-        _ => {
-            return Some(format!(
-                "those of plain fine-tuning, and {} has others: leave it out",
-                method.name()
-            ));
-        }
+    let plain = method.parts().has_plain_passes();
+    let of_method = || {
+        (!plain).then(|| format!("those of plain fine-tuning; {} has others: leave it out", method.name()))
     };
-    Some(obstacle.to_owned())
+    hyperparameters.recording_obstacle().map(str::to_owned).or_else(of_method)
 }
 
 /// Multiplies the lists out, the last key varying fastest.

@@ -197,8 +197,9 @@ pub struct Hyperparameters {
     pub freeze: Freeze,
     /// Epochs without a better dev score after which training stops; `None` never stops early.
     pub early_stopping: Option<usize>,
-    /// Whether passes on a GPU are recorded and replayed. What dropout draws on a GPU depends on it.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    /// Whether passes on a GPU are recorded and replayed, if nothing stands in the way
+    /// ([`Hyperparameters::recording_obstacle`]). What dropout draws on a GPU depends on it.
+    #[serde(skip_serializing_if = "is_true")]
     pub cuda_graphs: bool,
     /// Whether each parameter is updated in backward, as soon as its gradient is there, and the gradient freed. No bit of
     /// the outcome depends on it.
@@ -208,6 +209,10 @@ pub struct Hyperparameters {
     /// it on the CPU.
     #[serde(skip)]
     pub gradient_checkpointing: bool,
+}
+
+fn is_true(value: &bool) -> bool {
+    *value
 }
 
 impl Default for Hyperparameters {
@@ -231,7 +236,7 @@ impl Default for Hyperparameters {
             checkpoint: Checkpoint::Last,
             freeze: Freeze::Nothing,
             early_stopping: None,
-            cuda_graphs: false,
+            cuda_graphs: true,
             release_gradients: false,
             gradient_checkpointing: false,
         }
@@ -239,6 +244,28 @@ impl Default for Hyperparameters {
 }
 
 impl Hyperparameters {
+    /// Returns why passes on a GPU cannot be recorded under these settings, if they cannot.
+    pub fn recording_obstacle(&self) -> Option<&'static str> {
+        match self {
+            Self { freeze: Freeze::Encoder, .. } => {
+                Some("with a frozen encoder there are too few to save anything: leave it out")
+            }
+            Self { gradient_checkpointing: true, .. } => Some(
+                "a layer that is run again seeds the generator: leave `train.gradient_checkpointing` out",
+            ),
+            Self { release_gradients: true, .. } => {
+                Some("not the optimizer's steps within them: leave `train.release_gradients` out")
+            }
+            _ if self.micro_batch.at_most(self.batch_size) < self.batch_size => {
+                Some("of whole batches only: leave `train.micro_batch` out")
+            }
+            Self { precision: Precision::Float32 | Precision::Tf32, .. } => {
+                Some("only in bf16 do many batches have one shape: set `train.precision: bf16`")
+            }
+            _ => None,
+        }
+    }
+
     /// Returns the number type of the passes; the head alone is float32 always.
     pub fn pass_precision(&self) -> Precision {
         match self.freeze {
@@ -255,5 +282,31 @@ impl Hyperparameters {
     /// Returns the number of optimizer steps of the whole run.
     pub fn total_steps(&self, examples: usize) -> u64 {
         (self.epochs * self.steps_per_epoch(examples) as f64).ceil() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passes_are_recorded_where_nothing_stands_in_the_way_and_ids_tell_only_who_does_not_want_it() {
+        let half = Hyperparameters { precision: Precision::Bf16, ..Hyperparameters::default() };
+        assert_eq!((half.cuda_graphs, half.recording_obstacle()), (true, None));
+        let others = [
+            Hyperparameters::default(),
+            Hyperparameters { freeze: Freeze::Encoder, ..half.clone() },
+            Hyperparameters { gradient_checkpointing: true, ..half.clone() },
+            Hyperparameters { release_gradients: true, ..half.clone() },
+            Hyperparameters { micro_batch: MicroBatch::Examples(8), ..half.clone() },
+        ];
+        assert!(others.iter().all(|settings| settings.recording_obstacle().is_some()));
+        let auto = Hyperparameters { micro_batch: MicroBatch::Auto, ..half.clone() };
+        assert_eq!(auto.recording_obstacle(), None);
+        let names = |settings: &Hyperparameters| {
+            serde_json::to_value(settings).unwrap().as_object().unwrap().contains_key("cuda_graphs")
+        };
+        let without = Hyperparameters { cuda_graphs: false, ..half.clone() };
+        assert_eq!([names(&half), names(&without)], [false, true]);
     }
 }

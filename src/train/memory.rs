@@ -159,7 +159,9 @@ pub fn micro_batch_of_training(
 ) -> Result<usize> {
     let (shape, device) = (classifier.own_shape()?, classifier.parameters.device());
     // Recorded passes keep their memory for themselves, beside those that run as they come.
-    let passes = if hyperparameters.cuda_graphs && device.is_cuda() { 2 * passes_held } else { passes_held };
+    let records =
+        device.is_cuda() && hyperparameters.cuda_graphs && hyperparameters.recording_obstacle().is_none();
+    let passes = if records { 2 * passes_held } else { passes_held };
     let memory = MemoryUse::new(&shape, hyperparameters, 0, device).with_method(0, passes);
     // Moments of zero are not in memory before the first step: the system has only promised it.
     let promised = if device.is_cuda() { 0.0 } else { state_bytes as f64 };

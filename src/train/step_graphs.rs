@@ -9,12 +9,12 @@ use std::collections::HashMap;
 
 use tch::{Device, Tensor};
 
-use super::hyperparameters::{Freeze, Hyperparameters};
+use super::hyperparameters::Hyperparameters;
 use crate::child::GradientHooks;
 use crate::data::{BatchShape, EncodedDataset, PackedBatch};
 use crate::error::Result;
 use crate::libtorch::{CudaGraph, OwnStream, flash_attention_runs, release_cached_memory};
-use crate::model::{Classifier, Dropout, Pass, Precision, loss};
+use crate::model::{Classifier, Dropout, Pass, loss};
 
 /// How often a shape runs before it is recorded.
 pub const WARM_UP: usize = 3;
@@ -40,7 +40,7 @@ struct Recorded {
 }
 
 impl StepGraphs {
-    /// Prepares recording, if the run asks for it and its device has it: bfloat16 on a GPU with flash attention, since padded
+    /// Prepares recording, if the run allows it and its device has it: bfloat16 on a GPU with flash attention, since padded
     /// attention has a shape for each batch, and a model that uses it. `warm_up` says how often a shape runs before it is
     /// recorded ([`WARM_UP`]).
     ///
@@ -53,8 +53,8 @@ impl StepGraphs {
     ) -> Result<Option<Self>> {
         let device = classifier.parameters.device();
         let Device::Cuda(index) = device else { return Ok(None) };
-        let asked = settings.cuda_graphs && settings.freeze == Freeze::Nothing;
-        if !asked || settings.precision != Precision::Bf16 || !flash_attention_runs(device) {
+        let asked = settings.cuda_graphs && settings.recording_obstacle().is_none();
+        if !asked || !flash_attention_runs(device) {
             return Ok(None);
         }
         if !classifier.own_shape()?.reads_packed_tokens {

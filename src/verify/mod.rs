@@ -215,8 +215,7 @@ pub fn verify(
         speed::measure(&workloads, options, &mut report, note, keep)?;
     }
     if options.includes(Stage::Peer) {
-        report.peer = peer::measure(&workloads, options, note);
-        keep(&report)?;
+        peer::measure(&workloads, options, &mut report, note, keep)?;
     }
     if options.includes(Stage::Speed) {
         // A profiler that has run once may slow what comes after it.

@@ -8,9 +8,10 @@ use serde::Serialize;
 use serde_json::Value;
 use tch::Device;
 
-use super::Options;
 use super::report::measured;
 use super::speed::{Lengths, Workload};
+use super::{Options, Report};
+use crate::error::Result;
 use crate::libtorch;
 use crate::statistics::median;
 
@@ -31,12 +32,17 @@ pub struct PeerRow {
     pub precision: &'static str,
     /// Real tokens a second, the median of the rounds; or why there is none.
     #[serde(serialize_with = "measured")]
-    pub outcome: Result<f64, String>,
+    pub outcome: std::result::Result<f64, String>,
 }
 
 /// Measures the peer on the workloads, in bf16 (autocast) and float32.
-pub(super) fn measure(workloads: &[Workload], options: Options, note: &mut dyn FnMut(&str)) -> Vec<PeerRow> {
-    let mut rows = Vec::new();
+pub(super) fn measure(
+    workloads: &[Workload],
+    options: Options,
+    report: &mut Report,
+    note: &mut dyn FnMut(&str),
+    keep: &mut dyn FnMut(&Report) -> Result<()>,
+) -> Result<()> {
     for workload in workloads {
         for (method, precision) in [("vanilla", "bf16"), ("child_tuning_f", "bf16"), ("vanilla", "float32")] {
             let outcome = if options.quick {
@@ -48,10 +54,11 @@ pub(super) fn measure(workloads: &[Workload], options: Options, note: &mut dyn F
             if let Ok(speed) = &outcome {
                 note(&format!("{speed:.0} tokens/s"));
             }
-            rows.push(PeerRow { workload: workload.name.clone(), method, precision, outcome });
+            report.peer.push(PeerRow { workload: workload.name.clone(), method, precision, outcome });
+            keep(report)?;
         }
     }
-    rows
+    Ok(())
 }
 
 fn tokens_per_second(
@@ -59,7 +66,7 @@ fn tokens_per_second(
     method: &str,
     precision: &str,
     device: Device,
-) -> Result<f64, String> {
+) -> std::result::Result<f64, String> {
     if !Path::new(SCRIPT).exists() {
         return Err(format!("{SCRIPT} is not in this folder"));
     }

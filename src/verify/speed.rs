@@ -104,7 +104,7 @@ pub struct FisherTimes {
     pub examples: usize,
     /// Every example's squared gradient, in one pass a batch.
     pub exact: f64,
-    /// A plain epoch of training.
+    /// A plain epoch of training, as passes come.
     pub epoch: f64,
     /// One pass for each example; measured on a part of them and multiplied.
     pub one_by_one: f64,
@@ -452,7 +452,7 @@ fn fisher_times(
     // The batch estimate with batches of one is the loop over single examples.
     exact(&numbers[..1], 1, Estimator::Batch)?;
     let one_by_one = exact(&numbers[..alone], 1, Estimator::Batch)? * examples as f64 / alone as f64;
-    let settings = settings(workload, precision);
+    let settings = Hyperparameters { cuda_graphs: false, ..settings(workload, precision) };
     let mut trainer = Trainer::new(model, data, &settings, Prepared::default(), SEED)?;
     let mut batches = numbers.chunks(*batch_size).cycle();
     take_steps(&mut trainer, &mut batches, workload, 1)?;
