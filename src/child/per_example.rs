@@ -6,6 +6,7 @@
 //! (`device`).
 
 mod device;
+mod matrix_unit;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -24,7 +25,7 @@ use self::uses::{Use, Uses};
 use super::network::MaskScope;
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
-use crate::libtorch::{GradientHook, elements, elements_mut};
+use crate::libtorch::{GradientHook, elements, elements_mut, has_matrix_unit};
 use crate::locking::locked;
 use crate::model::{
     Convolution, Embedding, LayerNorm, LayerObserver, Linear, ParameterId, Parameters, Rows, Vector, span,
@@ -328,7 +329,10 @@ fn add_squared_products(
     match gradient.kind() {
         Kind::BFloat16 => {
             let (gradient, input) = (elements::<bf16>(gradient)?, elements(&input)?);
-            tiles::add_squared_products(sums.slices()?, gradient, input, inputs, examples);
+            match has_matrix_unit() {
+                true => matrix_unit::add_squared_products(sums.slices()?, gradient, input, inputs, examples),
+                false => tiles::add_squared_products(sums.slices()?, gradient, input, inputs, examples),
+            }
         }
         _ => {
             let (gradient, input) = (elements::<f32>(gradient)?, elements(&input)?);

@@ -10,6 +10,7 @@ mod ffi;
 mod hooks;
 mod kernels;
 mod linear;
+mod matrix_unit;
 mod memory;
 mod number;
 mod own_backward;
@@ -28,6 +29,7 @@ pub use kernels::{
     sums_of_squares, update,
 };
 pub use linear::linear;
+pub use matrix_unit::{MatrixUnit, SIDE, Step, has_matrix_unit, right_place};
 pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use number::Number;
 pub use own_backward::{with_backward, with_backward_of_all};

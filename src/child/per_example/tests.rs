@@ -20,7 +20,7 @@ pub(super) type Sums = (Vec<f64>, Vec<f64>, Vec<f64>);
 
 impl Case {
     pub fn new(outputs: usize, inputs: usize, copies: usize, further: bool) -> Self {
-        let lengths = [3, 1, 7, 2, 19].into_iter().flat_map(|length| std::iter::repeat_n(length, copies));
+        let lengths = [3, 1, 7, 2, 39].into_iter().flat_map(|length| std::iter::repeat_n(length, copies));
         let examples = Examples::new(lengths, copies);
         let normal = |count: usize, stream: u32| {
             let mut values = vec![0f32; count];

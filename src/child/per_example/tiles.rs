@@ -5,6 +5,8 @@
 //! arithmetic of the plain weight gradient, and no gradient of an example in memory. Every tile is computed in the same
 //! order whatever the number of threads, so the results are equal bit for bit.
 
+use std::ops::Range;
+
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -40,17 +42,16 @@ fn add_in<T: Number>(
     inputs: usize,
     examples: &Examples,
 ) {
+    let rows = examples.rows();
     match registers {
         Registers::Wide => {
-            add_by_tiles::<{ WIDE[0] }, { WIDE[1] }, T>(wide, sums, gradient, input, inputs, examples);
+            add_by_tiles(&Vectors { kernel: wide, rows }, sums, gradient, input, inputs, examples)
         }
         Registers::Narrow => {
-            add_by_tiles::<{ NARROW[0] }, { NARROW[1] }, T>(narrow, sums, gradient, input, inputs, examples);
+            add_by_tiles(&Vectors { kernel: narrow, rows }, sums, gradient, input, inputs, examples);
         }
         Registers::Unknown => {
-            add_by_tiles::<{ NARROW[0] }, { NARROW[1] }, T>(
-                portable, sums, gradient, input, inputs, examples,
-            );
+            add_by_tiles(&Vectors { kernel: portable, rows }, sums, gradient, input, inputs, examples);
         }
     }
 }
@@ -82,20 +83,92 @@ impl Registers {
     }
 }
 
-/// Sums over examples for one tile.
-struct Tile<const M: usize, const N: usize> {
+/// Sums over examples for one tile, whose lines do not cross those of the cache.
+#[repr(C, align(64))]
+pub(super) struct Tile<const M: usize, const N: usize> {
     squares: [[f32; N]; M],
     /// Squares of the examples' squares, where they are asked for.
     fourths: Option<[[f32; N]; M]>,
 }
 
-/// Computes a tile from panels of dY and X; adds each example's sum of squares to its total where fourth powers are asked
-/// for.
+/// How products of panels are computed, of matrices whose numbers are `T`.
+pub(super) trait Arithmetic<T, const M: usize, const N: usize>: Sync {
+    /// A unit of a panel of dY, M columns wide: what one row or several have there.
+    type Left: Clone + Send + Sync;
+    /// The same of X, N columns wide.
+    type Right: Clone + Send + Sync;
+    /// What a thread computes with.
+    type Means;
+    /// Units without numbers.
+    const EMPTY: (Self::Left, Self::Right);
+
+    /// Returns the units of a panel.
+    fn units(&self) -> usize;
+
+    /// Copies columns of a matrix of a width into panels, each of as many units as one has; `matrix` begins at the first of them.
+    fn pack_left(&self, panels: &mut [Self::Left], matrix: &[T], width: usize, columns: usize);
+
+    /// The same for X.
+    fn pack_right(&self, panels: &mut [Self::Right], matrix: &[T], width: usize, columns: usize);
+
+    /// Makes this thread ready.
+    fn means(&self) -> Self::Means;
+
+    /// Computes a tile from panels of dY and X, for neighbours among the examples; adds each example's sum of squares to its total
+    /// where fourth powers are asked for.
+    fn add(
+        &self,
+        means: &mut Self::Means,
+        tile: &mut Tile<M, N>,
+        totals: &mut [f64],
+        panels: (&[Self::Left], &[Self::Right]),
+        some: SomeExamples,
+    );
+}
+
+/// Neighbours among the examples, from the first to before the last.
+pub(super) type SomeExamples<'a> = (&'a Examples, usize, usize);
+
+/// Products in vector registers, in float32 whatever the numbers are. A unit is a row.
+struct Vectors<const M: usize, const N: usize> {
+    kernel: Kernel<M, N>,
+    rows: usize,
+}
+
 type Kernel<const M: usize, const N: usize> =
     fn(&mut Tile<M, N>, &mut [f64], &[[f32; M]], &[[f32; N]], SomeExamples);
 
-/// Neighbours among the examples, from the first to before the last.
-type SomeExamples<'a> = (&'a Examples, usize, usize);
+impl<T: Number, const M: usize, const N: usize> Arithmetic<T, M, N> for Vectors<M, N> {
+    type Left = [f32; M];
+    type Right = [f32; N];
+    type Means = ();
+    const EMPTY: ([f32; M], [f32; N]) = ([0.0; M], [0.0; N]);
+
+    fn units(&self) -> usize {
+        self.rows
+    }
+
+    fn pack_left(&self, panels: &mut [[f32; M]], matrix: &[T], width: usize, columns: usize) {
+        pack(panels, self.rows, matrix, width, columns);
+    }
+
+    fn pack_right(&self, panels: &mut [[f32; N]], matrix: &[T], width: usize, columns: usize) {
+        pack(panels, self.rows, matrix, width, columns);
+    }
+
+    fn means(&self) {}
+
+    fn add(
+        &self,
+        (): &mut (),
+        tile: &mut Tile<M, N>,
+        totals: &mut [f64],
+        (left, right): (&[[f32; M]], &[[f32; N]]),
+        some: SomeExamples,
+    ) {
+        (self.kernel)(tile, totals, left, right, some);
+    }
+}
 
 #[multiversion(targets("x86_64+avx512f"))]
 fn wide(
@@ -105,7 +178,9 @@ fn wide(
     input: &[[f32; WIDE[1]]],
     some: SomeExamples,
 ) {
-    add_panels::<{ WIDE[0] }, { WIDE[1] }, true>(tile, totals, gradient, input, some);
+    add_products::<{ WIDE[0] }, { WIDE[1] }, true>(tile, totals, some, |rows, product| {
+        *product = product_of::<{ WIDE[0] }, { WIDE[1] }, true>(&gradient[rows.clone()], &input[rows]);
+    });
 }
 
 #[multiversion(targets("x86_64+avx2+fma"))]
@@ -116,7 +191,9 @@ fn narrow(
     input: &[[f32; NARROW[1]]],
     some: SomeExamples,
 ) {
-    add_panels::<{ NARROW[0] }, { NARROW[1] }, true>(tile, totals, gradient, input, some);
+    add_products::<{ NARROW[0] }, { NARROW[1] }, true>(tile, totals, some, |rows, product| {
+        *product = product_of::<{ NARROW[0] }, { NARROW[1] }, true>(&gradient[rows.clone()], &input[rows]);
+    });
 }
 
 fn portable(
@@ -126,33 +203,42 @@ fn portable(
     input: &[[f32; NARROW[1]]],
     some: SomeExamples,
 ) {
-    add_panels::<{ NARROW[0] }, { NARROW[1] }, false>(tile, totals, gradient, input, some);
+    add_products::<{ NARROW[0] }, { NARROW[1] }, false>(tile, totals, some, |rows, product| {
+        *product = product_of::<{ NARROW[0] }, { NARROW[1] }, false>(&gradient[rows.clone()], &input[rows]);
+    });
 }
 
+/// A product whose lines do not cross those of the cache.
+#[repr(C, align(64))]
+struct Aligned<const M: usize, const N: usize>([[f32; N]; M]);
+
+/// Adds the squares of the products of each example; `multiply` writes that of the rows of a part.
+///
 /// Written so that it vectorises, and keeps the products in registers, wherever it is inlined into a function with wide
 /// registers.
 #[inline(always)]
-fn add_panels<const M: usize, const N: usize, const FUSED: bool>(
+pub(super) fn add_products<const M: usize, const N: usize, const FUSED: bool>(
     tile: &mut Tile<M, N>,
     totals: &mut [f64],
-    gradient: &[[f32; M]],
-    input: &[[f32; N]],
     (examples, first, last): SomeExamples,
+    mut multiply: impl FnMut(Range<usize>, &mut [[f32; N]; M]),
 ) {
+    let mut own = Aligned([[0f32; N]; M]);
+    let product = &mut own.0;
     match &mut tile.fourths {
         None => {
             // The sum of squares does not ask which of the parts belong to one example.
             for rows in (first..last).flat_map(|example| examples.parts_of(example)) {
-                let product = product::<M, N, FUSED>(&gradient[rows.clone()], &input[rows]);
-                add_squares::<M, N, FUSED>(&mut tile.squares, &product);
+                multiply(rows, product);
+                add_squares::<M, N, FUSED>(&mut tile.squares, product);
             }
         }
         Some(fourths) => {
             for (example, total) in (first..last).zip(&mut totals[first..]) {
                 let mut squares = [[0f32; N]; M];
                 for rows in examples.parts_of(example) {
-                    let product = product::<M, N, FUSED>(&gradient[rows.clone()], &input[rows]);
-                    add_squares::<M, N, FUSED>(&mut squares, &product);
+                    multiply(rows, product);
+                    add_squares::<M, N, FUSED>(&mut squares, product);
                 }
                 add_squares::<M, N, FUSED>(fourths, &squares);
                 let mut columns = [0f32; N];
@@ -169,7 +255,7 @@ fn add_panels<const M: usize, const N: usize, const FUSED: bool>(
 }
 
 #[inline(always)]
-fn product<const M: usize, const N: usize, const FUSED: bool>(
+fn product_of<const M: usize, const N: usize, const FUSED: bool>(
     gradient: &[[f32; M]],
     input: &[[f32; N]],
 ) -> [[f32; N]; M] {
@@ -189,6 +275,14 @@ fn add_squares<const M: usize, const N: usize, const FUSED: bool>(
     sums: &mut [[f32; N]; M],
     values: &[[f32; N]; M],
 ) {
+    if M * N > WIDE[0] * WIDE[1] {
+        // No registers hold it: number by number, as they lie in memory.
+        let values = values.as_flattened();
+        for (sum, &value) in sums.as_flattened_mut().iter_mut().zip(values) {
+            *sum = fused::<FUSED>(value, value, *sum);
+        }
+        return;
+    }
     for row in 0..M {
         for column in 0..N {
             sums[row][column] = fused::<FUSED>(values[row][column], values[row][column], sums[row][column]);
@@ -202,21 +296,22 @@ fn fused<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
-fn add_by_tiles<const M: usize, const N: usize, T: Number>(
-    kernel: Kernel<M, N>,
+/// Adds the squares, tile by tile.
+pub(super) fn add_by_tiles<const M: usize, const N: usize, T: Sync, A: Arithmetic<T, M, N>>(
+    arithmetic: &A,
     sums: MomentSlices,
     gradient: &[T],
     input: &[T],
     inputs: usize,
     examples: &Examples,
 ) {
-    let rows = examples.rows();
+    let units = arithmetic.units();
     let outputs = sums.squares.len() / inputs;
-    let mut panels = vec![[0f32; N]; rows * inputs.div_ceil(N)];
+    let mut panels = vec![A::EMPTY.1; units * inputs.div_ceil(N)];
     let together = inputs.div_ceil(N).div_ceil(2 * rayon::current_num_threads());
-    panels.par_chunks_mut(rows * together).enumerate().for_each(|(number, panels)| {
+    panels.par_chunks_mut(units * together).enumerate().for_each(|(number, panels)| {
         let first = number * together * N;
-        pack(panels, rows, &input[first..], inputs, (together * N).min(inputs - first));
+        arithmetic.pack_right(panels, &input[first..], inputs, (together * N).min(inputs - first));
     });
 
     let groups = examples.groups_of(CACHED_TOKENS);
@@ -237,17 +332,19 @@ fn add_by_tiles<const M: usize, const N: usize, T: Number>(
             let first = block * block_rows;
             let height = squares.len() / inputs;
             let count = height.div_ceil(M);
-            let mut packed = vec![[0f32; M]; rows * count];
-            pack(&mut packed, rows, &gradient[first..], outputs, height);
+            let mut packed = vec![A::EMPTY.0; units * count];
+            arithmetic.pack_left(&mut packed, &gradient[first..], outputs, height);
             let mut totals = vec![0f64; count * counted];
-            for (column, input) in panels.chunks(rows).enumerate() {
+            let mut means = arithmetic.means();
+            for (column, right) in panels.chunks(units).enumerate() {
                 let nothing =
                     || Tile { squares: [[0f32; N]; M], fourths: fourths.is_some().then_some([[0f32; N]; M]) };
                 let mut tiles: Vec<Tile<M, N>> = std::iter::repeat_with(nothing).take(count).collect();
                 for &(first, last) in &groups {
                     let some = (examples, first, last);
-                    for (panel, (gradient, tile)) in packed.chunks(rows).zip(&mut tiles).enumerate() {
-                        kernel(tile, &mut totals[panel * counted..][..counted], gradient, input, some);
+                    for (panel, (left, tile)) in packed.chunks(units).zip(&mut tiles).enumerate() {
+                        let totals = &mut totals[panel * counted..][..counted];
+                        arithmetic.add(&mut means, tile, totals, (left, right), some);
                     }
                 }
                 for (panel, tile) in tiles.iter().enumerate() {
