@@ -1,6 +1,6 @@
 //! The matrix unit of Intel's processors (AMX): products of bfloat16 tiles with sums in float32.
 //!
-//! Rust has no stable functions for it, so this is the one place with machine code.
+//! It takes subnormal numbers for zero. Rust has no stable functions for it, so this is the one place with machine code.
 
 use std::marker::PhantomData;
 use std::sync::OnceLock;

@@ -53,18 +53,16 @@ impl HalfCopy {
         Ok(Self { leaves: leaves.collect::<Result<_>>()?, flat, runs, stale: Cell::new(true) })
     }
 
-    /// Returns the part of the copy that holds some of the flat values, and which of them it has; none where it has none of the
-    /// first of them.
+    /// Returns the part of the copy that holds a range of the flat values, if it holds the first of them, as far as it goes.
     ///
     /// # Errors
     /// Fails if libtorch refuses.
-    pub fn part(&self, range: &Range<usize>) -> Result<Option<(Tensor, Range<usize>)>> {
+    pub fn part(&self, range: &Range<usize>) -> Result<Option<Tensor>> {
         let Some((run, offset)) = self.runs.iter().find(|(run, _)| run.contains(&range.start)) else {
             return Ok(None);
         };
-        let held = range.start..range.end.min(run.end);
-        let start = offset + held.start - run.start;
-        Ok(Some((self.flat.f_narrow(0, start as i64, held.len() as i64)?, held)))
+        let (start, length) = (offset + range.start - run.start, range.end.min(run.end) - range.start);
+        Ok(Some(self.flat.f_narrow(0, start as i64, length as i64)?))
     }
 
     /// Notes that the copy holds the present values.

@@ -78,20 +78,11 @@ impl DeviceMoments {
         list.sort_by_key(|parameter| parameter.range.start);
         let mut pieces = Vec::new();
         for group in groups {
-            let own = list.iter().filter(|parameter| group.range.contains(&parameter.range.start));
-            // What each parameter's piece has in common with its neighbours'.
-            let alike = own.map(|parameter| {
-                let start = parameter.range.start;
-                Ok((start, reaches(parameter), half_of(&(start..group.range.end))?.is_some()))
-            });
-            let mut starts = alike.collect::<Result<Vec<_>>>()?;
-            starts.dedup_by_key(|&mut (_, reached, has_half)| (reached, has_half));
-            let ends = starts.iter().skip(1).map(|&(start, ..)| start).chain([group.range.end]);
-            for (&(start, is_masked, _), end) in starts.iter().zip(ends) {
-                let range = start..end;
-                let half = half_of(&range)?.map(|(half, _)| half);
-                let members =
-                    child.map(|child| child.members_on_device(range.clone(), device)).transpose()?;
+            let kind = |parameter: &Parameter| Ok((reaches(parameter), half_of(&parameter.range)?.is_some()));
+            for (range, (is_masked, _)) in cut(&group.range, &list, kind)? {
+                let half = half_of(&range)?;
+                let places = child.map(|child| child.members_on_device(range.clone(), device));
+                let members = places.transpose()?;
                 let count = members.as_ref().map_or(range.len(), Tensor::numel) as i64;
                 let zeros = || Tensor::f_zeros([count], (Kind::Float, device));
                 let (first_moments, second_moments) = (zeros()?, zeros()?);
@@ -189,6 +180,26 @@ impl DeviceMoments {
     fn random(&self) -> Option<RandomMask> {
         self.mask.as_ref().and_then(|mask| mask.on_the_way())
     }
+}
+
+/// Cuts a range, in which parameters stand in order, into pieces of parameters of one kind.
+fn cut<K: PartialEq + Copy>(
+    range: &Range<usize>,
+    parameters: &[&Parameter],
+    kind: impl Fn(&Parameter) -> Result<K>,
+) -> Result<Vec<(Range<usize>, K)>> {
+    let mut pieces: Vec<(Range<usize>, K)> = Vec::new();
+    for parameter in parameters.iter().filter(|parameter| range.contains(&parameter.range.start)) {
+        let (start, kind) = (parameter.range.start, kind(parameter)?);
+        match pieces.last_mut() {
+            Some((piece, last)) if *last == kind => piece.end = range.end,
+            before => {
+                before.into_iter().for_each(|(piece, _)| piece.end = start);
+                pieces.push((start..range.end, kind));
+            }
+        }
+    }
+    Ok(pieces)
 }
 
 fn scale(values: &mut Tensor, factor: f32) -> Result<()> {
