@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::method::{ClipOrder, DecayScope, Prepared};
 use crate::model::{Classifier, Parameters};
 use crate::random::{Key, fill_normal};
-use crate::train::{Hyperparameters, MicroBatch, OptimizerRule, Precision};
+use crate::train::{Clip, Hyperparameters, MicroBatch, Optimizer, OptimizerRule, Precision};
 
 const SHARE: f64 = 0.3;
 const EXAMPLES: usize = 16;
@@ -28,6 +28,7 @@ pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Resul
     check_thresholds(checks, &pair, &name)?;
     check_fixed(checks, &mut pair, &name)?;
     check_bernoulli(checks, &mut pair, &name)?;
+    check_updates(checks, &mut pair, &name);
     check_fisher(checks, &mut pair, &name)
 }
 
@@ -163,6 +164,70 @@ fn check_bernoulli(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) ->
         }
     }
     Ok(())
+}
+
+/// AdamW's steps with equal gradients: without a mask, through F's, and of the members of a fixed one.
+fn check_updates(checks: &mut Checks, pair: &mut Pair, name: &impl Fn(&str) -> String) {
+    let Pair { reference, subject, .. } = pair;
+    for (word, masked) in
+        [("", None), (" through F's mask", Some(true)), (" of a child network", Some(false))]
+    {
+        let about = format!("{STEPS} AdamW steps{word} with equal gradients, every bit");
+        checks.same("steps", name(&about), || {
+            let mask = |model: &Classifier| -> Result<Option<Arc<GradientMask>>> {
+                Ok(match masked {
+                    None => None,
+                    Some(true) => {
+                        let mask = BernoulliMask::new(MaskScope::EncoderLayers, SHARE, true, SEED);
+                        Some(Arc::new(GradientMask::Bernoulli(mask)))
+                    }
+                    Some(false) => {
+                        let scores = scores(&model.parameters);
+                        let child =
+                            ChildNetwork::from_scores(&model.parameters, &scores, &cut(Threshold::Global))?;
+                        Some(Arc::new(GradientMask::Fixed(Arc::new(child))))
+                    }
+                })
+            };
+            let [expected, found] = [&mut *reference, &mut *subject].map(|model| {
+                let mask = mask(model)?;
+                updated(model, mask)
+            });
+            Ok(expected? == found?)
+        });
+    }
+}
+
+/// Takes steps with made-up gradients; returns the parameters, one after the other, on the CPU.
+fn updated(model: &mut Classifier, mask: Option<Arc<GradientMask>>) -> Result<Tensor> {
+    model.reset(SEED)?;
+    let settings = settings(EXAMPLES);
+    let trainable = model.parameters.trainable(|_| true);
+    let parameters = &model.parameters;
+    let mut optimizer = Optimizer::new(parameters, &trainable, &settings, mask.as_ref(), DecayScope::All)?;
+    let noise = scores(parameters).f_sub_scalar(3e3)?;
+    for step in 0..STEPS as u64 {
+        parameters.gradients()?.shallow_clone().f_copy_(&noise.f_mul_scalar(1e-4 * (step as f64 + 1.0))?)?;
+        if let Some(mask) = &mask {
+            mask.begin_step(step)?;
+            if !optimizer.masks() {
+                mask.apply_to_all(parameters)?;
+            }
+        }
+        optimizer.begin_step(settings.learning_rate, 1.0);
+        optimizer.apply(
+            &mut parameters.values_to_change(),
+            parameters.gradients()?,
+            0,
+            &Clip::Factor(0.7),
+        )?;
+    }
+    let values = on_cpu(parameters.values())?;
+    let parts = parameters.iter().map(|(id, _)| parameters.part(&values, id));
+    let parts = Tensor::f_cat(&parts.collect::<Result<Vec<_>>>()?, 0)?;
+    let _ = parameters.gradients()?.shallow_clone().f_zero_()?;
+    model.reset(SEED)?;
+    Ok(parts)
 }
 
 pub(super) fn check_fisher(
