@@ -92,7 +92,7 @@ impl GradientMask {
     }
 
     /// Returns the mask of the current step for kernels that read gradients through it, if it is a random one.
-    pub fn on_the_way(&self) -> Option<RandomMask> {
+    pub fn as_random(&self) -> Option<RandomMask> {
         match self {
             GradientMask::Bernoulli(mask) => Some(mask.on_device()),
             GradientMask::Fixed(_) | GradientMask::Adaptive(_) => None,
@@ -294,7 +294,7 @@ fn deposit_on_device(
         Some(mask) => mask.on_device(&gradient, parameter)?,
         None => gradient,
     };
-    if masked.kind() == Kind::BFloat16 {
+    if libtorch::collects(&masked) {
         return libtorch::collect(&masked, place, adds);
     }
     match adds {

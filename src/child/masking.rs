@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::libtorch::{Number, elements};
+use crate::libtorch::{Number, Stretch, elements, sums_of_squares};
 use crate::random::{self, GROUP, Key};
 
 /// Elements that one thread works on at a time: small enough to stay in its cache.
@@ -185,6 +185,18 @@ pub fn norm_of_spans(buffer: &Tensor, spans: &[Range<usize>]) -> Result<f64> {
         values[span.clone()].par_chunks(CHUNK).map(sum_of_squares).collect::<Vec<_>>().iter().sum()
     };
     Ok(spans.iter().map(squares).sum::<f64>().sqrt())
+}
+
+/// Returns sums on a GPU that add up to that of the squares of the elements in some ranges of a flat buffer, `[total]` in float32.
+///
+/// # Errors
+/// Fails if libtorch refuses.
+pub fn squares_of_spans(buffer: &Tensor, spans: &[Range<usize>]) -> Result<Vec<Tensor>> {
+    let squares = |span: &Range<usize>| {
+        let stretch = Stretch { first_group: span.start / GROUP, members: None, mask: None };
+        sums_of_squares(stretch, &buffer.f_narrow(0, span.start as i64, span.len() as i64)?)
+    };
+    spans.iter().map(squares).collect()
 }
 
 /// Adds the squares of gradients to sums, or lets them take the place of what is there.

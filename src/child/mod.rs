@@ -21,7 +21,7 @@ pub use cut::{Cut, Threshold, random_scores};
 pub use fisher::{Estimator, FisherBatch, FisherInformation, FisherOptions, Spread, fisher_information};
 pub use hooks::{GradientHooks, GradientMask};
 pub use mask_file::{MaskFile, MaskedTensor, read_mask, write_mask};
-pub use masking::{CHUNK, StepMask, mask_in_place, norm_of_spans};
+pub use masking::{CHUNK, StepMask, mask_in_place, norm_of_spans, squares_of_spans};
 pub use network::{ChildNetwork, MaskScope, TensorMask};
 pub use overlap::{Overlap, Part, Parts, mask_names, overlaps};
 pub use select::Choice;

@@ -178,7 +178,7 @@ pub fn update(
         fitting(half.numel() == values.numel() && half.device() == values.device(), &[half], Kind::BFloat16)?;
     }
     let arguments = UpdateArguments {
-        stretch: stretch.argument(count)?,
+        stretch: stretch.argument(count, gradients.device())?,
         mask: stretch.mask_argument(),
         constants,
         factor: factor.data_ptr(),
@@ -202,7 +202,7 @@ pub fn sums_of_squares(stretch: Stretch, gradients: &Tensor) -> Result<Tensor> {
     let blocks = blocks(count);
     let sums = Tensor::f_empty([(blocks * THREADS) as i64], (Kind::Double, gradients.device()))?;
     let arguments = SquaresArguments {
-        stretch: stretch.argument(count)?,
+        stretch: stretch.argument(count, gradients.device())?,
         mask: stretch.mask_argument(),
         gradients: gradients.data_ptr(),
         sums: sums.data_ptr(),
@@ -219,7 +219,7 @@ pub fn sums_of_squares(stretch: Stretch, gradients: &Tensor) -> Result<Tensor> {
 pub fn mask_in_place(stretch: Stretch, values: &Tensor) -> Result<()> {
     fitting(stretch.members.is_none(), &[values], Kind::Float)?;
     let arguments = MaskArguments {
-        stretch: stretch.argument(values.numel())?,
+        stretch: stretch.argument(values.numel(), values.device())?,
         mask: stretch.mask_argument(),
         values: values.data_ptr(),
     };
@@ -227,13 +227,18 @@ pub fn mask_in_place(stretch: Stretch, values: &Tensor) -> Result<()> {
     unsafe { launch(c"mask", values.device(), blocks(values.numel()), arguments) }
 }
 
-/// Puts a gradient in bfloat16, `[count]`, to its place of a float32 buffer, or adds it to what is there.
+/// Returns whether [`collect`] takes a gradient: one in bfloat16 that begins where four numbers may be read at a time.
+pub fn collects(gradient: &Tensor) -> bool {
+    gradient.kind() == Kind::BFloat16 && is_aligned(gradient, 4 * size_of::<u16>())
+}
+
+/// Puts a gradient for which [`collects`] holds, `[count]`, to its place of a float32 buffer, or adds it to what is there.
 ///
 /// # Errors
 /// As for [`update`].
 pub fn collect(gradient: &Tensor, place: &Tensor, adds: bool) -> Result<()> {
     let count = gradient.numel();
-    let aligned = is_aligned(gradient, 4 * size_of::<u16>()) && is_aligned(place, 4 * size_of::<f32>());
+    let aligned = collects(gradient) && is_aligned(place, 4 * size_of::<f32>());
     fitting(count == place.numel() && aligned && gradient.device() == place.device(), &[place], Kind::Float)?;
     fitting(true, &[gradient], Kind::BFloat16)?;
     let arguments = CollectArguments {
@@ -334,9 +339,9 @@ fn is_aligned(tensor: &Tensor, bytes: usize) -> bool {
 }
 
 impl Stretch<'_> {
-    fn argument(&self, count: usize) -> Result<StretchArgument> {
+    fn argument(&self, count: usize, device: Device) -> Result<StretchArgument> {
         if let Some(members) = self.members {
-            fitting(true, &[members], Kind::Int)?;
+            fitting(members.device() == device, &[members], Kind::Int)?;
         }
         Ok(StretchArgument {
             first_group: self.first_group as i64,
@@ -416,6 +421,8 @@ mod tests {
             collect(&gradient, &place, false).unwrap();
             assert_eq!(place, gradient.to_kind(Kind::Float));
         }
+        let gradient = Tensor::zeros([9], (Kind::BFloat16, Device::Cpu));
+        assert!(collects(&gradient) && !collects(&gradient.narrow(0, 1, 8)));
     }
 
     #[test]

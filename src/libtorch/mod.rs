@@ -25,8 +25,8 @@ pub use context::{
 pub use cuda_graph::{CudaGraph, OwnStream};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use kernels::{
-    AdamWConstants, RandomMask, Stretch, add_squares_of_parts, collect, mask_in_place, sums_of_parts,
-    sums_of_squares, update,
+    AdamWConstants, RandomMask, Stretch, add_squares_of_parts, collect, collects, mask_in_place,
+    sums_of_parts, sums_of_squares, update,
 };
 pub use linear::linear;
 pub use matrix_unit::{MatrixUnit, SIDE, Step, has_matrix_unit, right_place};

@@ -64,9 +64,9 @@ impl DeviceMoments {
         copy: Option<&HalfCopy>,
     ) -> Result<Self> {
         let device = parameters.device();
-        let mask = mask.filter(|mask| mask.restriction().is_some() || mask.on_the_way().is_some()).cloned();
+        let mask = mask.filter(|mask| mask.restriction().is_some() || mask.as_random().is_some()).cloned();
         let child = mask.as_ref().and_then(|mask| mask.restriction());
-        let random = mask.as_ref().filter(|mask| mask.on_the_way().is_some());
+        let random = mask.as_ref().filter(|mask| mask.as_random().is_some());
         // Weights outside a child network that decay change, too.
         let copy = copy.filter(|_| child.is_none() || !decays_outside);
         let reaches = |parameter: &Parameter| random.is_some_and(|mask| mask.scope().covers(parameter));
@@ -178,7 +178,7 @@ impl DeviceMoments {
 
     /// Returns the random mask of the current step, if there is one.
     fn random(&self) -> Option<RandomMask> {
-        self.mask.as_ref().and_then(|mask| mask.on_the_way())
+        self.mask.as_ref().and_then(|mask| mask.as_random())
     }
 }
 
@@ -214,6 +214,7 @@ mod tests {
     use tch::Device;
 
     use super::super::adamw_host::HostMoments;
+    use super::super::adamw_host::tests::constants;
     use super::*;
     use crate::child::{BernoulliMask, CHUNK, Cut, MaskScope, Threshold, mask_in_place, random_scores};
     use crate::libtorch::{elements, elements_mut};
@@ -247,20 +248,6 @@ mod tests {
         let child = Arc::new(crate::child::ChildNetwork::from_scores(parameters, &scores, &cut).unwrap());
         let masks = [random(MaskScope::All), random(MaskScope::EncoderLayers), GradientMask::Fixed(child)];
         std::iter::once(None).chain(masks.map(|mask| Some(Arc::new(mask)))).collect()
-    }
-
-    fn constants(step: u64, decays_after: bool) -> impl Fn(Treatment) -> StepConstants + Sync {
-        move |treatment| {
-            let decays = [if treatment.decays { 0.99 } else { 1.0 }, 1.0];
-            StepConstants {
-                step,
-                learning_rate: 0.01,
-                betas: (0.9, 0.999),
-                epsilon: 1e-8,
-                decay_before: decays[usize::from(decays_after)],
-                decay_after: decays[usize::from(!decays_after)],
-            }
-        }
     }
 
     /// The kernels, run on the CPU's tensors, against the CPU's own way: masked gradients, then moments of all or of members.
@@ -310,15 +297,15 @@ mod tests {
 
                 let mut values = host.values_to_change();
                 let values: &mut [f32] = elements_mut(&mut values).unwrap();
-                on_host.apply(values, masked, 0, 0.7, constants(step, decays_after));
+                on_host.apply(values, masked, 0, 0.7, constants(step, 0.99, decays_after));
                 let factor = Tensor::from_slice(&[0.7f32]);
                 let own = device.values_to_change();
-                at_once.apply(&own, &whole, 0, Some(&factor), constants(step, decays_after)).unwrap();
+                at_once.apply(&own, &whole, 0, Some(&factor), constants(step, 0.99, decays_after)).unwrap();
                 // As gradients come that are released: parameter by parameter, the last first.
                 for (_, parameter) in released.iter().collect::<Vec<_>>().into_iter().rev() {
                     let part = |flat: &Tensor| span(flat, &parameter.range).unwrap();
                     let (values, gradients) = (part(&released.values_to_change()), part(&whole));
-                    let (start, constants) = (parameter.range.start, constants(step, decays_after));
+                    let (start, constants) = (parameter.range.start, constants(step, 0.99, decays_after));
                     apart.apply(&values, &gradients, start, Some(&factor), constants).unwrap();
                 }
             }

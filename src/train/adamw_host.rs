@@ -225,7 +225,7 @@ fn count(child: &ChildNetwork, range: &Range<usize>) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
@@ -257,7 +257,8 @@ mod tests {
         Arc::new(ChildNetwork::from_scores(parameters, &scores, &cut).unwrap())
     }
 
-    fn constants(step: u64, decay: f64, after: bool) -> impl Fn(Treatment) -> StepConstants {
+    /// Those of a step; decay comes before or `after` the update.
+    pub fn constants(step: u64, decay: f64, after: bool) -> impl Fn(Treatment) -> StepConstants {
         move |treatment| {
             let decays = [if treatment.decays { decay } else { 1.0 }, 1.0];
             StepConstants {

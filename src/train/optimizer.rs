@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::adamw::AdamW;
 use super::hyperparameters::{Hyperparameters, OptimizerRule};
@@ -34,6 +34,16 @@ impl Clip {
     pub(super) fn to(limit: f64, norm: f64) -> Self {
         let factor = limit / (norm + 1e-6);
         Clip::Factor(if factor > 1.0 { 1.0 } else { factor as f32 })
+    }
+
+    /// Does the same with a norm on a GPU, of which sums that add up to its square are given, without waiting for it.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses an operation.
+    pub(super) fn on_device(limit: f64, squares: &[Tensor]) -> Result<Self> {
+        let norm = Tensor::f_cat(squares, 0)?.f_sum(Kind::Double)?.f_sqrt()?.f_view([1])?;
+        let factor = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?;
+        Ok(Clip::OnDevice(factor.f_clamp_max(1.0)?.f_to_kind(Kind::Float)?))
     }
 }
 
@@ -139,5 +149,14 @@ mod tests {
         assert_eq!(factor(4.0), (1.0 / (4.0 + 1e-6)) as f32);
         assert_eq!([0.5, 0.0, f64::INFINITY].map(factor), [1.0, 1.0, 0.0]);
         assert!(factor(f64::NAN).is_nan());
+        let on_device = |norm: f64| {
+            let squares = [Tensor::from_slice(&[norm * norm, 0.0]), Tensor::from_slice(&[0f64])];
+            let Ok(Clip::OnDevice(factor)) = Clip::on_device(1.0, &squares) else {
+                unreachable!("it stays there")
+            };
+            f64::try_from(factor).unwrap() as f32
+        };
+        assert_eq!([4.0, 0.5, 0.0, f64::INFINITY].map(on_device), [4.0, 0.5, 0.0, f64::INFINITY].map(factor));
+        assert!(on_device(f64::NAN).is_nan());
     }
 }

@@ -1,6 +1,5 @@
 //! The training loop of one run.
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,16 +16,16 @@ use super::pull::Pulls;
 use super::schedule::Schedule;
 use super::step_graphs::{self, StepGraphs};
 use super::step_weights::{StepWeights, plain_weights};
-use crate::child::{GradientHooks, GradientMask, norm_of_spans};
+use crate::child::{GradientHooks, GradientMask, norm_of_spans, squares_of_spans};
 use crate::data::EncodedDataset;
 use crate::error::{Error, Result};
-use crate::libtorch::{Stretch, release_cached_memory, sums_of_squares};
+use crate::libtorch::release_cached_memory;
 use crate::locking::locked;
 use crate::method::{
     ClipOrder, Method, Outside, PassSettings, Passes, Prepared, PullStrength, TrainingPoint,
 };
 use crate::model::{Classifier, Dropout, Parameter, Parameters, Trainable, loss, span};
-use crate::random::{GROUP, Purpose};
+use crate::random::Purpose;
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
 const STEPS_BETWEEN_LOOKS: u64 = 20;
@@ -383,17 +382,9 @@ impl<'a> Trainer<'a> {
         }
         let squares = match (self.masking, self.prepared.clip) {
             (Masking::Optimizer, ClipOrder::AfterMask) => locked(&self.optimizer).squares(gradients)?,
-            _ => {
-                let squares = |range: &Range<usize>| {
-                    let stretch = Stretch { first_group: range.start / GROUP, members: None, mask: None };
-                    sums_of_squares(stretch, &span(gradients, range)?)
-                };
-                self.trainable.spans.iter().map(squares).collect::<Result<Vec<_>>>()?
-            }
+            _ => squares_of_spans(gradients, &self.trainable.spans)?,
         };
-        let norm = Tensor::f_cat(&squares, 0)?.f_sum(Kind::Double)?.f_sqrt()?.f_view([1])?;
-        let factor = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(limit)?;
-        Ok(Clip::OnDevice(factor.f_clamp_max(1.0)?.f_to_kind(Kind::Float)?))
+        Clip::on_device(limit, &squares)
     }
 
     /// Trains to the end, and leaves the weights to be scored in the model.

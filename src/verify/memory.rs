@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::agreement::{Pair, SEED, change, classes, settings};
+use super::agreement::{Pair, SEED, change, classes, on_cpu, settings};
 use super::random_model::{SHARE, measured_method};
 use super::{Checks, Options, Shape, difference, random_data};
 use crate::error::{Error, Result};
@@ -47,7 +47,7 @@ fn halves(index: usize) -> Result<f64> {
     let whole = change(&mut subject, &data, 1, &settings, Prepared::default())?;
     let needed = peak_memory(device).unwrap_or(0);
     release_cached_memory(device)?;
-    // All but half of what a step has taken; in pieces, which are free at once.
+    // All but half of what a step has taken.
     let hoarded = before.saturating_sub(needed / 2);
     let hoard = Tensor::f_empty([hoarded as i64], (Kind::Uint8, device))?;
     let numbers: Vec<usize> = (0..examples).collect();
@@ -59,9 +59,9 @@ fn halves(index: usize) -> Result<f64> {
     if micro_batch == examples {
         return Err(Error::Libtorch("memory did not run out".into()));
     }
-    let after = super::agreement::on_cpu(subject.parameters.values())?;
+    let after = on_cpu(subject.parameters.values())?;
     subject.reset(SEED)?;
-    difference(&after.f_sub(&super::agreement::on_cpu(subject.parameters.values())?)?, &whole)
+    difference(&after.f_sub(&on_cpu(subject.parameters.values())?)?, &whole)
 }
 
 /// Returns by how many bytes the peak of the second half of many steps over batches of all lengths is above that of the first.

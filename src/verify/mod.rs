@@ -187,7 +187,7 @@ pub fn verify(
     note: &mut dyn FnMut(&str),
     keep: &mut dyn FnMut(&Report) -> Result<()>,
 ) -> Result<Report> {
-    let mut report = Report {
+    let report = Report {
         started_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         device: device_name(options.device),
         torch: libtorch::version(),
@@ -200,28 +200,48 @@ pub fn verify(
         fisher: Vec::new(),
         peer: Vec::new(),
     };
+    let mut account = Account { report, note, keep };
     let parts = if options.includes(Stage::Checks) { parts(options) } else { Vec::new() };
     for (name, check) in parts {
-        note(&format!("{name} …"));
+        account.note(&format!("{name} …"));
         let mut checks = Checks::new(show);
         if let Err(reason) = attempt(|| check(&mut checks)) {
             checks.broken_off(&name, reason);
         }
-        report.checks.append(&mut checks.list);
-        keep(&report)?;
+        account.report.checks.append(&mut checks.list);
+        account.keep()?;
     }
     let workloads = speed::workloads(options);
     if options.includes(Stage::Speed) {
-        speed::measure(&workloads, options, &mut report, note, keep)?;
+        speed::measure(&workloads, options, &mut account)?;
     }
     if options.includes(Stage::Peer) {
-        peer::measure(&workloads, options, &mut report, note, keep)?;
+        peer::measure(&workloads, options, &mut account)?;
     }
     if options.includes(Stage::Speed) {
         // A profiler that has run once may slow what comes after it.
-        speed::profile_steps(&workloads, options, &mut report, note, keep)?;
+        speed::profile_steps(&workloads, options, &mut account)?;
     }
-    Ok(report)
+    Ok(account.report)
+}
+
+/// The report as far as it is, and who is told of it.
+struct Account<'a> {
+    report: Report,
+    note: &'a mut dyn FnMut(&str),
+    keep: &'a mut dyn FnMut(&Report) -> Result<()>,
+}
+
+impl Account<'_> {
+    /// Says what comes next, or what was measured.
+    fn note(&mut self, what: &str) {
+        (self.note)(what);
+    }
+
+    /// Hands the report on, so that what comes next cannot take it along.
+    fn keep(&mut self) -> Result<()> {
+        (self.keep)(&self.report)
+    }
 }
 
 /// Does work of which neither an error nor a panic may end the suite.

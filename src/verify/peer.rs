@@ -10,7 +10,7 @@ use tch::Device;
 
 use super::report::measured;
 use super::speed::{Lengths, Workload};
-use super::{Options, Report};
+use super::{Account, Options};
 use crate::error::Result;
 use crate::libtorch;
 use crate::statistics::median;
@@ -36,26 +36,20 @@ pub struct PeerRow {
 }
 
 /// Measures the peer on the workloads, in bf16 (autocast) and float32.
-pub(super) fn measure(
-    workloads: &[Workload],
-    options: Options,
-    report: &mut Report,
-    note: &mut dyn FnMut(&str),
-    keep: &mut dyn FnMut(&Report) -> Result<()>,
-) -> Result<()> {
+pub(super) fn measure(workloads: &[Workload], options: Options, account: &mut Account) -> Result<()> {
     for workload in workloads {
         for (method, precision) in [("vanilla", "bf16"), ("child_tuning_f", "bf16"), ("vanilla", "float32")] {
             let outcome = if options.quick {
                 Err("not part of a quick run".to_owned())
             } else {
-                note(&format!("{}: the Python peer, {method} in {precision} …", workload.name));
+                account.note(&format!("{}: the Python peer, {method} in {precision} …", workload.name));
                 tokens_per_second(workload, method, precision, options.device)
             };
             if let Ok(speed) = &outcome {
-                note(&format!("{speed:.0} tokens/s"));
+                account.note(&format!("{speed:.0} tokens/s"));
             }
-            report.peer.push(PeerRow { workload: workload.name.clone(), method, precision, outcome });
-            keep(report)?;
+            account.report.peer.push(PeerRow { workload: workload.name.clone(), method, precision, outcome });
+            account.keep()?;
         }
     }
     Ok(())

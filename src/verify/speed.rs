@@ -9,7 +9,7 @@ use tch::{Device, Tensor};
 
 use super::floor::{matrix_rate, operations};
 use super::report::measured;
-use super::{Options, Report, Shape, attempt, measured_method, random_data};
+use super::{Account, Options, Shape, attempt, measured_method, random_data};
 use crate::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
 use crate::data::EncodedDataset;
 use crate::error::Result;
@@ -215,18 +215,12 @@ pub(super) fn workloads(options: Options) -> Vec<Workload> {
 }
 
 /// Measures the matrix rates, trainings and the Fisher pass.
-pub(super) fn measure(
-    workloads: &[Workload],
-    options: Options,
-    report: &mut Report,
-    note: &mut dyn FnMut(&str),
-    keep: &mut dyn FnMut(&Report) -> Result<()>,
-) -> Result<()> {
+pub(super) fn measure(workloads: &[Workload], options: Options, account: &mut Account) -> Result<()> {
     for precision in [Precision::Bf16, Precision::Tf32, Precision::Float32] {
         let size = if options.quick { 512 } else { 8192 };
         match attempt(|| matrix_rate(precision, size, options.device)) {
-            Ok(rate) => report.matrix_rates.push(rate),
-            Err(reason) => note(&format!("matrix rate not measured: {reason}")),
+            Ok(rate) => account.report.matrix_rates.push(rate),
+            Err(reason) => account.note(&format!("matrix rate not measured: {reason}")),
         }
     }
     for workload in workloads {
@@ -234,17 +228,17 @@ pub(super) fn measure(
         for (settings, method) in workload.trainings() {
             let (precision, replayed) = (yaml_name(&settings.precision), settings.cuda_graphs);
             let how = if replayed { ", replayed" } else { "" };
-            note(&format!("{}: {method} in {precision}{how} …", workload.name));
+            account.note(&format!("{}: {method} in {precision}{how} …", workload.name));
             let outcome =
                 attempt(|| models.with(|model| training(workload, method, &settings, options, model)));
-            note(&match &outcome {
+            account.note(&match &outcome {
                 Ok(speed) => format!(
                     "{:.0} sequences/s, {:.0} tokens/s",
                     speed.sequences_per_second, speed.tokens_per_second
                 ),
                 Err(reason) => format!("not measured: {reason}"),
             });
-            report.speeds.push(SpeedRow {
+            account.report.speeds.push(SpeedRow {
                 workload: workload.name.clone(),
                 batch_size: workload.batch_size,
                 method,
@@ -253,15 +247,15 @@ pub(super) fn measure(
                 outcome,
                 profile: Err("not profiled yet".into()),
             });
-            keep(report)?;
+            account.keep()?;
         }
         if workload.has_fisher {
-            note(&format!("{}: Fisher information …", workload.name));
+            account.note(&format!("{}: Fisher information …", workload.name));
             for precision in [Precision::Float32, Precision::Bf16] {
                 let times =
                     attempt(|| models.with(|model| fisher_times(workload, precision, options, model)));
-                report.fisher.push(times);
-                keep(report)?;
+                account.report.fisher.push(times);
+                account.keep()?;
             }
         }
     }
@@ -269,23 +263,17 @@ pub(super) fn measure(
 }
 
 /// Profiles a step of each training that was measured.
-pub(super) fn profile_steps(
-    workloads: &[Workload],
-    options: Options,
-    report: &mut Report,
-    note: &mut dyn FnMut(&str),
-    keep: &mut dyn FnMut(&Report) -> Result<()>,
-) -> Result<()> {
+pub(super) fn profile_steps(workloads: &[Workload], options: Options, account: &mut Account) -> Result<()> {
     let mut place = 0;
     for workload in workloads {
-        note(&format!("{}: what steps consist of …", workload.name));
+        account.note(&format!("{}: what steps consist of …", workload.name));
         let mut models = Models::new(workload, options.device);
         for (settings, method) in workload.trainings() {
-            if report.speeds[place].outcome.is_ok() {
+            if account.report.speeds[place].outcome.is_ok() {
                 let profiled =
                     || models.with(|model| step_profile(workload, method, &settings, options, model));
-                report.speeds[place].profile = attempt(profiled);
-                keep(report)?;
+                account.report.speeds[place].profile = attempt(profiled);
+                account.keep()?;
             }
             place += 1;
         }

@@ -1,4 +1,4 @@
-//! Squared gradients of single examples by libtorch's operations: what a GPU uses.
+//! Squared gradients of single examples by libtorch's products and kernels of our own: what a GPU uses.
 
 use tch::{Device, Kind, Tensor};
 
