@@ -12,7 +12,7 @@ const LIBTORCH_VERSION: &str = "2.11.0";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    for source in ["shim.cpp", "cuda_graph.cpp", "kernels.cpp", "kernels.cu", "guarded.h"] {
+    for source in ["shim.cpp", "cuda_graph.cpp", "kernels.cpp", "kernels.cu", "rows.cu", "guarded.h"] {
         println!("cargo:rerun-if-changed=src/libtorch/{source}");
     }
     println!("cargo:rerun-if-env-changed=CUDA_HOME");

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use child_tuning::experiment::peak_memory;
-use child_tuning::libtorch::{Profile, linear};
+use child_tuning::libtorch::{Operand, Profile, linear};
 use child_tuning::model::{Classifier, Labels};
 use child_tuning::train::{Hyperparameters, MicroBatch, Order, Precision, Trainer};
 use child_tuning::verify::{Shape, measured_method, random_data};
@@ -169,8 +169,9 @@ impl Limit {
         let (input, weight, gradient) =
             (ones([rows, inner])?, ones([columns, inner])?, ones([rows, columns])?);
         let started = Instant::now();
-        let _forward = linear(&input, &weight, None)?;
-        let _to_input = linear(&gradient, &weight.f_transpose(0, 1)?, None)?;
+        let _forward = linear(&input, Operand::plain(&weight), None)?;
+        let transposed = weight.f_transpose(0, 1)?;
+        let _to_input = linear(&gradient, Operand::plain(&transposed), None)?;
         let to_weight = gradient.f_transpose(0, 1)?.f_mm(&input)?;
         finished(to_weight.f_flatten(0, -1)?.f_narrow(0, 0, 1)?.f_sum(tch::Kind::Float)?)?;
         Ok(started.elapsed().as_secs_f64())

@@ -4,7 +4,7 @@
 use std::sync::atomic::AtomicBool;
 
 use child_tuning::data::EncodedDataset;
-use child_tuning::libtorch::{keep_the_order_of_sums, linear};
+use child_tuning::libtorch::{Operand, keep_the_order_of_sums, linear};
 use child_tuning::method::{MethodSpec, Preset};
 use child_tuning::model::{Classifier, Labels};
 use child_tuning::train::{Control, Hyperparameters, Trainer, prepare};
@@ -52,7 +52,7 @@ fn layer([rows, width, output]: [i64; 3], threads: usize) -> [Tensor; 3] {
         };
         let input = wave([rows, width]).set_requires_grad(true);
         let weight = wave([output, width]).set_requires_grad(true);
-        let product = linear(&input, &weight, None).unwrap();
+        let product = linear(&input, Operand::plain(&weight), None).unwrap();
         product.square().sum(Kind::Float).backward();
         [product.detach(), input.grad(), weight.grad()]
     })

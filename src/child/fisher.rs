@@ -171,7 +171,7 @@ fn add_examples(
     let repeated = if copies > 1 { Some(batch.batch.repeated(copies)?) } else { None };
     let packed = repeated.as_ref().unwrap_or(&batch.batch);
     let squares = SquaredGradients::new(&classifier.parameters, sums, scope, packed, copies);
-    let logits = classifier.logits(&Pass::new(weights, packed, batch.dropout).observed(&squares))?;
+    let logits = classifier.logits(&Pass::new(weights, packed, batch.dropout.clone()).observed(&squares))?;
     // The sum over examples: what arrives at an example's rows is the gradient of its own loss.
     let sum = match estimator {
         Estimator::Expected => expectation(&logits, classifier.labels(), copies)?,
@@ -215,7 +215,7 @@ fn add_batch(
 ) -> Result<()> {
     let weights = classifier.parameters.compute_weights(options.precision.kind())?;
     let hooks = GradientHooks::collect(&classifier.parameters, &weights, |_| true, None)?;
-    let pass = Pass::new(&weights, &batch.batch, batch.dropout);
+    let pass = Pass::new(&weights, &batch.batch, batch.dropout.clone());
     loss(&classifier.logits(&pass)?, &batch.targets, batch.batch.examples())?.f_backward()?;
     hooks.end_step()?;
     let gradients = classifier.parameters.gradients()?;

@@ -9,7 +9,7 @@ use super::bernoulli::BernoulliMask;
 use super::masking::{self, Gradient, StepMask, mask_in_place};
 use super::network::{ChildNetwork, MaskScope};
 use crate::error::Result;
-use crate::libtorch::{self, AccumulationHook, RandomMask, Stretch, elements, elements_mut};
+use crate::libtorch::{self, AccumulationHook, GradientPlace, RandomMask, Stretch, elements, elements_mut};
 use crate::locking::locked;
 use crate::model::{Parameter, Parameters};
 use crate::random::GROUP;
@@ -140,20 +140,16 @@ impl GradientMask {
 /// Nothing needs to be zeroed before a step, and no gradient exists twice for longer than its layer's backward.
 pub struct GradientHooks {
     slots: Vec<Slot>,
+    /// The places that operations may bring gradients to themselves, by parameter.
+    places: Vec<Option<GradientPlace>>,
     _hooks: Vec<AccumulationHook>,
 }
 
 /// What has come of one parameter's gradient in this step.
 struct Slot {
-    place: Tensor,
-    arrived: Arc<Mutex<Arrived>>,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Arrived {
-    any: bool,
+    place: GradientPlace,
     /// Sum of the squares of what the micro-batches so far add up to; on the CPU only.
-    squares: f64,
+    squares: Arc<Mutex<f64>>,
 }
 
 impl GradientHooks {
@@ -168,19 +164,30 @@ impl GradientHooks {
         mask: Option<&Arc<GradientMask>>,
     ) -> Result<Self> {
         let (mut slots, mut hooks) = (Vec::new(), Vec::new());
+        let mut places: Vec<Option<GradientPlace>> = weights.iter().map(|_| None).collect();
         for (id, parameter) in parameters.iter().filter(|(_, parameter)| trains(parameter)) {
-            let mut place = parameters.part(parameters.gradients()?, id)?;
-            let arrived = Arc::new(Mutex::new(Arrived::default()));
-            slots.push(Slot { place: place.shallow_clone(), arrived: arrived.clone() });
-            let (mask, parameter) = (reaching(mask, parameter), parameter.clone());
+            let mask = reaching(mask, parameter);
+            let place = GradientPlace::new(parameters.part(parameters.gradients()?, id)?);
+            if mask.is_none() && parameters.device().is_cuda() {
+                places[id.index()] = Some(place.shallow_clone());
+            }
+            let squares = Arc::new(Mutex::new(0.0));
+            slots.push(Slot { place: place.shallow_clone(), squares: squares.clone() });
+            let parameter = parameter.clone();
             hooks.push(AccumulationHook::register(&weights[id.index()], move |gradient| {
-                let mut arrived = locked(&arrived);
-                arrived.squares = deposit(&mut place, &gradient, mask.as_deref(), &parameter, arrived.any)?;
-                arrived.any = true;
+                let mut squares = locked(&squares);
+                let mut numbers = place.numbers().shallow_clone();
+                *squares = deposit(&mut numbers, &gradient, mask.as_deref(), &parameter, place.claim())?;
                 Ok(())
             })?);
         }
-        Ok(Self { slots, _hooks: hooks })
+        Ok(Self { slots, places, _hooks: hooks })
+    }
+
+    /// Returns where operations may bring gradients without a hook, by parameter: on a GPU, of parameters that no mask of these
+    /// hooks reaches.
+    pub fn places(&self) -> &[Option<GradientPlace>] {
+        &self.places
     }
 
     /// Hands each gradient of a parameter that trains to `update` as soon as it is whole, masked and in float32, `[count]`,
@@ -207,12 +214,15 @@ impl GradientHooks {
                 locked(&update)(&parameter, &masked)
             })?);
         }
-        Ok(Self { slots: Vec::new(), _hooks: hooks })
+        Ok(Self { slots: Vec::new(), places: Vec::new(), _hooks: hooks })
     }
 
     /// Starts a step: the next gradients take the place of what is there.
     pub fn begin_step(&self) {
-        self.slots.iter().for_each(|slot| *locked(&slot.arrived) = Arrived::default());
+        for slot in &self.slots {
+            slot.place.note(false);
+            *locked(&slot.squares) = 0.0;
+        }
     }
 
     /// Ends a step: parameters that the loss did not reach have a gradient of zero.
@@ -220,28 +230,28 @@ impl GradientHooks {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn end_step(&self) -> Result<()> {
-        for slot in self.slots.iter().filter(|slot| !locked(&slot.arrived).any) {
-            let _ = slot.place.shallow_clone().f_zero_()?;
+        for slot in self.slots.iter().filter(|slot| !slot.place.holds()) {
+            let _ = slot.place.numbers().shallow_clone().f_zero_()?;
         }
         Ok(())
     }
 
     /// Returns which parameters the step has collected a gradient of.
     pub fn collected(&self) -> Vec<bool> {
-        self.slots.iter().map(|slot| locked(&slot.arrived).any).collect()
+        self.slots.iter().map(|slot| slot.place.holds()).collect()
     }
 
     /// Notes that the buffer holds the gradients of the parameters that [`GradientHooks::collected`] named, although no hook
     /// has run: what they do on a GPU was started again from a record.
     pub fn note_collected(&self, collected: &[bool]) {
         for (slot, &any) in self.slots.iter().zip(collected) {
-            locked(&slot.arrived).any = any;
+            slot.place.note(any);
         }
     }
 
     /// Returns the norm of all that the step has collected, on the CPU; nothing on a GPU, where the buffer is at hand.
     pub fn norm(&self) -> f64 {
-        self.slots.iter().map(|slot| locked(&slot.arrived).squares).sum::<f64>().sqrt()
+        self.slots.iter().map(|slot| *locked(&slot.squares)).sum::<f64>().sqrt()
     }
 }
 

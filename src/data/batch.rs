@@ -32,6 +32,10 @@ pub struct PackedBatch {
     pub lengths: Vec<usize>,
     /// Number of each example within its optimizer step; what dropout draws depends on it, not on the micro-batch.
     pub slots: Vec<u32>,
+    /// The same on the device, `[examples]`, int64.
+    pub slots_on_device: Tensor,
+    /// That of each token's example, `[tokens]`, int64.
+    pub token_slots: Tensor,
     /// Number of tokens before each example, and of all, `[examples + 1]`, int32; only where flash attention runs.
     cumulative_lengths: Option<Tensor>,
     /// Number of tokens of the longest example, or more.
@@ -54,21 +58,26 @@ impl PackedBatch {
         let mut token_types = Vec::with_capacity(tokens);
         let mut positions = Vec::with_capacity(tokens);
         let mut first_tokens = Vec::with_capacity(examples.len());
-        for example in examples {
+        let mut token_slots = Vec::with_capacity(tokens);
+        for (slot, example) in (first_slot as i64..).zip(examples) {
             first_tokens.push(input_ids.len() as i64);
             input_ids.extend(example.ids.iter().map(|&id| i64::from(id)));
             token_types.extend(example.token_types.iter().map(|&kind| i64::from(kind)));
             positions.extend(0..example.ids.len() as i64);
+            token_slots.extend(std::iter::repeat_n(slot, example.ids.len()));
         }
         let cumulative_lengths = cumulative(&lengths, device)?;
-        let [input_ids, token_types, positions, first_tokens] =
-            upload_together([input_ids, token_types, positions, first_tokens], device)?;
+        let slots = (first_slot as i64..).take(examples.len()).collect();
+        let [input_ids, token_types, positions, first_tokens, slots_on_device, token_slots] =
+            upload_together([input_ids, token_types, positions, first_tokens, slots, token_slots], device)?;
         Ok(Self {
             input_ids,
             token_types,
             positions,
             first_tokens,
             slots: (first_slot as u32..).take(examples.len()).collect(),
+            slots_on_device,
+            token_slots,
             cumulative_lengths,
             longest: longest(&lengths),
             attention_layout: RefCell::default(),
@@ -87,6 +96,11 @@ impl PackedBatch {
             positions: none()?,
             first_tokens: none()?,
             slots: (first_slot as u32..).take(examples).collect(),
+            slots_on_device: upload(
+                &(first_slot as i64..).take(examples).collect::<Vec<_>>(),
+                features.device(),
+            )?,
+            token_slots: none()?,
             cumulative_lengths: None,
             longest: 0,
             attention_layout: RefCell::default(),
@@ -96,7 +110,7 @@ impl PackedBatch {
     }
 
     /// Makes the batch in which each example stands so many times, one copy after the other. All copies have the number of
-    /// their example, so that dropout on the CPU draws the same for them.
+    /// their example, so that dropout of rows draws the same for them.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -112,7 +126,10 @@ impl PackedBatch {
         let device = self.input_ids.device();
         let lengths: Vec<usize> =
             self.lengths.iter().flat_map(|&length| std::iter::repeat_n(length, copies)).collect();
-        let [rows, first_tokens] = upload_together([rows, first_tokens], device)?;
+        let slots: Vec<u32> = self.slots.iter().flat_map(|&slot| std::iter::repeat_n(slot, copies)).collect();
+        let slots_on_device = slots.iter().map(|&slot| i64::from(slot)).collect();
+        let [rows, first_tokens, slots_on_device] =
+            upload_together([rows, first_tokens, slots_on_device], device)?;
         let repeated = |values: &Tensor| values.f_index_select(0, &rows);
         let features = self.features.as_ref();
         Ok(Self {
@@ -120,7 +137,9 @@ impl PackedBatch {
             token_types: repeated(&self.token_types)?,
             positions: repeated(&self.positions)?,
             first_tokens,
-            slots: self.slots.iter().flat_map(|&slot| std::iter::repeat_n(slot, copies)).collect(),
+            slots,
+            slots_on_device,
+            token_slots: repeated(&self.token_slots)?,
             cumulative_lengths: cumulative(&lengths, device)?,
             longest: self.longest,
             attention_layout: RefCell::default(),
@@ -174,7 +193,9 @@ impl PackedBatch {
     /// Fails if the shapes differ.
     pub fn overwrite(&self, other: &Self) -> Result<()> {
         let tensors = |batch: &Self| {
-            [&batch.input_ids, &batch.token_types, &batch.positions, &batch.first_tokens]
+            let PackedBatch { input_ids, token_types, positions, .. } = batch;
+            let PackedBatch { first_tokens, slots_on_device, token_slots, .. } = batch;
+            [input_ids, token_types, positions, first_tokens, slots_on_device, token_slots]
                 .map(Tensor::shallow_clone)
         };
         for (mut own, new) in tensors(self).into_iter().zip(tensors(other)) {

@@ -63,6 +63,8 @@ unsafe extern "C" {
         output: *mut *mut C_tensor,
     ) -> *mut c_char;
 
+    pub(super) fn child_tuning_is_exclusive(tensor: *const C_tensor) -> bool;
+
     pub(super) fn child_tuning_launch(
         device: c_int,
         source: *const c_char,

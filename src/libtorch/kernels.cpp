@@ -164,7 +164,10 @@ thread_local Number threadIdx, blockIdx, blockDim, gridDim;
 
 #define __device__
 #define __global__
+#define __shared__ static thread_local
+#define __launch_bounds__(...)
 #include "kernels.cu"
+#include "rows.cu"
 
 template <typename Arguments>
 void run(void (*kernel)(Arguments), unsigned blocks, unsigned threads, const void *arguments) {
@@ -195,6 +198,10 @@ char *child_tuning_launch(int device, const char *source, const char *name, unsi
       if (wanted == "part_squares") return on_cpu::run(on_cpu::part_squares, blocks, threads, arguments);
       if (wanted == "columns") return on_cpu::run(on_cpu::columns, blocks, threads, arguments);
       if (wanted == "totals") return on_cpu::run(on_cpu::totals, blocks, threads, arguments);
+      if (wanted == "drop") return on_cpu::run(on_cpu::drop, blocks, threads, arguments);
+      if (wanted == "add_and_norm") return on_cpu::run(on_cpu::add_and_norm, blocks, 1, arguments);
+      if (wanted == "add_and_norm_backward") return on_cpu::run(on_cpu::add_and_norm_backward, blocks, 1, arguments);
+      if (wanted == "gelu_backward") return on_cpu::run(on_cpu::gelu_backward, blocks, threads, arguments);
       TORCH_CHECK(false, "there is no kernel ", wanted);
     }
     const at::Device gpu(at::kCUDA, static_cast<c10::DeviceIndex>(device));

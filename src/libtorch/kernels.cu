@@ -78,12 +78,18 @@ struct ColumnsArguments {
   float *sums;
 };
 
+// As many lists of sums as there are totals, side by side in each row.
+const int LISTS = 3;
+
 struct TotalsArguments {
   const float *sums;
   long long rows;
   long long width;
-  // In bfloat16.
-  unsigned short *totals;
+  // Null where nobody asks for them.
+  float *totals[LISTS];
+  // Whether to add to what is there.
+  int adds[LISTS];
+  int lists;
 };
 
 struct PartSumsArguments {
@@ -152,14 +158,9 @@ __device__ inline long long blocks(const Stretch &stretch) {
   return (stretch.count + LANES * NUMBERS - 1) / (LANES * NUMBERS) * LANES;
 }
 
-// Computes the factors of a block, one Philox4x32-10.
-__device__ inline void factors(const Mask &mask, const Stretch &stretch, long long block, float factors[NUMBERS]) {
-  if (!mask.draws) {
-    for (int word = 0; word < NUMBERS; word++) factors[word] = 1.0f;
-    return;
-  }
-  unsigned words[NUMBERS] = {(unsigned)(stretch.first_group * LANES + block), 0, 0, 0};
-  unsigned key[2] = {mask.key[0], mask.key[1]};
+// Computes a block of Philox4x32-10 in place of its counter.
+__device__ inline void philox(unsigned words[NUMBERS], const unsigned first_key[2]) {
+  unsigned key[2] = {first_key[0], first_key[1]};
   for (int round = 0; round < 10; round++) {
     const unsigned long long first = 0xD2511F53ull * words[0];
     const unsigned long long second = 0xCD9E8D57ull * words[2];
@@ -170,6 +171,16 @@ __device__ inline void factors(const Mask &mask, const Stretch &stretch, long lo
     key[0] += 0x9E3779B9u;
     key[1] += 0xBB67AE85u;
   }
+}
+
+// Computes the factors of a block.
+__device__ inline void factors(const Mask &mask, const Stretch &stretch, long long block, float factors[NUMBERS]) {
+  if (!mask.draws) {
+    for (int word = 0; word < NUMBERS; word++) factors[word] = 1.0f;
+    return;
+  }
+  unsigned words[NUMBERS] = {(unsigned)(stretch.first_group * LANES + block), 0, 0, 0};
+  philox(words, mask.key);
   for (int word = 0; word < NUMBERS; word++) factors[word] = words[word] <= mask.limit ? mask.scale : 0.0f;
 }
 
@@ -298,11 +309,15 @@ __global__ void columns(ColumnsArguments arguments) {
 
 // Sums columns of sums.
 __global__ void totals(TotalsArguments arguments) {
-  for (long long column = thread(); column < arguments.width; column += threads()) {
+  const long long columns = arguments.lists * arguments.width;
+  for (long long column = thread(); column < columns; column += threads()) {
+    const long long list = column / arguments.width, at = column % arguments.width;
+    float *totals = arguments.totals[list];
+    if (!totals) continue;
     float total = 0.0f;
 #pragma unroll 32
-    for (long long row = 0; row < arguments.rows; row++) total += arguments.sums[row * arguments.width + column];
-    arguments.totals[column] = rounded(total);
+    for (long long row = 0; row < arguments.rows; row++) total += arguments.sums[row * columns + column];
+    totals[at] = arguments.adds[list] ? totals[at] + total : total;
   }
 }
 

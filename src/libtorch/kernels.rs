@@ -10,11 +10,13 @@ use super::ffi;
 use crate::error::{Error, Result};
 
 /// Compiled by the first kernel that is started on a GPU.
-const SOURCE: &CStr = match CStr::from_bytes_with_nul(concat!(include_str!("kernels.cu"), "\0").as_bytes()) {
+const SOURCE: &CStr = match CStr::from_bytes_with_nul(
+    concat!(include_str!("kernels.cu"), include_str!("rows.cu"), "\0").as_bytes(),
+) {
     Ok(source) => source,
     Err(_) => panic!("the kernels have a zero byte"),
 };
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Rows are summed in parts, by threads of their own: in so many that all of a large GPU's processors have some, and so few that
 /// adding the parts up is no work.
 const PARTS_OF_COLUMNS: [usize; 2] = [64, 128];
@@ -113,12 +115,17 @@ struct ColumnsArguments {
     sums: *mut c_void,
 }
 
+/// Lists of sums that are added up at a time, at most.
+const LISTS: usize = 3;
+
 #[repr(C)]
 struct TotalsArguments {
     sums: *const c_void,
     rows: i64,
     width: i64,
-    totals: *mut c_void,
+    totals: [*mut c_void; LISTS],
+    adds: [c_int; LISTS],
+    lists: c_int,
 }
 
 #[repr(C)]
@@ -251,8 +258,8 @@ pub fn collect(gradient: &Tensor, place: &Tensor, adds: bool) -> Result<()> {
     unsafe { launch(c"collect", gradient.device(), blocks(count), arguments) }
 }
 
-/// Returns whether [`column_sums`] takes rows.
-pub fn sums_columns(rows: &Tensor) -> bool {
+/// Returns whether rows in bfloat16 are stored so that kernels read four numbers of one at a time.
+pub(super) fn has_rows_of_fours(rows: &Tensor) -> bool {
     let of_fours = rows.dim() == 2 && rows.size()[1] % 4 == 0 && rows.size()[0] > 0;
     of_fours
         && rows.kind() == Kind::BFloat16
@@ -260,34 +267,73 @@ pub fn sums_columns(rows: &Tensor) -> bool {
         && is_aligned(rows, 4 * size_of::<u16>())
 }
 
-/// Sums rows in bfloat16, `[rows, width]`, for which [`sums_columns`] holds, in float32, and rounds once: `[width]`.
+/// How many rows a thread adds up that sums four columns of some.
+pub(super) fn rows_of_part(rows: i64, width: i64) -> i64 {
+    let [fewest, most] = PARTS_OF_COLUMNS;
+    let parts = (4 * SUMS_AT_A_TIME / width.max(1) as usize).clamp(fewest, most);
+    (rows as usize).div_ceil(parts) as i64
+}
+
+/// Sums the columns of parts of the rows in bfloat16, `[rows, width]`, for which [`has_rows_of_fours`] holds: `[parts, width]` in
+/// float32, for [`totals`].
 ///
 /// # Errors
 /// As for [`update`].
-pub fn column_sums(rows: &Tensor) -> Result<Tensor> {
-    if !sums_columns(rows) {
+pub(super) fn column_sums(rows: &Tensor) -> Result<Tensor> {
+    if !has_rows_of_fours(rows) {
         return Err(Error::Libtorch("these rows have no column sums".into()));
     }
     let (count, width, device) = (rows.size()[0], rows.size()[1], rows.device());
-    let [fewest, most] = PARTS_OF_COLUMNS;
-    let parts = (4 * SUMS_AT_A_TIME / width.max(1) as usize).clamp(fewest, most);
-    let rows_of_part = (count as usize).div_ceil(parts) as i64;
+    let rows_of_part = rows_of_part(count, width);
     let parts = (count as usize).div_ceil(rows_of_part as usize) as i64;
     let sums = Tensor::f_empty([parts, width], (Kind::Float, device))?;
-    let totals = Tensor::f_empty([width], (Kind::BFloat16, device))?;
-    let columns = ColumnsArguments {
+    let arguments = ColumnsArguments {
         numbers: rows.data_ptr(),
         rows: count,
         width,
         rows_of_part,
         sums: sums.data_ptr(),
     };
-    // SAFETY: as in `update`: `columns` writes all sums, which begin where allocations do, and `totals` reads them.
-    unsafe { launch(c"columns", device, blocks((parts * width) as usize), columns) }?;
-    let arguments = TotalsArguments { sums: sums.data_ptr(), rows: parts, width, totals: totals.data_ptr() };
-    // SAFETY: as above.
-    unsafe { launch(c"totals", device, blocks(4 * width as usize), arguments) }?;
-    Ok(totals)
+    // SAFETY: as in `update`: `columns` writes all sums, which begin where allocations do.
+    unsafe { launch(c"columns", device, blocks((parts * width) as usize), arguments) }?;
+    Ok(sums)
+}
+
+/// Where a list of sums goes, `[width]` in float32.
+pub(super) struct Total {
+    pub numbers: Tensor,
+    /// Whether to add to what is there.
+    pub adds: bool,
+}
+
+/// Adds up rows of sums, of which each holds at most three lists side by side, `[rows, lists · width]` in float32; a list without
+/// a target is left out.
+///
+/// # Errors
+/// As for [`update`].
+pub(super) fn totals(sums: &Tensor, targets: &[Option<Total>]) -> Result<()> {
+    let (rows, lists) = (sums.size()[0], targets.len());
+    let width = sums.size()[1] / lists as i64;
+    let own: Vec<&Tensor> = targets.iter().flatten().map(|total| &total.numbers).collect();
+    if own.is_empty() {
+        return Ok(());
+    }
+    let fit = lists <= LISTS
+        && width * lists as i64 == sums.size()[1]
+        && own.iter().all(|numbers| numbers.numel() == width as usize);
+    let flat = sums.f_view([-1])?;
+    fitting(fit, &own.into_iter().chain([&flat]).collect::<Vec<_>>(), Kind::Float)?;
+    let target = |list: usize| targets.get(list).and_then(Option::as_ref);
+    let arguments = TotalsArguments {
+        sums: sums.data_ptr(),
+        rows,
+        width,
+        totals: std::array::from_fn(|list| target(list).map_or(null_mut(), |total| total.numbers.data_ptr())),
+        adds: std::array::from_fn(|list| target(list).is_some_and(|total| total.adds).into()),
+        lists: lists as c_int,
+    };
+    // SAFETY: as in `update`.
+    unsafe { launch(c"totals", sums.device(), blocks(4 * lists * width as usize), arguments) }
 }
 
 /// Sums rows `[rows, width]`, each number times its factor if there are `factors`, over parts whose ends `ends` names, `[parts]`
@@ -334,7 +380,7 @@ pub fn add_squares_of_parts(numbers: &Tensor, sums: &Tensor) -> Result<()> {
     unsafe { launch(c"part_squares", sums.device(), blocks(4 * count), arguments) }
 }
 
-fn is_aligned(tensor: &Tensor, bytes: usize) -> bool {
+pub(super) fn is_aligned(tensor: &Tensor, bytes: usize) -> bool {
     tensor.data_ptr().addr().is_multiple_of(bytes)
 }
 
@@ -371,7 +417,7 @@ fn fitting(fit: bool, tensors: &[&Tensor], kind: Kind) -> Result<()> {
 }
 
 /// Returns the blocks of threads for so many numbers, four a thread.
-fn blocks(count: usize) -> usize {
+pub(super) fn blocks(count: usize) -> usize {
     count.div_ceil(4 * THREADS).clamp(1, MOST_BLOCKS)
 }
 
@@ -379,7 +425,7 @@ fn blocks(count: usize) -> usize {
 ///
 /// # Safety
 /// `arguments` must be the struct of the kernel, and what it points to live, on the device, and as long as it says.
-unsafe fn launch<T>(name: &CStr, device: Device, blocks: usize, mut arguments: T) -> Result<()> {
+pub(super) unsafe fn launch<T>(name: &CStr, device: Device, blocks: usize, mut arguments: T) -> Result<()> {
     let index = match device {
         Device::Cuda(index) => index as c_int,
         _ => -1,
@@ -408,10 +454,14 @@ mod tests {
         for (rows, width) in [(1, 4), (63, 8), (200, 12), (1000, 64)] {
             let numbers = Tensor::randn([rows, width], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
             let exact = numbers.to_kind(Kind::Double).sum_dim_intlist(0, false, Kind::Double);
-            let difference = (column_sums(&numbers).unwrap().to_kind(Kind::Double) - &exact).abs();
-            // One rounding to eight bits, and those of float32 before.
-            let allowed = exact.abs() * 2f64.powi(-8) + 1e-4;
-            assert!(bool::try_from(difference.le_tensor(&allowed).all()).unwrap(), "{rows} {width}");
+            let sums = column_sums(&numbers).unwrap();
+            let found = Tensor::full([width], 0.5, (Kind::Float, Device::Cpu));
+            for adds in [false, true] {
+                totals(&sums, &[Some(Total { numbers: found.shallow_clone(), adds })]).unwrap();
+                let times = if adds { 2.0 } else { 1.0 };
+                let difference = (found.to_kind(Kind::Double) - &exact * times).abs().max();
+                assert!(f64::try_from(difference).unwrap() < 1e-3, "{rows} {width}");
+            }
         }
         for count in [1, 3, 4, 1001] {
             let gradient = Tensor::randn([count], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);

@@ -3,8 +3,9 @@
 use tch::{Device, Kind, Tensor};
 
 use super::ffi;
-use super::kernels::{column_sums, sums_columns};
-use super::own_backward::with_backward;
+use super::gradient_place::{GradientPlace, Operand, Wanted, gradients_of_sums};
+use super::kernels::{column_sums, has_rows_of_fours};
+use super::own_backward::{is_exclusive, with_backward, with_backward_of_all};
 use crate::error::Result;
 
 /// Computes input · weightᵀ + bias, with gradients of those that ask for one: input `[rows, in]`, weight `[out, in]` in any
@@ -15,41 +16,116 @@ use crate::error::Result;
 ///
 /// # Errors
 /// Fails if shapes or types do not match.
-pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn linear(input: &Tensor, weight: Operand, bias: Option<Operand>) -> Result<Tensor> {
     if let Some(bias) = bias
         && input.device().is_cuda()
-        && weight.kind() == Kind::BFloat16
+        && weight.values.kind() == Kind::BFloat16
     {
-        return linear_of_halves(input, weight, bias);
+        return Ok(products(input, &[[weight, bias]], false)?.swap_remove(0));
     }
+    let (weight, bias) = (weight.values, bias.map(|bias| bias.values));
     match onednn_is_faster() && suits_onednn(input, weight) {
         true => onednn_linear(input, weight, bias),
         false => Ok(input.f_linear(weight, bias)?),
     }
 }
 
-/// Computes [`linear`] in bfloat16 as libtorch does, but for the gradient of the bias, in which its kernel for sums over a few
-/// thousand rows takes several times as long as reading them.
-fn linear_of_halves(input: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    let asked = [input, weight, bias].map(|tensor| tensor.requires_grad());
-    let (values, matrix) = (input.f_detach()?, weight.f_detach()?);
-    let output = values.f_linear(&matrix, Some(bias.f_detach()?))?;
-    with_backward(output, &[input, weight, bias], move |gradient| {
-        let mut gradients = asked.map(|_| Tensor::new());
-        if asked[0] {
-            gradients[0] = gradient.f_mm(&matrix)?;
+/// Computes [`linear`] with the weights and biases of several layers, all in bfloat16 on a GPU, and returns the input once more at
+/// the end, for a residual: so that all that comes back to it is added up within matrix products.
+///
+/// # Errors
+/// Fails if shapes or types do not match.
+pub fn linears(input: &Tensor, layers: &[[Operand; 2]]) -> Result<Vec<Tensor>> {
+    products(input, layers, true)
+}
+
+/// A linear layer's matrix, and what backward has to do for it and its bias.
+struct Layer {
+    matrix: Tensor,
+    to_weight: Wanted,
+    to_bias: Wanted,
+}
+
+/// Computes products in bfloat16 as libtorch does, but for the gradients. In those of biases its kernel for sums over a few thousand
+/// rows takes several times as long as reading them. Gradients that have a place in float32 are not rounded on their way.
+fn products(input: &Tensor, layers: &[[Operand; 2]], has_residual: bool) -> Result<Vec<Tensor>> {
+    let asks_input = input.requires_grad();
+    let values = input.f_detach()?;
+    let (mut outputs, mut inputs, mut own) = (Vec::new(), vec![input], Vec::new());
+    for [weight, bias] in layers {
+        let matrix = weight.values.f_detach()?;
+        outputs.push(values.f_linear(&matrix, Some(bias.values.f_detach()?))?);
+        inputs.extend([weight.values, bias.values]);
+        own.push(Layer { matrix, to_weight: weight.wanted(), to_bias: bias.wanted() });
+    }
+    if has_residual {
+        outputs.push(input.f_data()?);
+    }
+    with_backward_of_all(outputs, &inputs, move |gradients| {
+        let residual = gradients.get(own.len());
+        let mut is_own = residual.is_some_and(is_exclusive);
+        let mut to_input = residual.map_or_else(Tensor::new, Tensor::shallow_clone);
+        let mut to_parameters = Vec::with_capacity(2 * own.len());
+        for (layer, gradient) in own.iter().zip(gradients) {
+            if asks_input {
+                to_input = match (to_input.defined(), is_own) {
+                    (false, _) => gradient.f_mm(&layer.matrix)?,
+                    (true, true) => to_input.f_addmm_(gradient, &layer.matrix)?,
+                    (true, false) => to_input.f_addmm(gradient, &layer.matrix)?,
+                };
+                is_own = true;
+            }
+            to_parameters.push(layer.weight_gradient(gradient, &values)?);
+            to_parameters.push(layer.bias_gradient(gradient)?);
         }
-        if asked[1] {
-            gradients[1] = gradient.f_transpose(0, 1)?.f_mm(&values)?;
-        }
-        if asked[2] {
-            gradients[2] = match sums_columns(gradient) {
-                true => column_sums(gradient)?,
-                false => gradient.f_sum_dim_intlist(0, false, None)?,
-            };
-        }
-        Ok(gradients.into())
+        Ok(std::iter::once(to_input).chain(to_parameters).collect())
     })
+}
+
+impl Layer {
+    fn weight_gradient(&self, gradient: &Tensor, values: &Tensor) -> Result<Tensor> {
+        match &self.to_weight {
+            Wanted { asked: false, .. } => Ok(Tensor::new()),
+            Wanted { place: None, .. } => Ok(gradient.f_transpose(0, 1)?.f_mm(values)?),
+            Wanted { place: Some(place), .. } => {
+                // In the layout in which the weight is stored.
+                let (left, right) = match self.matrix.is_contiguous() {
+                    true => (gradient, values),
+                    false => (values, gradient),
+                };
+                product_in_place(&left.f_transpose(0, 1)?, right, place)?;
+                Ok(Tensor::new())
+            }
+        }
+    }
+
+    fn bias_gradient(&self, gradient: &Tensor) -> Result<Tensor> {
+        if !self.to_bias.asked {
+            return Ok(Tensor::new());
+        }
+        let gradient = gradient.f_contiguous()?;
+        let sums = match has_rows_of_fours(&gradient) {
+            true => column_sums(&gradient)?,
+            false => gradient.f_sum_dim_intlist(0, true, Kind::Float)?,
+        };
+        Ok(gradients_of_sums(&sums, &[&self.to_bias])?.swap_remove(0))
+    }
+}
+
+/// Computes a product of matrices in bfloat16 into the place of a gradient, in float32.
+fn product_in_place(left: &Tensor, right: &Tensor, place: &GradientPlace) -> Result<()> {
+    let target = place.numbers().f_view([left.size()[0], right.size()[1]])?;
+    match (place.claim(), left.device().is_cuda()) {
+        (false, true) => drop(left.f_mm_dtype_out(&target, right, Kind::Float)?),
+        (true, true) => drop(target.shallow_clone().f_add_(&left.f_mm_dtype(right, Kind::Float)?)?),
+        // Where libtorch has no product with another type: only tests come here.
+        (adds, false) => {
+            let product = left.f_to_kind(Kind::Float)?.f_mm(&right.f_to_kind(Kind::Float)?)?;
+            let sum = if adds { product.f_add(&target)? } else { product };
+            target.shallow_clone().f_copy_(&sum)?;
+        }
+    }
+    Ok(())
 }
 
 /// Computes [`linear`] in oneDNN, but for the gradient of the weights.
@@ -151,7 +227,8 @@ mod tests {
                 let expected =
                     results(|input, weight, bias| input.linear(weight, bias), &inputs, asked, false);
                 let product = |input: &Tensor, weight: &Tensor, bias: Option<&Tensor>| {
-                    linear_of_halves(input, weight, bias.unwrap()).unwrap()
+                    let layer = [weight, bias.unwrap()].map(Operand::plain);
+                    products(input, &[layer], false).unwrap().swap_remove(0)
                 };
                 let found = results(product, &inputs, asked, false);
                 assert_eq!(found.len(), expected.len());
@@ -161,6 +238,56 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Three layers, of which one is stored with its inputs first, and a residual: all gradients of two passes, the second of which
+    /// adds to places.
+    #[test]
+    fn layers_over_one_input_bring_their_gradients_to_places_and_add_up_to_that_of_the_input() {
+        tch::manual_seed(1);
+        let random = |shape: &[i64]| Tensor::randn(shape, CPU).to_kind(Kind::BFloat16);
+        let leaf = |shape: &[i64]| random(shape).set_requires_grad(true);
+        let input = leaf(&[70, 24]);
+        let weights = [leaf(&[16, 24]), leaf(&[24, 16]), leaf(&[16, 24])];
+        let biases = [(); 3].map(|()| leaf(&[16]));
+        let viewed = || [weights[0].shallow_clone(), weights[1].transpose(0, 1), weights[2].shallow_clone()];
+        let factors = [16, 16, 16, 24].map(|width| random(&[70, width]));
+        let loss = |outputs: &[Tensor]| -> Tensor {
+            let terms =
+                outputs.iter().zip(&factors).map(|(output, factor)| (output * factor).sum(Kind::Float));
+            terms.sum()
+        };
+        let views = viewed();
+        let plainly = views.iter().zip(&biases).map(|(weight, bias)| input.linear(weight, Some(bias)));
+        loss(&plainly.chain([input.shallow_clone()]).collect::<Vec<_>>()).backward();
+        let leaves = || std::iter::once(&input).chain(&weights).chain(&biases);
+        let expected: Vec<Tensor> = leaves().map(|leaf| leaf.grad().to_kind(Kind::Float)).collect();
+        leaves().for_each(|leaf| leaf.shallow_clone().zero_grad());
+
+        let places: Vec<GradientPlace> = (leaves().skip(1))
+            .map(|leaf| GradientPlace::new(Tensor::full([leaf.numel() as i64], 9.0, CPU)))
+            .collect();
+        for pass in 1..=2 {
+            let views = viewed();
+            let layers: Vec<[Operand; 2]> = (0..3)
+                .map(|layer| {
+                    let operand = |values, place: usize| Operand { values, place: Some(&places[place]) };
+                    [operand(&views[layer], layer), operand(&biases[layer], 3 + layer)]
+                })
+                .collect();
+            loss(&linears(&input, &layers).unwrap()).backward();
+            let found = std::iter::once(input.grad().to_kind(Kind::Float) / f64::from(pass))
+                .chain(places.iter().map(|place| place.numbers() / f64::from(pass)));
+            for (found, expected) in found.zip(&expected) {
+                let largest = f64::try_from(expected.abs().max()).unwrap();
+                assert!(difference(&found.view_as(expected), expected) <= 0.01 * largest, "pass {pass}");
+            }
+        }
+        let untouched = weights.iter().chain(&biases).all(|leaf| {
+            let gradient = leaf.grad();
+            !gradient.defined() || f64::try_from(gradient.to_kind(Kind::Float).abs().max()).unwrap() == 0.0
+        });
+        assert!(untouched, "gradients went to places alone");
     }
 
     #[test]
@@ -206,7 +333,7 @@ mod tests {
         assert!(!tch::no_grad(|| onednn_linear(&input, &of_weight, None).unwrap()).requires_grad());
         for of_other_width in [Tensor::randn([4, 7], CPU), Tensor::randn([4, 9], CPU)] {
             assert!(onednn_linear(&input, &of_other_width, None).is_err());
-            assert!(linear(&input, &of_other_width, None).is_err());
+            assert!(linear(&input, Operand::plain(&of_other_width), None).is_err());
         }
     }
 

@@ -7,6 +7,7 @@ mod attention;
 mod context;
 mod cuda_graph;
 mod ffi;
+mod gradient_place;
 mod hooks;
 mod kernels;
 mod linear;
@@ -16,6 +17,7 @@ mod number;
 mod own_backward;
 mod process;
 mod profile;
+mod rows;
 
 pub use attention::{FlashQueries, PackedLengths, flash_attention, flash_attention_runs};
 pub use context::{
@@ -23,12 +25,13 @@ pub use context::{
     synchronize, use_device, version,
 };
 pub use cuda_graph::{CudaGraph, OwnStream};
+pub use gradient_place::{GradientPlace, Operand};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use kernels::{
     AdamWConstants, RandomMask, Stretch, add_squares_of_parts, collect, collects, mask_in_place,
     sums_of_parts, sums_of_squares, update,
 };
-pub use linear::linear;
+pub use linear::{linear, linears};
 pub use matrix_unit::{MatrixUnit, SIDE, Step, has_matrix_unit, right_place};
 pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use number::Number;
@@ -38,6 +41,10 @@ pub use process::{
     survive_file_size_limits, use_threads, with_a_considerate_environment,
 };
 pub use profile::{Profile, ProfileRow, profile};
+
+pub use rows::{
+    AddAndNorm, DropoutPattern, DropoutRows, add_and_norm, drop_rows, gelu_after_bias, normalises,
+};
 
 use crate::error::Error;
 

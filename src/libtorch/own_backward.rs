@@ -64,6 +64,13 @@ pub fn with_backward_of_all(
     Ok(outputs)
 }
 
+/// Returns whether nobody else has a tensor or its memory, so that a backward function may write its result there; not if it is
+/// undefined.
+pub fn is_exclusive(tensor: &Tensor) -> bool {
+    // SAFETY: the tensor is alive; the shim only looks at it.
+    unsafe { ffi::child_tuning_is_exclusive(tensor.as_ptr()) }
+}
+
 unsafe extern "C" fn call(
     state: *mut c_void,
     gradients: *const *mut C_tensor,

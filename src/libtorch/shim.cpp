@@ -90,7 +90,7 @@ struct OwnBackward : torch::autograd::Node {
     at::NoGradGuard no_grad;
     std::vector<at::Tensor *> own, pointers(results.size(), nullptr);
     for (size_t i = 0; i < gradients.size(); i++)
-      own.push_back(new at::Tensor(gradients[i].defined() ? gradients[i] : input_metadata(i).zeros_like()));
+      own.push_back(new at::Tensor(gradients[i].defined() ? std::move(gradients[i]) : input_metadata(i).zeros_like()));
     char *message = function(state.get(), own.data(), own.size(), pointers.data());
     for (size_t i = 0; i < pointers.size(); i++) {
       std::unique_ptr<at::Tensor> owned(pointers[i]);
@@ -176,6 +176,11 @@ char *child_tuning_own_backward(at::Tensor *const *outputs, size_t output_count,
     node->set_next_edges(torch::autograd::collect_next_edges(list));
     torch::autograd::set_history(tensors(outputs, output_count), node);
   });
+}
+
+// Whether the one handle of a tensor that is alive is that of whoever asks, and its memory no other tensor's.
+bool child_tuning_is_exclusive(const at::Tensor *tensor) {
+  return tensor->defined() && tensor->use_count() == 1 && tensor->has_storage() && tensor->storage().use_count() == 1;
 }
 
 // mkldnn::_linear_pointwise with nothing fused to it: input . weight^T + bias in oneDNN, without a graph; a null bias is none.

@@ -6,12 +6,13 @@ use tch::Tensor;
 
 use crate::data::PackedBatch;
 use crate::error::Result;
+use crate::libtorch::GradientPlace;
 use crate::model::{Classifier, Dropout, Noise, Pass, Shift};
 use crate::random::{Key, Purpose};
 
 /// How the passes of a step run.
-#[derive(Clone, Copy, Debug)]
-pub struct PassSettings {
+#[derive(Clone, Copy)]
+pub struct PassSettings<'a> {
     /// The run's seed.
     pub seed: u64,
     /// The number of the optimizer step, from 0.
@@ -24,6 +25,8 @@ pub struct PassSettings {
     pub hidden_noise: Option<Noise>,
     /// Whether backward computes the layers again.
     pub checkpointing: bool,
+    /// Where gradients are wanted, by parameter, if the weights are the leaves ([`Pass::collecting`]).
+    pub places: &'a [Option<GradientPlace>],
 }
 
 /// The passes over one micro-batch: the first, and those that penalties ask for, each with dropout and noise of its own.
@@ -35,7 +38,7 @@ pub struct Passes<'a> {
     classifier: &'a Classifier,
     weights: &'a [Tensor],
     batch: &'a PackedBatch,
-    settings: PassSettings,
+    settings: PassSettings<'a>,
     begun: Cell<u64>,
     run: RefCell<Vec<Run<'a>>>,
 }
@@ -55,7 +58,7 @@ impl<'a> Passes<'a> {
         weights: &'a [Tensor],
         (batch, targets): (&'a PackedBatch, &'a Tensor),
         examples: usize,
-        settings: PassSettings,
+        settings: PassSettings<'a>,
     ) -> Self {
         let (begun, run) = Default::default();
         Self { targets, examples, classifier, weights, batch, settings, begun, run }
@@ -84,7 +87,7 @@ impl<'a> Passes<'a> {
     /// Fails if libtorch refuses an operation.
     pub fn logits_of_shift(&self, shift: &Tensor) -> Result<Tensor> {
         let weights: Vec<Tensor> = self.weights.iter().map(Tensor::f_detach).collect::<Result<_, _>>()?;
-        let settings = PassSettings { checkpointing: false, ..self.settings };
+        let settings = PassSettings { checkpointing: false, places: &[], ..self.settings };
         let pass = begin(&weights, self.batch, settings, self.number())?;
         self.classifier.logits(&pass.shifted(Shift { by: shift.shallow_clone(), of_constants: true }))
     }
@@ -133,10 +136,10 @@ impl<'a> Passes<'a> {
 fn begin<'a>(
     weights: &'a [Tensor],
     batch: &'a PackedBatch,
-    settings: PassSettings,
+    settings: PassSettings<'a>,
     number: u64,
 ) -> Result<Pass<'a>> {
-    let PassSettings { seed, step, first_slot, .. } = settings;
+    let PassSettings { seed, step, first_slot, places, .. } = settings;
     let key = |first: Purpose, further: Purpose| match number {
         0 => Key::derive(seed, first, step),
         1 => Key::derive(seed, further, step),
@@ -144,7 +147,7 @@ fn begin<'a>(
     };
     let device = batch.input_ids.device();
     let dropout = || Dropout::of_key(key(Purpose::Dropout, Purpose::SecondDropout), first_slot, device);
-    let mut pass = Pass::new(weights, batch, settings.dropout.then(dropout).transpose()?);
+    let mut pass = Pass::new(weights, batch, settings.dropout.then(dropout).transpose()?).collecting(places);
     if let Some(noise) = settings.hidden_noise {
         pass = pass.with_noise(noise, key(Purpose::Noise, Purpose::SecondNoise));
     }

@@ -100,7 +100,9 @@ impl Pass<'_> {
                 FlashQueries::All { .. } => query.shallow_clone(),
             };
             let [query, key, value] = [&query, key, value].map(|rows| rows.f_view([-1, heads, head_size]));
-            let dropout = self.dropout.map_or(0.0, |_| dropout);
+            // Has a place as in rectangles, so that those that come after draw the same.
+            self.next_site();
+            let dropout = self.dropout.as_ref().map_or(0.0, |_| dropout);
             let context = flash_attention([&query?, &key?, &value?], &lengths, queries, dropout, scale)?;
             return Ok(context.f_reshape([-1, heads * head_size])?.f_narrow(0, 0, asked)?);
         }
@@ -198,7 +200,7 @@ impl Pass<'_> {
     ) -> Result<Tensor> {
         let (rows, queries, head_size) = query.size3()?;
         let first = bias.as_ref().map_or(rows, |bias| bias.size()[0]);
-        let dropout = self.dropout.map_or(0.0, |_| dropout);
+        let dropout = self.dropout.as_ref().map_or(0.0, |_| dropout);
         let [query, key, value] =
             [query, key, value].map(|part| part.f_view([first, rows / first, part.size()[1], head_size]));
         let context = Tensor::f_scaled_dot_product_attention(
@@ -273,7 +275,7 @@ mod tests {
             let pattern = Dropout::of_key(Key::derive(1, Purpose::Dropout, 0), 0, Device::Cpu).unwrap();
             // What the first tokens become, and the gradients of query, key and value.
             let results = |query: &Tensor, queries: Rows| {
-                let pass = Pass::new(&[], &batch, (dropout > 0.0).then_some(pattern));
+                let pass = Pass::new(&[], &batch, (dropout > 0.0).then(|| pattern.clone()));
                 let attention = Attention { query, queries, key: &key, value: &value, heads, scale, dropout };
                 let context = match window {
                     Some(window) => pass.attention_within(&attention, window).unwrap(),

@@ -163,8 +163,7 @@ impl DebertaV2 {
             let attend = attend.clone();
             let convolution = self.convolution.as_ref().filter(|_| number == 0);
             pass.layer(&states, move |pass, states| {
-                let asked = pass.states_of(layer.rows, states)?;
-                let projections = layer.projections(pass, &asked, states)?;
+                let (asked, projections) = layer.projections(pass, states)?;
                 let context = attend(pass, number, layer.rows, projections.each_ref())?;
                 let output = layer.after_attention(pass, self.layers.settings(), &asked, &context)?;
                 match convolution {

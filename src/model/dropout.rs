@@ -1,23 +1,35 @@
 //! Dropout whose pattern is a pure function of seed, step, place in the network, example and token.
 //!
 //! So it does not depend on what else is in the batch, on how the batch is cut into micro-batches, on padding, or on the
-//! number of threads: gradient accumulation equals the whole batch also with dropout. This holds on the CPU; on CUDA
-//! libtorch's own dropout is used, seeded by the same key.
+//! number of threads: gradient accumulation equals the whole batch also with dropout. A GPU draws the same for rows; for attention
+//! it has libtorch's own dropout, seeded by the same key.
 
 use half::bf16;
 use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use super::pass::Rows;
 use crate::data::PackedBatch;
 use crate::error::Result;
-use crate::libtorch::{Number, elements, elements_mut, seed_generators, with_backward};
+use crate::libtorch::{
+    DropoutPattern, DropoutRows, Number, drop_rows, elements, elements_mut, seed_generators, upload,
+    with_backward,
+};
 use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
 
 /// The dropout pattern of one optimizer step.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Dropout {
     key: Key,
+    /// The same on a GPU, `[2]`, int32.
+    key_on_device: Option<Tensor>,
+}
+
+impl Clone for Dropout {
+    fn clone(&self) -> Self {
+        Self { key: self.key, key_on_device: self.key_on_device.as_ref().map(Tensor::shallow_clone) }
+    }
 }
 
 impl Dropout {
@@ -35,11 +47,25 @@ impl Dropout {
     /// # Errors
     /// Fails if libtorch does not seed its generator.
     pub fn of_key(key: Key, first_slot: usize, device: Device) -> Result<Self> {
-        if device.is_cuda() {
-            // Masks draw from the same generator, so it is seeded for every pass.
-            seed_generators(key.of_part(first_slot as u64).to_seed())?;
+        if !device.is_cuda() {
+            return Ok(Self { key, key_on_device: None });
         }
-        Ok(Self { key })
+        // For attention.
+        seed_generators(key.of_part(first_slot as u64).to_seed())?;
+        let words = key.0.map(u32::cast_signed);
+        Ok(Self { key, key_on_device: Some(upload(&words, device)?) })
+    }
+
+    /// Writes the key of another step, of the same device, over this one's: what was recorded with this one draws as the other then.
+    ///
+    /// # Errors
+    /// Fails if libtorch refuses.
+    pub fn overwrite(&mut self, other: &Self) -> Result<()> {
+        self.key = other.key;
+        if let (Some(own), Some(other)) = (&mut self.key_on_device, &other.key_on_device) {
+            own.f_copy_(other)?;
+        }
+        Ok(())
     }
 
     /// Starts a segment that may be run again: on CUDA, libtorch's generator is set to what the segment draws both times.
@@ -54,36 +80,62 @@ impl Dropout {
         seed_generators(self.key.of_part(first_slot).of_part(u64::from(site)).to_seed())
     }
 
-    /// Drops elements of packed rows `[tokens, width]`, scaling the others by 1 / (1 − probability).
+    /// Drops elements of rows `[rows, width]`, scaling the others by 1 / (1 − probability). Rows that examples share stand there in
+    /// `copies`, of which each draws the same.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn tokens(&self, rows: &Tensor, probability: f64, site: u32, batch: &PackedBatch) -> Result<Tensor> {
-        self.apply(rows, probability, || token_counters(batch, site))
-    }
-
-    /// Drops elements of one row an example, `[examples, width]`.
-    ///
-    /// # Errors
-    /// Fails if libtorch cannot allocate.
-    pub fn examples(
+    pub fn rows(
         &self,
-        rows: &Tensor,
+        input: &Tensor,
         probability: f64,
         site: u32,
+        (rows, copies): (Rows, i64),
         batch: &PackedBatch,
     ) -> Result<Tensor> {
-        self.apply(rows, probability, || batch.slots.iter().map(|&slot| [0, slot, site]).collect())
+        let own = input.size()[0] / copies;
+        if input.device().is_cuda() {
+            return match self.on_device(probability, site, (rows, own), batch) {
+                Some(pattern) => drop_rows(input, pattern),
+                None => Ok(input.shallow_clone()),
+            };
+        }
+        self.apply(input, probability, || match rows {
+            Rows::Tokens => token_counters(batch, site),
+            Rows::Examples => batch.slots.iter().map(|&slot| [0, slot, site]).collect(),
+            Rows::Shared => {
+                (0..copies).flat_map(|_| (0..own as u32).map(|row| [row, u32::MAX, site])).collect()
+            }
+        })
     }
 
-    /// Drops elements of rows that all examples share, `[copies · rows, width]`: in every copy the same.
-    ///
-    /// # Errors
-    /// Fails if libtorch cannot allocate.
-    pub fn shared(&self, rows: &Tensor, probability: f64, site: u32, copies: i64) -> Result<Tensor> {
-        let own = (rows.size()[0] / copies) as u32;
-        self.apply(rows, probability, || {
-            (0..copies).flat_map(|_| (0..own).map(|row| [row, u32::MAX, site])).collect()
+    /// Returns the pattern of rows on a GPU, of which `own` are those that examples share, if they are such; none for a probability
+    /// of zero.
+    pub(super) fn on_device(
+        &self,
+        probability: f64,
+        site: u32,
+        (rows, own): (Rows, i64),
+        batch: &PackedBatch,
+    ) -> Option<DropoutPattern> {
+        let Pattern { limit, scale, .. } = self.pattern(probability)?;
+        let rows = match rows {
+            Rows::Tokens => DropoutRows::Tokens {
+                positions: batch.positions.shallow_clone(),
+                slots: batch.token_slots.shallow_clone(),
+            },
+            Rows::Examples => DropoutRows::Examples { slots: batch.slots_on_device.shallow_clone() },
+            Rows::Shared => DropoutRows::Shared(own),
+        };
+        Some(DropoutPattern { key: self.key_on_device.as_ref()?.shallow_clone(), limit, scale, site, rows })
+    }
+
+    /// Returns which elements a probability keeps; none if it keeps all.
+    fn pattern(&self, probability: f64) -> Option<Pattern> {
+        (probability > 0.0).then(|| Pattern {
+            key: self.key,
+            limit: Bernoulli::new(1.0 - probability).limit,
+            scale: (1.0 / (1.0 - probability)) as f32,
         })
     }
 
@@ -108,25 +160,14 @@ impl Dropout {
         self.apply(probabilities, probability, || examples.iter().flat_map(of_example).collect())
     }
 
-    /// Drops elements of rows; a GPU has no use for their counters.
     fn apply(
         &self,
         input: &Tensor,
         probability: f64,
         counters: impl FnOnce() -> Vec<[u32; 3]>,
     ) -> Result<Tensor> {
-        if probability == 0.0 {
-            return Ok(input.shallow_clone());
-        }
-        if input.device() != Device::Cpu {
-            return Ok(input.f_dropout(probability, true)?);
-        }
-        let pattern = Pattern {
-            key: self.key,
-            limit: Bernoulli::new(1.0 - probability).limit,
-            scale: (1.0 / (1.0 - probability)) as f32,
-        };
-        let rows = Rows { pattern, counters: counters() };
+        let Some(pattern) = self.pattern(probability) else { return Ok(input.shallow_clone()) };
+        let rows = PatternedRows { pattern, counters: counters() };
         // Backward multiplies by the same numbers, computed again: no pattern is kept.
         let dropped = rows.drop_elements(&input.f_detach()?)?;
         with_backward(dropped, &[input], move |gradient| Ok(vec![rows.drop_elements(gradient)?]))
@@ -150,12 +191,12 @@ struct Pattern {
 }
 
 /// The pattern of the rows of one tensor.
-struct Rows {
+struct PatternedRows {
     pattern: Pattern,
     counters: Vec<[u32; 3]>,
 }
 
-impl Rows {
+impl PatternedRows {
     /// Returns values with the pattern, in float32 or bfloat16 as they are.
     fn drop_elements(&self, values: &Tensor) -> Result<Tensor> {
         let values = values.f_contiguous()?;
@@ -208,12 +249,22 @@ pub(super) mod tests {
         PackedBatch::pack(&examples.iter().collect::<Vec<_>>(), first_slot, Device::Cpu).unwrap()
     }
 
+    fn tokens(
+        dropout: &Dropout,
+        rows: &Tensor,
+        probability: f64,
+        site: u32,
+        batch: &PackedBatch,
+    ) -> Result<Tensor> {
+        dropout.rows(rows, probability, site, (Rows::Tokens, 1), batch)
+    }
+
     #[test]
     fn the_pattern_of_an_example_does_not_depend_on_its_batch() {
         let dropout = Dropout::new(42, Purpose::Dropout, 7, 0, Device::Cpu).unwrap();
         let ones = |tokens: i64| Tensor::ones([tokens, 100], (Kind::Float, Device::Cpu));
-        let whole = dropout.tokens(&ones(9), 0.3, 2, &batch(&[4, 5], 0)).unwrap();
-        let second = dropout.tokens(&ones(5), 0.3, 2, &batch(&[5], 1)).unwrap();
+        let whole = tokens(&dropout, &ones(9), 0.3, 2, &batch(&[4, 5], 0)).unwrap();
+        let second = tokens(&dropout, &ones(5), 0.3, 2, &batch(&[5], 1)).unwrap();
         assert_eq!(whole.narrow(0, 4, 5), second);
 
         let square = |examples: i64, longest: i64| {
@@ -229,24 +280,26 @@ pub(super) mod tests {
         let dropout = Dropout::new(42, Purpose::Dropout, 7, 0, Device::Cpu).unwrap();
         let rows = Tensor::randn([9, 100], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
         let batch = batch(&[4, 5], 0);
-        let half = dropout.tokens(&rows, 0.3, 2, &batch).unwrap();
-        let float = dropout.tokens(&rows.to_kind(Kind::Float), 0.3, 2, &batch).unwrap();
+        let half = tokens(&dropout, &rows, 0.3, 2, &batch).unwrap();
+        let float = tokens(&dropout, &rows.to_kind(Kind::Float), 0.3, 2, &batch).unwrap();
         assert_eq!(half.kind(), Kind::BFloat16);
         assert_eq!(half, float.to_kind(Kind::BFloat16));
         let nan = Tensor::full([1, 1], f64::from(f32::from_bits(0x7F80_0001)), (Kind::BFloat16, Device::Cpu));
-        assert!(f64::try_from(dropout.examples(&nan, 0.3, 2, &batch).unwrap()).unwrap().is_nan());
+        assert!(
+            f64::try_from(dropout.rows(&nan, 0.3, 2, (Rows::Examples, 1), &batch).unwrap()).unwrap().is_nan()
+        );
     }
 
     #[test]
     fn the_share_of_dropped_elements_is_the_probability_and_the_mean_is_kept() {
         let dropout = Dropout::new(1, Purpose::Dropout, 0, 0, Device::Cpu).unwrap();
         let rows = Tensor::ones([1000, 300], (Kind::Float, Device::Cpu));
-        let dropped = dropout.tokens(&rows, 0.1, 0, &batch(&[1000], 0)).unwrap();
+        let dropped = tokens(&dropout, &rows, 0.1, 0, &batch(&[1000], 0)).unwrap();
         let zeros = f64::try_from(dropped.eq(0.0).to_kind(Kind::Double).mean(Kind::Double)).unwrap();
         // Five standard errors of a share over 300,000 draws.
         assert!((zeros - 0.1).abs() < 5.0 * (0.09f64 / 3e5).sqrt(), "{zeros}");
         assert_eq!(dropped.max(), Tensor::from((1.0f64 / 0.9) as f32));
-        let other_site = dropout.tokens(&rows, 0.1, 1, &batch(&[1000], 0)).unwrap();
+        let other_site = tokens(&dropout, &rows, 0.1, 1, &batch(&[1000], 0)).unwrap();
         assert_ne!(dropped, other_site);
     }
 }

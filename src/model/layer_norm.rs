@@ -4,11 +4,12 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use super::layers::Linear;
 use super::parameter::{ParameterKind, ParameterPlace};
 use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use crate::error::Result;
-use crate::libtorch::{elements, elements_mut, with_backward};
+use crate::libtorch::{AddAndNorm, add_and_norm, elements, elements_mut, normalises, with_backward};
 
 /// Rows whose gradients of scale and shift are added up first. Work is cut at fixed places, so that no bit depends on the
 /// number of threads: libtorch has a sum for each thread.
@@ -80,6 +81,37 @@ impl LayerNorm {
         };
         pass.observe(|observer| observer.layer_norm(self, &input, &output))?;
         Ok(output)
+    }
+
+    /// Normalises the sum of a residual, `[rows, width]`, and what dropout leaves of what a linear layer makes of an input.
+    ///
+    /// # Errors
+    /// Fails if shapes do not match.
+    pub fn of_sum(
+        &self,
+        pass: &Pass,
+        (layer, input): (&Linear, &Tensor),
+        probability: f64,
+        residual: &Tensor,
+    ) -> Result<Tensor> {
+        let (true, Some(shift), Some(bias)) =
+            (normalises(self.width) && layer.joins(pass), self.bias, layer.bias)
+        else {
+            let output = layer.forward(pass, input)?;
+            let sum = pass.dropout(&output, probability, self.rows)?.f_add(residual)?;
+            return self.forward(pass, &sum);
+        };
+        let scale = pass.operand(self.weight);
+        let output = layer.without_bias_gradient(pass, input)?;
+        add_and_norm(AddAndNorm {
+            dropout: pass.dropout_pattern(probability, self.rows, output.size()[0]),
+            input: &output,
+            bias: pass.operand(bias),
+            residual: &residual.f_to_kind(scale.values.kind())?,
+            scale,
+            shift: pass.operand(shift),
+            epsilon: self.epsilon,
+        })
     }
 
     /// libtorch's forward with a backward of our own.

@@ -6,7 +6,7 @@ use super::parameter::{ParameterKind, ParameterPlace};
 use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use crate::error::{Error, Result};
-use crate::libtorch::linear;
+use crate::libtorch::{Operand, gelu_after_bias, linear, linears};
 
 /// y = x Wᵀ + b, or y = x Wᵀ.
 #[derive(Clone, Copy, Debug)]
@@ -80,10 +80,10 @@ impl Linear {
     /// # Errors
     /// Fails if shapes do not match.
     pub fn forward_rows(&self, pass: &Pass, input: &Tensor, rows: Rows) -> Result<Tensor> {
-        let weight = pass.weight(self.weight).f_flatten(1, -1)?;
-        let weight = if self.input_first { weight.f_transpose(0, 1)? } else { weight };
+        let weight = self.matrix(pass)?;
         let input = input.f_to_kind(weight.kind())?;
-        let mut output = linear(&input, &weight, self.bias.map(|bias| pass.weight(bias)))?;
+        let bias = self.bias.map(|bias| pass.operand(bias));
+        let mut output = linear(&input, self.weight_operand(pass, &weight), bias)?;
         if pass.is_observed() && !output.requires_grad() {
             // No parameter that trains is part of it so far, and the observer hooks its gradient.
             output = output.f_set_requires_grad(true)?;
@@ -91,6 +91,82 @@ impl Linear {
         pass.observe(|observer| observer.linear(&Self { rows, ..*self }, &input, &output))?;
         Ok(output)
     }
+
+    /// Applies the layer, which has operations in common with those beside it ([`Linear::joins`]), and leaves the gradient of its
+    /// bias to the one that comes next.
+    ///
+    /// # Errors
+    /// Fails if shapes do not match.
+    pub(super) fn without_bias_gradient(&self, pass: &Pass, input: &Tensor) -> Result<Tensor> {
+        let weight = self.matrix(pass)?;
+        let bias = self.bias.map(|bias| pass.weight(bias).f_detach()).transpose()?;
+        let input = input.f_to_kind(weight.kind())?;
+        linear(&input, self.weight_operand(pass, &weight), bias.as_ref().map(Operand::plain))
+    }
+
+    /// Applies the layer to `[rows, in]`, and an activation to what comes out; returns that, and the rows for a residual.
+    ///
+    /// # Errors
+    /// Fails if shapes do not match.
+    pub fn activated(&self, pass: &Pass, input: &Tensor, activation: Activation) -> Result<[Tensor; 2]> {
+        match (self.bias, activation) {
+            (Some(bias), Activation::Gelu) if self.joins(pass) => {
+                let weight = self.matrix(pass)?;
+                let held = pass.weight(bias).f_detach()?;
+                let layer = [self.weight_operand(pass, &weight), Operand::plain(&held)];
+                let [output, residual] = pieces(linears(&input.f_to_kind(weight.kind())?, &[layer])?)?;
+                Ok([gelu_after_bias(&output, pass.operand(bias))?, residual])
+            }
+            _ => {
+                let ([output], residual) = branches(pass, [self], input)?;
+                Ok([activation.forward(&output)?, residual])
+            }
+        }
+    }
+
+    /// Returns whether the layer and what stands beside it run as operations that have kernels in common: on a GPU in bfloat16,
+    /// unless somebody wants to see the layers.
+    pub(super) fn joins(&self, pass: &Pass) -> bool {
+        let weight = pass.weight(self.weight);
+        let half = weight.device().is_cuda() && weight.kind() == Kind::BFloat16;
+        half && self.bias.is_some() && !pass.is_observed()
+    }
+
+    /// Returns the weight as a matrix, `[out, in]`.
+    fn matrix(&self, pass: &Pass) -> Result<Tensor> {
+        let weight = pass.weight(self.weight).f_flatten(1, -1)?;
+        Ok(if self.input_first { weight.f_transpose(0, 1)? } else { weight })
+    }
+
+    fn weight_operand<'b>(&self, pass: &'b Pass, matrix: &'b Tensor) -> Operand<'b> {
+        Operand { values: matrix, ..pass.operand(self.weight) }
+    }
+}
+
+/// Applies layers to the same `[rows, in]`; returns what comes out of each, and the rows for a residual.
+///
+/// # Errors
+/// Fails if shapes do not match.
+pub fn branches<const N: usize>(
+    pass: &Pass,
+    layers: [&Linear; N],
+    input: &Tensor,
+) -> Result<([Tensor; N], Tensor)> {
+    if !layers.iter().all(|layer| layer.joins(pass)) {
+        let outputs = layers.iter().map(|layer| layer.forward(pass, input)).collect::<Result<Vec<_>>>()?;
+        return Ok((pieces(outputs)?, input.shallow_clone()));
+    }
+    let matrices = layers.iter().map(|layer| layer.matrix(pass)).collect::<Result<Vec<_>>>()?;
+    let operands: Vec<[Operand; 2]> = (layers.iter().zip(&matrices))
+        .filter_map(|(layer, matrix)| Some([layer.weight_operand(pass, matrix), pass.operand(layer.bias?)]))
+        .collect();
+    let mut outputs = linears(&input.f_to_kind(matrices[0].kind())?, &operands)?;
+    let residual = outputs.pop().ok_or_else(|| Error::Libtorch("a residual is missing".into()))?;
+    Ok((pieces(outputs)?, residual))
+}
+
+fn pieces<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
+    tensors.try_into().map_err(|_| Error::Libtorch("an operation returned another number of tensors".into()))
 }
 
 /// A table of embeddings.

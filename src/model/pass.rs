@@ -13,6 +13,7 @@ use super::noise::Noise;
 use super::params::ParameterId;
 use crate::data::PackedBatch;
 use crate::error::Result;
+use crate::libtorch::{DropoutPattern, GradientPlace, Operand};
 use crate::random::Key;
 
 /// The place of noise that enters the first layer; those before are for noise on embeddings.
@@ -77,6 +78,8 @@ pub trait LayerObserver {
 /// One forward pass over a batch: the weights it uses and what happens along the way.
 pub struct Pass<'a> {
     weights: &'a [Tensor],
+    /// Where the gradients of weights are wanted, by parameter; none if it is empty.
+    places: &'a [Option<GradientPlace>],
     /// The batch that runs through the model.
     pub batch: &'a PackedBatch,
     pub(super) dropout: Option<Dropout>,
@@ -96,7 +99,12 @@ impl<'a> Pass<'a> {
     pub fn new(weights: &'a [Tensor], batch: &'a PackedBatch, dropout: Option<Dropout>) -> Self {
         let (noise, shift, observer, segments) = Default::default();
         let (sites, layers) = Default::default();
-        Self { weights, batch, dropout, noise, shift, observer, sites, layers, segments }
+        Self { weights, places: &[], batch, dropout, noise, shift, observer, sites, layers, segments }
+    }
+
+    /// Lets backward bring gradients to their places, of which there is one for each parameter, or none; the weights are the leaves.
+    pub fn collecting(self, places: &'a [Option<GradientPlace>]) -> Self {
+        Self { places, ..self }
     }
 
     /// Keeps of each segment of the network its input only; [`Pass::backward`] computes the rest again.
@@ -123,6 +131,12 @@ impl<'a> Pass<'a> {
     /// Returns a parameter's value in the type that this pass computes in.
     pub fn weight(&self, id: ParameterId) -> &Tensor {
         &self.weights[id.index()]
+    }
+
+    /// Returns a parameter as an operation takes it that may bring its gradient to its place.
+    pub(super) fn operand(&self, id: ParameterId) -> Operand<'_> {
+        let place = self.places.get(id.index()).and_then(Option::as_ref);
+        Operand { values: self.weight(id), place }
     }
 
     /// Looks up the embeddings of the batch's tokens in the table of words: `[tokens, width]`.
@@ -168,16 +182,20 @@ impl<'a> Pass<'a> {
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn dropout(&self, input: &Tensor, probability: f64, rows: Rows) -> Result<Tensor> {
-        match (&self.dropout, rows) {
-            (None, _) => Ok(input.shallow_clone()),
-            (Some(dropout), Rows::Tokens) => dropout.tokens(input, probability, self.next_site(), self.batch),
-            (Some(dropout), Rows::Examples) => {
-                dropout.examples(input, probability, self.next_site(), self.batch)
-            }
-            (Some(dropout), Rows::Shared) => {
-                dropout.shared(input, probability, self.next_site(), self.shared_copies())
+        match &self.dropout {
+            None => Ok(input.shallow_clone()),
+            Some(dropout) => {
+                dropout.rows(input, probability, self.next_site(), (rows, self.shared_copies()), self.batch)
             }
         }
+    }
+
+    /// Returns the pattern of the next dropout of rows on a GPU, so many with those that examples share, for an operation that
+    /// drops elements itself; none if the pass does not train.
+    pub(super) fn dropout_pattern(&self, probability: f64, rows: Rows, count: i64) -> Option<DropoutPattern> {
+        let dropout = self.dropout.as_ref()?;
+        let site = self.next_site();
+        dropout.on_device(probability, site, (rows, count / self.shared_copies()), self.batch)
     }
 
     /// Returns how often [`Rows::Shared`] stand in an activation of this pass: once, or once an example if an observer

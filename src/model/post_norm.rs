@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::classifier::Sizes;
 use super::config::ModelConfig;
 use super::layer_norm::LayerNorm;
-use super::layers::{Activation, Embedding, Linear};
+use super::layers::{Activation, Embedding, Linear, branches};
 use super::parameter::ParameterPlace;
 use super::params::ParameterTable;
 use super::pass::{Pass, Rows};
@@ -220,24 +220,25 @@ impl Layer {
 
     /// Runs the layer: `[tokens, hidden]` to `[rows, hidden]`.
     fn forward(&self, pass: &Pass, settings: &LayerSettings, states: &Tensor) -> Result<Tensor> {
-        let asked = pass.states_of(self.rows, states)?;
-        let [query, key, value] = self.projections(pass, &asked, states)?;
+        let (asked, [query, key, value]) = self.projections(pass, states)?;
         let heads = settings.sizes.heads;
         let context = pass.attention([&query, &key, &value], self.rows, heads, settings.attention_dropout)?;
         self.after_attention(pass, settings, &asked, &context)
     }
 
-    /// Computes the queries of what the layer is asked for, `[rows, hidden]`, and keys and values of all states,
+    /// Returns the states of what the layer is asked for, `[rows, hidden]`; their queries, and keys and values of all states,
     /// `[tokens, hidden]`.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
-    pub fn projections(&self, pass: &Pass, asked: &Tensor, states: &Tensor) -> Result<[Tensor; 3]> {
-        Ok([
-            self.query.forward(pass, asked)?,
-            self.key.forward(pass, states)?,
-            self.value.forward(pass, states)?,
-        ])
+    pub fn projections(&self, pass: &Pass, states: &Tensor) -> Result<(Tensor, [Tensor; 3])> {
+        if self.rows == Rows::Tokens {
+            let (projections, states) = branches(pass, [&self.query, &self.key, &self.value], states)?;
+            return Ok((states, projections));
+        }
+        let ([query], asked) = branches(pass, [&self.query], &pass.states_of(self.rows, states)?)?;
+        let ([key, value], _) = branches(pass, [&self.key, &self.value], states)?;
+        Ok((asked, [query, key, value]))
     }
 
     /// Runs what follows attention, given what it returned for the states: all are `[rows, hidden]`.
@@ -251,14 +252,10 @@ impl Layer {
         states: &Tensor,
         context: &Tensor,
     ) -> Result<Tensor> {
-        let attended = self.attention_output.forward(pass, context)?;
-        let attended =
-            pass.dropout(&attended, settings.attention_output_dropout, self.rows)?.f_add(states)?;
-        let states = self.attention_norm.forward(pass, &attended)?;
-
-        let expanded = settings.activation.forward(&self.intermediate.forward(pass, &states)?)?;
-        let output = self.output.forward(pass, &expanded)?;
-        let output = pass.dropout(&output, settings.hidden_dropout, self.rows)?.f_add(&states)?;
-        self.output_norm.forward(pass, &output)
+        let LayerSettings { activation, attention_output_dropout, hidden_dropout, .. } = *settings;
+        let attended = (&self.attention_output, context);
+        let states = self.attention_norm.of_sum(pass, attended, attention_output_dropout, states)?;
+        let [expanded, states] = self.intermediate.activated(pass, &states, activation)?;
+        self.output_norm.of_sum(pass, (&self.output, &expanded), hidden_dropout, &states)
     }
 }

@@ -88,10 +88,8 @@ impl MemoryUse {
         let size = if half { 2.0 } else { FLOAT };
         let flash = device.is_cuda() && half && shape.reads_packed_tokens;
         // Of a layer: its input, the context that its projection reads, an input and an output of the normalisation
-        // between, the input of the one at the end, and the feed-forward layer before and after its activation. Libtorch's
-        // dropout on a GPU keeps its pattern, a byte for each number.
-        let dropouts = if device.is_cuda() { 2.0 * hidden } else { 0.0 };
-        let token = size * (hidden * 5.0 + 2.0 * intermediate) + dropouts;
+        // between, the input of the one at the end, and the feed-forward layer before and after its activation.
+        let token = size * (hidden * 5.0 + 2.0 * intermediate);
         // Query, key and value, laid out in rectangles unless attention reads packed tokens.
         let (token, position) = match flash {
             true => (token + size * 3.0 * hidden, 0.0),

@@ -2,8 +2,8 @@
 //!
 //! Batches are filled up to one of a few shapes. A shape is recorded when it has come some times: the first passes let
 //! libtorch choose its kernels and allocate what it keeps. The weights, whose memory never moves, the gradient buffer, the
-//! batch and the loss are the same tensors each time; the generator is seeded before each start, so that a replay draws what
-//! the passes would draw. Masks, norm and optimizer step stay outside.
+//! batch, the key of dropout and the loss are the same tensors each time; the generator is seeded before each start, so that a
+//! replay draws what the passes would draw. Masks, norm and optimizer step stay outside.
 
 use std::collections::HashMap;
 
@@ -35,6 +35,7 @@ struct Recorded {
     graph: CudaGraph,
     batch: PackedBatch,
     targets: Tensor,
+    dropout: Dropout,
     loss: Tensor,
     collected: Vec<bool>,
 }
@@ -95,10 +96,11 @@ impl StepGraphs {
         if let Some(recorded) = self.recorded.get_mut(&shape) {
             recorded.batch.overwrite(&batch)?;
             recorded.targets.f_copy_(&targets)?;
+            recorded.dropout.overwrite(&dropout)?;
             return recorded.replay(hooks);
         }
         let passes = || -> Result<Tensor> {
-            let pass = Pass::new(weights, &batch, Some(dropout));
+            let pass = Pass::new(weights, &batch, Some(dropout.clone())).collecting(hooks.places());
             let loss = loss(&classifier.logits(&pass)?, &targets, examples.len())?;
             pass.backward(&loss)?;
             Ok(loss.f_detach()?)
@@ -112,7 +114,7 @@ impl StepGraphs {
         release_cached_memory(classifier.parameters.device())?;
         let sharing = self.recorded.values().next().map(|recorded| &recorded.graph);
         let (graph, loss) = CudaGraph::record(sharing, passes)?;
-        let recorded = Recorded { graph, batch, targets, loss, collected: hooks.collected() };
+        let recorded = Recorded { graph, batch, targets, dropout, loss, collected: hooks.collected() };
         // Recording has computed nothing yet.
         let mean_loss = recorded.replay(hooks)?;
         self.recorded.insert(shape, recorded);

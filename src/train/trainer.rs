@@ -312,6 +312,7 @@ impl<'a> Trainer<'a> {
             dropout: parts.dropout,
             hidden_noise: parts.hidden_noise,
             checkpointing: self.hyperparameters.gradient_checkpointing,
+            places: if parts.weights.is_empty() { self.hooks.places() } else { &[] },
         };
         let passes = Passes::new(self.classifier, &weights.used, (&batch, &targets), examples, settings);
         let logits = passes.logits()?;

@@ -69,23 +69,35 @@ struct Passed {
     gradient: Tensor,
 }
 
-/// Runs examples forward and backward without dropout.
-fn pass(
-    model: &Classifier,
-    data: &EncodedDataset,
-    numbers: &[usize],
+/// How a pass runs.
+#[derive(Clone, Copy)]
+struct Way<'a> {
     precision: Precision,
-    flash: bool,
-    mask: Option<&Arc<GradientMask>>,
-) -> Result<Passed> {
-    let _products = precision.matrix_products()?;
-    let (mut batch, targets) = data.batch(numbers, 0, model.parameters.device())?;
-    if !flash {
+    /// Whether attention reads packed tokens where it can.
+    is_packed: bool,
+    mask: Option<&'a Arc<GradientMask>>,
+    drops: bool,
+}
+
+impl Way<'_> {
+    /// The plain one in a precision.
+    fn of(precision: Precision) -> Self {
+        Self { precision, is_packed: true, mask: None, drops: false }
+    }
+}
+
+/// Runs examples forward and backward.
+fn pass(model: &Classifier, data: &EncodedDataset, numbers: &[usize], way: Way) -> Result<Passed> {
+    let _products = way.precision.matrix_products()?;
+    let device = model.parameters.device();
+    let (mut batch, targets) = data.batch(numbers, 0, device)?;
+    if !way.is_packed {
         batch = batch.without_flash();
     }
-    let weights = model.parameters.compute_weights(precision.kind())?;
-    let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, mask)?;
-    let logits = model.logits(&Pass::new(&weights, &batch, None))?;
+    let weights = model.parameters.compute_weights(way.precision.kind())?;
+    let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, way.mask)?;
+    let dropout = way.drops.then(|| Dropout::new(SEED, Purpose::Dropout, 0, 0, device)).transpose()?;
+    let logits = model.logits(&Pass::new(&weights, &batch, dropout).collecting(hooks.places()))?;
     let mean = loss(&logits, &targets, numbers.len())?;
     mean.f_backward()?;
     hooks.end_step()?;
@@ -103,7 +115,7 @@ pub(super) fn gradient(
     numbers: &[usize],
     mask: Option<&Arc<GradientMask>>,
 ) -> Result<Tensor> {
-    Ok(pass(model, data, numbers, Precision::Float32, true, mask)?.gradient)
+    Ok(pass(model, data, numbers, Way { mask, ..Way::of(Precision::Float32) })?.gradient)
 }
 
 /// The settings of all trainings here: without clipping, and with an epsilon that keeps gradients which are zero but for
@@ -195,6 +207,7 @@ pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Resul
         check_predictions(checks, &pair, &name)?;
     }
     check_long_examples(checks, shape, device)?;
+    check_dropout(checks, shape, device)?;
     for checkpointed in [false, true] {
         let way = if checkpointed { "checkpointed" } else { "plain" };
         let name =
@@ -214,6 +227,28 @@ fn check_long_examples(checks: &mut Checks, shape: &Shape, device: Device) -> Re
     check_passes(checks, &mut pair, &numbers, |about| format!("{}: {about}, long examples", shape.name))
 }
 
+/// Passes with dropout of rows, whose patterns are the same on every device.
+fn check_dropout(checks: &mut Checks, shape: &Shape, device: Device) -> Result<()> {
+    let config = shape.config_with_dropouts([0.3, 0.0], SPREAD);
+    let pair = Pair::of(&config, shape.vocabulary, classes(), device)?;
+    let numbers: Vec<usize> = (0..3 * BATCH).collect();
+    let way = |precision| Way { drops: true, ..Way::of(precision) };
+    let expected = pass(&pair.reference, &pair.data, &numbers, way(Precision::Float32))?;
+    for (word, precision, allowed) in
+        [("float32", Precision::Float32, [1e-4, 1e-4]), ("bf16", Precision::Bf16, [5e-2, 1e-1])]
+    {
+        let found = pass(&pair.subject, &pair.data, &numbers, way(precision));
+        let found = || found.as_ref().map_err(|error| Error::Libtorch(error.to_string()));
+        let name = |about: &str| format!("{}: {about} in {word}, with dropout of rows", shape.name);
+        checks
+            .at_most("passes", name("logits"), allowed[0], || difference(&found()?.logits, &expected.logits));
+        checks.at_most("passes", name("gradient"), allowed[1], || {
+            difference(&found()?.gradient, &expected.gradient)
+        });
+    }
+    Ok(())
+}
+
 /// Returns how far the slope of the loss along its gradient is from the norm of that gradient, relative to it, with dropout.
 /// A backward that dropped other elements than the forward pass would give the gradient of another function. `draws` number the
 /// dropout of the gradient's pass and of those that measure the slope.
@@ -227,7 +262,7 @@ fn slope_difference(shape: &Shape, checkpointed: bool, draws: [u64; 2], device: 
         let weights = model.parameters.compute_weights(Kind::Float)?;
         let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, None)?;
         let dropout = Dropout::of_key(Key::derive(SEED, Purpose::Dropout, draw), 0, device)?;
-        let pass = Pass::new(&weights, &batch, Some(dropout));
+        let pass = Pass::new(&weights, &batch, Some(dropout)).collecting(hooks.places());
         let pass = if checkpointed { pass.checkpointed() } else { pass };
         let mean = loss(&model.logits(&pass)?, &targets, numbers.len())?;
         pass.backward(&mean)?;
@@ -278,7 +313,7 @@ pub(super) fn check_passes(
     name: impl Fn(&str) -> String,
 ) -> Result<()> {
     let Pair { reference, subject, data } = pair;
-    let expected = pass(reference, data, numbers, Precision::Float32, true, None)?;
+    let expected = pass(reference, data, numbers, Way::of(Precision::Float32))?;
     // Of the logits, the loss, and the gradient. Where TF32 is exactly float32, it must be.
     let tf32 = if subject.parameters.device().is_cuda() { [5e-3, 5e-3, 2e-2] } else { [0.0; 3] };
     let precisions = [
@@ -287,7 +322,7 @@ pub(super) fn check_passes(
         ("bf16", Precision::Bf16, [5e-2, 2e-2, 1e-1]),
     ];
     for (word, precision, allowed) in precisions {
-        let found = pass(subject, data, numbers, precision, true, None);
+        let found = pass(subject, data, numbers, Way::of(precision));
         let found = || found.as_ref().map_err(|error| Error::Libtorch(error.to_string()));
         checks.at_most("passes", name(&format!("logits in {word}")), allowed[0], || {
             difference(&found()?.logits, &expected.logits)
@@ -310,8 +345,9 @@ pub(super) fn check_passes(
         return Ok(());
     }
     checks.at_most("attention", flash, 5e-2, || {
-        let packed = pass(subject, data, numbers, Precision::Bf16, true, None)?;
-        let padded = pass(subject, data, numbers, Precision::Bf16, false, None)?;
+        let way = Way::of(Precision::Bf16);
+        let packed = pass(subject, data, numbers, way)?;
+        let padded = pass(subject, data, numbers, Way { is_packed: false, ..way })?;
         difference(&packed.gradient, &padded.gradient)
     });
     Ok(())

@@ -44,6 +44,11 @@ impl Shape {
     /// Returns the config of the shape. A spread of the weights above BERT's 0.02 makes attention differ between tokens
     /// before any training.
     pub fn config(&self, dropout: f64, spread: f64) -> ModelConfig {
+        self.config_with_dropouts([dropout; 2], spread)
+    }
+
+    /// Returns the same with a dropout of rows, and one of attention.
+    pub fn config_with_dropouts(&self, [rows, attention]: [f64; 2], spread: f64) -> ModelConfig {
         let config = json!({
             "model_type": "bert",
             "vocab_size": self.vocabulary,
@@ -53,8 +58,8 @@ impl Shape {
             "intermediate_size": self.hidden * 4,
             "max_position_embeddings": 512,
             "type_vocab_size": 2,
-            "hidden_dropout_prob": dropout,
-            "attention_probs_dropout_prob": dropout,
+            "hidden_dropout_prob": rows,
+            "attention_probs_dropout_prob": attention,
             "initializer_range": spread,
         });
         ModelConfig::from_values(config.as_object().cloned().unwrap_or_default())

@@ -1,0 +1,300 @@
+// Kernels over rows of activations, compiled behind kernels.cu. Those that add along a row give it to a warp, whose threads have
+// some of its numbers each; on the CPU a warp is one thread, and so is a block.
+
+#ifdef __CUDACC_RTC__
+const unsigned WARP = 32;
+
+__device__ inline float sum_of_warp(float value) {
+  for (unsigned distance = WARP / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  return value;
+}
+
+__device__ inline void wait_for_block() { __syncthreads(); }
+#else
+const unsigned WARP = 1;
+
+inline float sum_of_warp(float value) { return value; }
+
+inline void wait_for_block() {}
+#endif
+
+// The widest row that a warp takes, of whole groups, and how many blocks of four of its numbers a thread has at most.
+const int WIDEST = 1024;
+const int OWN = WIDEST / NUMBERS / WARP;
+
+// The pattern of dropout.rs: where the random number of an element is at most `limit`, its factor is `scale`, elsewhere zero.
+// What is drawn for a row is a function of its token's position, its example's slot and the place in the network.
+struct Pattern {
+  // On the device, so that what is recorded can be started again with another. There is no pattern if there is none.
+  const unsigned *key;
+  unsigned limit;
+  float scale;
+  unsigned site;
+  // Of each row, or null: rows that examples share have no slot, and stand there in copies of so many; others without a position
+  // are each of an example.
+  const long long *positions;
+  const long long *slots;
+  long long shared;
+};
+
+struct DropArguments {
+  Pattern pattern;
+  // In float32, or in bfloat16.
+  const void *numbers;
+  void *dropped;
+  int halves;
+  long long rows;
+  long long width;
+};
+
+// From here on all rows are in bfloat16, and all but their widths' vectors, one behind the other.
+
+struct NormArguments {
+  Pattern pattern;
+  const unsigned short *input;
+  const unsigned short *residual;
+  const unsigned short *scale;
+  const unsigned short *shift;
+  long long rows;
+  long long width;
+  float epsilon;
+  // What is normalised.
+  unsigned short *sums;
+  unsigned short *output;
+  // One for each row.
+  float *means;
+  float *inverse_deviations;
+};
+
+struct NormBackwardArguments {
+  Pattern pattern;
+  const unsigned short *gradient;
+  const unsigned short *sums;
+  const unsigned short *scale;
+  const float *means;
+  const float *inverse_deviations;
+  long long rows;
+  long long width;
+  unsigned short *to_residual;
+  unsigned short *to_input;
+  // Of each block: sums over its rows of the gradients of scale, of shift and of the input, [3, width].
+  float *parts;
+};
+
+struct GeluBackwardArguments {
+  const unsigned short *gradient;
+  const unsigned short *input;
+  // Of a multiple of four numbers.
+  long long rows;
+  long long width;
+  long long rows_of_part;
+  unsigned short *to_input;
+  // Of each part: sums over its rows of the gradient of the input.
+  float *sums;
+};
+
+// Computes the factors of a block of a row.
+__device__ inline void factors_of_row(const Pattern &pattern, long long row, unsigned block, float factors[NUMBERS]) {
+  if (!pattern.key) {
+    for (int word = 0; word < NUMBERS; word++) factors[word] = 1.0f;
+    return;
+  }
+  const long long shared = pattern.slots ? 0 : row % pattern.shared;
+  unsigned words[NUMBERS] = {block, (unsigned)(pattern.positions ? pattern.positions[row] : shared),
+                             pattern.slots ? (unsigned)pattern.slots[row] : 0xFFFFFFFFu, pattern.site};
+  philox(words, pattern.key);
+  for (int word = 0; word < NUMBERS; word++) factors[word] = words[word] <= pattern.limit ? pattern.scale : 0.0f;
+}
+
+// Which of a row's blocks is a thread's own with a number, and where in the row a number of it is.
+__device__ inline unsigned own_block(unsigned own) { return own * WARP + threadIdx.x % WARP; }
+__device__ inline unsigned column(unsigned block, unsigned word) {
+  return block / LANES * (LANES * NUMBERS) + word * LANES + block % LANES;
+}
+
+// Φ(x) + x φ(x), the derivative of x Φ(x).
+__device__ inline float slope_of_gelu(float value) {
+  const float share = 0.5f * (1.0f + erff(value * 0.70710678118654752f));
+  const float density = expf(-0.5f * value * value) * 0.39894228040143268f;
+  return share + value * density;
+}
+
+extern "C" {
+
+__global__ void drop(DropArguments arguments) {
+  const long long blocks = (arguments.width + LANES * NUMBERS - 1) / (LANES * NUMBERS) * LANES;
+  for (long long item = thread(); item < arguments.rows * blocks; item += threads()) {
+    const long long row = item / blocks;
+    const unsigned block = item % blocks;
+    float factors[NUMBERS];
+    factors_of_row(arguments.pattern, row, block, factors);
+    for (int word = 0; word < NUMBERS; word++) {
+      const long long at = row * arguments.width + column(block, word);
+      if (column(block, word) >= arguments.width) continue;
+      if (arguments.halves) {
+        const unsigned short *numbers = (const unsigned short *)arguments.numbers;
+        ((unsigned short *)arguments.dropped)[at] = rounded(widened(numbers[at]) * factors[word]);
+      } else {
+        ((float *)arguments.dropped)[at] = ((const float *)arguments.numbers)[at] * factors[word];
+      }
+    }
+  }
+}
+
+// Layer normalisation of the sum of a residual and what dropout leaves of an input.
+__global__ void __launch_bounds__(256, 2) add_and_norm(NormArguments arguments) {
+  const unsigned width = arguments.width, blocks = width / NUMBERS;
+  for (long long row = thread() / WARP; row < arguments.rows; row += threads() / WARP) {
+    const unsigned short *input = arguments.input + row * width, *residual = arguments.residual + row * width;
+    unsigned short *sums = arguments.sums + row * width, *output = arguments.output + row * width;
+    float values[OWN][NUMBERS], residuals[OWN][NUMBERS];
+    // Read before anything is computed, so that the memory has much to do at a time.
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      if (own_block(own) >= blocks) continue;
+#pragma unroll
+      for (int word = 0; word < NUMBERS; word++) {
+        values[own][word] = widened(input[column(own_block(own), word)]);
+        residuals[own][word] = widened(residual[column(own_block(own), word)]);
+      }
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      if (own_block(own) >= blocks) continue;
+      float factors[NUMBERS];
+      factors_of_row(arguments.pattern, row, own_block(own), factors);
+#pragma unroll
+      for (int word = 0; word < NUMBERS; word++) {
+        const float dropped = widened(rounded(values[own][word] * factors[word]));
+        const unsigned short half = rounded(dropped + residuals[own][word]);
+        sums[column(own_block(own), word)] = half;
+        values[own][word] = widened(half);
+        sum += values[own][word];
+      }
+    }
+    const float mean = sum_of_warp(sum) / width;
+    float squares = 0.0f;
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      if (own_block(own) >= blocks) continue;
+#pragma unroll
+      for (int word = 0; word < NUMBERS; word++) {
+        values[own][word] -= mean;
+        squares += values[own][word] * values[own][word];
+      }
+    }
+    const float inverse_deviation = 1.0f / sqrtf(sum_of_warp(squares) / width + arguments.epsilon);
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      if (own_block(own) >= blocks) continue;
+#pragma unroll
+      for (int word = 0; word < NUMBERS; word++) {
+        const unsigned at = column(own_block(own), word);
+        const float normal = values[own][word] * inverse_deviation;
+        output[at] = rounded(normal * widened(arguments.scale[at]) + widened(arguments.shift[at]));
+      }
+    }
+    if (threadIdx.x % WARP == 0) {
+      arguments.means[row] = mean;
+      arguments.inverse_deviations[row] = inverse_deviation;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(256, 1) add_and_norm_backward(NormBackwardArguments arguments) {
+  const unsigned width = arguments.width, blocks = width / NUMBERS;
+  float to_scale[OWN][NUMBERS] = {}, to_shift[OWN][NUMBERS] = {}, to_input[OWN][NUMBERS] = {};
+  for (long long row = thread() / WARP; row < arguments.rows; row += threads() / WARP) {
+    const float mean = arguments.means[row], inverse_deviation = arguments.inverse_deviations[row];
+    const unsigned short *gradient = arguments.gradient + row * width, *sums = arguments.sums + row * width;
+    float gradients[OWN][NUMBERS], normals[OWN][NUMBERS];
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      if (own_block(own) >= blocks) continue;
+#pragma unroll
+      for (int word = 0; word < NUMBERS; word++) {
+        gradients[own][word] = widened(gradient[column(own_block(own), word)]);
+        normals[own][word] = widened(sums[column(own_block(own), word)]);
+      }
+    }
+    float sum = 0.0f, sum_with_normals = 0.0f;
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      if (own_block(own) >= blocks) continue;
+#pragma unroll
+      for (int word = 0; word < NUMBERS; word++) {
+        const float normal = (normals[own][word] - mean) * inverse_deviation, gradient = gradients[own][word];
+        const float scaled = gradient * widened(arguments.scale[column(own_block(own), word)]);
+        to_scale[own][word] += gradient * normal;
+        to_shift[own][word] += gradient;
+        sum += scaled;
+        sum_with_normals += scaled * normal;
+        normals[own][word] = normal;
+        gradients[own][word] = scaled;
+      }
+    }
+    sum = sum_of_warp(sum) / width;
+    sum_with_normals = sum_of_warp(sum_with_normals) / width;
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      if (own_block(own) >= blocks) continue;
+      float factors[NUMBERS];
+      factors_of_row(arguments.pattern, row, own_block(own), factors);
+#pragma unroll
+      for (int word = 0; word < NUMBERS; word++) {
+        const long long at = row * width + column(own_block(own), word);
+        const float difference = gradients[own][word] - sum - normals[own][word] * sum_with_normals;
+        const unsigned short half = rounded(inverse_deviation * difference);
+        const unsigned short dropped = rounded(widened(half) * factors[word]);
+        arguments.to_residual[at] = half;
+        arguments.to_input[at] = dropped;
+        to_input[own][word] += widened(dropped);
+      }
+    }
+  }
+  // The warps of a block add up what they have, one after the other.
+  __shared__ float totals[3][WIDEST];
+  for (unsigned warp = 0; warp < blockDim.x / WARP; warp++) {
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      if (threadIdx.x / WARP != warp || own_block(own) >= blocks) continue;
+#pragma unroll
+      for (int word = 0; word < NUMBERS; word++) {
+        const unsigned at = column(own_block(own), word);
+        totals[0][at] = warp == 0 ? to_scale[own][word] : totals[0][at] + to_scale[own][word];
+        totals[1][at] = warp == 0 ? to_shift[own][word] : totals[1][at] + to_shift[own][word];
+        totals[2][at] = warp == 0 ? to_input[own][word] : totals[2][at] + to_input[own][word];
+      }
+    }
+    wait_for_block();
+  }
+  for (unsigned at = threadIdx.x; at < 3 * width; at += blockDim.x)
+    arguments.parts[blockIdx.x * 3ll * width + at] = totals[at / width][at % width];
+}
+
+// Multiplies a gradient by the derivative of x Φ(x), and sums columns of what comes out over parts of the rows.
+__global__ void gelu_backward(GeluBackwardArguments arguments) {
+  const long long fours = arguments.width / 4;
+  const long long parts = (arguments.rows + arguments.rows_of_part - 1) / arguments.rows_of_part;
+  const FourHalves *gradients = (const FourHalves *)arguments.gradient, *inputs = (const FourHalves *)arguments.input;
+  for (long long item = thread(); item < parts * fours; item += threads()) {
+    const long long part = item / fours, four = item % fours;
+    const long long first = part * arguments.rows_of_part;
+    const long long last = first + arguments.rows_of_part;
+    FourFloats sums = {};
+#pragma unroll 4
+    for (long long row = first; row < (last < arguments.rows ? last : arguments.rows); row++) {
+      const FourHalves gradient = gradients[row * fours + four], input = inputs[row * fours + four];
+      FourHalves own;
+      for (int number = 0; number < 4; number++) {
+        own.numbers[number] = rounded(widened(gradient.numbers[number]) * slope_of_gelu(widened(input.numbers[number])));
+        sums.numbers[number] += widened(own.numbers[number]);
+      }
+      ((FourHalves *)arguments.to_input)[row * fours + four] = own;
+    }
+    ((FourFloats *)arguments.sums)[item] = sums;
+  }
+}
+
+}  // extern "C"
