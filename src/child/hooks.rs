@@ -164,12 +164,14 @@ impl GradientHooks {
         mask: Option<&Arc<GradientMask>>,
     ) -> Result<Self> {
         let (mut slots, mut hooks) = (Vec::new(), Vec::new());
-        let mut places: Vec<Option<GradientPlace>> = weights.iter().map(|_| None).collect();
+        let is_device = parameters.device().is_cuda();
+        let mut places: Vec<Option<GradientPlace>> =
+            weights.iter().filter(|_| is_device).map(|_| None).collect();
         for (id, parameter) in parameters.iter().filter(|(_, parameter)| trains(parameter)) {
             let mask = reaching(mask, parameter);
             let place = GradientPlace::new(parameters.part(parameters.gradients()?, id)?);
-            if mask.is_none() && parameters.device().is_cuda() {
-                places[id.index()] = Some(place.shallow_clone());
+            if let Some(own) = places.get_mut(id.index()).filter(|_| mask.is_none()) {
+                *own = Some(place.shallow_clone());
             }
             let squares = Arc::new(Mutex::new(0.0));
             slots.push(Slot { place: place.shallow_clone(), squares: squares.clone() });

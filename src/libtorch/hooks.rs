@@ -202,6 +202,16 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_taken_where_no_gradient_comes() {
+        let weight = Tensor::from_slice(&[1.0f32]).set_requires_grad(true);
+        let _hook = AccumulationHook::register(&weight, |_| panic!("there was none")).unwrap();
+        let operation = |_: &Tensor| Ok(vec![Tensor::new()]);
+        let output = super::super::with_backward(weight.detach() * 2.0, &[&weight], operation).unwrap();
+        output.f_backward().unwrap();
+        assert!(!weight.grad().defined());
+    }
+
+    #[test]
     fn the_functions_are_freed_when_the_hooks_are_dropped() {
         let counter = Arc::new(AtomicUsize::new(0));
         let weight = leaf(&[1.0]);

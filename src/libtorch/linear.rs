@@ -18,8 +18,8 @@ use crate::error::Result;
 /// Fails if shapes or types do not match.
 pub fn linear(input: &Tensor, weight: Operand, bias: Option<Operand>) -> Result<Tensor> {
     if let Some(bias) = bias
-        && input.device().is_cuda()
         && weight.values.kind() == Kind::BFloat16
+        && (input.device().is_cuda() || weight.place.is_some())
     {
         return Ok(products(input, &[[weight, bias]], false)?.swap_remove(0));
     }
@@ -30,7 +30,7 @@ pub fn linear(input: &Tensor, weight: Operand, bias: Option<Operand>) -> Result<
     }
 }
 
-/// Computes [`linear`] with the weights and biases of several layers, all in bfloat16 on a GPU, and returns the input once more at
+/// Computes [`linear`] with the weights and biases of several layers, all in bfloat16, and returns the input once more at
 /// the end, for a residual: so that all that comes back to it is added up within matrix products.
 ///
 /// # Errors

@@ -60,14 +60,14 @@ struct HookState {
   ReleaseFunction release;
 };
 
-// Takes the gradient out of a leaf as soon as backward has put it there.
+// Takes the gradient out of a leaf as soon as backward has put it there; libtorch calls it, too, where none has come.
 struct TakeGradient : torch::autograd::PostAccumulateGradHook {
   explicit TakeGradient(std::shared_ptr<HookState> state) : state(std::move(state)) {}
 
   void operator()(const torch::autograd::Variable &leaf) override {
     at::Tensor gradient = std::move(leaf.mutable_grad());
     leaf.mutable_grad().reset();
-    state->call(std::move(gradient));
+    if (gradient.defined()) state->call(std::move(gradient));
   }
 
   std::shared_ptr<HookState> state;

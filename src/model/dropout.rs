@@ -22,13 +22,13 @@ use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
 #[derive(Debug)]
 pub struct Dropout {
     key: Key,
-    /// The same on a GPU, `[2]`, int32.
-    key_on_device: Option<Tensor>,
+    /// The same on the device, `[2]`, int32.
+    key_on_device: Tensor,
 }
 
 impl Clone for Dropout {
     fn clone(&self) -> Self {
-        Self { key: self.key, key_on_device: self.key_on_device.as_ref().map(Tensor::shallow_clone) }
+        Self { key: self.key, key_on_device: self.key_on_device.shallow_clone() }
     }
 }
 
@@ -47,13 +47,12 @@ impl Dropout {
     /// # Errors
     /// Fails if libtorch does not seed its generator.
     pub fn of_key(key: Key, first_slot: usize, device: Device) -> Result<Self> {
-        if !device.is_cuda() {
-            return Ok(Self { key, key_on_device: None });
+        if device.is_cuda() {
+            // For attention.
+            seed_generators(key.of_part(first_slot as u64).to_seed())?;
         }
-        // For attention.
-        seed_generators(key.of_part(first_slot as u64).to_seed())?;
         let words = key.0.map(u32::cast_signed);
-        Ok(Self { key, key_on_device: Some(upload(&words, device)?) })
+        Ok(Self { key, key_on_device: upload(&words, device)? })
     }
 
     /// Writes the key of another step, of the same device, over this one's: what was recorded with this one draws as the other then.
@@ -62,10 +61,7 @@ impl Dropout {
     /// Fails if libtorch refuses.
     pub fn overwrite(&mut self, other: &Self) -> Result<()> {
         self.key = other.key;
-        if let (Some(own), Some(other)) = (&mut self.key_on_device, &other.key_on_device) {
-            own.f_copy_(other)?;
-        }
-        Ok(())
+        Ok(self.key_on_device.f_copy_(&other.key_on_device)?)
     }
 
     /// Starts a segment that may be run again: on CUDA, libtorch's generator is set to what the segment draws both times.
@@ -127,7 +123,7 @@ impl Dropout {
             Rows::Examples => DropoutRows::Examples { slots: batch.slots_on_device.shallow_clone() },
             Rows::Shared => DropoutRows::Shared(own),
         };
-        Some(DropoutPattern { key: self.key_on_device.as_ref()?.shallow_clone(), limit, scale, site, rows })
+        Some(DropoutPattern { key: self.key_on_device.shallow_clone(), limit, scale, site, rows })
     }
 
     /// Returns which elements a probability keeps; none if it keeps all.

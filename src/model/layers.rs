@@ -124,12 +124,12 @@ impl Linear {
         }
     }
 
-    /// Returns whether the layer and what stands beside it run as operations that have kernels in common: on a GPU in bfloat16,
-    /// unless somebody wants to see the layers.
+    /// Returns whether the layer and what stands beside it run as operations that have kernels in common: in bfloat16 on a GPU, or
+    /// where gradients have places, unless somebody wants to see the layers.
     pub(super) fn joins(&self, pass: &Pass) -> bool {
         let weight = pass.weight(self.weight);
-        let half = weight.device().is_cuda() && weight.kind() == Kind::BFloat16;
-        half && self.bias.is_some() && !pass.is_observed()
+        let has_kernels = weight.device().is_cuda() || pass.has_places();
+        has_kernels && weight.kind() == Kind::BFloat16 && self.bias.is_some() && !pass.is_observed()
     }
 
     /// Returns the weight as a matrix, `[out, in]`.

@@ -133,6 +133,11 @@ impl<'a> Pass<'a> {
         &self.weights[id.index()]
     }
 
+    /// Returns whether gradients are wanted at places.
+    pub(super) fn has_places(&self) -> bool {
+        !self.places.is_empty()
+    }
+
     /// Returns a parameter as an operation takes it that may bring its gradient to its place.
     pub(super) fn operand(&self, id: ParameterId) -> Operand<'_> {
         let place = self.places.get(id.index()).and_then(Option::as_ref);

@@ -384,6 +384,69 @@ fn check_predictions(checks: &mut Checks, pair: &Pair, name: &impl Fn(&str) -> S
 mod tests {
     use super::super::{Check, Outcome};
     use super::*;
+    use crate::libtorch::GradientPlace;
+
+    /// What a GPU does in bfloat16, with its kernels on the CPU: dropout draws the same, and all gradients are there, at their
+    /// places or by hooks; in two passes, of which the second adds, plain and checkpointed.
+    #[test]
+    fn operations_with_kernels_in_common_agree_with_single_ones() {
+        let config = Shape::TINY.config_with_dropouts([0.3, 0.1], SPREAD);
+        let pair = Pair::of(&config, Shape::TINY.vocabulary, classes(), Device::Cpu).unwrap();
+        let numbers: Vec<usize> = (0..3 * BATCH).collect();
+        let model = &pair.reference;
+        let (batch, targets) = pair.data.batch(&numbers, 0, Device::Cpu).unwrap();
+        let weights = model.parameters.compute_weights(Kind::BFloat16).unwrap();
+        let run = |places: &[Option<GradientPlace>], is_checkpointed: bool| {
+            let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, None).unwrap();
+            let mut last = None;
+            for step in 0..2 {
+                let dropout = Dropout::new(SEED, Purpose::Dropout, step, 0, Device::Cpu).unwrap();
+                let mut pass = Pass::new(&weights, &batch, Some(dropout)).collecting(places);
+                if is_checkpointed {
+                    pass = pass.checkpointed();
+                }
+                let logits = model.logits(&pass).unwrap();
+                pass.backward(&loss(&logits, &targets, numbers.len()).unwrap()).unwrap();
+                last = Some(logits.detach());
+            }
+            let by_hooks = hooks.collected();
+            hooks.end_step().unwrap();
+            let gradient = on_cpu(model.parameters.gradients().unwrap()).unwrap();
+            for ((_, parameter), place) in model.parameters.iter().zip(places) {
+                if let Some(place) = place.as_ref().filter(|place| place.holds()) {
+                    let mut part = span(&gradient, &parameter.range).unwrap();
+                    assert_eq!(
+                        f64::try_from(part.abs().max()).unwrap(),
+                        0.0,
+                        "{} came twice",
+                        parameter.name
+                    );
+                    part.copy_(place.numbers());
+                }
+            }
+            let placed = places.iter().flatten().filter(|place| place.holds()).count();
+            assert_eq!(
+                placed + by_hooks.into_iter().filter(|&any| any).count(),
+                places.len().max(weights.len())
+            );
+            (last.unwrap(), gradient, placed)
+        };
+        let (logits, gradient, _) = run(&[], false);
+        for is_checkpointed in [false, true] {
+            let places: Vec<Option<GradientPlace>> = (model.parameters.iter())
+                .map(|(_, parameter)| {
+                    let zeros = Tensor::full([parameter.count() as i64], 9.0, (Kind::Float, Device::Cpu));
+                    Some(GradientPlace::new(zeros))
+                })
+                .collect();
+            let (found, found_gradient, placed) = run(&places, is_checkpointed);
+            // Of each of two layers six matrices and their biases, and two normalisations.
+            assert_eq!(placed, 2 * (12 + 4));
+            assert!(difference(&found, &logits).unwrap() < 2e-2);
+            assert!(difference(&found_gradient, &gradient).unwrap() < 4e-2);
+            assert!(largest_difference(model, &found_gradient, &gradient).unwrap() < 0.2);
+        }
+    }
 
     #[test]
     fn a_gradient_of_other_dropout_fails_its_check() {
