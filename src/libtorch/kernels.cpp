@@ -197,7 +197,7 @@ char *child_tuning_launch(int device, const char *source, const char *name, unsi
       if (wanted == "part_sums") return on_cpu::run(on_cpu::part_sums, blocks, threads, arguments);
       if (wanted == "part_squares") return on_cpu::run(on_cpu::part_squares, blocks, threads, arguments);
       if (wanted == "columns") return on_cpu::run(on_cpu::columns, blocks, threads, arguments);
-      if (wanted == "totals") return on_cpu::run(on_cpu::totals, blocks, threads, arguments);
+      if (wanted == "totals") return on_cpu::run(on_cpu::totals, blocks, 1, arguments);
       if (wanted == "drop") return on_cpu::run(on_cpu::drop, blocks, threads, arguments);
       if (wanted == "add_and_norm") return on_cpu::run(on_cpu::add_and_norm, blocks, 1, arguments);
       if (wanted == "add_and_norm_backward") return on_cpu::run(on_cpu::add_and_norm_backward, blocks, 1, arguments);

@@ -1,8 +1,19 @@
 // Kernels of our own. For a GPU they are compiled when it is first used (kernels.cpp); for the CPU, where tests run them
 // thread by thread, beside it. So this is C++ that both know, without headers.
 //
-// Threads share nothing and write what is theirs: no number depends on how many there are. Multiplications and additions are
-// not contracted, so that an element becomes the same as on the CPU, to the bit.
+// Most threads share nothing and write what is theirs. Where some add up together they are those of a block, which on the CPU is one
+// thread; sums are made in an order that depends on the numbers of blocks and threads alone. Multiplications and additions are not
+// contracted, so that an element becomes the same as on the CPU, to the bit.
+
+#ifdef __CUDA_ARCH__
+const unsigned WARP = 32;
+__device__ inline void wait_for_block() { __syncthreads(); }
+#else
+const unsigned WARP = 1;
+inline void wait_for_block() {}
+#endif
+// Threads of a block, at most.
+const unsigned THREADS = 256;
 
 // Which gradients of a step count. The masks of random.rs and masking.rs: where the random number of an element is at most
 // `limit`, its factor is `scale`, elsewhere zero.
@@ -68,18 +79,19 @@ struct CollectArguments {
   int adds;
 };
 
+// Rows, or sums of them, that stand side by side in what is made of them, at most.
+const int LISTS = 3;
+
 struct ColumnsArguments {
-  // In bfloat16, one row behind the other, each of a multiple of four numbers.
-  const unsigned short *numbers;
+  // In bfloat16, one row behind the other, each of a multiple of four numbers; the same shape in all lists.
+  const unsigned short *numbers[LISTS];
+  int lists;
   long long rows;
   long long width;
-  // Sums of so many rows at a time, a row of sums for each.
+  // Sums of so many rows at a time, a row of sums of all lists for each.
   long long rows_of_part;
   float *sums;
 };
-
-// As many lists of sums as there are totals, side by side in each row.
-const int LISTS = 3;
 
 struct TotalsArguments {
   const float *sums;
@@ -139,10 +151,16 @@ __device__ inline float widened(unsigned short half) {
 
 // Rounds to the nearest, of two to the even one; what is not a number stays so.
 __device__ inline unsigned short rounded(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  unsigned short half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+#else
   union { float number; unsigned bits; } number;
   number.number = value;
   if (value != value) return (unsigned short)(number.bits >> 16 | 0x40);
   return (unsigned short)((number.bits + 0x7FFF + (number.bits >> 16 & 1)) >> 16);
+#endif
 }
 
 // Numbers that one thread works on at a time: those of one Philox block, every sixteenth of a group of 64.
@@ -292,9 +310,12 @@ __global__ void collect(CollectArguments arguments) {
 __global__ void columns(ColumnsArguments arguments) {
   const long long fours = arguments.width / 4;
   const long long parts = (arguments.rows + arguments.rows_of_part - 1) / arguments.rows_of_part;
-  const FourHalves *numbers = (const FourHalves *)arguments.numbers;
-  for (long long item = thread(); item < parts * fours; item += threads()) {
-    const long long part = item / fours, four = item % fours;
+  for (long long item = thread(); item < parts * arguments.lists * fours; item += threads()) {
+    const long long part = item / (arguments.lists * fours), list = item / fours % arguments.lists, four = item % fours;
+    const FourHalves *numbers = (const FourHalves *)arguments.numbers[0];
+#pragma unroll
+    for (int other = 1; other < LISTS; other++)
+      if (list == other) numbers = (const FourHalves *)arguments.numbers[other];
     const long long first = part * arguments.rows_of_part;
     const long long last = first + arguments.rows_of_part;
     FourFloats sums = {};
@@ -307,17 +328,31 @@ __global__ void columns(ColumnsArguments arguments) {
   }
 }
 
-// Sums columns of sums.
+// Sums columns of sums: a thread some rows of one, a block so many columns as a warp has threads.
 __global__ void totals(TotalsArguments arguments) {
-  const long long columns = arguments.lists * arguments.width;
-  for (long long column = thread(); column < columns; column += threads()) {
-    const long long list = column / arguments.width, at = column % arguments.width;
-    float *totals = arguments.totals[list];
-    if (!totals) continue;
-    float total = 0.0f;
-#pragma unroll 32
-    for (long long row = 0; row < arguments.rows; row++) total += arguments.sums[row * columns + column];
-    totals[at] = arguments.adds[list] ? totals[at] + total : total;
+  __shared__ float parts[THREADS];
+  const unsigned columns = arguments.lists * arguments.width, groups = blockDim.x / WARP;
+  const unsigned group = threadIdx.x / WARP, own = threadIdx.x % WARP;
+  for (unsigned first = blockIdx.x * WARP; first < columns; first += gridDim.x * WARP) {
+    const unsigned column = first + own;
+    float part = 0.0f;
+    if (column < columns) {
+#pragma unroll 8
+      for (unsigned row = group; row < arguments.rows; row += groups) part += arguments.sums[row * columns + column];
+    }
+    parts[threadIdx.x] = part;
+    wait_for_block();
+    if (group == 0 && column < columns) {
+      float total = 0.0f;
+      for (unsigned other = 0; other < groups; other++) total += parts[other * WARP + own];
+      const unsigned list = column / arguments.width, at = column % arguments.width;
+#pragma unroll
+      for (int number = 0; number < LISTS; number++) {
+        float *totals = arguments.totals[number];
+        if (list == number && totals) totals[at] = arguments.adds[number] ? totals[at] + total : total;
+      }
+    }
+    wait_for_block();
   }
 }
 

@@ -17,6 +17,8 @@ const SOURCE: &CStr = match CStr::from_bytes_with_nul(
     Err(_) => panic!("the kernels have a zero byte"),
 };
 pub(super) const THREADS: usize = 256;
+/// Threads that run together.
+const WARP: usize = 32;
 /// Rows are summed in parts, by threads of their own: in so many that all of a large GPU's processors have some, and so few that
 /// adding the parts up is no work.
 const PARTS_OF_COLUMNS: [usize; 2] = [64, 128];
@@ -106,17 +108,18 @@ struct CollectArguments {
     adds: c_int,
 }
 
+/// Rows, or sums of them, that stand side by side in what is made of them, at most; as in `kernels.cu`.
+pub(super) const LISTS: usize = 3;
+
 #[repr(C)]
 struct ColumnsArguments {
-    numbers: *const c_void,
+    numbers: [*const c_void; LISTS],
+    lists: c_int,
     rows: i64,
     width: i64,
     rows_of_part: i64,
     sums: *mut c_void,
 }
-
-/// Lists of sums that are added up at a time, at most.
-const LISTS: usize = 3;
 
 #[repr(C)]
 struct TotalsArguments {
@@ -267,35 +270,38 @@ pub(super) fn has_rows_of_fours(rows: &Tensor) -> bool {
         && is_aligned(rows, 4 * size_of::<u16>())
 }
 
-/// How many rows a thread adds up that sums four columns of some.
-pub(super) fn rows_of_part(rows: i64, width: i64) -> i64 {
-    let [fewest, most] = PARTS_OF_COLUMNS;
+/// How many of the rows a thread adds up that sums four columns, where they are cut into so many parts at most.
+pub(super) fn rows_of_part(rows: i64, width: i64, [fewest, most]: [usize; 2]) -> i64 {
     let parts = (4 * SUMS_AT_A_TIME / width.max(1) as usize).clamp(fewest, most);
     (rows as usize).div_ceil(parts) as i64
 }
 
-/// Sums the columns of parts of the rows in bfloat16, `[rows, width]`, for which [`has_rows_of_fours`] holds: `[parts, width]` in
-/// float32, for [`totals`].
+/// Sums the columns of parts of rows in bfloat16, at most three lists of one shape, `[rows, width]`, for which
+/// [`has_rows_of_fours`] holds: `[parts, lists · width]` in float32, for [`totals`].
 ///
 /// # Errors
 /// As for [`update`].
-pub(super) fn column_sums(rows: &Tensor) -> Result<Tensor> {
-    if !has_rows_of_fours(rows) {
+pub(super) fn column_sums(lists: &[&Tensor]) -> Result<Tensor> {
+    let alike = |rows: &&Tensor| has_rows_of_fours(rows) && rows.size() == lists[0].size();
+    if !(1..=LISTS).contains(&lists.len()) || !lists.iter().all(alike) {
         return Err(Error::Libtorch("these rows have no column sums".into()));
     }
-    let (count, width, device) = (rows.size()[0], rows.size()[1], rows.device());
-    let rows_of_part = rows_of_part(count, width);
+    let (count, width, device) = (lists[0].size()[0], lists[0].size()[1], lists[0].device());
+    let rows_of_part = rows_of_part(count, width, PARTS_OF_COLUMNS);
     let parts = (count as usize).div_ceil(rows_of_part as usize) as i64;
-    let sums = Tensor::f_empty([parts, width], (Kind::Float, device))?;
+    let sums = Tensor::f_empty([parts, lists.len() as i64 * width], (Kind::Float, device))?;
     let arguments = ColumnsArguments {
-        numbers: rows.data_ptr(),
+        numbers: std::array::from_fn(|list| {
+            lists.get(list).map_or(null(), |rows| rows.data_ptr().cast_const())
+        }),
+        lists: lists.len() as c_int,
         rows: count,
         width,
         rows_of_part,
         sums: sums.data_ptr(),
     };
     // SAFETY: as in `update`: `columns` writes all sums, which begin where allocations do.
-    unsafe { launch(c"columns", device, blocks((parts * width) as usize), arguments) }?;
+    unsafe { launch(c"columns", device, blocks(sums.numel()), arguments) }?;
     Ok(sums)
 }
 
@@ -332,8 +338,9 @@ pub(super) fn totals(sums: &Tensor, targets: &[Option<Total>]) -> Result<()> {
         adds: std::array::from_fn(|list| target(list).is_some_and(|total| total.adds).into()),
         lists: lists as c_int,
     };
+    let blocks = (lists * width as usize).div_ceil(WARP).clamp(1, MOST_BLOCKS);
     // SAFETY: as in `update`.
-    unsafe { launch(c"totals", sums.device(), blocks(4 * lists * width as usize), arguments) }
+    unsafe { launch(c"totals", sums.device(), blocks, arguments) }
 }
 
 /// Sums rows `[rows, width]`, each number times its factor if there are `factors`, over parts whose ends `ends` names, `[parts]`
@@ -454,7 +461,7 @@ mod tests {
         for (rows, width) in [(1, 4), (63, 8), (200, 12), (1000, 64)] {
             let numbers = Tensor::randn([rows, width], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
             let exact = numbers.to_kind(Kind::Double).sum_dim_intlist(0, false, Kind::Double);
-            let sums = column_sums(&numbers).unwrap();
+            let sums = column_sums(&[&numbers]).unwrap();
             let found = Tensor::full([width], 0.5, (Kind::Float, Device::Cpu));
             for adds in [false, true] {
                 totals(&sums, &[Some(Total { numbers: found.shallow_clone(), adds })]).unwrap();

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::ffi;
 use super::gradient_place::{GradientPlace, Operand, Wanted, gradients_of_sums};
-use super::kernels::{column_sums, has_rows_of_fours};
+use super::kernels::{LISTS, column_sums, has_rows_of_fours};
 use super::own_backward::{is_exclusive, with_backward, with_backward_of_all};
 use crate::error::Result;
 
@@ -65,7 +65,7 @@ fn products(input: &Tensor, layers: &[[Operand; 2]], has_residual: bool) -> Resu
         let residual = gradients.get(own.len());
         let mut is_own = residual.is_some_and(is_exclusive);
         let mut to_input = residual.map_or_else(Tensor::new, Tensor::shallow_clone);
-        let mut to_parameters = Vec::with_capacity(2 * own.len());
+        let mut to_weights = Vec::with_capacity(own.len());
         for (layer, gradient) in own.iter().zip(gradients) {
             if asks_input {
                 to_input = match (to_input.defined(), is_own) {
@@ -75,11 +75,24 @@ fn products(input: &Tensor, layers: &[[Operand; 2]], has_residual: bool) -> Resu
                 };
                 is_own = true;
             }
-            to_parameters.push(layer.weight_gradient(gradient, &values)?);
-            to_parameters.push(layer.bias_gradient(gradient)?);
+            to_weights.push(layer.weight_gradient(gradient, &values)?);
         }
+        let to_biases = bias_gradients(&own, gradients)?;
+        let to_parameters = to_weights.into_iter().zip(to_biases).flat_map(|(weight, bias)| [weight, bias]);
         Ok(std::iter::once(to_input).chain(to_parameters).collect())
     })
+}
+
+/// Sums the gradients of outputs over their rows: those of layers as wide as each other together.
+fn bias_gradients(layers: &[Layer], gradients: &[Tensor]) -> Result<Vec<Tensor>> {
+    let rows = gradients.iter().map(Tensor::f_contiguous).collect::<std::result::Result<Vec<_>, _>>()?;
+    let asked = layers.iter().all(|layer| layer.to_bias.asked);
+    let alike = rows[..layers.len()].iter().all(|own| has_rows_of_fours(own) && own.size() == rows[0].size());
+    if asked && alike && layers.len() <= LISTS {
+        let sums = column_sums(&rows[..layers.len()].iter().collect::<Vec<_>>())?;
+        return gradients_of_sums(&sums, &layers.iter().map(|layer| &layer.to_bias).collect::<Vec<_>>());
+    }
+    (layers.iter().zip(&rows)).map(|(layer, rows)| layer.bias_gradient(rows)).collect()
 }
 
 impl Layer {
@@ -99,14 +112,13 @@ impl Layer {
         }
     }
 
-    fn bias_gradient(&self, gradient: &Tensor) -> Result<Tensor> {
+    fn bias_gradient(&self, rows: &Tensor) -> Result<Tensor> {
         if !self.to_bias.asked {
             return Ok(Tensor::new());
         }
-        let gradient = gradient.f_contiguous()?;
-        let sums = match has_rows_of_fours(&gradient) {
-            true => column_sums(&gradient)?,
-            false => gradient.f_sum_dim_intlist(0, true, Kind::Float)?,
+        let sums = match has_rows_of_fours(rows) {
+            true => column_sums(&[rows])?,
+            false => rows.f_sum_dim_intlist(0, true, Kind::Float)?,
         };
         Ok(gradients_of_sums(&sums, &[&self.to_bias])?.swap_remove(0))
     }

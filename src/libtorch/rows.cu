@@ -1,26 +1,40 @@
-// Kernels over rows of activations, compiled behind kernels.cu. Those that add along a row give it to a warp, whose threads have
-// some of its numbers each; on the CPU a warp is one thread, and so is a block.
+// Kernels over rows of activations, compiled behind kernels.cu. Those that add along a row give it to a team of threads, which have
+// some of its numbers each; on the CPU a team is one thread.
 
-#ifdef __CUDACC_RTC__
-const unsigned WARP = 32;
+#ifdef __CUDA_ARCH__
+const unsigned TEAM = 64;
 
-__device__ inline float sum_of_warp(float value) {
-  for (unsigned distance = WARP / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  return value;
+// Adds up two numbers over the threads of each team of a block, all of which come here.
+__device__ inline void add_up(float &one, float &other) {
+  __shared__ float ones[THREADS / WARP], others[THREADS / WARP];
+  for (unsigned distance = WARP / 2; distance > 0; distance /= 2) {
+    one += __shfl_xor_sync(0xFFFFFFFFu, one, distance);
+    other += __shfl_xor_sync(0xFFFFFFFFu, other, distance);
+  }
+  // Those of the time before have been read.
+  wait_for_block();
+  if (threadIdx.x % WARP == 0) {
+    ones[threadIdx.x / WARP] = one;
+    others[threadIdx.x / WARP] = other;
+  }
+  wait_for_block();
+  const unsigned first = threadIdx.x / TEAM * (TEAM / WARP);
+  one = ones[first];
+  other = others[first];
+  for (unsigned warp = first + 1; warp < first + TEAM / WARP; warp++) {
+    one += ones[warp];
+    other += others[warp];
+  }
 }
-
-__device__ inline void wait_for_block() { __syncthreads(); }
 #else
-const unsigned WARP = 1;
+const unsigned TEAM = 1;
 
-inline float sum_of_warp(float value) { return value; }
-
-inline void wait_for_block() {}
+inline void add_up(float &, float &) {}
 #endif
 
-// The widest row that a warp takes, of whole groups, and how many blocks of four of its numbers a thread has at most.
+// The widest row that a team takes, of whole groups, and how many blocks of four of its numbers a thread has at most.
 const int WIDEST = 1024;
-const int OWN = WIDEST / NUMBERS / WARP;
+const int OWN = WIDEST / NUMBERS / TEAM;
 
 // The pattern of dropout.rs: where the random number of an element is at most `limit`, its factor is `scale`, elsewhere zero.
 // What is drawn for a row is a function of its token's position, its example's slot and the place in the network.
@@ -107,7 +121,7 @@ __device__ inline void factors_of_row(const Pattern &pattern, long long row, uns
 }
 
 // Which of a row's blocks is a thread's own with a number, and where in the row a number of it is.
-__device__ inline unsigned own_block(unsigned own) { return own * WARP + threadIdx.x % WARP; }
+__device__ inline unsigned own_block(unsigned own) { return own * TEAM + threadIdx.x % TEAM; }
 __device__ inline unsigned column(unsigned block, unsigned word) {
   return block / LANES * (LANES * NUMBERS) + word * LANES + block % LANES;
 }
@@ -142,9 +156,12 @@ __global__ void drop(DropArguments arguments) {
 }
 
 // Layer normalisation of the sum of a residual and what dropout leaves of an input.
-__global__ void __launch_bounds__(256, 2) add_and_norm(NormArguments arguments) {
-  const unsigned width = arguments.width, blocks = width / NUMBERS;
-  for (long long row = thread() / WARP; row < arguments.rows; row += threads() / WARP) {
+__global__ void __launch_bounds__(THREADS) add_and_norm(NormArguments arguments) {
+  const unsigned width = arguments.width, blocks = width / NUMBERS, teams = blockDim.x / TEAM;
+  for (long long first = blockIdx.x * teams; first < arguments.rows; first += gridDim.x * teams) {
+    // A team without a row goes along, since the block waits for all.
+    const bool has_row = first + threadIdx.x / TEAM < arguments.rows;
+    const long long row = has_row ? first + threadIdx.x / TEAM : first;
     const unsigned short *input = arguments.input + row * width, *residual = arguments.residual + row * width;
     unsigned short *sums = arguments.sums + row * width, *output = arguments.output + row * width;
     float values[OWN][NUMBERS], residuals[OWN][NUMBERS];
@@ -158,7 +175,7 @@ __global__ void __launch_bounds__(256, 2) add_and_norm(NormArguments arguments) 
         residuals[own][word] = widened(residual[column(own_block(own), word)]);
       }
     }
-    float sum = 0.0f;
+    float sum = 0.0f, none = 0.0f;
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
       if (own_block(own) >= blocks) continue;
@@ -168,12 +185,13 @@ __global__ void __launch_bounds__(256, 2) add_and_norm(NormArguments arguments) 
       for (int word = 0; word < NUMBERS; word++) {
         const float dropped = widened(rounded(values[own][word] * factors[word]));
         const unsigned short half = rounded(dropped + residuals[own][word]);
-        sums[column(own_block(own), word)] = half;
+        if (has_row) sums[column(own_block(own), word)] = half;
         values[own][word] = widened(half);
         sum += values[own][word];
       }
     }
-    const float mean = sum_of_warp(sum) / width;
+    add_up(sum, none);
+    const float mean = sum / width;
     float squares = 0.0f;
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
@@ -184,7 +202,9 @@ __global__ void __launch_bounds__(256, 2) add_and_norm(NormArguments arguments) 
         squares += values[own][word] * values[own][word];
       }
     }
-    const float inverse_deviation = 1.0f / sqrtf(sum_of_warp(squares) / width + arguments.epsilon);
+    add_up(squares, none);
+    const float inverse_deviation = 1.0f / sqrtf(squares / width + arguments.epsilon);
+    if (!has_row) continue;
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
       if (own_block(own) >= blocks) continue;
@@ -195,17 +215,19 @@ __global__ void __launch_bounds__(256, 2) add_and_norm(NormArguments arguments) 
         output[at] = rounded(normal * widened(arguments.scale[at]) + widened(arguments.shift[at]));
       }
     }
-    if (threadIdx.x % WARP == 0) {
+    if (threadIdx.x % TEAM == 0) {
       arguments.means[row] = mean;
       arguments.inverse_deviations[row] = inverse_deviation;
     }
   }
 }
 
-__global__ void __launch_bounds__(256, 1) add_and_norm_backward(NormBackwardArguments arguments) {
-  const unsigned width = arguments.width, blocks = width / NUMBERS;
+__global__ void __launch_bounds__(THREADS, 2) add_and_norm_backward(NormBackwardArguments arguments) {
+  const unsigned width = arguments.width, blocks = width / NUMBERS, teams = blockDim.x / TEAM;
   float to_scale[OWN][NUMBERS] = {}, to_shift[OWN][NUMBERS] = {}, to_input[OWN][NUMBERS] = {};
-  for (long long row = thread() / WARP; row < arguments.rows; row += threads() / WARP) {
+  for (long long first = blockIdx.x * teams; first < arguments.rows; first += gridDim.x * teams) {
+    const bool has_row = first + threadIdx.x / TEAM < arguments.rows;
+    const long long row = has_row ? first + threadIdx.x / TEAM : first;
     const float mean = arguments.means[row], inverse_deviation = arguments.inverse_deviations[row];
     const unsigned short *gradient = arguments.gradient + row * width, *sums = arguments.sums + row * width;
     float gradients[OWN][NUMBERS], normals[OWN][NUMBERS];
@@ -214,7 +236,7 @@ __global__ void __launch_bounds__(256, 1) add_and_norm_backward(NormBackwardArgu
       if (own_block(own) >= blocks) continue;
 #pragma unroll
       for (int word = 0; word < NUMBERS; word++) {
-        gradients[own][word] = widened(gradient[column(own_block(own), word)]);
+        gradients[own][word] = has_row ? widened(gradient[column(own_block(own), word)]) : 0.0f;
         normals[own][word] = widened(sums[column(own_block(own), word)]);
       }
     }
@@ -234,8 +256,10 @@ __global__ void __launch_bounds__(256, 1) add_and_norm_backward(NormBackwardArgu
         gradients[own][word] = scaled;
       }
     }
-    sum = sum_of_warp(sum) / width;
-    sum_with_normals = sum_of_warp(sum_with_normals) / width;
+    add_up(sum, sum_with_normals);
+    sum /= width;
+    sum_with_normals /= width;
+    if (!has_row) continue;
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
       if (own_block(own) >= blocks) continue;
@@ -253,24 +277,24 @@ __global__ void __launch_bounds__(256, 1) add_and_norm_backward(NormBackwardArgu
       }
     }
   }
-  // The warps of a block add up what they have, one after the other.
-  __shared__ float totals[3][WIDEST];
-  for (unsigned warp = 0; warp < blockDim.x / WARP; warp++) {
+  // The teams of a block add up what they have, one after the other.
+  __shared__ float totals[LISTS][WIDEST];
+  for (unsigned team = 0; team < teams; team++) {
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
-      if (threadIdx.x / WARP != warp || own_block(own) >= blocks) continue;
+      if (threadIdx.x / TEAM != team || own_block(own) >= blocks) continue;
 #pragma unroll
       for (int word = 0; word < NUMBERS; word++) {
         const unsigned at = column(own_block(own), word);
-        totals[0][at] = warp == 0 ? to_scale[own][word] : totals[0][at] + to_scale[own][word];
-        totals[1][at] = warp == 0 ? to_shift[own][word] : totals[1][at] + to_shift[own][word];
-        totals[2][at] = warp == 0 ? to_input[own][word] : totals[2][at] + to_input[own][word];
+        totals[0][at] = team == 0 ? to_scale[own][word] : totals[0][at] + to_scale[own][word];
+        totals[1][at] = team == 0 ? to_shift[own][word] : totals[1][at] + to_shift[own][word];
+        totals[2][at] = team == 0 ? to_input[own][word] : totals[2][at] + to_input[own][word];
       }
     }
     wait_for_block();
   }
-  for (unsigned at = threadIdx.x; at < 3 * width; at += blockDim.x)
-    arguments.parts[blockIdx.x * 3ll * width + at] = totals[at / width][at % width];
+  for (unsigned at = threadIdx.x; at < LISTS * width; at += blockDim.x)
+    arguments.parts[blockIdx.x * LISTS * width + at] = totals[at / width][at % width];
 }
 
 // Multiplies a gradient by the derivative of x Φ(x), and sums columns of what comes out over parts of the rows.

@@ -7,16 +7,18 @@ use std::ptr::null;
 use tch::{Device, Kind, Tensor};
 
 use super::gradient_place::{Operand, gradients_of_sums};
-use super::kernels::{THREADS, blocks, has_rows_of_fours, launch, rows_of_part};
+use super::kernels::{LISTS, THREADS, blocks, has_rows_of_fours, launch, rows_of_part};
 use super::own_backward::with_backward;
 use crate::error::{Error, Result};
 use crate::random::GROUP;
 
 /// As in `rows.cu`.
 const WIDEST: i64 = 1024;
-const WARP: usize = 32;
-/// Blocks that go over rows backward, each with sums of its own: one for each processor of a large GPU, of which it has room for one.
-const BLOCKS_OF_SUMS: usize = 132;
+const TEAM: usize = 64;
+/// Blocks that go over rows backward at most, each with sums of its own: all that a large GPU has room for at a time.
+const BLOCKS_OF_SUMS: usize = 264;
+/// Parts of the rows that GELU's backward goes over: more than where nothing but sums is computed.
+const PARTS_OF_GELU: [usize; 2] = [64, 256];
 
 /// Which elements of rows dropout keeps, a pure function of key, place in the network, example and token.
 pub struct DropoutPattern {
@@ -250,16 +252,16 @@ pub fn add_and_norm(operation: AddAndNorm) -> Result<Tensor> {
         means: means.data_ptr(),
         inverse_deviations: inverse_deviations.data_ptr(),
     };
-    let warps = (rows as usize).div_ceil(THREADS / WARP).max(1);
+    let blocks = (rows as usize).div_ceil(THREADS / TEAM).max(1);
     // SAFETY: all rows are as wide, in bfloat16 and on the pattern's device, and vectors have a number for each column.
-    unsafe { launch(c"add_and_norm", device, warps, arguments) }?;
+    unsafe { launch(c"add_and_norm", device, blocks, arguments) }?;
     let inputs = [input, residual, scale.values, shift.values, bias.values];
     with_backward(output, &inputs, move |gradient| {
         let gradient = gradient.f_contiguous()?;
         halves(&[&gradient], device)?;
         let (to_residual, to_input) = (gradient.f_empty_like()?, gradient.f_empty_like()?);
-        let blocks = warps.min(BLOCKS_OF_SUMS);
-        let parts = Tensor::f_empty([blocks as i64, 3 * width], (Kind::Float, device))?;
+        let blocks = blocks.min(BLOCKS_OF_SUMS);
+        let parts = Tensor::f_empty([blocks as i64, LISTS as i64 * width], (Kind::Float, device))?;
         let arguments = NormBackwardArguments {
             pattern: pattern_argument(dropout.as_ref(), rows, device)?,
             gradient: gradient.data_ptr(),
@@ -295,7 +297,7 @@ pub fn gelu_after_bias(input: &Tensor, bias: Operand) -> Result<Tensor> {
         }
         let (rows, width, device) = (own.size()[0], own.size()[1], own.device());
         halves(&[&gradient], device)?;
-        let rows_of_part = rows_of_part(rows, width);
+        let rows_of_part = rows_of_part(rows, width, PARTS_OF_GELU);
         let parts = (rows as usize).div_ceil(rows_of_part as usize) as i64;
         let to_input = own.f_empty_like()?;
         let sums = Tensor::f_empty([parts, width], (Kind::Float, device))?;

@@ -104,7 +104,9 @@ impl Pass<'_> {
             self.next_site();
             let dropout = self.dropout.as_ref().map_or(0.0, |_| dropout);
             let context = flash_attention([&query?, &key?, &value?], &lengths, queries, dropout, scale)?;
-            return Ok(context.f_reshape([-1, heads * head_size])?.f_narrow(0, 0, asked)?);
+            let context = context.f_reshape([-1, heads * head_size])?;
+            // Backward of a part would fill the whole with zeros first.
+            return if context.size()[0] == asked { Ok(context) } else { Ok(context.f_narrow(0, 0, asked)?) };
         }
         self.rectangles(attention, window.map_or(Scores::Plain, Scores::Within))
     }
