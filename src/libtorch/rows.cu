@@ -120,11 +120,16 @@ __device__ inline void factors_of_row(const Pattern &pattern, long long row, uns
   for (int word = 0; word < NUMBERS; word++) factors[word] = words[word] <= pattern.limit ? pattern.scale : 0.0f;
 }
 
-// Which of a row's blocks is a thread's own with a number, and where in the row a number of it is.
-__device__ inline unsigned own_block(unsigned own) { return own * TEAM + threadIdx.x % TEAM; }
+// Where in a row a number of a block is.
 __device__ inline unsigned column(unsigned block, unsigned word) {
   return block / LANES * (LANES * NUMBERS) + word * LANES + block % LANES;
 }
+
+// A thread of a team has every so many blocks of a row: which of them is its own with a number, and where in the row the first is,
+// and how far behind that a number of one of them. The last is a constant in code without loops.
+__device__ inline unsigned own_block(unsigned own) { return own * TEAM + threadIdx.x % TEAM; }
+__device__ inline unsigned first_column() { return column(threadIdx.x % TEAM, 0); }
+__device__ inline unsigned distance(unsigned own, unsigned word) { return column(own * TEAM, word); }
 
 // Φ(x) + x φ(x), the derivative of x Φ(x).
 __device__ inline float slope_of_gelu(float value) {
@@ -156,14 +161,16 @@ __global__ void drop(DropArguments arguments) {
 }
 
 // Layer normalisation of the sum of a residual and what dropout leaves of an input.
-__global__ void __launch_bounds__(THREADS) add_and_norm(NormArguments arguments) {
+__global__ void __launch_bounds__(THREADS, 2) add_and_norm(NormArguments arguments) {
   const unsigned width = arguments.width, blocks = width / NUMBERS, teams = blockDim.x / TEAM;
+  const unsigned short *scale = arguments.scale + first_column(), *shift = arguments.shift + first_column();
   for (long long first = blockIdx.x * teams; first < arguments.rows; first += gridDim.x * teams) {
     // A team without a row goes along, since the block waits for all.
     const bool has_row = first + threadIdx.x / TEAM < arguments.rows;
     const long long row = has_row ? first + threadIdx.x / TEAM : first;
-    const unsigned short *input = arguments.input + row * width, *residual = arguments.residual + row * width;
-    unsigned short *sums = arguments.sums + row * width, *output = arguments.output + row * width;
+    const long long start = row * width + first_column();
+    const unsigned short *input = arguments.input + start, *residual = arguments.residual + start;
+    unsigned short *sums = arguments.sums + start, *output = arguments.output + start;
     float values[OWN][NUMBERS], residuals[OWN][NUMBERS];
     // Read before anything is computed, so that the memory has much to do at a time.
 #pragma unroll
@@ -171,8 +178,8 @@ __global__ void __launch_bounds__(THREADS) add_and_norm(NormArguments arguments)
       if (own_block(own) >= blocks) continue;
 #pragma unroll
       for (int word = 0; word < NUMBERS; word++) {
-        values[own][word] = widened(input[column(own_block(own), word)]);
-        residuals[own][word] = widened(residual[column(own_block(own), word)]);
+        values[own][word] = widened(input[distance(own, word)]);
+        residuals[own][word] = widened(residual[distance(own, word)]);
       }
     }
     float sum = 0.0f, none = 0.0f;
@@ -185,7 +192,7 @@ __global__ void __launch_bounds__(THREADS) add_and_norm(NormArguments arguments)
       for (int word = 0; word < NUMBERS; word++) {
         const float dropped = widened(rounded(values[own][word] * factors[word]));
         const unsigned short half = rounded(dropped + residuals[own][word]);
-        if (has_row) sums[column(own_block(own), word)] = half;
+        if (has_row) sums[distance(own, word)] = half;
         values[own][word] = widened(half);
         sum += values[own][word];
       }
@@ -210,9 +217,9 @@ __global__ void __launch_bounds__(THREADS) add_and_norm(NormArguments arguments)
       if (own_block(own) >= blocks) continue;
 #pragma unroll
       for (int word = 0; word < NUMBERS; word++) {
-        const unsigned at = column(own_block(own), word);
         const float normal = values[own][word] * inverse_deviation;
-        output[at] = rounded(normal * widened(arguments.scale[at]) + widened(arguments.shift[at]));
+        const float scaled = normal * widened(scale[distance(own, word)]);
+        output[distance(own, word)] = rounded(scaled + widened(shift[distance(own, word)]));
       }
     }
     if (threadIdx.x % TEAM == 0) {
@@ -222,22 +229,25 @@ __global__ void __launch_bounds__(THREADS) add_and_norm(NormArguments arguments)
   }
 }
 
-__global__ void __launch_bounds__(THREADS, 2) add_and_norm_backward(NormBackwardArguments arguments) {
+__global__ void __launch_bounds__(THREADS, 1) add_and_norm_backward(NormBackwardArguments arguments) {
   const unsigned width = arguments.width, blocks = width / NUMBERS, teams = blockDim.x / TEAM;
+  const unsigned short *scale = arguments.scale + first_column();
   float to_scale[OWN][NUMBERS] = {}, to_shift[OWN][NUMBERS] = {}, to_input[OWN][NUMBERS] = {};
   for (long long first = blockIdx.x * teams; first < arguments.rows; first += gridDim.x * teams) {
     const bool has_row = first + threadIdx.x / TEAM < arguments.rows;
     const long long row = has_row ? first + threadIdx.x / TEAM : first;
     const float mean = arguments.means[row], inverse_deviation = arguments.inverse_deviations[row];
-    const unsigned short *gradient = arguments.gradient + row * width, *sums = arguments.sums + row * width;
+    const long long start = row * width + first_column();
+    const unsigned short *gradient = arguments.gradient + start, *sums = arguments.sums + start;
+    unsigned short *to_residual = arguments.to_residual + start, *to_own = arguments.to_input + start;
     float gradients[OWN][NUMBERS], normals[OWN][NUMBERS];
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
       if (own_block(own) >= blocks) continue;
 #pragma unroll
       for (int word = 0; word < NUMBERS; word++) {
-        gradients[own][word] = has_row ? widened(gradient[column(own_block(own), word)]) : 0.0f;
-        normals[own][word] = widened(sums[column(own_block(own), word)]);
+        gradients[own][word] = has_row ? widened(gradient[distance(own, word)]) : 0.0f;
+        normals[own][word] = widened(sums[distance(own, word)]);
       }
     }
     float sum = 0.0f, sum_with_normals = 0.0f;
@@ -247,7 +257,7 @@ __global__ void __launch_bounds__(THREADS, 2) add_and_norm_backward(NormBackward
 #pragma unroll
       for (int word = 0; word < NUMBERS; word++) {
         const float normal = (normals[own][word] - mean) * inverse_deviation, gradient = gradients[own][word];
-        const float scaled = gradient * widened(arguments.scale[column(own_block(own), word)]);
+        const float scaled = gradient * widened(scale[distance(own, word)]);
         to_scale[own][word] += gradient * normal;
         to_shift[own][word] += gradient;
         sum += scaled;
@@ -267,12 +277,11 @@ __global__ void __launch_bounds__(THREADS, 2) add_and_norm_backward(NormBackward
       factors_of_row(arguments.pattern, row, own_block(own), factors);
 #pragma unroll
       for (int word = 0; word < NUMBERS; word++) {
-        const long long at = row * width + column(own_block(own), word);
         const float difference = gradients[own][word] - sum - normals[own][word] * sum_with_normals;
         const unsigned short half = rounded(inverse_deviation * difference);
         const unsigned short dropped = rounded(widened(half) * factors[word]);
-        arguments.to_residual[at] = half;
-        arguments.to_input[at] = dropped;
+        to_residual[distance(own, word)] = half;
+        to_own[distance(own, word)] = dropped;
         to_input[own][word] += widened(dropped);
       }
     }
@@ -285,7 +294,7 @@ __global__ void __launch_bounds__(THREADS, 2) add_and_norm_backward(NormBackward
       if (threadIdx.x / TEAM != team || own_block(own) >= blocks) continue;
 #pragma unroll
       for (int word = 0; word < NUMBERS; word++) {
-        const unsigned at = column(own_block(own), word);
+        const unsigned at = first_column() + distance(own, word);
         totals[0][at] = team == 0 ? to_scale[own][word] : totals[0][at] + to_scale[own][word];
         totals[1][at] = team == 0 ? to_shift[own][word] : totals[1][at] + to_shift[own][word];
         totals[2][at] = team == 0 ? to_input[own][word] : totals[2][at] + to_input[own][word];
@@ -297,6 +306,9 @@ __global__ void __launch_bounds__(THREADS, 2) add_and_norm_backward(NormBackward
     arguments.parts[blockIdx.x * LISTS * width + at] = totals[at / width][at % width];
 }
 
+// Rows that a thread reads at a time.
+const int ROWS = 4;
+
 // Multiplies a gradient by the derivative of x Φ(x), and sums columns of what comes out over parts of the rows.
 __global__ void gelu_backward(GeluBackwardArguments arguments) {
   const long long fours = arguments.width / 4;
@@ -305,17 +317,28 @@ __global__ void gelu_backward(GeluBackwardArguments arguments) {
   for (long long item = thread(); item < parts * fours; item += threads()) {
     const long long part = item / fours, four = item % fours;
     const long long first = part * arguments.rows_of_part;
-    const long long last = first + arguments.rows_of_part;
+    const long long end = first + arguments.rows_of_part, last = end < arguments.rows ? end : arguments.rows;
     FourFloats sums = {};
-#pragma unroll 4
-    for (long long row = first; row < (last < arguments.rows ? last : arguments.rows); row++) {
-      const FourHalves gradient = gradients[row * fours + four], input = inputs[row * fours + four];
-      FourHalves own;
-      for (int number = 0; number < 4; number++) {
-        own.numbers[number] = rounded(widened(gradient.numbers[number]) * slope_of_gelu(widened(input.numbers[number])));
-        sums.numbers[number] += widened(own.numbers[number]);
+    for (long long row = first; row < last; row += ROWS) {
+      // Read before anything is computed, so that the memory has much to do at a time.
+      FourHalves gradient[ROWS], input[ROWS];
+#pragma unroll
+      for (int next = 0; next < ROWS; next++) {
+        const long long at = (row + next < last ? row + next : row) * fours + four;
+        gradient[next] = gradients[at];
+        input[next] = inputs[at];
       }
-      ((FourHalves *)arguments.to_input)[row * fours + four] = own;
+#pragma unroll
+      for (int next = 0; next < ROWS; next++) {
+        if (row + next >= last) continue;
+        FourHalves own;
+        for (int number = 0; number < 4; number++) {
+          const float slope = slope_of_gelu(widened(input[next].numbers[number]));
+          own.numbers[number] = rounded(widened(gradient[next].numbers[number]) * slope);
+          sums.numbers[number] += widened(own.numbers[number]);
+        }
+        ((FourHalves *)arguments.to_input)[(row + next) * fours + four] = own;
+      }
     }
     ((FourFloats *)arguments.sums)[item] = sums;
   }

@@ -7,7 +7,7 @@ use std::ptr::null;
 use tch::{Device, Kind, Tensor};
 
 use super::gradient_place::{Operand, gradients_of_sums};
-use super::kernels::{LISTS, THREADS, blocks, has_rows_of_fours, launch, rows_of_part};
+use super::kernels::{LISTS, THREADS, blocks, has_rows_of_fours, launch, launch_blocks, rows_of_part};
 use super::own_backward::with_backward;
 use crate::error::{Error, Result};
 use crate::random::GROUP;
@@ -15,8 +15,10 @@ use crate::random::GROUP;
 /// As in `rows.cu`.
 const WIDEST: i64 = 1024;
 const TEAM: usize = 64;
-/// Blocks that go over rows backward at most, each with sums of its own: all that a large GPU has room for at a time.
-const BLOCKS_OF_SUMS: usize = 264;
+/// Threads of a block that goes over rows backward, and how many of them there are at most: as many as a large GPU has room for,
+/// since each has sums of its own.
+const THREADS_OF_SUMS: usize = 512;
+const BLOCKS_OF_SUMS: usize = 132;
 /// Parts of the rows that GELU's backward goes over: more than where nothing but sums is computed.
 const PARTS_OF_GELU: [usize; 2] = [64, 256];
 
@@ -260,7 +262,7 @@ pub fn add_and_norm(operation: AddAndNorm) -> Result<Tensor> {
         let gradient = gradient.f_contiguous()?;
         halves(&[&gradient], device)?;
         let (to_residual, to_input) = (gradient.f_empty_like()?, gradient.f_empty_like()?);
-        let blocks = blocks.min(BLOCKS_OF_SUMS);
+        let blocks = (rows as usize).div_ceil(THREADS_OF_SUMS / TEAM).clamp(1, BLOCKS_OF_SUMS);
         let parts = Tensor::f_empty([blocks as i64, LISTS as i64 * width], (Kind::Float, device))?;
         let arguments = NormBackwardArguments {
             pattern: pattern_argument(dropout.as_ref(), rows, device)?,
@@ -276,7 +278,7 @@ pub fn add_and_norm(operation: AddAndNorm) -> Result<Tensor> {
             parts: parts.data_ptr(),
         };
         // SAFETY: as before; each block has a row of sums.
-        unsafe { launch(c"add_and_norm_backward", device, blocks, arguments) }?;
+        unsafe { launch_blocks(c"add_and_norm_backward", device, [blocks, THREADS_OF_SUMS], arguments) }?;
         let [to_scale, to_shift, to_bias]: [Tensor; 3] =
             gradients_of_sums(&parts, &wanted.each_ref())?.try_into().map_err(|_| misfit())?;
         Ok(vec![to_input, to_residual, to_scale, to_shift, to_bias])
@@ -466,7 +468,7 @@ mod tests {
     #[test]
     fn gelu_brings_the_bias_the_sums_of_its_gradient() {
         tch::manual_seed(1);
-        for (rows, width) in [(1, 4), (70, 64), (300, 128)] {
+        for (rows, width) in [(1, 4), (70, 64), (301, 128), (4201, 8)] {
             let input = (random(&[rows, width]) * 2.0).detach().set_requires_grad(true);
             let bias = random(&[width]).set_requires_grad(true);
             let weights = random(&[rows, width]);
