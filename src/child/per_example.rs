@@ -351,7 +351,7 @@ fn add_squared_vector(
     examples: &Examples,
 ) -> Result<()> {
     if gradient.device() != Device::Cpu {
-        return device::add_squared_vector(&sums, &gradient.f_to_kind(Kind::Float)?, factor, examples);
+        return device::add_squared_vector(&sums, gradient, factor, examples);
     }
     let factor = factor.map(elements).transpose()?;
     match gradient.kind() {

@@ -194,6 +194,7 @@ char *child_tuning_launch(int device, const char *source, const char *name, unsi
       if (wanted == "squares") return on_cpu::run(on_cpu::squares, blocks, threads, arguments);
       if (wanted == "mask") return on_cpu::run(on_cpu::mask, blocks, threads, arguments);
       if (wanted == "collect") return on_cpu::run(on_cpu::collect, blocks, threads, arguments);
+      if (wanted == "lay_out") return on_cpu::run(on_cpu::lay_out, blocks, threads, arguments);
       if (wanted == "part_sums") return on_cpu::run(on_cpu::part_sums, blocks, threads, arguments);
       if (wanted == "part_squares") return on_cpu::run(on_cpu::part_squares, blocks, threads, arguments);
       if (wanted == "columns") return on_cpu::run(on_cpu::columns, blocks, threads, arguments);

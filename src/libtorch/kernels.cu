@@ -104,9 +104,22 @@ struct TotalsArguments {
   int lists;
 };
 
+struct LayOutArguments {
+  // In units of so many bytes: 2, 4 or 8.
+  const void *rows;
+  int unit;
+  // Units of a row.
+  long long width;
+  // The row that stands at each place, below zero where none does.
+  const long long *row_of_place;
+  long long places;
+  void *laid_out;
+};
+
 struct PartSumsArguments {
-  // Rows of numbers, and of factors on them or null.
-  const float *numbers;
+  // Rows of numbers, in float32 or bfloat16, and of factors on them, in float32, or null.
+  const void *numbers;
+  int halves;
   const float *factors;
   long long width;
   // Where the rows of each part end.
@@ -211,6 +224,15 @@ __device__ inline void step(const AdamW &constants, float gradient, float &value
   value = (value * constants.decay_before - constants.step_size * (first / root)) * constants.decay_after;
 }
 
+template <typename Unit>
+__device__ inline void lay_out_units(const LayOutArguments &arguments) {
+  for (long long item = thread(); item < arguments.places * arguments.width; item += threads()) {
+    const long long row = arguments.row_of_place[item / arguments.width];
+    const Unit *units = (const Unit *)arguments.rows + row * arguments.width;
+    ((Unit *)arguments.laid_out)[item] = row < 0 ? 0 : units[item % arguments.width];
+  }
+}
+
 extern "C" {
 
 __global__ void update(UpdateArguments arguments) {
@@ -307,6 +329,9 @@ __global__ void collect(CollectArguments arguments) {
   }
 }
 
+// Rows that a thread reads at a time, before anything is computed, so that the memory has much to do.
+const int ROWS = 8;
+
 // Sums columns over parts of the rows.
 __global__ void columns(ColumnsArguments arguments) {
   const long long fours = arguments.width / 4;
@@ -318,12 +343,17 @@ __global__ void columns(ColumnsArguments arguments) {
     for (int other = 1; other < LISTS; other++)
       if (list == other) numbers = (const FourHalves *)arguments.numbers[other];
     const long long first = part * arguments.rows_of_part;
-    const long long last = first + arguments.rows_of_part;
+    const long long end = first + arguments.rows_of_part, last = end < arguments.rows ? end : arguments.rows;
     FourFloats sums = {};
-#pragma unroll 16
-    for (long long row = first; row < (last < arguments.rows ? last : arguments.rows); row++) {
-      const FourHalves own = numbers[row * fours + four];
-      for (int number = 0; number < 4; number++) sums.numbers[number] += widened(own.numbers[number]);
+    for (long long row = first; row < last; row += ROWS) {
+      FourHalves own[ROWS];
+#pragma unroll
+      for (int next = 0; next < ROWS; next++) own[next] = numbers[(row + next < last ? row + next : row) * fours + four];
+#pragma unroll
+      for (int next = 0; next < ROWS; next++) {
+        if (row + next >= last) continue;
+        for (int number = 0; number < 4; number++) sums.numbers[number] += widened(own[next].numbers[number]);
+      }
     }
     ((FourFloats *)arguments.sums)[item] = sums;
   }
@@ -357,8 +387,17 @@ __global__ void totals(TotalsArguments arguments) {
   }
 }
 
+// Puts rows to places, and zeros where there is none.
+__global__ void lay_out(LayOutArguments arguments) {
+  if (arguments.unit == 8) lay_out_units<unsigned long long>(arguments);
+  else if (arguments.unit == 4) lay_out_units<unsigned>(arguments);
+  else lay_out_units<unsigned short>(arguments);
+}
+
 // Sums the rows of each part.
 __global__ void part_sums(PartSumsArguments arguments) {
+  const float *floats = (const float *)arguments.numbers;
+  const unsigned short *halves = (const unsigned short *)arguments.numbers;
   for (long long item = thread(); item < arguments.parts * arguments.width; item += threads()) {
     const long long part = item / arguments.width, column = item % arguments.width;
     const long long last = arguments.ends[part];
@@ -366,7 +405,8 @@ __global__ void part_sums(PartSumsArguments arguments) {
 #pragma unroll 8
     for (long long row = part == 0 ? 0 : arguments.ends[part - 1]; row < last; row++) {
       const long long at = row * arguments.width + column;
-      sum += arguments.factors ? arguments.numbers[at] * arguments.factors[at] : arguments.numbers[at];
+      const float number = arguments.halves ? widened(halves[at]) : floats[at];
+      sum += arguments.factors ? number * arguments.factors[at] : number;
     }
     arguments.sums[item] = sum;
   }

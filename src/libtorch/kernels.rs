@@ -132,8 +132,19 @@ struct TotalsArguments {
 }
 
 #[repr(C)]
+struct LayOutArguments {
+    rows: *const c_void,
+    unit: c_int,
+    width: i64,
+    row_of_place: *const c_void,
+    places: i64,
+    laid_out: *mut c_void,
+}
+
+#[repr(C)]
 struct PartSumsArguments {
     numbers: *const c_void,
+    halves: c_int,
     factors: *const c_void,
     width: i64,
     ends: *const c_void,
@@ -345,22 +356,58 @@ pub(super) fn totals(sums: &Tensor, targets: &[Option<Total>]) -> Result<()> {
     unsafe { launch(c"totals", sums.device(), blocks, arguments) }
 }
 
-/// Sums rows `[rows, width]`, each number times its factor if there are `factors`, over parts whose ends `ends` names, `[parts]`
-/// int64 in ascending order and no more than there are rows: `[parts, width]`. All numbers are float32.
+/// Puts rows `[rows, width]`, of any type, to places, `[places, width]`: `row_of_place` names the row of each, int64, and is below
+/// zero where there is none, which gets zeros.
+///
+/// # Errors
+/// As for [`update`].
+pub fn lay_out(rows: &Tensor, row_of_place: &Tensor) -> Result<Tensor> {
+    let (rows, places) = (rows.f_contiguous()?, row_of_place.size()[0]);
+    fitting(rows.dim() == 2 && row_of_place.device() == rows.device(), &[row_of_place], Kind::Int64)?;
+    let laid_out = Tensor::f_empty([places, rows.size()[1]], (rows.kind(), rows.device()))?;
+    let bytes = rows.size()[1] as usize * rows.kind().elt_size_in_bytes();
+    let fits = |unit: &usize| bytes.is_multiple_of(*unit) && is_aligned(&rows, *unit);
+    let Some(unit) = [8, 4, 2].into_iter().find(fits) else {
+        return Err(Error::Libtorch("rows of single bytes are not laid out".into()));
+    };
+    let arguments = LayOutArguments {
+        rows: rows.data_ptr(),
+        unit: unit as c_int,
+        width: (bytes / unit) as i64,
+        row_of_place: row_of_place.data_ptr(),
+        places,
+        laid_out: laid_out.data_ptr(),
+    };
+    let blocks = blocks(4 * places as usize * bytes / unit);
+    // SAFETY: as in `update`; the rows are there by the caller's word, which `Examples` keeps.
+    unsafe { launch(c"lay_out", rows.device(), blocks, arguments) }?;
+    Ok(laid_out)
+}
+
+/// Sums rows `[rows, width]` in float32 or bfloat16, each number times its factor if there are `factors` in float32, over parts
+/// whose ends `ends` names, `[parts]` int64 in ascending order and no more than there are rows: `[parts, width]` in float32.
 ///
 /// # Errors
 /// As for [`update`].
 pub fn sums_of_parts(rows: &Tensor, factors: Option<&Tensor>, ends: &Tensor) -> Result<Tensor> {
     let (width, parts) = (rows.size()[1], ends.size()[0]);
     let sums = Tensor::f_empty([parts, width], (Kind::Float, rows.device()))?;
-    let flat = [Some(rows), factors].into_iter().flatten().map(|rows| rows.f_flatten(0, -1));
-    let flat = flat.collect::<std::result::Result<Vec<_>, _>>()?;
-    let alike = flat.iter().all(|other| other.numel() == rows.numel()) && ends.device() == rows.device();
-    fitting(alike, &flat.iter().collect::<Vec<_>>(), Kind::Float)?;
+    let flat = rows.f_flatten(0, -1)?;
+    let factors = factors.map(|factors| factors.f_flatten(0, -1)).transpose()?;
+    let kind = if rows.kind() == Kind::BFloat16 { Kind::BFloat16 } else { Kind::Float };
+    fitting(ends.device() == rows.device(), &[&flat], kind)?;
+    if let Some(factors) = &factors {
+        fitting(
+            factors.numel() == flat.numel() && factors.device() == flat.device(),
+            &[factors],
+            Kind::Float,
+        )?;
+    }
     fitting(true, &[ends], Kind::Int64)?;
     let arguments = PartSumsArguments {
-        numbers: flat[0].data_ptr(),
-        factors: flat.get(1).map_or(null(), |factors| factors.data_ptr().cast_const()),
+        numbers: flat.data_ptr(),
+        halves: (kind == Kind::BFloat16).into(),
+        factors: factors.as_ref().map_or(null(), |factors| factors.data_ptr().cast_const()),
         width,
         ends: ends.data_ptr(),
         parts,
@@ -496,6 +543,27 @@ mod tests {
         }
         let gradient = Tensor::zeros([9], (Kind::BFloat16, Device::Cpu));
         assert!(collects(&gradient) && !collects(&gradient.narrow(0, 1, 8)));
+    }
+
+    #[test]
+    fn rows_are_laid_out_with_zeros_between_whatever_their_type() {
+        let places = Tensor::from_slice(&[2i64, -1, 0, 0, -1, 1]);
+        for (kind, width) in [
+            (Kind::Float, 4),
+            (Kind::Float, 3),
+            (Kind::BFloat16, 3),
+            (Kind::BFloat16, 2),
+            (Kind::BFloat16, 8),
+            (Kind::Int64, 5),
+        ] {
+            let rows =
+                Tensor::arange(3 * width, (Kind::Int64, Device::Cpu)).view([3, width]).to_kind(kind) + 1;
+            let expected =
+                rows.index_select(0, &places.clamp_min(0)) * places.ge(0).unsqueeze(1).to_kind(kind);
+            assert_eq!(lay_out(&rows, &places).unwrap(), expected, "{kind:?} {width}");
+        }
+        let bytes = Tensor::zeros([3, 5], (Kind::Uint8, Device::Cpu));
+        assert!(lay_out(&bytes, &places).is_err());
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub use cuda_graph::{CudaGraph, OwnStream};
 pub use gradient_place::{GradientPlace, Operand};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use kernels::{
-    AdamWConstants, RandomMask, Stretch, add_squares_of_parts, collect, collects, mask_in_place,
+    AdamWConstants, RandomMask, Stretch, add_squares_of_parts, collect, collects, lay_out, mask_in_place,
     sums_of_parts, sums_of_squares, update,
 };
 pub use linear::{linear, linears};

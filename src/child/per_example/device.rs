@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Examples, Moments};
 use crate::error::Result;
-use crate::libtorch::{add_squares_of_parts, sums_of_parts, upload};
+use crate::libtorch::{add_squares_of_parts, lay_out, sums_of_parts, upload};
 
 /// Entries of all examples' gradients of one matrix that exist at a time: 256 MiB in float32.
 const PRODUCTS: i64 = 1 << 26;
@@ -36,8 +36,8 @@ pub(super) fn add_squared_products(
     Ok(())
 }
 
-/// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`; with `factor`, of dY ⊙ factor. Both are
-/// `[rows, width]` in float32.
+/// Adds Σ_b (Σ_t dY_t)² over the rows t of each example to sums of the shape `[width]`; with `factor`, of dY ⊙ factor in float32.
+/// Both are `[rows, width]`.
 pub(super) fn add_squared_vector(
     sums: &Moments,
     gradient: &Tensor,
@@ -117,8 +117,8 @@ fn add_squares(sums: &Moments, mut numbers: Tensor, examples: &Examples) -> Resu
 pub(super) struct Rectangle {
     parts: i64,
     longest: i64,
-    /// Place of each row, `[rows]`; `None` where all parts are of one length.
-    places: Option<Tensor>,
+    /// The row of each place, below zero where there is none, `[parts · longest]`; `None` where all parts are of one length.
+    row_of_place: Option<Tensor>,
     /// Where the rows of each part end, `[parts]`.
     ends: Tensor,
 }
@@ -126,29 +126,33 @@ pub(super) struct Rectangle {
 impl Rectangle {
     pub fn new(examples: &Examples, device: Device) -> Result<Self> {
         let longest = examples.parts().map(|rows| rows.len()).max().unwrap_or(0);
-        let places: Vec<i64> = (examples.parts().enumerate())
-            .flat_map(|(part, rows)| (part * longest..part * longest + rows.len()).map(|place| place as i64))
+        let rows: Vec<i64> = (examples.parts())
+            .flat_map(|rows| {
+                let missing = longest - rows.len();
+                rows.map(|row| row as i64).chain(std::iter::repeat_n(-1, missing))
+            })
             .collect();
         let parts = examples.parts().count();
-        let places = match places.len() == parts * longest {
+        let row_of_place = match rows.len() == examples.rows() {
             true => None,
-            false => Some(upload(&places, device)?),
+            false => Some(upload(&rows, device)?),
         };
         let ends: Vec<i64> = examples.parts().map(|rows| rows.end as i64).collect();
         let ends = upload(&ends, device)?;
-        Ok(Self { parts: parts as i64, longest: longest as i64, places, ends })
+        Ok(Self { parts: parts as i64, longest: longest as i64, row_of_place, ends })
     }
 
     /// Returns another handle to it.
     pub fn shallow_clone(&self) -> Self {
-        let places = self.places.as_ref().map(Tensor::shallow_clone);
-        Self { places, ends: self.ends.shallow_clone(), ..*self }
+        let row_of_place = self.row_of_place.as_ref().map(Tensor::shallow_clone);
+        Self { row_of_place, ends: self.ends.shallow_clone(), ..*self }
     }
 
     fn lay_out(&self, rows: &Tensor) -> Result<Tensor> {
         let shape = [self.parts, self.longest, rows.size()[1]];
-        let Some(places) = &self.places else { return Ok(rows.f_reshape(shape)?) };
-        let empty = Tensor::f_zeros([shape[0] * shape[1], shape[2]], (rows.kind(), rows.device()))?;
-        Ok(empty.f_index_copy(0, places, rows)?.f_view(shape)?)
+        match &self.row_of_place {
+            Some(row_of_place) => Ok(lay_out(rows, row_of_place)?.f_view(shape)?),
+            None => Ok(rows.f_reshape(shape)?),
+        }
     }
 }
