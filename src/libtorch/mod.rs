@@ -6,6 +6,7 @@
 mod attention;
 mod context;
 mod cuda_graph;
+mod embedding;
 mod ffi;
 mod gradient_place;
 mod hooks;
@@ -25,6 +26,7 @@ pub use context::{
     synchronize, use_device, version,
 };
 pub use cuda_graph::{CudaGraph, OwnStream};
+pub use embedding::embedding;
 pub use gradient_place::{GradientPlace, Operand};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use kernels::{

@@ -107,6 +107,24 @@ struct GeluBackwardArguments {
   float *sums;
 };
 
+struct EntriesArguments {
+  // The gradient of what was looked up, in float32, and the entry of each row.
+  const float *gradient;
+  const long long *entries;
+  long long rows;
+  long long width;
+  // Sums over the rows of one entry in a chunk of rows, at the first of them; and whether a row is such a first one.
+  float *sums;
+  int *is_first;
+  // The table's gradient: rows of entries that were looked up are added to.
+  float *table;
+};
+
+// Rows in which the first of each entry gathers the others of its own; then such are gathered from all chunks.
+const unsigned CHUNK = 128;
+// Chunks that are gathered from at a time.
+const unsigned CHUNKS = 256;
+
 // Computes the factors of a block of a row.
 __device__ inline void factors_of_row(const Pattern &pattern, long long row, unsigned block, float factors[NUMBERS]) {
   if (!pattern.key) {
@@ -330,6 +348,65 @@ __global__ void __launch_bounds__(THREADS, 2) add_and_norm_backward(NormBackward
   }
   for (unsigned at = threadIdx.x; at < LISTS * width; at += blockDim.x)
     arguments.parts[blockIdx.x * LISTS * width + at] = totals[at / width][at % width];
+}
+
+// A block is a row's: if it is the first of its entry in the chunk, it gathers.
+__global__ void entries_of_chunks(EntriesArguments arguments) {
+  __shared__ int comes_later;
+  for (long long row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
+    const long long entry = arguments.entries[row], start = row / CHUNK * CHUNK;
+    const long long end = start + CHUNK < arguments.rows ? start + CHUNK : arguments.rows;
+    if (threadIdx.x == 0) comes_later = 0;
+    wait_for_block();
+    for (long long other = start + threadIdx.x; other < row; other += blockDim.x)
+      if (arguments.entries[other] == entry) comes_later = 1;
+    wait_for_block();
+    const bool is_first = !comes_later;
+    if (threadIdx.x == 0) arguments.is_first[row] = is_first;
+    if (is_first) {
+      for (long long column = threadIdx.x; column < arguments.width; column += blockDim.x) {
+        float sum = 0.0f;
+        for (long long other = row; other < end; other++)
+          if (arguments.entries[other] == entry) sum += arguments.gradient[other * arguments.width + column];
+        arguments.sums[row * arguments.width + column] = sum;
+      }
+    }
+    wait_for_block();
+  }
+}
+
+// A block is a row's: if it is the first of its entry in all rows, it gathers those of the chunks.
+__global__ void entries_of_table(EntriesArguments arguments) {
+  __shared__ int comes_later;
+  __shared__ long long row_of_chunk[CHUNKS];
+  for (long long row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
+    const long long entry = arguments.entries[row];
+    // All threads of the block see the same.
+    if (!arguments.is_first[row]) continue;
+    if (threadIdx.x == 0) comes_later = 0;
+    wait_for_block();
+    for (long long other = threadIdx.x; other < row; other += blockDim.x)
+      if (arguments.entries[other] == entry) comes_later = 1;
+    wait_for_block();
+    const bool gathers = !comes_later;
+    for (long long start = row / CHUNK * CHUNK; gathers && start < arguments.rows; start += CHUNK * CHUNKS) {
+      for (unsigned chunk = threadIdx.x; chunk < CHUNKS; chunk += blockDim.x) row_of_chunk[chunk] = -1;
+      wait_for_block();
+      const long long end = start + CHUNK * CHUNKS < arguments.rows ? start + CHUNK * CHUNKS : arguments.rows;
+      for (long long other = (start > row ? start : row) + threadIdx.x; other < end; other += blockDim.x)
+        if (arguments.entries[other] == entry && arguments.is_first[other]) row_of_chunk[(other - start) / CHUNK] = other;
+      wait_for_block();
+      const unsigned chunks = (end - start + CHUNK - 1) / CHUNK;
+      for (long long column = threadIdx.x; column < arguments.width; column += blockDim.x) {
+        float sum = arguments.table[entry * arguments.width + column];
+        for (unsigned chunk = 0; chunk < chunks; chunk++)
+          if (row_of_chunk[chunk] >= 0) sum += arguments.sums[row_of_chunk[chunk] * arguments.width + column];
+        arguments.table[entry * arguments.width + column] = sum;
+      }
+      wait_for_block();
+    }
+    wait_for_block();
+  }
 }
 
 // Multiplies a gradient by the derivative of x Φ(x), and sums columns of what comes out over parts of the rows.

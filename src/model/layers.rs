@@ -6,7 +6,7 @@ use super::parameter::{ParameterKind, ParameterPlace};
 use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use crate::error::{Error, Result};
-use crate::libtorch::{Operand, gelu_after_bias, linear, linears};
+use crate::libtorch::{Operand, embedding, gelu_after_bias, linear, linears};
 
 /// y = x Wᵀ + b, or y = x Wᵀ.
 #[derive(Clone, Copy, Debug)]
@@ -191,11 +191,7 @@ impl Embedding {
     /// # Errors
     /// Fails if an index is out of range.
     pub fn forward(&self, pass: &Pass, indices: &Tensor) -> Result<Tensor> {
-        let table = pass.weight(self.table);
-        // On the CPU a gradient of the rows that are used, not of the table: filling that with zeros takes longer than all
-        // else. On a GPU rows would be added up in any order.
-        let sparse = !table.device().is_cuda();
-        let mut output = Tensor::f_embedding(table, indices, -1, false, sparse)?;
+        let mut output = embedding(pass.operand(self.table), indices)?;
         if pass.is_observed() {
             output = output.f_set_requires_grad(true)?;
         }

@@ -440,8 +440,8 @@ mod tests {
                 })
                 .collect();
             let (found, found_gradient, placed) = run(&places, is_checkpointed);
-            // Of each of two layers six matrices and their biases, and two normalisations.
-            assert_eq!(placed, 2 * (12 + 4));
+            // Of each of two layers six matrices and their biases, and two normalisations; and the tables.
+            assert_eq!(placed, 2 * (12 + 4) + 3);
             assert!(difference(&found, &logits).unwrap() < 2e-2);
             assert!(difference(&found_gradient, &gradient).unwrap() < 4e-2);
             assert!(largest_difference(model, &found_gradient, &gradient).unwrap() < 0.2);
