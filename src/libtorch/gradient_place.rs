@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Kind, Tensor};
 
-use super::kernels::{Total, totals};
+use super::row_sums::{Total, totals};
 use crate::error::Result;
 
 /// The place of a parameter's gradient in a flat float32 buffer, to which operations of our own may bring what they have of it,

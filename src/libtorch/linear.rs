@@ -4,8 +4,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::ffi;
 use super::gradient_place::{GradientPlace, Operand, Wanted, gradients_of_sums};
-use super::kernels::{LISTS, column_sums, has_rows_of_fours};
 use super::own_backward::{is_exclusive, with_backward, with_backward_of_all};
+use super::row_sums::{LISTS, column_sums, has_rows_of_fours};
 use crate::error::Result;
 
 /// Computes input · weightᵀ + bias, with gradients of those that ask for one: input `[rows, in]`, weight `[out, in]` in any

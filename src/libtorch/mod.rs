@@ -18,6 +18,7 @@ mod number;
 mod own_backward;
 mod process;
 mod profile;
+mod row_sums;
 mod rows;
 
 pub use attention::{FlashQueries, PackedLengths, flash_attention, flash_attention_runs};
@@ -30,8 +31,7 @@ pub use embedding::embedding;
 pub use gradient_place::{GradientPlace, Operand};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use kernels::{
-    AdamWConstants, RandomMask, Stretch, add_squares_of_parts, collect, collects, lay_out, mask_in_place,
-    sums_of_parts, sums_of_squares, update,
+    AdamWConstants, RandomMask, Stretch, collect, collects, mask_in_place, sums_of_squares, update,
 };
 pub use linear::{linear, linears};
 pub use matrix_unit::{MatrixUnit, SIDE, Step, has_matrix_unit, right_place};
@@ -43,9 +43,9 @@ pub use process::{
     survive_file_size_limits, use_threads, with_a_considerate_environment,
 };
 pub use profile::{Profile, ProfileRow, profile};
-
+pub use row_sums::{add_squares_of_parts, lay_out, sums_of_parts};
 pub use rows::{
-    AddAndNorm, DropoutPattern, DropoutRows, add_and_norm, drop_rows, gelu_after_bias, normalises,
+    AddAndNorm, DropoutPattern, DropoutRows, activates, add_and_norm, drop_rows, gelu_after_bias, normalises,
 };
 
 use crate::error::Error;

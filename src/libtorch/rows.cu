@@ -363,12 +363,21 @@ __global__ void entries_of_chunks(EntriesArguments arguments) {
     wait_for_block();
     const bool is_first = !comes_later;
     if (threadIdx.x == 0) arguments.is_first[row] = is_first;
-    if (is_first) {
-      for (long long column = threadIdx.x; column < arguments.width; column += blockDim.x) {
-        float sum = 0.0f;
-        for (long long other = row; other < end; other++)
-          if (arguments.entries[other] == entry) sum += arguments.gradient[other * arguments.width + column];
-        arguments.sums[row * arguments.width + column] = sum;
+    // A thread has several columns at a time, so that the memory has much to do.
+    for (long long first = threadIdx.x; is_first && first < arguments.width; first += blockDim.x * NUMBERS) {
+      float sums[NUMBERS] = {};
+      for (long long other = row; other < end; other++) {
+        if (arguments.entries[other] != entry) continue;
+#pragma unroll
+        for (int number = 0; number < NUMBERS; number++) {
+          const long long column = first + number * blockDim.x;
+          if (column < arguments.width) sums[number] += arguments.gradient[other * arguments.width + column];
+        }
+      }
+#pragma unroll
+      for (int number = 0; number < NUMBERS; number++) {
+        const long long column = first + number * blockDim.x;
+        if (column < arguments.width) arguments.sums[row * arguments.width + column] = sums[number];
       }
     }
     wait_for_block();

@@ -6,7 +6,7 @@ use super::parameter::{ParameterKind, ParameterPlace};
 use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use crate::error::{Error, Result};
-use crate::libtorch::{Operand, embedding, gelu_after_bias, linear, linears};
+use crate::libtorch::{Operand, activates, embedding, gelu_after_bias, linear, linears};
 
 /// y = x Wᵀ + b, or y = x Wᵀ.
 #[derive(Clone, Copy, Debug)]
@@ -109,9 +109,9 @@ impl Linear {
     /// # Errors
     /// Fails if shapes do not match.
     pub fn activated(&self, pass: &Pass, input: &Tensor, activation: Activation) -> Result<[Tensor; 2]> {
+        let weight = self.matrix(pass)?;
         match (self.bias, activation) {
-            (Some(bias), Activation::Gelu) if self.joins(pass) => {
-                let weight = self.matrix(pass)?;
+            (Some(bias), Activation::Gelu) if self.joins(pass) && activates(weight.size()[0]) => {
                 let held = pass.weight(bias).f_detach()?;
                 let layer = [self.weight_operand(pass, &weight), Operand::plain(&held)];
                 let [output, residual] = pieces(linears(&input.f_to_kind(weight.kind())?, &[layer])?)?;
