@@ -207,7 +207,9 @@ pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Resul
         check_predictions(checks, &pair, &name)?;
     }
     check_long_examples(checks, shape, device)?;
-    check_dropout(checks, shape, device)?;
+    let config = shape.config_with_dropouts([0.3, 0.0], SPREAD);
+    let pair = Pair::of(&config, shape.vocabulary, classes(), device)?;
+    check_dropout(checks, &pair, |about| format!("{}: {about}", shape.name))?;
     for checkpointed in [false, true] {
         let way = if checkpointed { "checkpointed" } else { "plain" };
         let name =
@@ -227,10 +229,8 @@ fn check_long_examples(checks: &mut Checks, shape: &Shape, device: Device) -> Re
     check_passes(checks, &mut pair, &numbers, |about| format!("{}: {about}, long examples", shape.name))
 }
 
-/// Passes with dropout of rows, whose patterns are the same on every device.
-fn check_dropout(checks: &mut Checks, shape: &Shape, device: Device) -> Result<()> {
-    let config = shape.config_with_dropouts([0.3, 0.0], SPREAD);
-    let pair = Pair::of(&config, shape.vocabulary, classes(), device)?;
+/// Passes of models with dropout of rows, whose patterns are the same on every device, and none of attention.
+pub(super) fn check_dropout(checks: &mut Checks, pair: &Pair, name: impl Fn(&str) -> String) -> Result<()> {
     let numbers: Vec<usize> = (0..3 * BATCH).collect();
     let way = |precision| Way { drops: true, ..Way::of(precision) };
     let expected = pass(&pair.reference, &pair.data, &numbers, way(Precision::Float32))?;
@@ -239,7 +239,7 @@ fn check_dropout(checks: &mut Checks, shape: &Shape, device: Device) -> Result<(
     {
         let found = pass(&pair.subject, &pair.data, &numbers, way(precision));
         let found = || found.as_ref().map_err(|error| Error::Libtorch(error.to_string()));
-        let name = |about: &str| format!("{}: {about} in {word}, with dropout of rows", shape.name);
+        let name = |about: &str| name(&format!("{about} in {word}, with dropout of rows"));
         checks
             .at_most("passes", name("logits"), allowed[0], || difference(&found()?.logits, &expected.logits));
         checks.at_most("passes", name("gradient"), allowed[1], || {

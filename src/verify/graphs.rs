@@ -29,7 +29,7 @@ pub(super) fn check(checks: &mut Checks, shape: &Shape, device: Device) -> Resul
 /// Makes the checks for a small model of another family.
 pub(super) fn check_family(checks: &mut Checks, family: &str, device: Device) -> Result<()> {
     let vocabulary = Shape::TINY.vocabulary;
-    let config = |dropout| family_config(family, vocabulary, dropout);
+    let config = |dropout| family_config(family, vocabulary, [dropout; 2]);
     check_replayed(checks, family, &config, vocabulary, device, &["vanilla"])
 }
 

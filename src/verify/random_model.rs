@@ -66,8 +66,9 @@ impl Shape {
     }
 }
 
-/// Returns the config of a small model of a family, with something of all that is particular to it.
-pub fn family_config(family: &str, vocabulary: u32, dropout: f64) -> ModelConfig {
+/// Returns the config of a small model of a family, with something of all that is particular to it, and with a dropout of rows and one
+/// of attention, which in XLNet is that of rows.
+pub fn family_config(family: &str, vocabulary: u32, [rows, attention]: [f64; 2]) -> ModelConfig {
     let common = json!({
         "model_type": family,
         "vocab_size": vocabulary,
@@ -81,8 +82,8 @@ pub fn family_config(family: &str, vocabulary: u32, dropout: f64) -> ModelConfig
         "intermediate_size": 96,
         "max_position_embeddings": 512,
         "type_vocab_size": 2,
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout,
+        "hidden_dropout_prob": rows,
+        "attention_probs_dropout_prob": attention,
     });
     let own = match family {
         "distilbert" => vec![json!({
@@ -91,17 +92,17 @@ pub fn family_config(family: &str, vocabulary: u32, dropout: f64) -> ModelConfig
             "n_heads": 4,
             "hidden_dim": 96,
             "max_position_embeddings": 512,
-            "dropout": dropout,
-            "attention_dropout": dropout,
-            "seq_classif_dropout": dropout,
+            "dropout": rows,
+            "attention_dropout": attention,
+            "seq_classif_dropout": rows,
         })],
         "xlnet" => vec![json!({
             "d_model": 64,
             "n_layer": 2,
             "n_head": 4,
             "d_inner": 96,
-            "dropout": dropout,
-            "summary_last_dropout": dropout,
+            "dropout": rows,
+            "summary_last_dropout": rows,
         })],
         "electra" => vec![of_bert, json!({"embedding_size": 48})],
         "deberta-v2" => vec![
@@ -118,7 +119,14 @@ pub fn family_config(family: &str, vocabulary: u32, dropout: f64) -> ModelConfig
         ],
         "modernbert" => vec![
             of_bert,
-            json!({"local_attention": 16, "global_attn_every_n_layers": 2, "attention_dropout": dropout}),
+            json!({
+                "local_attention": 16,
+                "global_attn_every_n_layers": 2,
+                "attention_dropout": attention,
+                "embedding_dropout": rows,
+                "mlp_dropout": rows,
+                "classifier_dropout": rows,
+            }),
         ],
         _ => vec![of_bert],
     };

@@ -29,7 +29,7 @@ fn make_model(workplace: &Workplace, family: &str, files: &[&str]) {
     }
     workplace.write("start/config.json", json!({"model_type": family}).to_string());
     let encoder = TokenEncoder::from_folder(&workplace.path("start")).unwrap();
-    let config = family_config(family, encoder.vocabulary_size() as u32, 0.1);
+    let config = family_config(family, encoder.vocabulary_size() as u32, [0.1; 2]);
     let labels = Labels::Classes(vec!["a".into(), "b".into(), "c".into()]);
     let mut model = Classifier::untrained(config, labels, Device::Cpu).unwrap();
     model.reset(1).unwrap();
