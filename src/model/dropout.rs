@@ -96,13 +96,31 @@ impl Dropout {
                 None => Ok(input.shallow_clone()),
             };
         }
-        self.apply(input, probability, || match rows {
+        match self.patterned(probability, site, (rows, copies), own, batch) {
+            Some(pattern) => dropped(input, pattern),
+            None => Ok(input.shallow_clone()),
+        }
+    }
+
+    /// Returns the pattern of rows on the CPU, of which `own` are those that examples share, if they are such; none for a probability
+    /// of zero.
+    pub(super) fn patterned(
+        &self,
+        probability: f64,
+        site: u32,
+        (rows, copies): (Rows, i64),
+        own: i64,
+        batch: &PackedBatch,
+    ) -> Option<PatternedRows> {
+        let pattern = self.pattern(probability)?;
+        let counters = match rows {
             Rows::Tokens => token_counters(batch, site),
             Rows::Examples => batch.slots.iter().map(|&slot| [0, slot, site]).collect(),
             Rows::Shared => {
                 (0..copies).flat_map(|_| (0..own as u32).map(|row| [row, u32::MAX, site])).collect()
             }
-        })
+        };
+        Some(PatternedRows { pattern, counters })
     }
 
     /// Returns the pattern of rows on a GPU, of which `own` are those that examples share, if they are such; none for a probability
@@ -153,21 +171,20 @@ impl Dropout {
             let slot = batch.slots[example];
             (0..heads).flat_map(move |head| (0..length).map(move |query| [query | head << 16, slot, site]))
         };
-        self.apply(probabilities, probability, || examples.iter().flat_map(of_example).collect())
+        match self.pattern(probability) {
+            Some(pattern) => {
+                let counters = examples.iter().flat_map(of_example).collect();
+                dropped(probabilities, PatternedRows { pattern, counters })
+            }
+            None => Ok(probabilities.shallow_clone()),
+        }
     }
+}
 
-    fn apply(
-        &self,
-        input: &Tensor,
-        probability: f64,
-        counters: impl FnOnce() -> Vec<[u32; 3]>,
-    ) -> Result<Tensor> {
-        let Some(pattern) = self.pattern(probability) else { return Ok(input.shallow_clone()) };
-        let rows = PatternedRows { pattern, counters: counters() };
-        // Backward multiplies by the same numbers, computed again: no pattern is kept.
-        let dropped = rows.drop_elements(&input.f_detach()?)?;
-        with_backward(dropped, &[input], move |gradient| Ok(vec![rows.drop_elements(gradient)?]))
-    }
+/// Drops elements of rows on the CPU. Backward multiplies by the same numbers, computed again: no pattern is kept.
+fn dropped(input: &Tensor, rows: PatternedRows) -> Result<Tensor> {
+    let dropped = rows.drop_elements(&input.f_detach()?)?;
+    with_backward(dropped, &[input], move |gradient| Ok(vec![rows.drop_elements(gradient)?]))
 }
 
 /// Returns the counters of the packed tokens of a batch: position, example and place in the network.
@@ -187,12 +204,17 @@ struct Pattern {
 }
 
 /// The pattern of the rows of one tensor.
-struct PatternedRows {
+pub(super) struct PatternedRows {
     pattern: Pattern,
     counters: Vec<[u32; 3]>,
 }
 
 impl PatternedRows {
+    /// Writes a row with the pattern of the row with that number.
+    pub fn drop_row<T: Number>(&self, row: usize, values: &[T], dropped: &mut [T]) {
+        drop_row(values, dropped, self.pattern, self.counters[row]);
+    }
+
     /// Returns values with the pattern, in float32 or bfloat16 as they are.
     fn drop_elements(&self, values: &Tensor) -> Result<Tensor> {
         let values = values.f_contiguous()?;

@@ -1,22 +1,14 @@
 //! Layer normalisation.
 
-use multiversion::multiversion;
-use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use super::cpu_norm::{Parts, normalise};
 use super::layers::Linear;
 use super::parameter::{ParameterKind, ParameterPlace};
 use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use crate::error::Result;
-use crate::libtorch::{AddAndNorm, add_and_norm, elements, elements_mut, normalises, with_backward};
-
-/// Rows whose gradients of scale and shift are added up first. Work is cut at fixed places, so that no bit depends on the
-/// number of threads: libtorch has a sum for each thread.
-const BLOCK: usize = 32;
-
-/// Numbers that are added up side by side.
-const LANES: usize = 16;
+use crate::libtorch::{AddAndNorm, add_and_norm, normalises};
 
 /// Layer normalisation over the last dimension, with scale and shift.
 #[derive(Clone, Copy, Debug)]
@@ -74,10 +66,9 @@ impl LayerNorm {
     pub fn forward(&self, pass: &Pass, input: &Tensor) -> Result<Tensor> {
         let (weight, bias) = (pass.weight(self.weight), self.bias.map(|bias| pass.weight(bias)));
         let input = input.f_to_kind(weight.kind())?;
-        let output = if (input.kind(), input.device()) == (Kind::Float, Device::Cpu) {
-            self.on_cpu(&input, weight, bias)?
-        } else {
-            input.f_layer_norm([self.width], Some(weight), bias, self.epsilon, true)?
+        let output = match runs_here(&input) {
+            true => normalise(Parts::One(&input), weight, bias, self.epsilon)?,
+            false => input.f_layer_norm([self.width], Some(weight), bias, self.epsilon, true)?,
         };
         pass.observe(|observer| observer.layer_norm(self, &input, &output))?;
         Ok(output)
@@ -98,6 +89,12 @@ impl LayerNorm {
             (normalises(self.width) && layer.joins(pass), self.bias, layer.bias)
         else {
             let output = layer.forward(pass, input)?;
+            let (weight, bias) = (pass.weight(self.weight), self.bias.map(|bias| pass.weight(bias)));
+            if runs_here(&output) && residual.kind() == output.kind() && !pass.is_observed() {
+                let pattern = pass.patterned_rows(probability, self.rows, output.size()[0]);
+                let parts = Parts::Sum { output: &output, pattern, residual };
+                return normalise(parts, weight, bias, self.epsilon);
+            }
             let sum = pass.dropout(&output, probability, self.rows)?.f_add(residual)?;
             return self.forward(pass, &sum);
         };
@@ -113,110 +110,11 @@ impl LayerNorm {
             epsilon: self.epsilon,
         })
     }
-
-    /// libtorch's forward with a backward of our own.
-    fn on_cpu(&self, input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let (rows, scale) = (input.f_detach()?.f_contiguous()?, weight.f_detach()?);
-        let shift = bias.map(Tensor::detach);
-        let (output, mean, inverse_deviation) =
-            rows.f_native_layer_norm([self.width], Some(&scale), shift.as_ref(), self.epsilon)?;
-        let inputs: Vec<&Tensor> = [input, weight].into_iter().chain(bias).collect();
-        let has_shift = bias.is_some();
-        with_backward(output, &inputs, move |gradient| {
-            let gradient = gradient.f_contiguous()?;
-            let mut to_input = rows.f_empty_like()?;
-            let gradients = backward(
-                &Saved {
-                    input: elements(&rows)?,
-                    mean: elements(&mean)?,
-                    inverse_deviation: elements(&inverse_deviation)?,
-                    scale: elements(&scale)?,
-                },
-                elements(&gradient)?,
-                elements_mut(&mut to_input)?,
-            );
-            let [to_scale, to_shift] = gradients.map(|sums| Tensor::from_slice(&sums));
-            let mut gradients = vec![to_input, to_scale];
-            gradients.extend(has_shift.then_some(to_shift));
-            Ok(gradients)
-        })
-    }
 }
 
-/// What forward leaves for backward.
-struct Saved<'a> {
-    input: &'a [f32],
-    mean: &'a [f32],
-    inverse_deviation: &'a [f32],
-    scale: &'a [f32],
-}
-
-/// Writes the gradient of the input; returns those of scale and shift.
-fn backward(saved: &Saved, gradient: &[f32], to_input: &mut [f32]) -> [Vec<f32>; 2] {
-    let width = saved.scale.len();
-    let blocks: Vec<[Vec<f32>; 2]> = to_input
-        .par_chunks_mut(BLOCK * width)
-        .enumerate()
-        .map(|(block, to_input)| {
-            let mut sums = [vec![0f32; width], vec![0f32; width]];
-            for (row, to_input) in to_input.chunks_mut(width).enumerate() {
-                let row = block * BLOCK + row;
-                let own = row * width..(row + 1) * width;
-                let [to_scale, to_shift] = &mut sums;
-                row_backward(
-                    &saved.input[own.clone()],
-                    (saved.mean[row], saved.inverse_deviation[row]),
-                    saved.scale,
-                    &gradient[own],
-                    to_input,
-                    (to_scale, to_shift),
-                );
-            }
-            sums
-        })
-        .collect();
-    [0, 1].map(|which| {
-        let mut sums = vec![0f64; width];
-        for block in &blocks {
-            sums.iter_mut().zip(&block[which]).for_each(|(sum, &part)| *sum += f64::from(part));
-        }
-        sums.into_iter().map(|sum| sum as f32).collect()
-    })
-}
-
-/// One row: with x̂ = (x − mean) / deviation and h = gradient · scale, the gradient of x is
-/// (h − mean(h) − x̂ · mean(h · x̂)) / deviation.
-#[multiversion(targets = "simd")]
-fn row_backward(
-    input: &[f32],
-    (mean, inverse_deviation): (f32, f32),
-    scale: &[f32],
-    gradient: &[f32],
-    to_input: &mut [f32],
-    (to_scale, to_shift): (&mut [f32], &mut [f32]),
-) {
-    let normalised = |value: f32| (value - mean) * inverse_deviation;
-    let (mut sums, mut products) = ([0f32; LANES], [0f32; LANES]);
-    for (((input, scale), gradient), (to_scale, to_shift)) in input
-        .chunks(LANES)
-        .zip(scale.chunks(LANES))
-        .zip(gradient.chunks(LANES))
-        .zip(to_scale.chunks_mut(LANES).zip(to_shift.chunks_mut(LANES)))
-    {
-        for lane in 0..input.len() {
-            let (normal, scaled) = (normalised(input[lane]), gradient[lane] * scale[lane]);
-            sums[lane] += scaled;
-            products[lane] += scaled * normal;
-            to_scale[lane] += gradient[lane] * normal;
-            to_shift[lane] += gradient[lane];
-        }
-    }
-    let count = input.len() as f32;
-    let mean_of = |lanes: [f32; LANES]| lanes.iter().sum::<f32>() / count;
-    let (sum, product) = (mean_of(sums), mean_of(products));
-    for (((to_input, &input), &scale), &gradient) in to_input.iter_mut().zip(input).zip(scale).zip(gradient) {
-        *to_input = (gradient * scale - sum - normalised(input) * product) * inverse_deviation;
-    }
+/// Returns whether rows are normalised by our own code on the CPU.
+fn runs_here(rows: &Tensor) -> bool {
+    rows.device() == Device::Cpu && [Kind::Float, Kind::BFloat16].contains(&rows.kind())
 }
 
 #[cfg(test)]
@@ -259,21 +157,5 @@ mod tests {
                 assert!(difference <= 2e-6 * largest.max(1.0), "{rows} rows: {difference} of {largest}");
             }
         }
-    }
-
-    #[test]
-    fn no_bit_depends_on_the_number_of_threads() {
-        let run = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let width = 48;
-            let numbers =
-                |count: usize| (0..count).map(|index| (index as f32 * 0.37).sin()).collect::<Vec<_>>();
-            let (input, gradient, ones) = (numbers(500 * width), numbers(500 * width), vec![1.0; 500]);
-            let mut to_input = vec![0f32; 500 * width];
-            let saved = Saved { input: &input, mean: &ones, inverse_deviation: &ones, scale: &ones[..width] };
-            let sums = pool.install(|| backward(&saved, &gradient, &mut to_input));
-            (sums, to_input)
-        };
-        assert_eq!(run(1), run(3));
     }
 }

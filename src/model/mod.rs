@@ -7,6 +7,7 @@ mod checkpointing;
 mod classifier;
 mod config;
 mod convolution;
+mod cpu_norm;
 mod deberta_v2;
 mod disentangled;
 mod distilbert;

@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use super::checkpointing::Segment;
 use super::convolution::Convolution;
-use super::dropout::Dropout;
+use super::dropout::{Dropout, PatternedRows};
 use super::layer_norm::LayerNorm;
 use super::layers::{Embedding, Linear, Vector};
 use super::noise::Noise;
@@ -201,6 +201,13 @@ impl<'a> Pass<'a> {
         let dropout = self.dropout.as_ref()?;
         let site = self.next_site();
         dropout.on_device(probability, site, (rows, count / self.shared_copies()), self.batch)
+    }
+
+    /// Returns the same on the CPU.
+    pub(super) fn patterned_rows(&self, probability: f64, rows: Rows, count: i64) -> Option<PatternedRows> {
+        let dropout = self.dropout.as_ref()?;
+        let (site, copies) = (self.next_site(), self.shared_copies());
+        dropout.patterned(probability, site, (rows, copies), count / copies, self.batch)
     }
 
     /// Returns how often [`Rows::Shared`] stand in an activation of this pass: once, or once an example if an observer
