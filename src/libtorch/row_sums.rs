@@ -87,7 +87,7 @@ pub(super) fn rows_of_part(rows: i64, width: i64, [fewest, most]: [usize; 2]) ->
 /// [`has_rows_of_fours`] holds: `[parts, lists · width]` in float32, for [`totals`].
 ///
 /// # Errors
-/// As for [`update`].
+/// As for [`lay_out`].
 pub(super) fn column_sums(lists: &[&Tensor]) -> Result<Tensor> {
     let alike = |rows: &&Tensor| has_rows_of_fours(rows) && rows.size() == lists[0].size();
     if !(1..=LISTS).contains(&lists.len()) || !lists.iter().all(alike) {
@@ -107,7 +107,7 @@ pub(super) fn column_sums(lists: &[&Tensor]) -> Result<Tensor> {
         rows_of_part,
         sums: sums.data_ptr(),
     };
-    // SAFETY: as in `update`: `columns` writes all sums, which begin where allocations do.
+    // SAFETY: as in `kernels::update`: `columns` writes all sums, which begin where allocations do.
     unsafe { launch(c"columns", device, blocks(sums.numel()), arguments) }?;
     Ok(sums)
 }
@@ -123,7 +123,7 @@ pub(super) struct Total {
 /// a target is left out.
 ///
 /// # Errors
-/// As for [`update`].
+/// As for [`lay_out`].
 pub(super) fn totals(sums: &Tensor, targets: &[Option<Total>]) -> Result<()> {
     let (rows, lists) = (sums.size()[0], targets.len());
     let width = sums.size()[1] / lists as i64;
@@ -146,7 +146,7 @@ pub(super) fn totals(sums: &Tensor, targets: &[Option<Total>]) -> Result<()> {
         lists: lists as c_int,
     };
     let blocks = (lists * width as usize).div_ceil(WARP).clamp(1, MOST_BLOCKS);
-    // SAFETY: as in `update`.
+    // SAFETY: as in `kernels::update`.
     unsafe { launch(c"totals", sums.device(), blocks, arguments) }
 }
 
@@ -154,7 +154,7 @@ pub(super) fn totals(sums: &Tensor, targets: &[Option<Total>]) -> Result<()> {
 /// zero where there is none, which gets zeros.
 ///
 /// # Errors
-/// As for [`update`].
+/// Fails if the tensors do not belong together, or if the GPU has no compiler for kernels.
 pub fn lay_out(rows: &Tensor, row_of_place: &Tensor) -> Result<Tensor> {
     let (rows, places) = (rows.f_contiguous()?, row_of_place.size()[0]);
     fitting(rows.dim() == 2 && row_of_place.device() == rows.device(), &[row_of_place], Kind::Int64)?;
@@ -173,7 +173,7 @@ pub fn lay_out(rows: &Tensor, row_of_place: &Tensor) -> Result<Tensor> {
         laid_out: laid_out.data_ptr(),
     };
     let blocks = blocks(4 * places as usize * bytes / unit);
-    // SAFETY: as in `update`; the rows are there by the caller's word, which `Examples` keeps.
+    // SAFETY: as in `kernels::update`; the rows are there by the caller's word, which `Examples` keeps.
     unsafe { launch(c"lay_out", rows.device(), blocks, arguments) }?;
     Ok(laid_out)
 }
@@ -182,7 +182,7 @@ pub fn lay_out(rows: &Tensor, row_of_place: &Tensor) -> Result<Tensor> {
 /// whose ends `ends` names, `[parts]` int64 in ascending order and no more than there are rows: `[parts, width]` in float32.
 ///
 /// # Errors
-/// As for [`update`].
+/// As for [`lay_out`].
 pub fn sums_of_parts(rows: &Tensor, factors: Option<&Tensor>, ends: &Tensor) -> Result<Tensor> {
     let (width, parts) = (rows.size()[1], ends.size()[0]);
     let sums = Tensor::f_empty([parts, width], (Kind::Float, rows.device()))?;
@@ -207,7 +207,7 @@ pub fn sums_of_parts(rows: &Tensor, factors: Option<&Tensor>, ends: &Tensor) -> 
         parts,
         sums: sums.data_ptr(),
     };
-    // SAFETY: as in `update`; the rows of each part are there by the caller's word, which `Examples` keeps.
+    // SAFETY: as in `kernels::update`; the rows of each part are there by the caller's word, which `Examples` keeps.
     unsafe { launch(c"part_sums", rows.device(), blocks(4 * (parts * width) as usize), arguments) }?;
     Ok(sums)
 }
@@ -215,7 +215,7 @@ pub fn sums_of_parts(rows: &Tensor, factors: Option<&Tensor>, ends: &Tensor) -> 
 /// Adds the squares of numbers of several parts, `[parts, ...]`, to sums of the shape `[...]`, part by part.
 ///
 /// # Errors
-/// As for [`update`].
+/// As for [`lay_out`].
 pub fn add_squares_of_parts(numbers: &Tensor, sums: &Tensor) -> Result<()> {
     let (numbers, sums) = (numbers.f_flatten(0, -1)?, sums.f_view([-1])?);
     let count = sums.numel();
@@ -226,7 +226,7 @@ pub fn add_squares_of_parts(numbers: &Tensor, sums: &Tensor) -> Result<()> {
         count: count as i64,
         sums: sums.data_ptr(),
     };
-    // SAFETY: as in `update`.
+    // SAFETY: as in `kernels::update`.
     unsafe { launch(c"part_squares", sums.device(), blocks(4 * count), arguments) }
 }
 
