@@ -85,11 +85,12 @@ fn products(input: &Tensor, layers: &[[Operand; 2]], has_residual: bool) -> Resu
 
 /// Sums the gradients of outputs over their rows: those of layers as wide as each other together.
 fn bias_gradients(layers: &[Layer], gradients: &[Tensor]) -> Result<Vec<Tensor>> {
-    let rows = gradients.iter().map(Tensor::f_contiguous).collect::<std::result::Result<Vec<_>, _>>()?;
+    let rows = gradients.iter().take(layers.len()).map(Tensor::f_contiguous);
+    let rows = rows.collect::<std::result::Result<Vec<_>, _>>()?;
     let asked = layers.iter().all(|layer| layer.to_bias.asked);
-    let alike = rows[..layers.len()].iter().all(|own| has_rows_of_fours(own) && own.size() == rows[0].size());
+    let alike = rows.iter().all(|own| has_rows_of_fours(own) && own.size() == rows[0].size());
     if asked && alike && layers.len() <= LISTS {
-        let sums = column_sums(&rows[..layers.len()].iter().collect::<Vec<_>>())?;
+        let sums = column_sums(&rows.iter().collect::<Vec<_>>())?;
         return gradients_of_sums(&sums, &layers.iter().map(|layer| &layer.to_bias).collect::<Vec<_>>());
     }
     (layers.iter().zip(&rows)).map(|(layer, rows)| layer.bias_gradient(rows)).collect()

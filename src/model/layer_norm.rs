@@ -90,7 +90,8 @@ impl LayerNorm {
         else {
             let output = layer.forward(pass, input)?;
             let (weight, bias) = (pass.weight(self.weight), self.bias.map(|bias| pass.weight(bias)));
-            if runs_here(&output) && residual.kind() == output.kind() && !pass.is_observed() {
+            let is_alike = [residual, weight].iter().all(|other| other.kind() == output.kind());
+            if runs_here(&output) && is_alike && !pass.is_observed() {
                 let pattern = pass.patterned_rows(probability, self.rows, output.size()[0]);
                 let parts = Parts::Sum { output: &output, pattern, residual };
                 return normalise(parts, weight, bias, self.epsilon);
