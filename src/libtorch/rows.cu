@@ -61,7 +61,7 @@ struct DropArguments {
   long long width;
 };
 
-// From here on all rows are in bfloat16, and all but their widths' vectors, one behind the other.
+// From here on rows and vectors are in bfloat16, but for those of tables; rows stand one behind the other.
 
 struct NormArguments {
   Pattern pattern;
