@@ -1,6 +1,6 @@
 //! Wrong labels on purpose: how a method bears them.
 
-use super::batch::Targets;
+use super::encoded_dataset::Targets;
 use crate::error::{Error, Result};
 use crate::random::{Key, Purpose, permutation, philox};
 

@@ -6,6 +6,7 @@ mod batch;
 mod check;
 mod custom;
 mod encode;
+mod encoded_dataset;
 mod fetch;
 mod files;
 mod label;
@@ -22,10 +23,11 @@ mod task;
 mod tokenizer;
 
 pub use attention_layout::{AttentionLayout, Rectangle};
-pub use batch::{BatchShape, EncodedDataset, PackedBatch, Targets};
+pub use batch::{BatchShape, PackedBatch};
 pub use check::{InTrain, Lengths, Scores, SplitCheck, TokenLengths, check_splits, read_present};
 pub use custom::{CustomObjective, CustomTask};
 pub use encode::{Encoded, TokenEncoder};
+pub use encoded_dataset::{EncodedDataset, Targets};
 pub use fetch::{
     Download, FetchEvent, FetchOptions, Fetched, cache_folder, downloads_of, fetched_data_folder,
 };

@@ -149,6 +149,17 @@ __device__ inline unsigned own_block(unsigned own) { return own * TEAM + threadI
 __device__ inline unsigned first_column() { return column(threadIdx.x % TEAM, 0); }
 __device__ inline unsigned distance(unsigned own, unsigned word) { return column(own * TEAM, word); }
 
+// Whether no row from `start` to the row has its entry; all threads of a block come here, and wait before they come again.
+__device__ inline bool comes_first(const long long *entries, long long start, long long row) {
+  __shared__ int comes_later;
+  if (threadIdx.x == 0) comes_later = 0;
+  wait_for_block();
+  for (long long other = start + threadIdx.x; other < row; other += blockDim.x)
+    if (entries[other] == entries[row]) comes_later = 1;
+  wait_for_block();
+  return !comes_later;
+}
+
 // A GPU's own approximations, to within a few units in the last place; what is too small becomes zero.
 __device__ inline float reciprocal(float value) {
 #ifdef __CUDA_ARCH__
@@ -352,16 +363,10 @@ __global__ void __launch_bounds__(THREADS, 2) add_and_norm_backward(NormBackward
 
 // A block is a row's: if it is the first of its entry in the chunk, it gathers.
 __global__ void entries_of_chunks(EntriesArguments arguments) {
-  __shared__ int comes_later;
   for (long long row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
     const long long entry = arguments.entries[row], start = row / CHUNK * CHUNK;
     const long long end = start + CHUNK < arguments.rows ? start + CHUNK : arguments.rows;
-    if (threadIdx.x == 0) comes_later = 0;
-    wait_for_block();
-    for (long long other = start + threadIdx.x; other < row; other += blockDim.x)
-      if (arguments.entries[other] == entry) comes_later = 1;
-    wait_for_block();
-    const bool is_first = !comes_later;
+    const bool is_first = comes_first(arguments.entries, start, row);
     if (threadIdx.x == 0) arguments.is_first[row] = is_first;
     // A thread has several columns at a time, so that the memory has much to do.
     for (long long first = threadIdx.x; is_first && first < arguments.width; first += blockDim.x * NUMBERS) {
@@ -386,18 +391,12 @@ __global__ void entries_of_chunks(EntriesArguments arguments) {
 
 // A block is a row's: if it is the first of its entry in all rows, it gathers those of the chunks.
 __global__ void entries_of_table(EntriesArguments arguments) {
-  __shared__ int comes_later;
   __shared__ long long row_of_chunk[CHUNKS];
   for (long long row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
     const long long entry = arguments.entries[row];
     // All threads of the block see the same.
     if (!arguments.is_first[row]) continue;
-    if (threadIdx.x == 0) comes_later = 0;
-    wait_for_block();
-    for (long long other = threadIdx.x; other < row; other += blockDim.x)
-      if (arguments.entries[other] == entry) comes_later = 1;
-    wait_for_block();
-    const bool gathers = !comes_later;
+    const bool gathers = comes_first(arguments.entries, 0, row);
     for (long long start = row / CHUNK * CHUNK; gathers && start < arguments.rows; start += CHUNK * CHUNKS) {
       for (unsigned chunk = threadIdx.x; chunk < CHUNKS; chunk += blockDim.x) row_of_chunk[chunk] = -1;
       wait_for_block();

@@ -85,31 +85,27 @@ impl LayerNorm {
         probability: f64,
         residual: &Tensor,
     ) -> Result<Tensor> {
-        let (true, Some(shift), Some(bias)) =
-            (normalises(self.width) && layer.joins(pass), self.bias, layer.bias)
-        else {
-            let output = layer.forward(pass, input)?;
-            let (weight, bias) = (pass.weight(self.weight), self.bias.map(|bias| pass.weight(bias)));
-            let is_alike = [residual, weight].iter().all(|other| other.kind() == output.kind());
-            if runs_here(&output) && is_alike && !pass.is_observed() {
-                let pattern = pass.patterned_rows(probability, self.rows, output.size()[0]);
-                let parts = Parts::Sum { output: &output, pattern, residual };
-                return normalise(parts, weight, bias, self.epsilon);
-            }
-            let sum = pass.dropout(&output, probability, self.rows)?.f_add(residual)?;
-            return self.forward(pass, &sum);
-        };
-        let scale = pass.operand(self.weight);
-        let output = layer.without_bias_gradient(pass, input)?;
-        add_and_norm(AddAndNorm {
-            dropout: pass.dropout_pattern(probability, self.rows, output.size()[0]),
-            input: &output,
-            bias: pass.operand(bias),
-            residual: &residual.f_to_kind(scale.values.kind())?,
-            scale,
-            shift: pass.operand(shift),
-            epsilon: self.epsilon,
-        })
+        let (weight, shift) = (pass.weight(self.weight), self.bias.map(|bias| pass.weight(bias)));
+        if let (Some(own_shift), true) = (self.bias, normalises(self.width) && layer.joins(pass)) {
+            let (output, bias) = layer.with_open_bias(pass, input)?;
+            return add_and_norm(AddAndNorm {
+                dropout: pass.dropout_pattern(probability, self.rows, output.size()[0]),
+                input: &output,
+                bias,
+                residual: &residual.f_to_kind(weight.kind())?,
+                scale: pass.operand(self.weight),
+                shift: pass.operand(own_shift),
+                epsilon: self.epsilon,
+            });
+        }
+        let output = layer.forward(pass, input)?;
+        let is_alike = [residual, weight].iter().all(|other| other.kind() == output.kind());
+        if runs_here(&output) && is_alike && !pass.is_observed() {
+            let pattern = pass.patterned_rows(probability, self.rows, output.size()[0]);
+            return normalise(Parts::Sum { output: &output, pattern, residual }, weight, shift, self.epsilon);
+        }
+        let sum = pass.dropout(&output, probability, self.rows)?.f_add(residual)?;
+        self.forward(pass, &sum)
     }
 }
 

@@ -92,16 +92,24 @@ impl Linear {
         Ok(output)
     }
 
-    /// Applies the layer, which has operations in common with those beside it ([`Linear::joins`]), and leaves the gradient of its
-    /// bias to the one that comes next.
+    /// Applies the layer, which joins the operation that comes next ([`Linear::joins`]): that one gives the bias, which is returned, its
+    /// gradient.
     ///
     /// # Errors
-    /// Fails if shapes do not match.
-    pub(super) fn without_bias_gradient(&self, pass: &Pass, input: &Tensor) -> Result<Tensor> {
+    /// Fails if shapes do not match, or if there is no bias.
+    pub(super) fn with_open_bias<'b>(&self, pass: &'b Pass, input: &Tensor) -> Result<(Tensor, Operand<'b>)> {
         let weight = self.matrix(pass)?;
-        let bias = self.bias.map(|bias| pass.weight(bias).f_detach()).transpose()?;
+        let (bias, held) = self.open_bias(pass)?;
         let input = input.f_to_kind(weight.kind())?;
-        linear(&input, self.weight_operand(pass, &weight), bias.as_ref().map(Operand::plain))
+        let output = linear(&input, self.weight_operand(pass, &weight), Some(Operand::plain(&held)))?;
+        Ok((output, bias))
+    }
+
+    /// Returns the bias for the operation that gives it its gradient, and its values for the one that adds it.
+    fn open_bias<'b>(&self, pass: &'b Pass) -> Result<(Operand<'b>, Tensor)> {
+        let bias =
+            self.bias.ok_or_else(|| Error::Libtorch("a layer without a bias joins no other".into()))?;
+        Ok((pass.operand(bias), pass.weight(bias).f_detach()?))
     }
 
     /// Applies the layer to `[rows, in]`, and an activation to what comes out; returns that, and the rows for a residual.
@@ -110,18 +118,14 @@ impl Linear {
     /// Fails if shapes do not match.
     pub fn activated(&self, pass: &Pass, input: &Tensor, activation: Activation) -> Result<[Tensor; 2]> {
         let weight = self.matrix(pass)?;
-        match (self.bias, activation) {
-            (Some(bias), Activation::Gelu) if self.joins(pass) && activates(weight.size()[0]) => {
-                let held = pass.weight(bias).f_detach()?;
-                let layer = [self.weight_operand(pass, &weight), Operand::plain(&held)];
-                let [output, residual] = pieces(linears(&input.f_to_kind(weight.kind())?, &[layer])?)?;
-                Ok([gelu_after_bias(&output, pass.operand(bias))?, residual])
-            }
-            _ => {
-                let ([output], residual) = branches(pass, [self], input)?;
-                Ok([activation.forward(&output)?, residual])
-            }
+        if activation == Activation::Gelu && self.joins(pass) && activates(weight.size()[0]) {
+            let (bias, held) = self.open_bias(pass)?;
+            let layer = [self.weight_operand(pass, &weight), Operand::plain(&held)];
+            let [output, residual] = pieces(linears(&input.f_to_kind(weight.kind())?, &[layer])?)?;
+            return Ok([gelu_after_bias(&output, bias)?, residual]);
         }
+        let ([output], residual) = branches(pass, [self], input)?;
+        Ok([activation.forward(&output)?, residual])
     }
 
     /// Returns whether the layer and what stands beside it run as operations that have kernels in common: in bfloat16 on a GPU, or
