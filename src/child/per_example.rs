@@ -154,12 +154,6 @@ impl Examples {
         }
         groups
     }
-
-    /// Returns the copy that each row belongs to, counted over all examples.
-    fn part_of_row(&self) -> Vec<i64> {
-        let parts = self.parts().enumerate();
-        parts.flat_map(|(part, rows)| std::iter::repeat_n(part as i64, rows.len())).collect()
-    }
 }
 
 /// Adds the squared gradients of one batch's examples to sums while backward runs.

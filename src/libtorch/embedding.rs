@@ -1,11 +1,11 @@
-//! Looking entries up in a table, whose gradient goes to its place.
+//! Looking entries up in a table, and rows that are added up by the entry they stand for.
 
 use std::ffi::c_void;
 
 use tch::{Kind, Tensor};
 
 use super::gradient_place::{GradientPlace, Operand};
-use super::kernels::launch;
+use super::kernels::{fitting, launch};
 use super::own_backward::with_backward;
 use crate::error::{Error, Result};
 
@@ -24,6 +24,16 @@ struct EntriesArguments {
     table: *mut c_void,
 }
 
+#[repr(C)]
+struct PartEntriesArguments {
+    numbers: *const c_void,
+    entries: *const c_void,
+    rows: i64,
+    width: i64,
+    ends: *const c_void,
+    sums: *mut c_void,
+}
+
 /// Looks `entries`, `[rows]` int64, up in a table `[entries, width]` in float32: `[rows, width]`, with a gradient
 /// (`torch.nn.functional.embedding`). That of a table with a place is added up there, row after row, so that its bits are the same each
 /// time; libtorch sorts rows first, and makes a table of its own that is then copied.
@@ -40,47 +50,92 @@ pub fn embedding(table: Operand, entries: &Tensor) -> Result<Tensor> {
     let (place, entries) = (place.shallow_clone(), entries.shallow_clone());
     let output = look_up(&table.values.f_detach()?, false)?;
     with_backward(output, &[table.values], move |gradient| {
-        add_entries(&gradient.f_contiguous()?, &entries, &place)?;
+        add_to_place(&gradient.f_contiguous()?, &entries, &place)?;
         Ok(vec![Tensor::new()])
     })
 }
 
-/// Adds rows `[rows, width]` to the place of a table's gradient, each to its entry; the first to come there fills the others with zeros.
-fn add_entries(gradient: &Tensor, entries: &Tensor, place: &GradientPlace) -> Result<()> {
-    let (&[rows, width], device) = (&gradient.size()[..], gradient.device()) else { return Err(misfit()) };
-    let (entries, table) = (entries.f_contiguous()?, place.numbers());
-    let kinds = [(gradient, Kind::Float), (&entries, Kind::Int64), (table, Kind::Float)];
-    let alike = kinds
-        .iter()
-        .all(|(tensor, kind)| tensor.kind() == *kind && tensor.device() == device && tensor.is_contiguous());
-    if !alike || entries.numel() as i64 != rows || width == 0 || table.numel() as i64 % width != 0 {
-        return Err(misfit());
-    }
+/// Adds rows to the place of a table's gradient; the first to come there fills it with zeros before.
+fn add_to_place(rows: &Tensor, entries: &Tensor, place: &GradientPlace) -> Result<()> {
     if !place.claim() {
-        let _ = table.shallow_clone().f_zero_()?;
+        let _ = place.numbers().shallow_clone().f_zero_()?;
     }
-    let sums = gradient.f_empty_like()?;
-    let is_first = Tensor::f_empty([rows], (Kind::Int, device))?;
+    add_to_entries(rows, entries, place.numbers())
+}
+
+/// Adds rows `[rows, width]` in float32 to a table of `[entries, width]` numbers, each to its entry, `[rows]` int64: always in one
+/// order, where libtorch's `index_add` on a GPU takes rows as they come.
+///
+/// # Errors
+/// Fails if the tensors do not belong together, or if the GPU has no compiler for kernels.
+pub fn add_to_entries(rows: &Tensor, entries: &Tensor, table: &Tensor) -> Result<()> {
+    let (count, width) = (rows.size()[0], checked_width(rows, entries)?);
+    let (entries, flat) = (entries.f_contiguous()?, table.f_view([-1])?);
+    fitting(flat.numel() as i64 % width == 0 && flat.device() == rows.device(), &[&flat], Kind::Float)?;
+    let sums = rows.f_empty_like()?;
+    let is_first = Tensor::f_empty([count], (Kind::Int, rows.device()))?;
     let arguments = || EntriesArguments {
-        gradient: gradient.data_ptr(),
+        gradient: rows.data_ptr(),
         entries: entries.data_ptr(),
-        rows,
+        rows: count,
         width,
         sums: sums.data_ptr(),
         is_first: is_first.data_ptr(),
-        table: table.data_ptr(),
+        table: flat.data_ptr(),
     };
-    let blocks = (rows as usize).clamp(1, MOST_BLOCKS);
     for kernel in [c"entries_of_chunks", c"entries_of_table"] {
-        // SAFETY: all are as long and of the type that is said, on one device; forward has looked the entries up, so they are in
-        // the table.
-        unsafe { launch(kernel, device, blocks, arguments()) }?;
+        // SAFETY: all are as long and of the type that is said, on one device; the entries have been looked up in the table, so they
+        // are there.
+        unsafe { launch(kernel, rows.device(), blocks_of(count), arguments()) }?;
     }
     Ok(())
 }
 
-fn misfit() -> Error {
-    Error::Libtorch("the rows of a table do not belong together".into())
+/// Adds up rows `[rows, width]` in float32 that stand for the same entry, `[rows]` int64, within parts whose ends `ends` names,
+/// `[parts]` int64 in ascending order up to the number of rows: `[rows, width]`, each sum at the first row of its entry in its part, and
+/// zeros at the others.
+///
+/// # Errors
+/// As for [`add_to_entries`].
+pub fn sums_of_entries(rows: &Tensor, entries: &Tensor, ends: &Tensor) -> Result<Tensor> {
+    let (count, width) = (rows.size()[0], checked_width(rows, entries)?);
+    let entries = entries.f_contiguous()?;
+    fitting(ends.device() == rows.device(), &[ends], Kind::Int64)?;
+    let sums = rows.f_empty_like()?;
+    let arguments = PartEntriesArguments {
+        numbers: rows.data_ptr(),
+        entries: entries.data_ptr(),
+        rows: count,
+        width,
+        ends: ends.data_ptr(),
+        sums: sums.data_ptr(),
+    };
+    // SAFETY: as above; the last part ends with the rows by the caller's word, which `Examples` keeps.
+    unsafe { launch(c"entries_of_parts", rows.device(), blocks_of(count), arguments) }?;
+    Ok(sums)
+}
+
+/// Returns the width of rows, each of which stands for an entry.
+fn checked_width(rows: &Tensor, entries: &Tensor) -> Result<i64> {
+    let device = rows.device();
+    let alike = |tensor: &Tensor, kind: Kind| tensor.kind() == kind && tensor.device() == device;
+    match rows.size()[..] {
+        [count, width]
+            if width > 0
+                && entries.numel() as i64 == count
+                && alike(rows, Kind::Float)
+                && rows.is_contiguous()
+                && alike(entries, Kind::Int64) =>
+        {
+            Ok(width)
+        }
+        _ => Err(Error::Libtorch("the rows of a table do not belong together".into())),
+    }
+}
+
+/// A block is a row's.
+fn blocks_of(rows: i64) -> usize {
+    (rows as usize).clamp(1, MOST_BLOCKS)
 }
 
 #[cfg(test)]
@@ -115,5 +170,36 @@ mod tests {
             }
             assert!(place.holds() && !table.grad().defined());
         }
+    }
+    /// Parts with entries that come once and often; parts without rows; and nothing of one part in another.
+    #[test]
+    fn rows_of_an_entry_are_added_up_within_their_part() {
+        tch::manual_seed(1);
+        for (ends, count, width) in
+            [(vec![1i64], 3i64, 5i64), (vec![4, 4, 300, 301], 2, 300), (vec![0, 70, 200], 50, 1030)]
+        {
+            let rows = *ends.last().unwrap();
+            let entries = Tensor::randint(count, [rows], (Kind::Int64, Device::Cpu));
+            let numbers = Tensor::randn([rows, width], (Kind::Float, Device::Cpu));
+            let found = sums_of_entries(&numbers, &entries, &Tensor::from_slice(&ends)).unwrap();
+            let (mut start, entry_of) = (0, Vec::<i64>::try_from(&entries).unwrap());
+            for end in ends {
+                for row in start..end {
+                    let part = &entry_of[start as usize..end as usize];
+                    let is_first = !entry_of[start as usize..row as usize].contains(&entry_of[row as usize]);
+                    let own = (part.iter().zip(start..))
+                        .filter(|(entry, _)| is_first && **entry == entry_of[row as usize])
+                        .fold(Tensor::zeros([width], (Kind::Double, Device::Cpu)), |sum, (_, other)| {
+                            sum + numbers.get(other)
+                        });
+                    let difference = (found.get(row) - own).abs().max();
+                    assert!(f64::try_from(difference).unwrap() < 1e-4, "{row} of {count}");
+                }
+                start = end;
+            }
+        }
+        let rows = Tensor::zeros([3, 2], (Kind::Float, Device::Cpu));
+        let ends = Tensor::from_slice(&[3i64]);
+        assert!(sums_of_entries(&rows, &Tensor::from_slice(&[0i64, 1]), &ends).is_err());
     }
 }

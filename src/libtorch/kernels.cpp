@@ -203,6 +203,7 @@ char *child_tuning_launch(int device, const char *source, const char *name, unsi
       if (wanted == "add_and_norm") return on_cpu::run(on_cpu::add_and_norm, blocks, 1, arguments);
       if (wanted == "add_and_norm_backward") return on_cpu::run(on_cpu::add_and_norm_backward, blocks, 1, arguments);
       if (wanted == "entries_of_chunks") return on_cpu::run(on_cpu::entries_of_chunks, blocks, 1, arguments);
+      if (wanted == "entries_of_parts") return on_cpu::run(on_cpu::entries_of_parts, blocks, 1, arguments);
       if (wanted == "entries_of_table") return on_cpu::run(on_cpu::entries_of_table, blocks, 1, arguments);
       if (wanted == "gelu_backward") return on_cpu::run(on_cpu::gelu_backward, blocks, threads, arguments);
       TORCH_CHECK(false, "there is no kernel ", wanted);

@@ -27,7 +27,7 @@ pub use context::{
     synchronize, use_device, version,
 };
 pub use cuda_graph::{CudaGraph, OwnStream};
-pub use embedding::embedding;
+pub use embedding::{add_to_entries, embedding, sums_of_entries};
 pub use gradient_place::{GradientPlace, Operand};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use kernels::{

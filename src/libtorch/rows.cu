@@ -120,6 +120,17 @@ struct EntriesArguments {
   float *table;
 };
 
+struct PartEntriesArguments {
+  const float *numbers;
+  const long long *entries;
+  long long rows;
+  long long width;
+  // Where the rows of each part end, the last with all.
+  const long long *ends;
+  // Sums over the rows of one entry in a part, at the first of them, and zeros at the others.
+  float *sums;
+};
+
 // Rows in which the first of each entry gathers the others of its own; then such are gathered from all chunks.
 const unsigned CHUNK = 128;
 // Chunks that are gathered from at a time.
@@ -158,6 +169,28 @@ __device__ inline bool comes_first(const long long *entries, long long start, lo
     if (entries[other] == entries[row]) comes_later = 1;
   wait_for_block();
   return !comes_later;
+}
+
+// Adds up the rows from one of an entry to before the end that have the same entry, in its place among the sums.
+__device__ inline void gather(const float *rows, const long long *entries, long long row, long long end, long long width, float *sums) {
+  const long long entry = entries[row];
+  // A thread has several columns at a time, so that the memory has much to do.
+  for (long long first = threadIdx.x; first < width; first += blockDim.x * NUMBERS) {
+    float own[NUMBERS] = {};
+    for (long long other = row; other < end; other++) {
+      if (entries[other] != entry) continue;
+#pragma unroll
+      for (int number = 0; number < NUMBERS; number++) {
+        const long long column = first + number * blockDim.x;
+        if (column < width) own[number] += rows[other * width + column];
+      }
+    }
+#pragma unroll
+    for (int number = 0; number < NUMBERS; number++) {
+      const long long column = first + number * blockDim.x;
+      if (column < width) sums[row * width + column] = own[number];
+    }
+  }
 }
 
 // A GPU's own approximations, to within a few units in the last place; what is too small becomes zero.
@@ -364,27 +397,24 @@ __global__ void __launch_bounds__(THREADS, 2) add_and_norm_backward(NormBackward
 // A block is a row's: if it is the first of its entry in the chunk, it gathers.
 __global__ void entries_of_chunks(EntriesArguments arguments) {
   for (long long row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
-    const long long entry = arguments.entries[row], start = row / CHUNK * CHUNK;
+    const long long start = row / CHUNK * CHUNK;
     const long long end = start + CHUNK < arguments.rows ? start + CHUNK : arguments.rows;
     const bool is_first = comes_first(arguments.entries, start, row);
     if (threadIdx.x == 0) arguments.is_first[row] = is_first;
-    // A thread has several columns at a time, so that the memory has much to do.
-    for (long long first = threadIdx.x; is_first && first < arguments.width; first += blockDim.x * NUMBERS) {
-      float sums[NUMBERS] = {};
-      for (long long other = row; other < end; other++) {
-        if (arguments.entries[other] != entry) continue;
-#pragma unroll
-        for (int number = 0; number < NUMBERS; number++) {
-          const long long column = first + number * blockDim.x;
-          if (column < arguments.width) sums[number] += arguments.gradient[other * arguments.width + column];
-        }
-      }
-#pragma unroll
-      for (int number = 0; number < NUMBERS; number++) {
-        const long long column = first + number * blockDim.x;
-        if (column < arguments.width) arguments.sums[row * arguments.width + column] = sums[number];
-      }
-    }
+    if (is_first) gather(arguments.gradient, arguments.entries, row, end, arguments.width, arguments.sums);
+    wait_for_block();
+  }
+}
+
+// The same with parts in place of chunks, and zeros where a row is not the first.
+__global__ void entries_of_parts(PartEntriesArguments arguments) {
+  for (long long row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
+    long long part = 0;
+    while (arguments.ends[part] <= row) part++;
+    const long long start = part == 0 ? 0 : arguments.ends[part - 1];
+    // None are gathered where another row gathers.
+    const long long end = comes_first(arguments.entries, start, row) ? arguments.ends[part] : row;
+    gather(arguments.numbers, arguments.entries, row, end, arguments.width, arguments.sums);
     wait_for_block();
   }
 }

@@ -224,11 +224,11 @@ pub fn normalises(width: i64) -> bool {
 }
 
 /// Computes layer normalisation of residual + dropout(input), with a gradient; all in bfloat16, and rounded where single operations
-/// would.
+/// would. Returns it, and the sum that was normalised, without a graph.
 ///
 /// # Errors
 /// As for [`drop_rows`]; for widths of which [`normalises`] says no.
-pub fn add_and_norm(operation: AddAndNorm) -> Result<Tensor> {
+pub fn add_and_norm(operation: AddAndNorm) -> Result<[Tensor; 2]> {
     let AddAndNorm { input, bias, residual, scale, shift, epsilon, dropout } = operation;
     let wanted = [scale.wanted(), shift.wanted(), bias.wanted()];
     let (own, scale_values) = (input.f_detach()?.f_contiguous()?, scale.values.f_detach()?);
@@ -262,7 +262,8 @@ pub fn add_and_norm(operation: AddAndNorm) -> Result<Tensor> {
     // SAFETY: all rows are as wide, in bfloat16 and on the pattern's device, and vectors have a number for each column.
     unsafe { launch(c"add_and_norm", device, blocks, arguments) }?;
     let inputs = [input, residual, scale.values, shift.values, bias.values];
-    with_backward(output, &inputs, move |gradient| {
+    let normalised = sums.shallow_clone();
+    let output = with_backward(output, &inputs, move |gradient| {
         let gradient = gradient.f_contiguous()?;
         halves(&[&gradient], device)?;
         let (to_residual, to_input) = (gradient.f_empty_like()?, gradient.f_empty_like()?);
@@ -286,7 +287,8 @@ pub fn add_and_norm(operation: AddAndNorm) -> Result<Tensor> {
         let [to_scale, to_shift, to_bias]: [Tensor; 3] =
             gradients_of_sums(&parts, &wanted.each_ref())?.try_into().map_err(|_| misfit())?;
         Ok(vec![to_input, to_residual, to_scale, to_shift, to_bias])
-    })
+    })?;
+    Ok([output, normalised])
 }
 
 /// Returns whether [`gelu_after_bias`] takes rows so wide.

@@ -88,7 +88,7 @@ impl LayerNorm {
         let (weight, shift) = (pass.weight(self.weight), self.bias.map(|bias| pass.weight(bias)));
         if let (Some(own_shift), true) = (self.bias, normalises(self.width) && layer.joins(pass)) {
             let (output, bias) = layer.with_open_bias(pass, input)?;
-            return add_and_norm(AddAndNorm {
+            let [output, sum] = add_and_norm(AddAndNorm {
                 dropout: pass.dropout_pattern(probability, self.rows, output.size()[0]),
                 input: &output,
                 bias,
@@ -96,7 +96,9 @@ impl LayerNorm {
                 scale: pass.operand(self.weight),
                 shift: pass.operand(own_shift),
                 epsilon: self.epsilon,
-            });
+            })?;
+            pass.observe(|observer| observer.layer_norm(self, &sum, &output))?;
+            return Ok(output);
         }
         let output = layer.forward(pass, input)?;
         let is_alike = [residual, weight].iter().all(|other| other.kind() == output.kind());

@@ -83,12 +83,17 @@ impl Linear {
         let weight = self.matrix(pass)?;
         let input = input.f_to_kind(weight.kind())?;
         let bias = self.bias.map(|bias| pass.operand(bias));
-        let mut output = linear(&input, self.weight_operand(pass, &weight), bias)?;
+        let output = linear(&input, self.weight_operand(pass, &weight), bias)?;
+        Self { rows, ..*self }.shown(pass, &input, output)
+    }
+
+    /// Shows the layer to the pass's observer, if there is one.
+    fn shown(&self, pass: &Pass, input: &Tensor, mut output: Tensor) -> Result<Tensor> {
         if pass.is_observed() && !output.requires_grad() {
             // No parameter that trains is part of it so far, and the observer hooks its gradient.
             output = output.f_set_requires_grad(true)?;
         }
-        pass.observe(|observer| observer.linear(&Self { rows, ..*self }, &input, &output))?;
+        pass.observe(|observer| observer.linear(self, input, &output))?;
         Ok(output)
     }
 
@@ -102,7 +107,7 @@ impl Linear {
         let (bias, held) = self.open_bias(pass)?;
         let input = input.f_to_kind(weight.kind())?;
         let output = linear(&input, self.weight_operand(pass, &weight), Some(Operand::plain(&held)))?;
-        Ok((output, bias))
+        Ok((self.shown(pass, &input, output)?, bias))
     }
 
     /// Returns the bias for the operation that gives it its gradient, and its values for the one that adds it.
@@ -121,7 +126,9 @@ impl Linear {
         if activation == Activation::Gelu && self.joins(pass) && activates(weight.size()[0]) {
             let (bias, held) = self.open_bias(pass)?;
             let layer = [self.weight_operand(pass, &weight), Operand::plain(&held)];
-            let [output, residual] = pieces(linears(&input.f_to_kind(weight.kind())?, &[layer])?)?;
+            let input = input.f_to_kind(weight.kind())?;
+            let [output, residual] = pieces(linears(&input, &[layer])?)?;
+            let output = self.shown(pass, &input, output)?;
             return Ok([gelu_after_bias(&output, bias)?, residual]);
         }
         let ([output], residual) = branches(pass, [self], input)?;
@@ -129,11 +136,11 @@ impl Linear {
     }
 
     /// Returns whether the layer and what stands beside it run as operations that have kernels in common: in bfloat16 on a GPU, or
-    /// where gradients have places, unless somebody wants to see the layers.
+    /// where gradients have places.
     pub(super) fn joins(&self, pass: &Pass) -> bool {
         let weight = pass.weight(self.weight);
         let has_kernels = weight.device().is_cuda() || pass.has_places();
-        has_kernels && weight.kind() == Kind::BFloat16 && self.bias.is_some() && !pass.is_observed()
+        has_kernels && weight.kind() == Kind::BFloat16 && self.bias.is_some()
     }
 
     /// Returns the weight as a matrix, `[out, in]`.
@@ -164,9 +171,11 @@ pub fn branches<const N: usize>(
     let operands: Vec<[Operand; 2]> = (layers.iter().zip(&matrices))
         .filter_map(|(layer, matrix)| Some([layer.weight_operand(pass, matrix), pass.operand(layer.bias?)]))
         .collect();
-    let mut outputs = linears(&input.f_to_kind(matrices[0].kind())?, &operands)?;
+    let input = input.f_to_kind(matrices[0].kind())?;
+    let mut outputs = linears(&input, &operands)?;
     let residual = outputs.pop().ok_or_else(|| Error::Libtorch("a residual is missing".into()))?;
-    Ok((pieces(outputs)?, residual))
+    let outputs = (layers.iter().zip(outputs)).map(|(layer, output)| layer.shown(pass, &input, output));
+    Ok((pieces(outputs.collect::<Result<_>>()?)?, residual))
 }
 
 fn pieces<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {

@@ -4,7 +4,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Examples, Moments};
 use crate::error::Result;
-use crate::libtorch::{add_squares_of_parts, lay_out, sums_of_parts, upload};
+use crate::libtorch::{
+    add_squares_of_parts, add_to_entries, lay_out, sums_of_entries, sums_of_parts, upload,
+};
 
 /// Entries of all examples' gradients of one matrix that exist at a time: 256 MiB in float32.
 const PRODUCTS: i64 = 1 << 26;
@@ -57,36 +59,17 @@ pub(super) fn add_squared_entries(
     examples: &Examples,
 ) -> Result<()> {
     // An entry used twice in one example has one gradient, the sum of both rows, before it is squared.
-    let device = gradient.device();
-    let count = sums.squares.size()[0];
-    let parts = upload(&examples.part_of_row(), device)?;
-    let uses = parts.f_mul_scalar(count)?.f_add(entries)?;
-    let (distinct, row_of_use, _) = uses.f_unique_dim(0, true, true, false)?;
-    let squares = sums_at(gradient, &row_of_use, distinct.size()[0])?.f_square()?;
-    let entry = distinct.f_remainder(count)?;
-    let Some(further) = &sums.further else {
-        let _ = sums.squares.shallow_clone().f_add_(&sums_at(&squares, &entry, count)?)?;
-        return Ok(());
-    };
+    let ends = examples.rectangle(gradient.device())?.ends;
+    let squares = sums_of_entries(gradient, entries, &ends)?.f_square_()?;
+    let Some(further) = &sums.further else { return add_to_entries(&squares, entries, &sums.squares) };
     // The copies of an example come together before the square is squared.
-    let example = distinct.f_div_scalar_mode(count * examples.copies() as i64, "floor")?;
-    let places = example.f_mul_scalar(count)?.f_add(&entry)?;
-    let (places, line, _) = places.f_unique_dim(0, true, true, false)?;
-    let squares = sums_at(&squares, &line, places.size()[0])?;
-    let entry = places.f_remainder(count)?;
-    let _ = sums.squares.shallow_clone().f_add_(&sums_at(&squares, &entry, count)?)?;
-    let _ = further.fourths.shallow_clone().f_add_(&sums_at(&squares.f_square()?, &entry, count)?)?;
-    let sums_of_lines = squares.f_sum_dim_intlist(1i64, true, Kind::Double)?;
-    let example = places.f_div_scalar_mode(count, "floor")?;
-    let totals = sums_at(&sums_of_lines, &example, further.totals.size()[0])?;
-    let _ = further.totals.shallow_clone().f_add_(&totals.f_flatten(0, -1)?)?;
-    Ok(())
-}
-
-/// Adds rows `[rows, width]` up at their places among so many: `[count, width]`. In one order, where `index_add` on a GPU
-/// takes them as they come and its last bits differ from time to time.
-fn sums_at(rows: &Tensor, places: &Tensor, count: i64) -> Result<Tensor> {
-    Ok(Tensor::f_embedding_dense_backward(rows, places, count, -1, false)?)
+    let copies = examples.copies() as i64;
+    let ends = ends.f_slice(0, copies - 1, None, copies)?.f_contiguous()?;
+    let mut squares = sums_of_entries(&squares, entries, &ends)?;
+    add_to_entries(&squares, entries, &sums.squares)?;
+    let totals = sums_of_parts(&squares, None, &ends)?.f_sum_dim_intlist(1i64, false, Kind::Double)?;
+    let _ = further.totals.shallow_clone().f_add_(&totals)?;
+    add_to_entries(&squares.f_square_()?, entries, &further.fourths)
 }
 
 /// Adds the squares of numbers of the parts, `[parts, ...]`, which it takes over, to sums of the shape `[...]`.

@@ -3,7 +3,10 @@
 use tch::Kind;
 
 use super::*;
+use crate::data::Encoded;
+use crate::model::{Classifier, Labels, Pass, loss};
 use crate::random::{Key, fill_normal};
+use crate::verify::Shape;
 
 /// Activations and gradients of a few examples of uneven lengths.
 pub(super) struct Case {
@@ -157,4 +160,38 @@ fn a_table_adds_up_what_a_loop_does() {
         device::add_squared_entries(&found, &gradient, &entries, &case.examples).unwrap();
         assert_close("device", &found, &expected);
     }
+}
+
+/// What a GPU does in bfloat16, with its kernels on the CPU: layers that share kernels are seen as single ones are.
+#[test]
+fn layers_with_kernels_in_common_are_observed() {
+    let labels = Labels::Classes(vec!["no".into(), "yes".into()]);
+    let mut model = Classifier::untrained(Shape::TINY.config(0.0, 0.06), labels, Device::Cpu).unwrap();
+    model.reset(3).unwrap();
+    let example = |length: u32| Encoded {
+        ids: (0..length).map(|place| place * 7 % 40 + length).collect(),
+        token_types: (0..length).map(|place| place / 5 % 2).collect(),
+    };
+    let examples = [9, 4, 21].map(example);
+    let batch = PackedBatch::pack(&examples.each_ref(), 0, Device::Cpu).unwrap();
+    let weights = model.parameters.compute_weights(Kind::BFloat16).unwrap();
+    let weights: Vec<Tensor> = weights.iter().map(Tensor::detach).collect();
+    let squares = |joined: bool| {
+        let sums = Moments { squares: model.parameters.values().zeros_like(), further: None };
+        let observer = SquaredGradients::new(&model.parameters, &sums, MaskScope::All, &batch, 1);
+        let places: Vec<_> = weights.iter().filter(|_| joined).map(|_| None).collect();
+        let pass = Pass::new(&weights, &batch, None).observed(&observer).collecting(&places);
+        let logits = model.logits(&pass).unwrap();
+        loss(&logits, &Tensor::from_slice(&[0i64, 1, 1]), 1).unwrap().backward();
+        sums.squares.shallow_clone()
+    };
+    let [single, joined] = [false, true].map(squares);
+    for (_, parameter) in model.parameters.iter() {
+        let [expected, found] = [&single, &joined].map(|flat| span(flat, &parameter.range).unwrap().sqrt());
+        // Keys' biases have gradients of nothing but rounding.
+        let smallest = 1e-3 * single.sqrt().norm().double_value(&[]);
+        let difference = (&found - &expected).norm() / expected.norm().clamp_min(smallest);
+        assert!(difference.double_value(&[]) < 0.05, "{}: {difference}", parameter.name);
+    }
+    assert!(!single.equal(&joined), "the same operations ran");
 }

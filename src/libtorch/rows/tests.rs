@@ -96,7 +96,8 @@ fn the_sum_is_normalised_as_by_libtorch_and_all_gradients_are_its() {
             true => &own * factors(&counters, width as usize).to_kind(Kind::Double),
             false => own.shallow_clone(),
         };
-        let expected = (kept + &added).layer_norm([width], Some(&scale), Some(&shift), 1e-3, false);
+        let expected_sum = kept + &added;
+        let expected = expected_sum.layer_norm([width], Some(&scale), Some(&shift), 1e-3, false);
         (&expected * weights.to_kind(Kind::Double)).sum(Kind::Double).backward();
 
         let places: Vec<GradientPlace> =
@@ -104,7 +105,7 @@ fn the_sum_is_normalised_as_by_libtorch_and_all_gradients_are_its() {
         let operand =
             |number: usize| Operand { values: &vectors[number], place: has_places.then(|| &places[number]) };
         let [positions, slots] = positions(rows);
-        let output = add_and_norm(AddAndNorm {
+        let [output, sum] = add_and_norm(AddAndNorm {
             input: &input,
             bias: operand(2),
             residual: &residual,
@@ -114,6 +115,7 @@ fn the_sum_is_normalised_as_by_libtorch_and_all_gradients_are_its() {
             dropout: drops.then(|| pattern(DropoutRows::Tokens { positions, slots })),
         })
         .unwrap();
+        close(&sum, &expected_sum, 0.01, "sum");
         close(&output, &expected, 0.01, "output");
         (&output * &weights).sum(Kind::Float).backward();
         close(&input.grad(), &own.grad(), 0.02, "input");
