@@ -46,7 +46,7 @@ pub mod nan_as_null {
 /// Reads a map whose keys are the user's, each at most once.
 ///
 /// # Errors
-/// Those of the format, and if a key is there twice.
+/// Those of the format, and if a key is there twice or has a number that JSON has no word for.
 pub fn keys_once<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<serde_json::Map<String, serde_json::Value>>, D::Error> {
@@ -72,7 +72,11 @@ impl<'de> Visitor<'de> for KeysOnce {
             if map.contains_key(&key) {
                 return Err(A::Error::custom(format!("duplicate field `{key}`")));
             }
-            map.insert(key, entries.next_value()?);
+            let value: serde_yaml::Value = entries.next_value()?;
+            if value.as_f64().is_some_and(|number| !number.is_finite()) {
+                return Err(A::Error::custom(format!("{key}: expected a finite number")));
+            }
+            map.insert(key, serde_json::to_value(value).map_err(A::Error::custom)?);
         }
         Ok(map)
     }

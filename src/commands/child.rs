@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::experiment::ExperimentArguments;
 use super::progress::Display;
 use super::table::table;
-use super::{ComputeArguments, check_output, show, tell};
+use super::{ComputeArguments, check_output, check_output_folder, show, tell};
 
 #[derive(Args)]
 pub struct ChildArguments {
@@ -122,6 +122,7 @@ struct MeasuredRun {
 pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
     match arguments.command {
         ChildCommand::Compute { experiment, compute, output } => {
+            check_output_folder(&output)?;
             let device = compute.device()?;
             let never = AtomicBool::new(false);
             let mut shown = Ok(());

@@ -34,15 +34,14 @@ pub struct EvaluateArguments {
     compute: ComputeArguments,
 }
 
-/// Scores a model as it is, and prints a CSV: one line a task and metric.
+/// Scores a model as it is, and prints a CSV: one line a task and metric, those of a task as soon as it is scored.
 pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
     let device = arguments.compute.device()?;
     let (model, _) = model_folder(&arguments.model)?;
     let folder = ModelFolder::open(&model)?;
     let encoder = TokenEncoder::from_folder(&model)?;
     let roots = arguments.data.roots()?;
-    let mut table = csv::Writer::from_writer(Vec::new());
-    table.write_record(["task", "split", "examples", "metric", "value"])?;
+    let mut header = Some(["task", "split", "examples", "metric", "value"].map(str::to_owned));
     for task in &arguments.tasks {
         let card = named_card(task, Path::new(""))?;
         let split = arguments.split.unwrap_or(card.scored_split());
@@ -66,15 +65,21 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
             ))
             .into());
         }
-        let about = [card.name.clone(), split.to_string(), data.len().to_string()];
         let scores = evaluation.scores.iter().map(|(metric, value)| (metric.to_string(), *value));
-        for (measure, value) in scores.chain([("loss".to_owned(), evaluation.loss)]) {
+        let rows = scores.chain([("loss".to_owned(), evaluation.loss)]).map(|(measure, value)| {
             // As in the results file, what is undefined is an empty field.
             let value = if value.is_nan() { String::new() } else { value.to_string() };
-            table.write_record(about.iter().chain([&measure, &value]))?;
-        }
+            [card.name.clone(), split.to_string(), data.len().to_string(), measure, value]
+        });
+        show(csv_text(header.take().into_iter().chain(rows))?.trim_end())?;
     }
-    let text = String::from_utf8(table.into_inner().context("cannot finish the CSV")?)?;
-    show(text.trim_end())?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn csv_text(records: impl Iterator<Item = [String; 5]>) -> Result<String> {
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    for record in records {
+        writer.write_record(record)?;
+    }
+    Ok(String::from_utf8(writer.into_inner().context("cannot finish the CSV")?)?)
 }

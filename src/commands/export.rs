@@ -12,7 +12,7 @@ use clap::Args;
 use tch::Device;
 
 use super::model_inspect::{head_labels, printable};
-use super::tell;
+use super::{check_output_folder, tell};
 
 #[derive(Args)]
 pub struct ExportArguments {
@@ -32,6 +32,7 @@ pub struct ExportArguments {
 
 /// Reads a model and writes it as transformers would.
 pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
+    check_output_folder(&arguments.output)?;
     let (model, _) = model_folder(&arguments.model)?;
     if arguments.output.exists() && same_folder(&model, &arguments.output) {
         return Err(Error::configuration("--output is the folder of --model; name another one").into());

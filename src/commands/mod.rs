@@ -175,6 +175,14 @@ fn check_output<'p>(output: &Path, inputs: impl IntoIterator<Item = &'p Path>) -
     }
 }
 
+/// Refuses, before anything is computed, what is no folder to write to.
+fn check_output_folder(output: &Path) -> Result<(), Error> {
+    match output.exists() && !output.is_dir() {
+        true => Err(Error::configuration(format!("--output {} is a file; name a folder", output.display()))),
+        false => Ok(()),
+    }
+}
+
 /// Calls the command that was asked for.
 pub fn call(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {

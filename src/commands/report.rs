@@ -10,7 +10,7 @@ use child_tuning::files::write_bytes;
 use clap::Args;
 
 use super::compare::read_rows;
-use super::show;
+use super::{check_output_folder, show};
 
 #[derive(Args)]
 pub struct ReportArguments {
@@ -24,6 +24,7 @@ pub struct ReportArguments {
 
 /// Writes the report and says where.
 pub fn report(arguments: ReportArguments) -> Result<ExitCode> {
+    check_output_folder(&arguments.output)?;
     let report = report_on(&read_rows(&arguments.files)?);
     let folder = &arguments.output;
     std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;

@@ -60,6 +60,33 @@ fn places_that_can_be_none_are_refused_before_anything_trains() {
 }
 
 #[test]
+fn a_file_is_no_folder_to_write_to() {
+    let workplace = Workplace::new();
+    workplace.experiment("method: child_tuning_d");
+    for command in [
+        &["child", "compute", "experiment.yaml"][..],
+        &["export", "--model", "bert_pair", "--task", "rte"],
+        &["report", "results.csv"],
+    ] {
+        let call = [command, &["--output", "experiment.yaml"]].concat();
+        workplace.call(&call).refused(2, &["--output experiment.yaml is a file; name a folder"]);
+    }
+}
+
+#[test]
+fn what_json_has_no_word_for_overrides_no_config() {
+    for number in [".nan", ".inf", "-.inf"] {
+        let text = format!("model_config: {{hidden_dropout_prob: {number}}}");
+        refused(
+            &text,
+            &[],
+            2,
+            &["experiment.yaml:1:", "model_config: hidden_dropout_prob: expected a finite number"],
+        );
+    }
+}
+
+#[test]
 fn a_model_without_dropout_is_refused_where_nothing_else_tells_passes_apart() {
     let without = "model_config: {hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}\nmethod: ";
     let parts = ["r_drop", "dropout", "`model_config: {", "hidden_dropout_prob"];

@@ -167,6 +167,10 @@ fn a_run_is_scored_on_other_tasks_as_its_model_would_be() {
         assert_eq!(values["accuracy"], number(row, "accuracy"), "{task} {split}");
         assert!((values["loss"] - number(row, "loss")).abs() < 1e-9, "{task} {split}");
     }
+    // What has been scored before a task that cannot be scored is told.
+    let missing = [&["evaluate", "--model", &model, "--task", "mnli,card.yaml"][..], &further].concat();
+    let answer = workplace.call(&missing).with_code(2);
+    assert!(answer.stdout.lines().count() >= 3 && answer.stderr.contains("card.yaml"), "{answer:?}");
 
     // A further data set costs no second row of those that are there.
     workplace.run(&["--set", "evaluate=[mnli, qnli]"]).with_code(0);
