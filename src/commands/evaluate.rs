@@ -1,5 +1,6 @@
 //! `evaluate`.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -12,7 +13,7 @@ use child_tuning::model::{Classifier, ModelFolder};
 use child_tuning::train::{Precision, Scored, evaluate as score};
 use clap::Args;
 
-use super::{ComputeArguments, DataArguments, show};
+use super::{ComputeArguments, DataArguments, show, tell_of_loading};
 
 #[derive(Args)]
 pub struct EvaluateArguments {
@@ -41,13 +42,17 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
     let folder = ModelFolder::open(&model)?;
     let encoder = TokenEncoder::from_folder(&model)?;
     let roots = arguments.data.roots()?;
+    let mut notes = HashSet::new();
     let mut header = Some(["task", "split", "examples", "metric", "value"].map(str::to_owned));
     for task in &arguments.tasks {
         let card = named_card(task, Path::new(""))?;
         let split = arguments.split.unwrap_or(card.scored_split());
         let dataset = read_split(&card, &roots, split)?;
         let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
-        Classifier::check_inputs(&folder.config, &encoder, arguments.max_length)?;
+        if notes.insert(classifier.report.summary()) {
+            tell_of_loading(&arguments.model, &classifier.report);
+        }
+        Classifier::check_inputs(&folder.config, &encoder, card.is_pair(), arguments.max_length)?;
         let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
         let data = EncodedDataset::new(inputs, &dataset.examples).map_err(|_| {
             Error::data(

@@ -29,6 +29,7 @@ use child_tuning::experiment::data_roots;
 use child_tuning::experiment::results::is_results_file;
 use child_tuning::files::folder_of;
 use child_tuning::libtorch::use_threads;
+use child_tuning::model::LoadReport;
 use clap::{Args, Parser, Subcommand};
 use tch::{Cuda, Device};
 
@@ -142,6 +143,13 @@ pub fn show(text: impl Display) -> Result<()> {
 /// Writes a line to standard error. That nobody reads it, or a full disk takes no more of it, must not end what it tells of.
 pub fn tell(text: impl Display) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// Tells what of a model folder's weights was left out, and what was assumed of its head.
+fn tell_of_loading(model: &str, report: &LoadReport) {
+    if let Some(summary) = report.summary() {
+        tell(format_args!("note: {model}: {summary}"));
+    }
 }
 
 /// Returns whether an error is that nobody reads the output any more.

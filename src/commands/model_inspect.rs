@@ -31,6 +31,9 @@ pub struct InspectArguments {
     tensors: bool,
 }
 
+/// The tokens of an example of one word.
+const SHORTEST: usize = 3;
+
 /// Loads a model as a run would, and shows what it is made of and what did not fit.
 pub fn inspect(arguments: InspectArguments) -> Result<ExitCode> {
     let (path, commit) = model_folder(&arguments.model)?;
@@ -38,7 +41,7 @@ pub fn inspect(arguments: InspectArguments) -> Result<ExitCode> {
     let labels = head_labels(&folder, arguments.task.as_deref())?;
     let labels = labels.unwrap_or_else(|| Labels::Classes(vec!["LABEL_0".into(), "LABEL_1".into()]));
     let encoder = TokenEncoder::from_folder(&path)?;
-    Classifier::check_inputs(&folder.config, &encoder, 1)?;
+    Classifier::check_inputs(&folder.config, &encoder, false, SHORTEST)?;
     let shape = Classifier::shape(&folder.config, &labels)?;
     let classifier = Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu)?;
     let (parameters, report) = (classifier.parameters.declared(), &classifier.report);
@@ -79,7 +82,7 @@ pub fn head_labels(folder: &ModelFolder, task: Option<&str>) -> Result<Option<La
     if let Some(task) = task {
         return Ok(Some(Labels::from(&named_card(task, Path::new(""))?.objective)));
     }
-    Ok(folder.config.labels().map(|names| match names.len() {
+    Ok(folder.config.labels()?.map(|names| match names.len() {
         0 | 1 => Labels::Score,
         _ => Labels::Classes(names),
     }))

@@ -14,7 +14,7 @@ use child_tuning::train::{Precision, first_not_finite, predict as predict_logits
 use clap::Args;
 use tch::Tensor;
 
-use super::{ComputeArguments, check_output, tell};
+use super::{ComputeArguments, check_output, tell, tell_of_loading};
 
 #[derive(Args)]
 pub struct PredictArguments {
@@ -53,8 +53,9 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     let dataset = read_file(&TaskCard { allow_empty_text: true, ..card.clone() }, &arguments.input)?;
     let folder = ModelFolder::open(&model)?;
     let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;
+    tell_of_loading(&arguments.model, &classifier.report);
     let encoder = TokenEncoder::from_folder(&model)?;
-    Classifier::check_inputs(&folder.config, &encoder, arguments.max_length)?;
+    Classifier::check_inputs(&folder.config, &encoder, card.is_pair(), arguments.max_length)?;
     let inputs = encoder.encode_dataset(&dataset.examples, arguments.max_length)?;
     let logits = predict_logits(&classifier, &inputs, Precision::Float32, |_| Ok(()))?;
     if let Some(example) = first_not_finite(&logits)? {

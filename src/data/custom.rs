@@ -453,11 +453,21 @@ mod tests {
             (with("lables: [a, b]"), "unknown field `lables`"),
             (with("lables: [a, b]"), "did you mean `labels`?"),
             (with("text: []"), "text"),
+            (refusal(&CARD.replace("name: claims", "name: 'a>b'")), "must not have `,` or `>`"),
         ];
         for (message, expected) in cases {
             assert!(message.contains(expected), "{expected}: {message}");
         }
         assert!(with("lables: [a, b]").contains("card.yaml:6:1: "), "{}", with("lables: [a, b]"));
+    }
+
+    #[test]
+    fn joined_files_with_a_second_header_are_refused() {
+        let card = "name: n\ntrain: t.csv\ntext: t\nlabel: y\n";
+        let folder = folder(&[("card.yaml", card), ("t.csv", "t,y\na,yes\nt,y\nt,no\n")]);
+        let card = TaskCard::load(&folder.path().join("card.yaml")).unwrap();
+        let message = read_split(&card, &[], Split::Train).unwrap_err().to_string();
+        assert!(message.contains("t.csv:3: has the names of the columns once more"), "{message}");
     }
 
     #[test]

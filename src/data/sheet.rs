@@ -170,6 +170,7 @@ impl<'a> Sheet<'a> {
                 continue;
             }
             self.check_width(row)?;
+            self.refuse_header(row)?;
             if let Some(listed) = listed {
                 let cell = |&position: &usize| row.cells[position].as_deref().unwrap_or("").to_string();
                 let is_listed = listed.keys.contains(&key.iter().map(cell).collect::<Vec<_>>());
@@ -209,6 +210,17 @@ impl<'a> Sheet<'a> {
         };
         let message = format!("expected {} columns, found {width}{hint}", expected.join(" or "));
         Err(self.fault(row.line, message))
+    }
+
+    /// Refuses a row that has the names of the columns that are read, as joined files have it.
+    fn refuse_header(&self, row: &Row) -> Result<()> {
+        let is_name = |place: &usize| {
+            row.cells.get(*place).and_then(Option::as_deref).map(str::trim) == Some(&self.columns[*place])
+        };
+        match self.layout.header && self.text.iter().chain(&self.label).all(is_name) {
+            true => Err(self.fault(row.line, "has the names of the columns once more; remove the line")),
+            false => Ok(()),
+        }
     }
 
     /// Reads a row; `None` if its label is one of those that the card gives up.

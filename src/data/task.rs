@@ -200,6 +200,12 @@ impl TaskCard {
         if self.name.trim().is_empty() {
             return Err(Error::configuration("a task needs a name"));
         }
+        if self.name.contains([',', '>']) {
+            return refuse(
+                "its name must not have `,` or `>`, by which tasks of a list or of a chain are told apart"
+                    .into(),
+            );
+        }
         if let Objective::Classification { labels } = &self.objective {
             if labels.len() < 2 {
                 return refuse(format!("classification needs at least two labels, not {}", labels.len()));

@@ -260,7 +260,7 @@ impl Catalogue {
         Ok(all.into())
     }
 
-    /// Says in sentences what was read that is not the whole published data, and what was left out of it.
+    /// Says in sentences what was read that is not the whole published data, what was left out of it, and what is there twice.
     pub fn notes(&self) -> Vec<String> {
         let differing = self.splits.iter().filter_map(|(entry, _)| {
             let published = entry.card.published.get(&entry.split)?;
@@ -278,6 +278,15 @@ impl Catalogue {
             notes.push(format!(
                 "{name} {split}: {count} rows without an agreed label or with missing cells left out"
             ));
+        }
+        let entries: Vec<&SplitEntry> = self.splits.iter().map(|(entry, _)| entry.as_ref()).collect();
+        for (place, entry) in entries.iter().enumerate() {
+            let same =
+                |other: &&&SplitEntry| other.card.name == entry.card.name && other.sha256 == entry.sha256;
+            if let Some(other) = entries[..place].iter().find(same) {
+                let (name, one, split) = (&entry.card.name, other.split, entry.split);
+                notes.push(format!("{name}: {one} and {split} are the same examples, so scores say how well they were learnt by heart"));
+            }
         }
         notes
     }

@@ -1,6 +1,7 @@
 //! An experiment from its plan to a complete results file, whoever trains the runs: this process or several workers.
 
 use std::collections::{BTreeSet, HashSet};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,8 +10,10 @@ use super::queue::{Queue, Turn};
 use super::resident::has_model;
 use super::results::{NeededSources, Recorded, ResultsFile, Status, read};
 use super::run::Run;
+use super::run_mask::mask_file;
 use super::runner::{Attempt, RunEvent, kept_folder};
 use crate::error::{Error, Result};
+use crate::method::MaskKind;
 
 /// Who trains runs: as many at once as it has room for.
 pub trait Executor {
@@ -71,7 +74,7 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
     let sources = sources(plan);
     let needed = (!sources.is_empty()).then(|| results.need_sources(sources)).transpose()?;
     let recorded = results.recorded()?;
-    if let Some(note) = not_kept(plan, &recorded) {
+    for note in not_kept(plan, &recorded) {
         executor.report(RunEvent::Note(note));
     }
     let missing: Vec<_> = plan.all_runs().filter(|run| !recorded.has(&run.id, run.rows())).collect();
@@ -91,19 +94,28 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
     Ok(execution.summary)
 }
 
-/// Says how many runs have ended before and left no model in the folder that the plan now keeps models in.
-fn not_kept(plan: &Plan, recorded: &Recorded) -> Option<String> {
-    let folder = plan.save.as_ref()?;
-    let lacks_model = |run: &&Arc<Run>| {
-        recorded.status(&run.id) == Some(Status::Ok) && !has_model(&kept_folder(plan, &run.id))
+/// Says how many runs have ended before and left no model, or no mask, in the folder that the plan now keeps those in.
+fn not_kept(plan: &Plan, recorded: &Recorded) -> impl Iterator<Item = String> {
+    let lacking = |what: &str, folder: &Path, lacks: &dyn Fn(&Run) -> bool| {
+        let ended = |run: &&Arc<Run>| recorded.status(&run.id) == Some(Status::Ok);
+        let count = plan.runs.iter().filter(ended).filter(|run| lacks(run)).count();
+        (count > 0).then(|| {
+            format!(
+                "{count} runs that had ended before have no {what} in {}; with another `results` file they are trained again",
+                folder.display()
+            )
+        })
     };
-    let count = plan.runs.iter().filter(lacks_model).count();
-    (count > 0).then(|| {
-        format!(
-            "{count} runs that had ended before have no model in {}; with another `results` file they are trained again",
-            folder.display()
-        )
-    })
+    let model = plan
+        .save
+        .as_ref()
+        .and_then(|folder| lacking("model", folder, &|run| !has_model(&kept_folder(plan, &run.id))));
+    let mask = plan.masks.as_ref().and_then(|folder| {
+        lacking("mask", folder, &|run| {
+            run.method.mask() == Some(MaskKind::Fixed) && !mask_file(folder, &run.id).exists()
+        })
+    });
+    model.into_iter().chain(mask)
 }
 
 /// Opens the results file of a plan, and makes the folders of its models and masks.

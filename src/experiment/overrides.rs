@@ -26,6 +26,9 @@ impl FromStr for Override {
         if path.iter().any(String::is_empty) {
             return Err(format!("`{text}` has an empty key in its path"));
         }
+        if value.trim().is_empty() {
+            return Err(format!("`{text}` has no value; `{text}null` sets the key to nothing"));
+        }
         let value =
             serde_yaml::from_str(value).map_err(|error| format!("`{value}` is not a YAML value: {error}"))?;
         Ok(Self { typed: text.to_owned(), path, value })

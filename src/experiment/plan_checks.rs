@@ -29,6 +29,9 @@ impl Plan {
             match key {
                 "results" if place.is_dir() => return refused("is a folder; name a file"),
                 "save" | "masks" if place.is_file() => return refused("is a file; name a folder"),
+                "save" | "masks" if *place == self.results => {
+                    return refused("is the `results` file; name a folder");
+                }
                 _ => {}
             }
             if place.starts_with("~") && !Path::new("~").exists() {
@@ -52,8 +55,7 @@ impl Plan {
             if method.needs_dropout() {
                 check_dropout(run)?;
             }
-            Classifier::check_inputs(config, &model.encoder, max_length)?;
-            model.encoder.encode("a", card.is_pair().then_some("b"), max_length)?;
+            Classifier::check_inputs(config, &model.encoder, card.is_pair(), max_length)?;
         }
         Ok(())
     }

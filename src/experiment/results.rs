@@ -135,7 +135,7 @@ impl ResultsFile {
             .collect();
         let lines = text::encode(&new).map_err(|error| Error::io("write", &self.path)(error.into()))?;
         match new.len() {
-            0 => {}
+            0 if superseded.is_empty() => {}
             1 if superseded.is_empty() => self.append_in_place(contents.bytes.len(), &lines)?,
             _ => {
                 let mut bytes = contents.bytes[contents.header.clone()].to_vec();

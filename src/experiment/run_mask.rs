@@ -7,6 +7,11 @@ use super::run::Run;
 use crate::child::{GradientMask, write_mask};
 use crate::error::Result;
 
+/// Returns the file of the mask of a run.
+pub(super) fn mask_file(folder: &Path, run: &str) -> PathBuf {
+    folder.join(format!("{run}.safetensors"))
+}
+
 /// Writes the mask of a run, if it has a fixed one, and returns where.
 pub(super) fn write_mask_of(
     plan: &Plan,
@@ -23,7 +28,7 @@ pub(super) fn write_mask_of(
         ("method", format!("{} {}", run.method.name(), run.method.options())),
         ("seed", run.seed.to_string()),
     ];
-    let path = folder.join(format!("{}.safetensors", run.id));
+    let path = mask_file(folder, &run.id);
     write_mask(&path, child, &about)?;
     Ok(Some(path))
 }

@@ -31,8 +31,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let settings = LayerSettings::read(config)?;
     let LayerSettings { sizes, epsilon, hidden_dropout, .. } = settings;
     let hidden = sizes.hidden;
-    let entries =
-        [sizes.vocabulary, config.integer("max_position_embeddings")?, config.integer("type_vocab_size")?];
+    let entries = (&sizes, config.integer("max_position_embeddings")?);
     Ok(Box::new(Bert {
         embeddings: Embeddings::declare(table, "bert", entries, hidden, epsilon, hidden_dropout),
         layers: Layers::declare(table, "bert.encoder.layer", &BERT_NAMES, settings),

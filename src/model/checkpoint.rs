@@ -54,6 +54,8 @@ pub struct LoadReport {
     pub fresh: Vec<String>,
     /// Whether the pooler is among them, and so a part of the head ([`ModelFolder::declare`]).
     pub new_pooler: bool,
+    /// The labels whose order the folder's head is taken to have, if the folder names none.
+    pub assumed_labels: Option<Vec<String>>,
     /// Tensors that the model has no use for. The buffers `position_ids`, which hold no weights, are not among them.
     pub unexpected: Vec<String>,
     /// Tensors of pretraining heads, tied ones included, left out as usual.
@@ -61,7 +63,7 @@ pub struct LoadReport {
 }
 
 impl LoadReport {
-    /// Says in a few words what was left out and what is new besides the head, if anything is.
+    /// Says in a few words what was left out, what is new besides the head, and what was assumed, if anything was.
     pub fn summary(&self) -> Option<String> {
         let some = |names: &[String], what: &str| {
             let first = names.first()?;
@@ -74,7 +76,10 @@ impl LoadReport {
         let left_out: Vec<String> = left_out.into_iter().flatten().collect();
         let left_out = (!left_out.is_empty()).then(|| format!("left out {}", left_out.join(", and ")));
         let new = self.new_pooler.then(|| "has no pooler, so a new one trains with the head".to_owned());
-        let parts: Vec<String> = left_out.into_iter().chain(new).collect();
+        let assumed = self.assumed_labels.as_ref().map(|names| {
+            format!("has a head without names, which is taken to predict {}, in this order", names.join(", "))
+        });
+        let parts: Vec<String> = left_out.into_iter().chain(new).chain(assumed).collect();
         (!parts.is_empty()).then(|| parts.join("; "))
     }
 }
@@ -182,6 +187,15 @@ impl ModelFolder {
         Err(Error::model(self.weights.path(), format!("does not fit config.json: {}", problems.join("; "))))
     }
 
+    /// Returns the names of the labels in the config, unless there are none or transformers' placeholders `LABEL_0` and so on.
+    ///
+    /// # Errors
+    /// As for [`ModelConfig::labels`].
+    pub fn named_labels(&self) -> Result<Option<Vec<String>>> {
+        let is_placeholder = |(id, name): (usize, &String)| *name == format!("LABEL_{id}");
+        Ok(self.config.labels()?.filter(|names| !names.iter().enumerate().all(is_placeholder)))
+    }
+
     /// Returns, for each label of a task, which output of the file's head it is; nothing if the file has no head for
     /// these labels.
     ///
@@ -200,10 +214,7 @@ impl ModelFolder {
             return Ok(None);
         }
         let own = || Some((0..task.outputs()).collect());
-        let (Labels::Classes(names), Some(found)) = (task, self.config.labels()) else { return Ok(own()) };
-        if found.iter().enumerate().all(|(id, name)| *name == format!("LABEL_{id}")) {
-            return Ok(own());
-        }
+        let (Labels::Classes(names), Some(found)) = (task, self.named_labels()?) else { return Ok(own()) };
         let place = |name: &String| found.iter().position(|other| same_label(other, name));
         let places: Option<Vec<i64>> = names.iter().map(|name| place(name).map(|id| id as i64)).collect();
         Ok(places.filter(|_| found.len() == names.len()))

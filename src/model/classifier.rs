@@ -68,6 +68,8 @@ pub struct Sizes {
     pub vocabulary: i64,
     /// The most tokens of an example; `None` if there is no limit.
     pub positions: Option<i64>,
+    /// Entries of the table of token types; `None` if there is none.
+    pub token_types: Option<i64>,
 }
 
 /// What the outputs of a head mean.
@@ -166,7 +168,11 @@ impl Classifier {
             HeadStart::Fresh => None,
         };
         let loaded = folder.load(&mut parameters, network.as_ref(), head.as_deref())?;
-        let report = LoadReport { new_pooler, ..loaded };
+        let assumed_labels = match (&labels, &head) {
+            (Labels::Classes(names), Some(_)) if folder.named_labels()?.is_none() => Some(names.clone()),
+            _ => None,
+        };
+        let report = LoadReport { new_pooler, assumed_labels, ..loaded };
         parameters.mark_unchanged();
         let fresh = report.fresh.iter().filter_map(|name| parameters.find(name)).collect();
         let initializer_range = config.magnitude_or("initializer_range", 0.02)?;
@@ -198,7 +204,7 @@ impl Classifier {
             let map = LabelMap::between(card, card)?;
             return Ok((Self::load(folder, task, HeadStart::Keep, device)?, map));
         }
-        let names = folder.config.labels().filter(|names| names.len() > 1);
+        let names = folder.config.labels()?.filter(|names| names.len() > 1);
         let names = names.ok_or_else(|| headless(String::new()))?;
         let map = LabelMap::to_labels_of(&names, card)
             .map_err(|_| headless(format!(" (its own are {})", names.join(", "))))?;
@@ -379,12 +385,17 @@ impl Classifier {
         Ok(self.network.features(pass)?.f_to_kind(Kind::Float)?)
     }
 
-    /// Checks that a tokenizer makes only tokens that a model of a config has embeddings for, and inputs that it has positions
-    /// for.
+    /// Checks that a tokenizer makes only tokens, and token types of texts or of pairs of them, that a model of a config has
+    /// embeddings for, and inputs that it has positions for.
     ///
     /// # Errors
-    /// Fails, naming the two sizes, if not, and as for [`Classifier::shape`].
-    pub fn check_inputs(config: &ModelConfig, encoder: &TokenEncoder, max_length: usize) -> Result<()> {
+    /// Fails, naming the two sizes, if not, and as for [`Classifier::shape`] and [`TokenEncoder::encode`].
+    pub fn check_inputs(
+        config: &ModelConfig,
+        encoder: &TokenEncoder,
+        is_pair: bool,
+        max_length: usize,
+    ) -> Result<()> {
         let sizes = config.declare(1)?.0.sizes();
         let entries = sizes.vocabulary as usize;
         if encoder.vocabulary_size() > entries {
@@ -400,6 +411,15 @@ impl Classifier {
             return Err(Error::configuration(format!(
                 "max_length is {max_length}, but the model has positions for {positions} tokens only; lower \
                  `train.max_length` of the experiment, or --max-length"
+            )));
+        }
+        let example = encoder.encode("a", is_pair.then_some("b"), max_length)?;
+        let most = example.token_types.iter().max();
+        if let (Some(types), Some(&most)) = (sizes.token_types, most)
+            && i64::from(most) >= types
+        {
+            return Err(config.error(format!(
+                "`type_vocab_size` is {types}, but the folder's tokenizer makes token types up to {most}"
             )));
         }
         Ok(())

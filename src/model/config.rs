@@ -38,6 +38,8 @@ const MOST_LAYERS: i64 = 1 << 10;
 pub struct ModelConfig {
     path: PathBuf,
     values: Map<String, Value>,
+    /// Whether the experiment overrides some of them.
+    is_overridden: bool,
     /// Every key that was looked up here or in a copy, whether it was there or not: what the family reads.
     asked: Arc<Mutex<BTreeSet<String>>>,
     /// The probabilities of dropout that were read, by key.
@@ -58,9 +60,7 @@ impl ModelConfig {
             )
         })?;
         match serde_json::from_str(&text) {
-            Ok(Value::Object(values)) => {
-                Ok(Self { path, values, asked: Arc::default(), dropout: Arc::default() })
-            }
+            Ok(Value::Object(values)) => Ok(Self { path, ..Self::from_values(values) }),
             Ok(_) => Err(Error::model(path, "is not a JSON object")),
             Err(error) => Err(Error::model(path, format!("is not valid JSON: {error}"))),
         }
@@ -68,7 +68,8 @@ impl ModelConfig {
 
     /// Makes a config that is in no file.
     pub fn from_values(values: Map<String, Value>) -> Self {
-        Self { path: PathBuf::from("config.json"), values, asked: Arc::default(), dropout: Arc::default() }
+        let (is_overridden, asked, dropout) = Default::default();
+        Self { path: PathBuf::from("config.json"), values, is_overridden, asked, dropout }
     }
 
     /// Overrides keys of the config (`model_config:` of an experiment).
@@ -79,6 +80,7 @@ impl ModelConfig {
     pub fn with_overrides(mut self, overrides: &Map<String, Value>) -> Result<Self> {
         let own: BTreeSet<String> = self.values.keys().cloned().collect();
         self.values.extend(overrides.clone());
+        self.is_overridden = !overrides.is_empty();
         self.declare(1)?;
         let read = locked(&self.asked).clone();
         let known = || own.iter().chain(&read).map(String::as_str);
@@ -337,14 +339,47 @@ impl ModelConfig {
         Err(self.error(format!("`{key}` {size} is no multiple of `{of}` {divisor}")))
     }
 
-    /// Returns the names of the labels in id order, if the config has `id2label`.
-    pub fn labels(&self) -> Option<Vec<String>> {
-        let names = self.get("id2label")?.as_object()?;
-        (0..names.len()).map(|id| names.get(&id.to_string())?.as_str().map(str::to_owned)).collect()
+    /// Returns the names of the labels in id order, from `id2label`, or from `label2id` where that alone is there; none if neither
+    /// names any.
+    ///
+    /// # Errors
+    /// Fails, naming file and key, if the labels are not numbered from 0 on.
+    pub fn labels(&self) -> Result<Option<Vec<String>>> {
+        let (key, named) = match self.object_if_any("id2label")?.filter(|names| !names.is_empty()) {
+            Some(names) => {
+                ("id2label", names.iter().map(|(id, name)| (id.parse().ok(), text_of(name))).collect())
+            }
+            None => {
+                let ids = self.object_if_any("label2id")?.into_iter().flatten();
+                ("label2id", ids.map(|(name, id)| (id.as_u64(), Some(name.clone()))).collect::<Vec<_>>())
+            }
+        };
+        if named.is_empty() {
+            return Ok(None);
+        }
+        let name =
+            |id: u64| named.iter().find(|(own, _)| *own == Some(id)).and_then(|(_, name)| name.clone());
+        let names: Option<Vec<String>> = (0..named.len() as u64).map(name).collect();
+        let fault =
+            || self.error(format!("`{key}` must name {} labels by the numbers from 0 on", named.len()));
+        names.map(Some).ok_or_else(fault)
     }
 
     /// Makes an error about this config.
     pub fn error(&self, message: impl Into<String>) -> Error {
-        Error::model(&self.path, message)
+        let message = message.into();
+        match self.is_overridden {
+            true => Error::model(&self.path, format!("with the experiment's `model_config`, {message}")),
+            false => Error::model(&self.path, message),
+        }
+    }
+}
+
+/// A name that may be a number.
+fn text_of(name: &Value) -> Option<String> {
+    match name {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
     }
 }

@@ -70,6 +70,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
         heads,
         vocabulary: config.integer("vocab_size")?,
         positions,
+        token_types: config.count_if_any("type_vocab_size")?,
     };
     let hidden_dropout = config.dropout_or("hidden_dropout_prob", 0.1)?;
     let settings = LayerSettings {
@@ -190,9 +191,8 @@ struct Embeddings {
 
 impl Embeddings {
     fn declare(config: &ModelConfig, table: &mut ParameterTable, settings: &LayerSettings) -> Result<Self> {
-        let Sizes { hidden, vocabulary, positions, .. } = settings.sizes;
+        let Sizes { hidden, vocabulary, positions, token_types, .. } = settings.sizes;
         let width = config.integer_if_any("embedding_size")?.unwrap_or(hidden);
-        let token_types = config.count_if_any("type_vocab_size")?;
         let name = |part: &str| format!("deberta.embeddings.{part}");
         let mut declare = |part: &str, entries: i64| Embedding::declare(table, &name(part), entries, width);
         let (words, positions, token_types) = (

@@ -48,6 +48,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
         heads: config.integer("n_heads")?,
         vocabulary: config.integer("vocab_size")?,
         positions: Some(positions),
+        token_types: None,
     };
     let settings = LayerSettings {
         sizes,
@@ -59,9 +60,8 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
         attention_output_dropout: 0.0,
         attention_dropout: config.dropout_or("attention_dropout", 0.1)?,
     };
-    let entries = [sizes.vocabulary, positions, 0];
     let dropout = settings.hidden_dropout;
-    let embeddings = Embeddings::declare(table, "distilbert", entries, hidden, EPSILON, dropout);
+    let embeddings = Embeddings::declare(table, "distilbert", (&sizes, positions), hidden, EPSILON, dropout);
     let layers = Layers::declare(table, "distilbert.transformer.layer", &NAMES, settings);
     let mut linear = |name: &str, sizes: [i64; 2]| {
         Linear::declare(table, name, sizes, ParameterPlace::Head, Rows::Examples)

@@ -33,8 +33,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     let LayerSettings { sizes, epsilon, hidden_dropout, .. } = settings;
     let hidden = sizes.hidden;
     let width = config.integer("embedding_size")?;
-    let entries =
-        [sizes.vocabulary, config.integer("max_position_embeddings")?, config.integer("type_vocab_size")?];
+    let entries = (&sizes, config.integer("max_position_embeddings")?);
     let embeddings = Embeddings::declare(table, "electra", entries, width, epsilon, hidden_dropout);
     let mut project = |width: i64| {
         let (name, place) = ("electra.embeddings_project", ParameterPlace::Embeddings);

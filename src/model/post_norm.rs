@@ -23,11 +23,12 @@ pub(super) struct Embeddings {
 }
 
 impl Embeddings {
-    /// Declares the tables below `{prefix}.embeddings`, `width` wide, with `entries` of words, positions and token types.
+    /// Declares the tables below `{prefix}.embeddings`, `width` wide, with entries for the words and token types of the sizes,
+    /// and for so many positions.
     pub fn declare(
         table: &mut ParameterTable,
         prefix: &str,
-        [words, positions, token_types]: [i64; 3],
+        (sizes, positions): (&Sizes, i64),
         width: i64,
         epsilon: f64,
         dropout: f64,
@@ -35,9 +36,9 @@ impl Embeddings {
         let name = |part: &str| format!("{prefix}.embeddings.{part}");
         let mut declare = |part: &str, entries: i64| Embedding::declare(table, &name(part), entries, width);
         Self {
-            words: declare("word_embeddings", words),
+            words: declare("word_embeddings", sizes.vocabulary),
             positions: declare("position_embeddings", positions),
-            token_types: (token_types > 0).then(|| declare("token_type_embeddings", token_types)),
+            token_types: sizes.token_types.map(|entries| declare("token_type_embeddings", entries)),
             norm: LayerNorm::declare(table, &name("LayerNorm"), width, epsilon, ParameterPlace::Embeddings),
             dropout,
         }
@@ -56,6 +57,9 @@ impl Embeddings {
         pass.dropout(&self.norm.forward(pass, &sum)?, self.dropout, Rows::Tokens)
     }
 }
+
+/// Entries of the table of token types where a config names none, as in transformers.
+const TOKEN_TYPES: i64 = 2;
 
 /// The names of a layer's parts below the layer's own.
 pub(super) struct LayerNames {
@@ -113,6 +117,7 @@ impl LayerSettings {
                 heads: config.integer("num_attention_heads")?,
                 vocabulary: config.integer("vocab_size")?,
                 positions: Some(config.integer("max_position_embeddings")?),
+                token_types: Some(config.integer_if_any("type_vocab_size")?.unwrap_or(TOKEN_TYPES)),
             },
             layers: config.layers("num_hidden_layers")?,
             activation: config.activation_or("hidden_act", "gelu")?,

@@ -38,7 +38,7 @@ pub fn build(config: &ModelConfig, outputs: i64, table: &mut ParameterTable) -> 
     }
     settings.sizes.positions = Some(positions);
     let LayerSettings { sizes, epsilon, hidden_dropout, .. } = settings;
-    let entries = [sizes.vocabulary, rows, config.integer("type_vocab_size")?];
+    let entries = (&sizes, rows);
     Ok(Box::new(Roberta {
         embeddings: Embeddings::declare(table, "roberta", entries, sizes.hidden, epsilon, hidden_dropout),
         layers: Layers::declare(table, "roberta.encoder.layer", &BERT_NAMES, settings),

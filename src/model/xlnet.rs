@@ -137,6 +137,7 @@ fn sizes(config: &ModelConfig) -> Result<Sizes> {
         vocabulary: size(config, "vocab_size", "n_token")?,
         // Distances have no limit.
         positions: None,
+        token_types: None,
     };
     let Sizes { hidden, heads, .. } = sizes;
     if hidden % heads != 0 {

@@ -54,6 +54,7 @@ fn places_that_can_be_none_are_refused_before_anything_trains() {
         ("results: \"\"", "results: is empty"),
         ("results: bert_pair", "results: bert_pair is a folder; name a file"),
         ("masks: experiment.yaml", "masks: experiment.yaml is a file; name a folder"),
+        ("results: a.csv\nsave: a.csv", "save: a.csv is the `results` file; name a folder"),
     ] {
         refused(text, &[], 2, &["experiment.yaml: ", message]);
     }
@@ -189,6 +190,8 @@ fn arguments_that_do_not_parse_are_refused() {
     let run = ["run", "experiment.yaml"];
     let no_value = ["`train.epochs` has no `=`", "train.epochs=2"];
     refused(&[&run[..], &["--set", "train.epochs"]].concat(), &no_value);
+    let nothing = ["`seeds=` has no value", "`seeds=null` sets the key to nothing"];
+    refused(&[&run[..], &["--set", "seeds="]].concat(), &nothing);
     refused(&[&run[..], &["--only", "rte"]].concat(), &["`rte` has no `=`", "task=rte"]);
     refused(&[&run[..], &["--threads", "0"]].concat(), &["'--threads <N>'", "0 is not in 1.."]);
     refused(&["run"], &["EXPERIMENT.yaml"]);

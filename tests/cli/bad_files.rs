@@ -21,6 +21,16 @@ const WEIGHTS: &str = "bert_pair/model.safetensors";
 const CONFIG: &str = "bert_pair/config.json";
 
 #[test]
+fn token_types_that_the_model_has_no_embeddings_for_are_found_first() {
+    let answer =
+        with_model(|workplace| workplace.edit(CONFIG, "\"type_vocab_size\": 2", "\"type_vocab_size\": 1"));
+    answer.refused(
+        2,
+        &["config.json: `type_vocab_size` is 1, but the folder's tokenizer makes token types up to 1"],
+    );
+}
+
+#[test]
 fn a_missing_model_or_part_of_it_is_named() {
     let answer = with_model(|workplace| fs::remove_dir_all(workplace.path("bert_pair")).unwrap());
     answer.refused(2, &["bert_pair: no such model folder", "Hugging Face folder"]);
@@ -302,5 +312,16 @@ fn a_model_whose_outputs_are_no_numbers_neither_predicts_nor_scores() {
     assert!(!workplace.path("out.csv").exists());
     workplace.copy_data("CoLA");
     let evaluate = ["evaluate", "--model", "bert_single", "--task", "cola", "--data", "own"];
+    for key in ["id2label", "label2id"] {
+        workplace.edit("bert_single/config.json", key, "unheard_of");
+    }
+    let note = "note: bert_single: has a head without names, which is taken to predict unacceptable, acceptable, in this order";
+    let answer = workplace.call(&[&evaluate[..], &length].concat());
+    assert!(answer.stderr.starts_with(note), "{answer:?}");
+    fs::copy(
+        crate::support::project("tests/fixtures/bert_single/config.json"),
+        workplace.path("bert_single/config.json"),
+    )
+    .unwrap();
     workplace.call(&[&evaluate[..], &length].concat()).refused(1, &["bert_single: its loss on cola"]);
 }

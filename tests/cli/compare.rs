@@ -116,7 +116,7 @@ fn a_report_is_a_text_with_figures_that_are_there() {
     workplace.write("rte.csv", only_rte.join("\n") + "\n");
     workplace.call(&["report", "rte.csv", "--output", "papers/report"]).with_code(0);
     assert_eq!(workplace.files("papers/report"), ["01_rte_dev.svg", "own.svg", "report.md"]);
-    report("results.csv").with_code(3);
+    report("results.csv").with_code(2);
 }
 
 #[test]

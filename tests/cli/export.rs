@@ -226,7 +226,11 @@ fn exports_that_make_no_sense_are_refused() {
     refused("bert_single", 2, &["--output is the folder of --model"]);
     refused("bert_single/config.json/below", 3, &["bert_single/config.json/below"]);
     workplace.edit("bert_single/config.json", "\"id2label\"", "\"id2name\"");
+    workplace.edit("bert_single/config.json", "\"label2id\"", "\"name2id\"");
     refused("exported", 2, &["bert_single: ", "no labels in config.json", "--task"]);
+    workplace.edit("bert_single/config.json", "\"id2name\"", "\"id2label\"");
+    workplace.edit("bert_single/config.json", "\"0\":", "\"7\":");
+    refused("exported", 2, &["config.json: `id2label` must name", "by the numbers from 0 on"]);
     assert_eq!(workplace.tensors("bert_single/model.safetensors"), before);
 }
 

@@ -43,6 +43,14 @@ fn what_has_ended_before_is_not_kept_and_a_model_is_not_written_over() {
         "{}",
         answer.stderr
     );
+    let fixed = ["--set", "method=[vanilla, child_tuning_d]", "--set", "masks=null"];
+    workplace.run(&fixed).with_code(0);
+    let answer = workplace.run(&[&fixed[..2], &["--set", "masks=masks"]].concat()).with_code(0);
+    assert!(
+        answer.stderr.contains("note: 1 runs that had ended before have no mask in masks"),
+        "{}",
+        answer.stderr
+    );
     let answer = workplace.run(&["--set", "save=saved", "--set", "results=other.csv"]).with_code(0);
     assert!(!answer.stderr.contains("have no model"), "{}", answer.stderr);
 

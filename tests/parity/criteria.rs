@@ -16,7 +16,7 @@ fn without_dropout() -> Classifier {
     let none = |key: &str| (key.to_owned(), Value::from(0.0));
     let overrides = ["hidden_dropout_prob", "attention_probs_dropout_prob"].map(none);
     folder.config = folder.config.with_overrides(&Map::from_iter(overrides)).unwrap();
-    let labels = Labels::Classes(folder.config.labels().unwrap());
+    let labels = Labels::Classes(folder.config.labels().unwrap().unwrap());
     Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu).unwrap()
 }
 

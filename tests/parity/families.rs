@@ -50,7 +50,7 @@ fn load(folder: &Path, outputs: i64) -> Classifier {
         1 => Labels::Score,
         _ => Labels::Classes((0..outputs).map(|label| format!("LABEL_{label}")).collect()),
     };
-    let named = opened.config.labels().filter(|names| names.len() > 1).map(Labels::Classes);
+    let named = opened.config.labels().unwrap().filter(|names| names.len() > 1).map(Labels::Classes);
     let model = Classifier::load(&opened, named.unwrap_or(labels), HeadStart::Keep, Device::Cpu).unwrap();
     assert!(model.report.fresh.is_empty() && model.report.unexpected.is_empty(), "{:?}", model.report);
     model

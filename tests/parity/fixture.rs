@@ -57,7 +57,7 @@ pub fn dataset(reference: &HashMap<String, Tensor>) -> EncodedDataset {
 /// Loads a fixture's model with its own head.
 pub fn classifier(name: &str) -> Classifier {
     let folder = ModelFolder::open(&path(name)).unwrap();
-    let labels = match folder.config.labels().unwrap() {
+    let labels = match folder.config.labels().unwrap().unwrap() {
         names if names.len() == 1 => Labels::Score,
         names => Labels::Classes(names),
     };

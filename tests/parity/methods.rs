@@ -151,7 +151,7 @@ fn redrawn_layers_are_new_and_the_rest_is_the_checkpoint() {
 fn head_after_a_step(text: &str, weight_decay: f64) -> Tensor {
     let data = dataset(&tensors("bert_pair/reference.safetensors"));
     let folder = ModelFolder::open(&path("bert_pair")).unwrap();
-    let labels = Labels::Classes(folder.config.labels().unwrap());
+    let labels = Labels::Classes(folder.config.labels().unwrap().unwrap());
     let mut classifier = Classifier::load(&folder, labels, HeadStart::Fresh, Device::Cpu).unwrap();
     let settings = Hyperparameters {
         epochs: 1.0,

@@ -20,7 +20,7 @@ fn with_dropout(folder: &str, dropout: f64) -> Classifier {
     let mut folder = ModelFolder::open(&path(folder)).unwrap();
     let overrides = json!({"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0});
     folder.config = folder.config.with_overrides(overrides.as_object().unwrap()).unwrap();
-    let labels = match folder.config.labels().unwrap() {
+    let labels = match folder.config.labels().unwrap().unwrap() {
         names if names.len() == 1 => Labels::Score,
         names => Labels::Classes(names),
     };

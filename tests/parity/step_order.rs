@@ -21,7 +21,7 @@ fn with_new_head() -> Classifier {
     let mut folder = ModelFolder::open(&path("bert_pair")).unwrap();
     let overrides = json!({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0});
     folder.config = folder.config.with_overrides(overrides.as_object().unwrap()).unwrap();
-    let labels = Labels::Classes(folder.config.labels().unwrap());
+    let labels = Labels::Classes(folder.config.labels().unwrap().unwrap());
     let mut model = Classifier::load(&folder, labels, HeadStart::Fresh, Device::Cpu).unwrap();
     model.reset(3).unwrap();
     let own = classifier("bert_pair").parameters;

@@ -172,7 +172,7 @@ fn lora_merges_what_it_has_learnt() {
     let mut folder = ModelFolder::open(&path("bert_pair")).unwrap();
     let overrides = serde_json::json!({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0});
     folder.config = folder.config.with_overrides(overrides.as_object().unwrap()).unwrap();
-    let labels = Labels::Classes(folder.config.labels().unwrap());
+    let labels = Labels::Classes(folder.config.labels().unwrap().unwrap());
     let model = Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu).unwrap();
     let settings = Hyperparameters {
         epochs: 10.0,

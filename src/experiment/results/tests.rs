@@ -114,6 +114,22 @@ fn a_retried_run_takes_the_place_of_its_failed_rows() {
     assert!(!path.with_file_name(".results.csv.partial").exists());
 }
 
+/// Files of two machines, joined: the run failed on one of them, and is there from the other.
+#[test]
+fn a_failed_row_beside_one_that_did_not_fail_goes_when_the_run_is_there() {
+    let (_folder, path) = place();
+    let results = ResultsFile::open(&path).unwrap();
+    results.append(&[row(1, "rte"), row(2, "rte")]).unwrap();
+    let one = fs::read_to_string(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    results.append(&[failed(1, "rte")]).unwrap();
+    let other = fs::read_to_string(&path).unwrap();
+    fs::write(&path, format!("{one}{}", other.lines().nth(1).unwrap().to_owned() + "\n")).unwrap();
+    assert_eq!(finished(&results), [2]);
+    assert_eq!(results.append(&[row(1, "rte")]).unwrap(), 0);
+    assert_eq!((finished(&results), read(&path).unwrap()), (vec![1, 2], vec![row(1, "rte"), row(2, "rte")]));
+}
+
 #[test]
 fn a_row_cut_off_anywhere_is_removed_and_done_again() {
     let (_folder, path) = place();

@@ -18,14 +18,22 @@ use crate::error::{Error, Result};
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<Row>> {
     let path = path.as_ref();
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    parse(path, &bytes)
+    let rows = parse(path, &bytes)?;
+    match rows.iter().find(|row| row.score.is_some_and(f64::is_infinite)) {
+        Some(row) => Err(Error::data(
+            path,
+            0,
+            format!("the score of run `{}` is infinite, which none can be", row.run),
+        )),
+        None => Ok(rows),
+    }
 }
 
 /// Parses the text of a results file; `path` is for messages.
 pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
     let mut reader = csv::Reader::from_reader(bytes);
-    let misread = |header: &csv::StringRecord, error: csv::Error| misread(path, bytes, header, error);
-    let header = reader.headers().map_err(|error| misread(&csv::StringRecord::new(), error))?.clone();
+    let misread = |error: csv::Error| misread(path, bytes, error);
+    let header = reader.headers().map_err(misread)?.clone();
     if header.is_empty() {
         return Err(Error::data(path, 0, "is empty: a results file starts with a line of column names"));
     }
@@ -45,14 +53,15 @@ pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
             Ok(record) => record,
             // The last row, while another process writes it or after one was killed: its run is done again.
             Err(error) if is_cut_off(bytes, &error) => break,
-            Err(error) => return Err(misread(&header, error)),
+            Err(error) => return Err(misread(error)),
         };
         // Looked at first: in a row of another version nothing else need parse.
         let written = version.and_then(|column| record.get(column)).unwrap_or_default();
         if version.is_some() && written != SCHEMA_VERSION.to_string() {
             return Err(other_version(path, record_line(bytes, record.position()), written));
         }
-        rows.push(record.deserialize(Some(&header)).map_err(|error| misread(&header, error))?);
+        let row = record.deserialize(Some(&header));
+        rows.push(row.map_err(|error| misread_row(path, bytes, &header, &record, error))?);
     }
     Ok(rows)
 }
@@ -78,21 +87,36 @@ fn is_cut_off(bytes: &[u8], error: &csv::Error) -> bool {
 }
 
 /// Says what csv found wrong, in terms of this file's lines and columns.
-fn misread(path: &Path, bytes: &[u8], header: &csv::StringRecord, error: csv::Error) -> Error {
+fn misread(path: &Path, bytes: &[u8], error: csv::Error) -> Error {
     let line = error.position().map_or(0, |position| record_line(bytes, Some(position)));
     let message = match error.kind() {
         csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!(
             "has {len} fields under {expected_len} column names; delete the line, and the run will be done again"
         ),
-        csv::ErrorKind::Deserialize { err, .. } => {
-            match err.field().and_then(|field| header.get(field as usize)) {
-                Some(column) => format!("column `{column}`: {}", err.kind()),
-                None => err.kind().to_string(),
-            }
-        }
         _ => error.to_string(),
     };
     Error::data(path, line, message)
+}
+
+/// Says which cell of a row is not what its column holds.
+fn misread_row(
+    path: &Path,
+    bytes: &[u8],
+    header: &csv::StringRecord,
+    record: &csv::StringRecord,
+    error: csv::Error,
+) -> Error {
+    let csv::ErrorKind::Deserialize { err, .. } = error.kind() else { return misread(path, bytes, error) };
+    let message = err.kind().to_string();
+    // Where csv does not know the column, the message has the cell.
+    let has_cell = |cell: &str| !cell.is_empty() && message.contains(&format!("`{cell}`"));
+    let field = err.field().map(|field| field as usize).or_else(|| record.iter().position(has_cell));
+    let message = match field.and_then(|field| Some((header.get(field)?, record.get(field)?))) {
+        Some((column, cell)) if has_cell(cell) => format!("column `{column}`: {message}"),
+        Some((column, cell)) => format!("column `{column}`: {message}: `{}`", cell.escape_debug()),
+        None => message,
+    };
+    Error::data(path, record_line(bytes, record.position()), message)
 }
 
 /// Returns the header line, with its newline.
@@ -280,12 +304,15 @@ mod tests {
     fn errors_name_file_line_and_column() {
         let bad_number =
             parsed(&format!("{REQUIRED},score\n{VALUES},1\n{VALUES},high\n")).unwrap_err().to_string();
-        assert_eq!(bad_number, "results.csv:3: column `score`: invalid float literal");
+        assert_eq!(bad_number, "results.csv:3: column `score`: invalid float literal: `high`");
         let bad_step = parsed(&format!("{REQUIRED},score,step\n{VALUES},,1.5\n")).unwrap_err().to_string();
         assert!(
             bad_step.starts_with("results.csv:2: ") && bad_step.contains("`1.5` is not a whole"),
             "{bad_step}"
         );
+        let odd = VALUES.replace(",ok,", ",OK,");
+        let odd = parsed(&format!("{REQUIRED},score\n{odd},\n")).unwrap_err().to_string();
+        assert!(odd.starts_with("results.csv:2: column `status`: unknown variant `OK`"), "{odd}");
         let torn = parsed(&format!("{REQUIRED},score\n{VALUES},\nmine,42\n")).unwrap_err().to_string();
         assert!(torn.starts_with("results.csv:3: has 2 fields under 54 column names"), "{torn}");
         let missing =

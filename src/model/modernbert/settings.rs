@@ -83,6 +83,7 @@ impl Settings {
                 heads,
                 vocabulary: config.integer("vocab_size")?,
                 positions: Some(config.integer("max_position_embeddings")?),
+                token_types: None,
             },
             reaches: [
                 Reach { window: None, theta: theta(config, FULL, "global_rope_theta", 160_000.0)? },
