@@ -212,12 +212,13 @@ impl<'a> Sheet<'a> {
         Err(self.fault(row.line, message))
     }
 
-    /// Refuses a row that has the names of the columns that are read, as joined files have it.
+    /// Refuses a row that has the names of the columns that are read, two at least, as joined files have it.
     fn refuse_header(&self, row: &Row) -> Result<()> {
         let is_name = |place: &usize| {
             row.cells.get(*place).and_then(Option::as_deref).map(str::trim) == Some(&self.columns[*place])
         };
-        match self.layout.header && self.text.iter().chain(&self.label).all(is_name) {
+        let read: Vec<&usize> = self.text.iter().chain(&self.label).collect();
+        match self.layout.header && read.len() > 1 && read.into_iter().all(is_name) {
             true => Err(self.fault(row.line, "has the names of the columns once more; remove the line")),
             false => Ok(()),
         }

@@ -285,7 +285,7 @@ impl Catalogue {
                 |other: &&&SplitEntry| other.card.name == entry.card.name && other.sha256 == entry.sha256;
             if let Some(other) = entries[..place].iter().find(same) {
                 let (name, one, split) = (&entry.card.name, other.split, entry.split);
-                notes.push(format!("{name}: {one} and {split} are the same examples, so scores say how well they were learnt by heart"));
+                notes.push(format!("{name}: {one} and {split} are the same examples"));
             }
         }
         notes

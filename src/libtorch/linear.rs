@@ -4,9 +4,12 @@ use tch::{Device, Kind, Tensor};
 
 use super::ffi;
 use super::gradient_place::{GradientPlace, Operand, Wanted, gradients_of_sums};
-use super::own_backward::{is_exclusive, with_backward, with_backward_of_all};
+use super::own_backward::{is_exclusive, with_backward_of_all};
 use super::row_sums::{LISTS, column_sums, has_rows_of_fours};
 use crate::error::Result;
+
+/// A linear layer's weight, `[out, in]` in any layout, and its bias, `[out]`.
+pub type LinearOperands<'a> = (Operand<'a>, Option<Operand<'a>>);
 
 /// Computes input · weightᵀ + bias, with gradients of those that ask for one: input `[rows, in]`, weight `[out, in]` in any
 /// layout, bias `[out]` (`torch.nn.functional.linear`).
@@ -17,111 +20,182 @@ use crate::error::Result;
 /// # Errors
 /// Fails if shapes or types do not match.
 pub fn linear(input: &Tensor, weight: Operand, bias: Option<Operand>) -> Result<Tensor> {
-    if let Some(bias) = bias
-        && weight.values.kind() == Kind::BFloat16
-        && (input.device().is_cuda() || weight.place.is_some())
-    {
-        return Ok(products(input, &[[weight, bias]], false)?.swap_remove(0));
-    }
-    let (weight, bias) = (weight.values, bias.map(|bias| bias.values));
-    match onednn_is_faster() && suits_onednn(input, weight) {
-        true => onednn_linear(input, weight, bias),
-        false => Ok(input.f_linear(weight, bias)?),
+    let brings_gradients = weight.values.kind() == Kind::BFloat16
+        && bias.is_some()
+        && (input.device().is_cuda() || weight.place.is_some());
+    let library = Library::faster();
+    match brings_gradients || library.is_onednn_for(input, weight.values) {
+        true => Ok(products(library, input, &[(weight, bias)], false)?.swap_remove(0)),
+        false => Ok(input.f_linear(weight.values, bias.map(|bias| bias.values))?),
     }
 }
 
-/// Computes [`linear`] with the weights and biases of several layers, all in bfloat16, and returns the input once more at
-/// the end, for a residual: so that all that comes back to it is added up within matrix products.
+/// Computes [`linear`] with the weights and biases of several layers of one type, and returns the input once more at the end, for a
+/// residual: so that all that comes back to it is added up within matrix products, or right behind them.
 ///
 /// # Errors
 /// Fails if shapes or types do not match.
-pub fn linears(input: &Tensor, layers: &[[Operand; 2]]) -> Result<Vec<Tensor>> {
-    products(input, layers, true)
+pub fn linears(input: &Tensor, layers: &[LinearOperands]) -> Result<Vec<Tensor>> {
+    products(Library::faster(), input, layers, true)
+}
+
+/// Who computes products in float32 on the CPU.
+#[derive(Clone, Copy, PartialEq)]
+enum Library {
+    /// Whom libtorch takes.
+    Usual,
+    /// oneDNN, where its bits do not depend on the number of threads, but for the gradients of weights.
+    OneDnn,
+}
+
+impl Library {
+    /// Returns the faster one for this processor: oneDNN on AMD's with AVX-512. Only AMD's have SSE4a.
+    fn faster() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if std::is_x86_feature_detected!("sse4a") && std::is_x86_feature_detected!("avx512f") {
+            return Library::OneDnn;
+        }
+        Library::Usual
+    }
+
+    fn is_onednn_for(self, input: &Tensor, weight: &Tensor) -> bool {
+        self == Library::OneDnn && suits_onednn(input, weight)
+    }
+
+    /// Computes input · weightᵀ + bias, without a graph.
+    fn product(self, input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        match self.is_onednn_for(input, weight) {
+            true => onednn_product(input, weight, bias),
+            false => Ok(input.f_linear(weight, bias)?),
+        }
+    }
 }
 
 /// A linear layer's matrix, and what backward has to do for it and its bias.
 struct Layer {
     matrix: Tensor,
     to_weight: Wanted,
-    to_bias: Wanted,
+    to_bias: Option<Wanted>,
 }
 
-/// Computes products in bfloat16 as libtorch does, but for the gradients. In those of biases its kernel for sums over a few thousand
-/// rows takes several times as long as reading them. Gradients that have a place in float32 are not rounded on their way.
-fn products(input: &Tensor, layers: &[[Operand; 2]], has_residual: bool) -> Result<Vec<Tensor>> {
+/// Computes products as libtorch does, but for the library and for the gradients. In those of biases its kernel for
+/// sums over a few thousand rows in bfloat16 takes several times as long as reading them. Gradients that have a place in float32 are not
+/// rounded on their way.
+fn products(
+    library: Library,
+    input: &Tensor,
+    layers: &[LinearOperands],
+    has_residual: bool,
+) -> Result<Vec<Tensor>> {
     let asks_input = input.requires_grad();
     let values = input.f_detach()?;
     let (mut outputs, mut inputs, mut own) = (Vec::new(), vec![input], Vec::new());
-    for [weight, bias] in layers {
+    for (weight, bias) in layers {
         let matrix = weight.values.f_detach()?;
-        outputs.push(values.f_linear(&matrix, Some(bias.values.f_detach()?))?);
-        inputs.extend([weight.values, bias.values]);
-        own.push(Layer { matrix, to_weight: weight.wanted(), to_bias: bias.wanted() });
+        let added = bias.map(|bias| bias.values.f_detach()).transpose()?;
+        outputs.push(library.product(&values, &matrix, added.as_ref())?);
+        inputs.extend([weight.values].into_iter().chain(bias.map(|bias| bias.values)));
+        own.push(Layer { matrix, to_weight: weight.wanted(), to_bias: bias.map(|bias| bias.wanted()) });
     }
     if has_residual {
         outputs.push(input.f_data()?);
     }
     with_backward_of_all(outputs, &inputs, move |gradients| {
-        let residual = gradients.get(own.len());
-        let mut is_own = residual.is_some_and(is_exclusive);
-        let mut to_input = residual.map_or_else(Tensor::new, Tensor::shallow_clone);
+        let mut to_input = Sum::new(gradients.get(own.len()));
         let mut to_weights = Vec::with_capacity(own.len());
         for (layer, gradient) in own.iter().zip(gradients) {
             if asks_input {
-                to_input = match (to_input.defined(), is_own) {
-                    (false, _) => gradient.f_mm(&layer.matrix)?,
-                    (true, true) => to_input.f_addmm_(gradient, &layer.matrix)?,
-                    (true, false) => to_input.f_addmm(gradient, &layer.matrix)?,
-                };
-                is_own = true;
+                to_input.add_product(library, gradient, &layer.matrix)?;
             }
             to_weights.push(layer.weight_gradient(gradient, &values)?);
         }
         let to_biases = bias_gradients(&own, gradients)?;
-        let to_parameters = to_weights.into_iter().zip(to_biases).flat_map(|(weight, bias)| [weight, bias]);
-        Ok(std::iter::once(to_input).chain(to_parameters).collect())
+        let to_parameters = to_weights.into_iter().zip(to_biases);
+        let to_parameters = to_parameters.flat_map(|(weight, bias)| [weight].into_iter().chain(bias));
+        Ok(std::iter::once(to_input.total).chain(to_parameters).collect())
     })
 }
 
-/// Sums the gradients of outputs over their rows: those of layers as wide as each other together.
-fn bias_gradients(layers: &[Layer], gradients: &[Tensor]) -> Result<Vec<Tensor>> {
+/// What comes back to an input, added up.
+struct Sum {
+    /// Undefined before anything has come.
+    total: Tensor,
+    /// Whether its memory may be written to.
+    is_own: bool,
+}
+
+impl Sum {
+    fn new(first: Option<&Tensor>) -> Self {
+        let is_own = first.is_some_and(is_exclusive);
+        Self { total: first.map_or_else(Tensor::new, Tensor::shallow_clone), is_own }
+    }
+
+    /// Adds gradient · matrix, `[rows, out]` · `[out, in]`.
+    fn add_product(&mut self, library: Library, gradient: &Tensor, matrix: &Tensor) -> Result<()> {
+        let transposed = matrix.f_transpose(0, 1)?;
+        self.total = match (self.total.defined(), self.is_own) {
+            (false, _) => library.product(gradient, &transposed, None)?,
+            (true, _) if library.is_onednn_for(gradient, &transposed) => {
+                onednn_product(gradient, &transposed, None)?.f_add_(&self.total)?
+            }
+            (true, true) => self.total.f_addmm_(gradient, matrix)?,
+            (true, false) => self.total.f_addmm(gradient, matrix)?,
+        };
+        self.is_own = true;
+        Ok(())
+    }
+}
+
+/// Sums the gradients of outputs over their rows: those of layers as wide as each other together, where kernels of our own do it.
+fn bias_gradients(layers: &[Layer], gradients: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
     let rows = gradients.iter().take(layers.len()).map(Tensor::f_contiguous);
     let rows = rows.collect::<std::result::Result<Vec<_>, _>>()?;
-    let asked = layers.iter().all(|layer| layer.to_bias.asked);
-    let alike = rows.iter().all(|own| has_rows_of_fours(own) && own.size() == rows[0].size());
-    if asked && alike && layers.len() <= LISTS {
+    let wanted: Vec<&Wanted> = layers.iter().filter_map(|layer| layer.to_bias.as_ref()).collect();
+    let alike = wanted.len() == layers.len()
+        && layers.len() <= LISTS
+        && (wanted.iter().zip(&rows))
+            .all(|(wanted, own)| wanted.asked && sums_columns(wanted, own) && own.size() == rows[0].size());
+    if alike {
         let sums = column_sums(&rows.iter().collect::<Vec<_>>())?;
-        return gradients_of_sums(&sums, &layers.iter().map(|layer| &layer.to_bias).collect::<Vec<_>>());
+        return Ok(gradients_of_sums(&sums, &wanted)?.into_iter().map(Some).collect());
     }
-    (layers.iter().zip(&rows)).map(|(layer, rows)| layer.bias_gradient(rows)).collect()
+    let gradient = |(layer, rows): (&Layer, &Tensor)| {
+        layer.to_bias.as_ref().map(|wanted| bias_gradient(wanted, rows)).transpose()
+    };
+    layers.iter().zip(&rows).map(gradient).collect()
+}
+
+fn bias_gradient(wanted: &Wanted, rows: &Tensor) -> Result<Tensor> {
+    let sums = match wanted {
+        Wanted { asked: false, .. } => return Ok(Tensor::new()),
+        _ if sums_columns(wanted, rows) => column_sums(&[rows])?,
+        Wanted { place: None, .. } => return Ok(rows.f_sum_dim_intlist(0, false, None)?),
+        Wanted { place: Some(_), .. } => rows.f_sum_dim_intlist(0, true, Kind::Float)?,
+    };
+    Ok(gradients_of_sums(&sums, &[wanted])?.swap_remove(0))
+}
+
+/// Returns whether a kernel of our own sums columns: on a GPU, and on the CPU in tests, whose gradients have places.
+fn sums_columns(wanted: &Wanted, rows: &Tensor) -> bool {
+    (rows.device().is_cuda() || wanted.place.is_some()) && has_rows_of_fours(rows)
 }
 
 impl Layer {
+    /// Computes gradientᵀ · values, `[out, in]`.
     fn weight_gradient(&self, gradient: &Tensor, values: &Tensor) -> Result<Tensor> {
+        // In the layout in which the weight is stored.
+        let is_stored = self.matrix.is_contiguous();
+        let (left, right) = if is_stored { (gradient, values) } else { (values, gradient) };
+        let left = left.f_transpose(0, 1)?;
         match &self.to_weight {
             Wanted { asked: false, .. } => Ok(Tensor::new()),
-            Wanted { place: None, .. } => Ok(gradient.f_transpose(0, 1)?.f_mm(values)?),
+            Wanted { place: None, .. } if is_stored => Ok(left.f_mm(right)?),
+            Wanted { place: None, .. } => Ok(left.f_mm(right)?.f_transpose(0, 1)?),
             Wanted { place: Some(place), .. } => {
-                // In the layout in which the weight is stored.
-                let (left, right) = match self.matrix.is_contiguous() {
-                    true => (gradient, values),
-                    false => (values, gradient),
-                };
-                product_in_place(&left.f_transpose(0, 1)?, right, place)?;
+                product_in_place(&left, right, place)?;
                 Ok(Tensor::new())
             }
         }
-    }
-
-    fn bias_gradient(&self, rows: &Tensor) -> Result<Tensor> {
-        if !self.to_bias.asked {
-            return Ok(Tensor::new());
-        }
-        let sums = match has_rows_of_fours(rows) {
-            true => column_sums(&[rows])?,
-            false => rows.f_sum_dim_intlist(0, true, Kind::Float)?,
-        };
-        Ok(gradients_of_sums(&sums, &[&self.to_bias])?.swap_remove(0))
     }
 }
 
@@ -139,31 +213,6 @@ fn product_in_place(left: &Tensor, right: &Tensor, place: &GradientPlace) -> Res
         }
     }
     Ok(())
-}
-
-/// Computes [`linear`] in oneDNN, but for the gradient of the weights.
-fn onednn_linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let inputs: Vec<&Tensor> = [input, weight].into_iter().chain(bias).collect();
-    let asked: Vec<bool> = inputs.iter().map(|tensor| tensor.requires_grad()).collect();
-    let (values, weight) = (input.f_detach()?, weight.f_detach()?);
-    let output = onednn_product(&values, &weight, bias)?;
-    with_backward(output, &inputs, move |gradient| {
-        let mut gradients: Vec<Tensor> = asked.iter().map(|_| Tensor::new()).collect();
-        if asked[0] {
-            let weight = weight.f_transpose(0, 1)?;
-            gradients[0] = match suits_onednn(gradient, &weight) {
-                true => onednn_product(gradient, &weight, None)?,
-                false => gradient.f_linear(&weight, None::<&Tensor>)?,
-            };
-        }
-        if asked[1] {
-            gradients[1] = gradient.f_transpose(0, 1)?.f_mm(&values)?;
-        }
-        if asked.get(2) == Some(&true) {
-            gradients[2] = gradient.f_sum_dim_intlist(0, false, None)?;
-        }
-        Ok(gradients)
-    })
 }
 
 /// Returns whether oneDNN computes a product in float32 and its bits do not depend on the number of threads.
@@ -190,14 +239,6 @@ fn onednn_product(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Res
     ffi::check(unsafe { ffi::child_tuning_onednn_linear(input, weight, bias, &mut output) })?;
     // SAFETY: the shim wrote a new tensor, which this handle owns.
     Ok(unsafe { Tensor::from_ptr(output) })
-}
-
-/// Returns whether this processor is one where oneDNN was found to be faster: AMD's with AVX-512. Only AMD's have SSE4a.
-fn onednn_is_faster() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return std::is_x86_feature_detected!("sse4a") && std::is_x86_feature_detected!("avx512f");
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
 }
 
 #[cfg(test)]
@@ -240,8 +281,8 @@ mod tests {
                 let expected =
                     results(|input, weight, bias| input.linear(weight, bias), &inputs, asked, false);
                 let product = |input: &Tensor, weight: &Tensor, bias: Option<&Tensor>| {
-                    let layer = [weight, bias.unwrap()].map(Operand::plain);
-                    products(input, &[layer], false).unwrap().swap_remove(0)
+                    let layer = (Operand::plain(weight), bias.map(Operand::plain));
+                    products(Library::Usual, input, &[layer], false).unwrap().swap_remove(0)
                 };
                 let found = results(product, &inputs, asked, false);
                 assert_eq!(found.len(), expected.len());
@@ -282,10 +323,10 @@ mod tests {
             .collect();
         for pass in 1..=2 {
             let views = viewed();
-            let layers: Vec<[Operand; 2]> = (0..3)
+            let layers: Vec<LinearOperands> = (0..3)
                 .map(|layer| {
                     let operand = |values, place: usize| Operand { values, place: Some(&places[place]) };
-                    [operand(&views[layer], layer), operand(&biases[layer], 3 + layer)]
+                    (operand(&views[layer], layer), Some(operand(&biases[layer], 3 + layer)))
                 })
                 .collect();
             loss(&linears(&input, &layers).unwrap()).backward();
@@ -301,6 +342,42 @@ mod tests {
             !gradient.defined() || f64::try_from(gradient.to_kind(Kind::Float).abs().max()).unwrap() == 0.0
         });
         assert!(untouched, "gradients went to places alone");
+    }
+
+    fn in_onednn(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let layer = (Operand::plain(weight), bias.map(Operand::plain));
+        Ok(products(Library::OneDnn, input, &[layer], false)?.swap_remove(0))
+    }
+
+    /// The gradients of layers over one input, of which one has no bias and one's gradient is not asked for, and of a residual.
+    #[test]
+    fn layers_over_one_input_get_the_gradients_that_libtorch_gives() {
+        tch::manual_seed(1);
+        for (library, rows) in [(Library::Usual, 40), (Library::OneDnn, 40), (Library::OneDnn, 140)] {
+            let leaf = |shape: &[i64], asked: bool| Tensor::randn(shape, CPU).set_requires_grad(asked);
+            let input = leaf(&[rows, 24], true);
+            let weights = [leaf(&[16, 24], true), leaf(&[24, 16], true), leaf(&[16, 24], false)];
+            let biases = [Some(leaf(&[16], true)), None, Some(leaf(&[16], true))];
+            let views = [weights[0].shallow_clone(), weights[1].transpose(0, 1), weights[2].shallow_clone()];
+            let factors = [16, 16, 16, 24].map(|width| Tensor::randn([rows, width], CPU));
+            let gradients = |outputs: Vec<Tensor>| -> Vec<Tensor> {
+                let terms =
+                    outputs.iter().zip(&factors).map(|(output, factor)| (output * factor).sum(Kind::Float));
+                let loss: Tensor = terms.sum();
+                let leaves = [&input, &weights[0], &weights[1]].into_iter().chain(biases.iter().flatten());
+                Tensor::run_backward(&[loss], &leaves.collect::<Vec<_>>(), false, false)
+            };
+            let plainly = views.iter().zip(&biases).map(|(weight, bias)| input.linear(weight, bias.as_ref()));
+            let expected = gradients(plainly.chain([input.shallow_clone()]).collect());
+            let layers: Vec<LinearOperands> = (views.iter().zip(&biases))
+                .map(|(weight, bias)| (Operand::plain(weight), bias.as_ref().map(Operand::plain)))
+                .collect();
+            let found = gradients(products(library, &input, &layers, true).unwrap());
+            for (found, expected) in found.iter().zip(&expected) {
+                let largest = f64::try_from(expected.abs().max()).unwrap();
+                assert!(difference(found, expected) <= 1e-5 * largest, "{rows}");
+            }
+        }
     }
 
     #[test]
@@ -321,7 +398,7 @@ mod tests {
                         results(product, &inputs, asked, is_transposed)
                     };
                     let expected = of(&|input, weight, bias| input.linear(weight, bias));
-                    let found = of(&|input, weight, bias| onednn_linear(input, weight, bias).unwrap());
+                    let found = of(&|input, weight, bias| in_onednn(input, weight, bias).unwrap());
                     assert_eq!(found.len(), expected.len());
                     for (found, expected) in found.iter().zip(&expected) {
                         assert_eq!(found.size(), expected.size());
@@ -341,11 +418,11 @@ mod tests {
     fn nothing_is_recorded_without_a_gradient_and_shapes_are_checked() {
         let [input, weight] = [[200, 8], [4, 8]].map(|shape| Tensor::randn(shape, CPU));
         let of_weight = weight.copy().set_requires_grad(true);
-        assert!(!onednn_linear(&input, &weight, None).unwrap().requires_grad());
-        assert!(onednn_linear(&input, &of_weight, None).unwrap().requires_grad());
-        assert!(!tch::no_grad(|| onednn_linear(&input, &of_weight, None).unwrap()).requires_grad());
+        assert!(!in_onednn(&input, &weight, None).unwrap().requires_grad());
+        assert!(in_onednn(&input, &of_weight, None).unwrap().requires_grad());
+        assert!(!tch::no_grad(|| in_onednn(&input, &of_weight, None).unwrap()).requires_grad());
         for of_other_width in [Tensor::randn([4, 7], CPU), Tensor::randn([4, 9], CPU)] {
-            assert!(onednn_linear(&input, &of_other_width, None).is_err());
+            assert!(in_onednn(&input, &of_other_width, None).is_err());
             assert!(linear(&input, Operand::plain(&of_other_width), None).is_err());
         }
     }

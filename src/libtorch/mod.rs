@@ -33,7 +33,7 @@ pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use kernels::{
     AdamWConstants, RandomMask, Stretch, collect, collects, mask_in_place, sums_of_squares, update,
 };
-pub use linear::{linear, linears};
+pub use linear::{LinearOperands, linear, linears};
 pub use matrix_unit::{MatrixUnit, SIDE, Step, has_matrix_unit, right_place};
 pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use number::Number;

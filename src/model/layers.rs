@@ -1,12 +1,12 @@
 //! The layers that encoder families are made of.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::parameter::{ParameterKind, ParameterPlace};
 use super::params::{ParameterId, ParameterTable};
 use super::pass::{Pass, Rows};
 use crate::error::{Error, Result};
-use crate::libtorch::{Operand, activates, embedding, gelu_after_bias, linear, linears};
+use crate::libtorch::{LinearOperands, Operand, activates, embedding, gelu_after_bias, linear, linears};
 
 /// y = x Wᵀ + b, or y = x Wᵀ.
 #[derive(Clone, Copy, Debug)]
@@ -125,7 +125,7 @@ impl Linear {
         let weight = self.matrix(pass)?;
         if activation == Activation::Gelu && self.joins(pass) && activates(weight.size()[0]) {
             let (bias, held) = self.open_bias(pass)?;
-            let layer = [self.weight_operand(pass, &weight), Operand::plain(&held)];
+            let layer = (self.weight_operand(pass, &weight), Some(Operand::plain(&held)));
             let input = input.f_to_kind(weight.kind())?;
             let [output, residual] = pieces(linears(&input, &[layer])?)?;
             let output = self.shown(pass, &input, output)?;
@@ -141,6 +141,12 @@ impl Linear {
         let weight = pass.weight(self.weight);
         let has_kernels = weight.device().is_cuda() || pass.has_places();
         has_kernels && weight.kind() == Kind::BFloat16 && self.bias.is_some()
+    }
+
+    /// Returns whether layers over one input run as one operation: on the CPU, too, that adds up what comes back to the input with fewer
+    /// passes.
+    fn shares_input(&self, pass: &Pass) -> bool {
+        self.joins(pass) || pass.weight(self.weight).device() == Device::Cpu
     }
 
     /// Returns the weight as a matrix, `[out, in]`.
@@ -163,13 +169,15 @@ pub fn branches<const N: usize>(
     layers: [&Linear; N],
     input: &Tensor,
 ) -> Result<([Tensor; N], Tensor)> {
-    if !layers.iter().all(|layer| layer.joins(pass)) {
+    if !layers.iter().all(|layer| layer.shares_input(pass)) {
         let outputs = layers.iter().map(|layer| layer.forward(pass, input)).collect::<Result<Vec<_>>>()?;
         return Ok((pieces(outputs)?, input.shallow_clone()));
     }
     let matrices = layers.iter().map(|layer| layer.matrix(pass)).collect::<Result<Vec<_>>>()?;
-    let operands: Vec<[Operand; 2]> = (layers.iter().zip(&matrices))
-        .filter_map(|(layer, matrix)| Some([layer.weight_operand(pass, matrix), pass.operand(layer.bias?)]))
+    let operands: Vec<LinearOperands> = (layers.iter().zip(&matrices))
+        .map(|(layer, matrix)| {
+            (layer.weight_operand(pass, matrix), layer.bias.map(|bias| pass.operand(bias)))
+        })
         .collect();
     let input = input.f_to_kind(matrices[0].kind())?;
     let mut outputs = linears(&input, &operands)?;

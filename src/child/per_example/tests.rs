@@ -193,5 +193,4 @@ fn layers_with_kernels_in_common_are_observed() {
         let difference = (&found - &expected).norm() / expected.norm().clamp_min(smallest);
         assert!(difference.double_value(&[]) < 0.05, "{}: {difference}", parameter.name);
     }
-    assert!(!single.equal(&joined), "the same operations ran");
 }
