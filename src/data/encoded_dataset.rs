@@ -9,6 +9,9 @@ use super::sheet::Example;
 use crate::error::{Error, Result};
 use crate::libtorch::upload;
 
+/// The tokens of a rounded batch are a multiple of this.
+const ROWS: usize = 64;
+
 /// What the examples of a data set should be predicted as.
 #[derive(Clone, Debug)]
 pub enum Targets {
@@ -149,8 +152,40 @@ impl EncodedDataset {
         shape: BatchShape,
         device: Device,
     ) -> Result<(PackedBatch, Tensor)> {
+        self.packed_with_fillers(numbers, 0, (shape, shape.fillers()), device)
+    }
+
+    /// Packs the examples with the given numbers as [`EncodedDataset::batch`] does, and fills the batch up to a multiple of
+    /// 64 tokens with examples that no output is asked of.
+    ///
+    /// # Errors
+    /// Fails if libtorch cannot allocate.
+    pub fn rounded_batch(
+        &self,
+        numbers: &[usize],
+        first_slot: usize,
+        device: Device,
+    ) -> Result<(PackedBatch, Tensor)> {
+        let tokens = self.tokens_of(numbers);
+        let missing = tokens.next_multiple_of(ROWS) - tokens;
+        if missing == 0 {
+            return self.batch(numbers, first_slot, device);
+        }
+        // No longer than the others, so that the model has positions for them.
+        let longest = numbers.iter().map(|&number| self.inputs[number].ids.len()).max().unwrap_or(1);
+        let shape = BatchShape { examples: numbers.len(), tokens: tokens + missing, longest };
+        self.packed_with_fillers(numbers, first_slot, (shape, missing.div_ceil(longest)), device)
+    }
+
+    fn packed_with_fillers(
+        &self,
+        numbers: &[usize],
+        first_slot: usize,
+        (shape, fillers): (BatchShape, usize),
+        device: Device,
+    ) -> Result<(PackedBatch, Tensor)> {
         let mut missing = shape.tokens - self.tokens_of(numbers);
-        let fillers: Vec<Encoded> = (0..shape.fillers())
+        let fillers: Vec<Encoded> = (0..fillers)
             .map(|_| {
                 let length = missing.min(shape.longest);
                 missing -= length;
@@ -159,7 +194,7 @@ impl EncodedDataset {
             .collect();
         let inputs: Vec<&Encoded> =
             numbers.iter().map(|&number| &self.inputs[number]).chain(&fillers).collect();
-        let batch = PackedBatch::pack(&inputs, 0, device)?.filled(numbers.len(), shape)?;
+        let batch = PackedBatch::pack(&inputs, first_slot, device)?.filled(numbers.len(), shape)?;
         Ok((batch, self.targets.part(numbers).tensor(device)?))
     }
 
@@ -188,6 +223,28 @@ mod tests {
 
     fn values(tensor: &Tensor) -> Vec<i64> {
         Vec::try_from(tensor).unwrap()
+    }
+
+    #[test]
+    fn rounded_batches_have_the_examples_first_and_no_longer_ones() {
+        let inputs: Vec<Encoded> = [20, 3, 41, 10]
+            .iter()
+            .map(|&length| Encoded { ids: (1..=length).collect(), token_types: vec![1; length as usize] })
+            .collect();
+        let data = EncodedDataset { inputs, targets: Targets::Classes(vec![0, 1, 2, 3]), features: None };
+        for (numbers, lengths) in [
+            (&[0, 1, 2][..], vec![20, 3, 41]),
+            (&[0, 1], vec![20, 3, 20, 20, 1]),
+            (&[0, 2, 3], vec![20, 41, 10, 41, 16]),
+        ] {
+            let (batch, targets) = data.rounded_batch(numbers, 5, Device::Cpu).unwrap();
+            assert_eq!((&batch.lengths, batch.tokens() % ROWS), (&lengths, 0));
+            assert_eq!(
+                (batch.first_tokens.size()[0], targets.size()[0]),
+                (numbers.len() as i64, numbers.len() as i64)
+            );
+            assert_eq!(batch.slots[..2], [5, 6]);
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::best_epoch::{Best, BestEpoch};
 use super::control::{Control, Event, Progress};
@@ -24,7 +24,7 @@ use crate::locking::locked;
 use crate::method::{
     ClipOrder, Method, Outside, PassSettings, Passes, Prepared, PullStrength, TrainingPoint,
 };
-use crate::model::{Classifier, Dropout, Parameter, Parameters, Trainable, loss, span};
+use crate::model::{Classifier, Dropout, Parameter, Parameters, Precision, Trainable, loss, span};
 use crate::random::Purpose;
 
 /// On a GPU the loss is looked at once in so many steps: each look waits for the device.
@@ -91,6 +91,8 @@ pub struct Trainer<'a> {
     schedule: Schedule,
     /// Examples of one pass; halved when memory runs out.
     micro_batch: usize,
+    /// Whether batches have few numbers of tokens: for each, oneDNN compiles kernels for its products in bfloat16.
+    rounds_batches: bool,
     seed: u64,
     step: u64,
     tokens: u64,
@@ -187,6 +189,11 @@ impl<'a> Trainer<'a> {
         let passes_held = prepared.parts.passes_held();
         let state = locked(&optimizer).state_bytes();
         let micro_batch = micro_batch_of_training(classifier, data, hyperparameters, passes_held, state)?;
+        let rounds_batches = classifier.parameters.device() == Device::Cpu
+            && hyperparameters.pass_precision() == Precision::Bf16
+            && prepared.parts.has_plain_passes()
+            && data.features.is_none()
+            && classifier.own_shape()?.reads_packed_tokens;
         Ok(Self {
             optimizer,
             trainable,
@@ -194,6 +201,7 @@ impl<'a> Trainer<'a> {
             masking,
             schedule: Schedule { learning_rate, warmup, total },
             micro_batch,
+            rounds_batches,
             classifier,
             data,
             hyperparameters,
@@ -302,7 +310,10 @@ impl<'a> Trainer<'a> {
     /// Returns its part of the step's mean loss, on the device.
     fn backward(&self, micro_batch: &[usize], first_slot: usize, examples: usize) -> Result<Tensor> {
         let device = self.classifier.parameters.device();
-        let (batch, targets) = self.data.batch(micro_batch, first_slot, device)?;
+        let (batch, targets) = match self.rounds_batches {
+            true => self.data.rounded_batch(micro_batch, first_slot, device)?,
+            false => self.data.batch(micro_batch, first_slot, device)?,
+        };
         let weights = self.weights()?;
         let parts = &self.prepared.parts;
         let settings = PassSettings {

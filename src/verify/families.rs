@@ -43,3 +43,55 @@ fn small_pair(family: &str, dropouts: [f64; 2], device: Device) -> Result<Pair> 
     }
     Ok(pair)
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::super::agreement::{SEED, on_cpu};
+    use super::super::difference;
+    use super::*;
+    use crate::child::GradientHooks;
+    use crate::model::{Dropout, Pass, loss};
+    use crate::random::Purpose;
+
+    /// The families whose batches are rounded up in training ([`EncodedDataset::rounded_batch`](crate::data::EncodedDataset::rounded_batch)).
+    #[test]
+    fn what_rounds_a_batch_up_changes_no_logit_and_no_gradient() {
+        let mut checked = 0;
+        for (family, _) in FAMILIES {
+            let pair = small_pair(family, [0.1; 2], Device::Cpu).unwrap();
+            let model = &pair.reference;
+            if !model.own_shape().unwrap().reads_packed_tokens {
+                continue;
+            }
+            checked += 1;
+            let weights = model.parameters.compute_weights(Kind::Float).unwrap();
+            let numbers = [0, 9, 11, 14, 20];
+            let run = |is_rounded: bool, is_checkpointed: bool| {
+                let (batch, targets) = match is_rounded {
+                    true => pair.data.rounded_batch(&numbers, 3, Device::Cpu).unwrap(),
+                    false => pair.data.batch(&numbers, 3, Device::Cpu).unwrap(),
+                };
+                assert_eq!(is_rounded, batch.tokens() % 64 == 0);
+                let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, None).unwrap();
+                let dropout = Dropout::new(SEED, Purpose::Dropout, 0, 3, Device::Cpu).unwrap();
+                let mut pass = Pass::new(&weights, &batch, Some(dropout));
+                if is_checkpointed {
+                    pass = pass.checkpointed();
+                }
+                let logits = model.logits(&pass).unwrap();
+                pass.backward(&loss(&logits, &targets, numbers.len()).unwrap()).unwrap();
+                hooks.end_step().unwrap();
+                (logits.detach(), on_cpu(model.parameters.gradients().unwrap()).unwrap())
+            };
+            let (logits, gradient) = run(false, false);
+            for is_checkpointed in [false, true] {
+                let (found, found_gradient) = run(true, is_checkpointed);
+                assert!(difference(&found, &logits).unwrap() < 1e-5, "{family}");
+                assert!(difference(&found_gradient, &gradient).unwrap() < 1e-5, "{family}");
+            }
+        }
+        assert!(checked >= 4, "{checked} of seven families");
+    }
+}
