@@ -9,8 +9,9 @@ use super::sheet::Example;
 use crate::error::{Error, Result};
 use crate::libtorch::upload;
 
-/// The tokens of a rounded batch are a multiple of this.
-const ROWS: usize = 64;
+/// The tokens of a rounded batch are a multiple of the second number; of the first one where there are few, so that no batch grows by
+/// more than an eighth and a few tokens.
+const ROWS: [usize; 2] = [16, 64];
 
 /// What the examples of a data set should be predicted as.
 #[derive(Clone, Debug)]
@@ -156,7 +157,7 @@ impl EncodedDataset {
     }
 
     /// Packs the examples with the given numbers as [`EncodedDataset::batch`] does, and fills the batch up to a multiple of
-    /// 64 tokens with examples that no output is asked of.
+    /// 64 tokens, or of 16 below 512 tokens, with examples that no output is asked of.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
@@ -167,7 +168,8 @@ impl EncodedDataset {
         device: Device,
     ) -> Result<(PackedBatch, Tensor)> {
         let tokens = self.tokens_of(numbers);
-        let missing = tokens.next_multiple_of(ROWS) - tokens;
+        let [few, many] = ROWS;
+        let missing = tokens.next_multiple_of(if tokens < 8 * many { few } else { many }) - tokens;
         if missing == 0 {
             return self.batch(numbers, first_slot, device);
         }
@@ -234,11 +236,12 @@ mod tests {
         let data = EncodedDataset { inputs, targets: Targets::Classes(vec![0, 1, 2, 3]), features: None };
         for (numbers, lengths) in [
             (&[0, 1, 2][..], vec![20, 3, 41]),
-            (&[0, 1], vec![20, 3, 20, 20, 1]),
-            (&[0, 2, 3], vec![20, 41, 10, 41, 16]),
+            (&[0, 1], vec![20, 3, 9]),
+            (&[1, 1], vec![3, 3, 3, 3, 3, 1]),
+            (&[2; 15], [vec![41; 15], vec![25]].concat()),
         ] {
             let (batch, targets) = data.rounded_batch(numbers, 5, Device::Cpu).unwrap();
-            assert_eq!((&batch.lengths, batch.tokens() % ROWS), (&lengths, 0));
+            assert_eq!(batch.lengths, lengths);
             assert_eq!(
                 (batch.first_tokens.size()[0], targets.size()[0]),
                 (numbers.len() as i64, numbers.len() as i64)

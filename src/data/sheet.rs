@@ -217,8 +217,8 @@ impl<'a> Sheet<'a> {
         let is_name = |place: &usize| {
             row.cells.get(*place).and_then(Option::as_deref).map(str::trim) == Some(&self.columns[*place])
         };
-        let read: Vec<&usize> = self.text.iter().chain(&self.label).collect();
-        match self.layout.header && read.len() > 1 && read.into_iter().all(is_name) {
+        let reads_several = self.text.len() + usize::from(self.label.is_some()) > 1;
+        match self.layout.header && reads_several && self.text.iter().chain(&self.label).all(is_name) {
             true => Err(self.fault(row.line, "has the names of the columns once more; remove the line")),
             false => Ok(()),
         }

@@ -192,7 +192,6 @@ impl<'a> Trainer<'a> {
         let rounds_batches = classifier.parameters.device() == Device::Cpu
             && hyperparameters.pass_precision() == Precision::Bf16
             && prepared.parts.has_plain_passes()
-            && data.features.is_none()
             && classifier.own_shape()?.reads_packed_tokens;
         Ok(Self {
             optimizer,

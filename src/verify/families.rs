@@ -73,7 +73,7 @@ mod tests {
                     true => pair.data.rounded_batch(&numbers, 3, Device::Cpu).unwrap(),
                     false => pair.data.batch(&numbers, 3, Device::Cpu).unwrap(),
                 };
-                assert_eq!(is_rounded, batch.tokens() % 64 == 0);
+                assert_eq!(is_rounded, batch.tokens() % 16 == 0);
                 let hooks = GradientHooks::collect(&model.parameters, &weights, |_| true, None).unwrap();
                 let dropout = Dropout::new(SEED, Purpose::Dropout, 0, 3, Device::Cpu).unwrap();
                 let mut pass = Pass::new(&weights, &batch, Some(dropout));

@@ -1,12 +1,12 @@
 //! The squares of the CPU and those of a GPU, tried on the CPU's tensors, against loops in float64.
 
+use serde_json::json;
 use tch::Kind;
 
 use super::*;
 use crate::data::Encoded;
-use crate::model::{Classifier, Labels, Pass, loss};
+use crate::model::{Classifier, Labels, ModelConfig, Pass, loss};
 use crate::random::{Key, fill_normal};
-use crate::verify::Shape;
 
 /// Activations and gradients of a few examples of uneven lengths.
 pub(super) struct Case {
@@ -166,7 +166,12 @@ fn a_table_adds_up_what_a_loop_does() {
 #[test]
 fn layers_with_kernels_in_common_are_observed() {
     let labels = Labels::Classes(vec!["no".into(), "yes".into()]);
-    let mut model = Classifier::untrained(Shape::TINY.config(0.0, 0.06), labels, Device::Cpu).unwrap();
+    let config = json!({
+        "model_type": "bert", "vocab_size": 70, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 256, "max_position_embeddings": 30, "initializer_range": 0.06,
+    });
+    let config = ModelConfig::from_values(config.as_object().cloned().unwrap());
+    let mut model = Classifier::untrained(config, labels, Device::Cpu).unwrap();
     model.reset(3).unwrap();
     let example = |length: u32| Encoded {
         ids: (0..length).map(|place| place * 7 % 40 + length).collect(),
