@@ -112,7 +112,7 @@ pub fn fisher_information(
     scope: MaskScope,
     mut each: impl FnMut(usize) -> Result<()>,
 ) -> Result<FisherInformation> {
-    let _products = options.precision.matrix_products()?;
+    let _products = options.precision.matrix_products(classifier.parameters.device())?;
     let mut squares = classifier.parameters.values().f_zeros_like()?;
     let mut spread =
         options.spread.then(|| Ok::<_, Error>((squares.f_zeros_like()?, Vec::new()))).transpose()?;

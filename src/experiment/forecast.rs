@@ -56,7 +56,7 @@ impl Speed {
     pub fn measure(device: Device) -> Result<Self> {
         let rate = |precision: Precision| -> Result<f64> {
             let [rows, width] = [1024, 768];
-            let _products = precision.matrix_products()?;
+            let _products = precision.matrix_products(device)?;
             let kind = precision.kind();
             let left = Tensor::f_ones([rows, width], (kind, device))?;
             let right = Tensor::f_ones([width, width], (kind, device))?;

@@ -1,6 +1,7 @@
 //! libtorch's version and the memory of devices.
 
 use std::ffi::CStr;
+use std::sync::{Mutex, PoisonError};
 
 use tch::Device;
 
@@ -88,33 +89,42 @@ pub fn synchronize(device: Device) -> Result<()> {
     }
 }
 
-/// Whether products of float32 matrices on CUDA may use TF32 while this value lives; afterwards it is as before.
+/// Whether products of float32 matrices on a GPU may use TF32 while this value lives; afterwards it is as before.
 ///
 /// TF32 rounds the factors to 10 bits of fraction and adds in float32 (`torch.backends.cuda.matmul.allow_tf32`). The
-/// setting is libtorch's and holds for the whole process. The CPU is not touched: products there stay float32.
+/// setting is libtorch's and holds for all GPUs of the process: threads that compute on them at once must agree on it.
+/// Products on the CPU are float32 always, so there the setting stays as it is.
 pub struct Tf32 {
-    before: bool,
+    before: Option<bool>,
 }
 
 impl Tf32 {
-    /// Allows TF32, or forbids it also where the environment allows it.
+    /// Allows TF32 for what runs on `device`, or forbids it also where the environment allows it.
     ///
     /// # Errors
     /// Fails if the process has set TF32 by two interfaces that contradict each other.
-    pub fn allow(allowed: bool) -> Result<Self> {
-        let mut before = false;
-        // SAFETY: `before` is valid for writing during the call.
-        ffi::check(unsafe { ffi::child_tuning_allow_tf32(allowed, &mut before) })?;
+    pub fn allow(allowed: bool, device: Device) -> Result<Self> {
+        let before = device.is_cuda().then(|| switch_tf32(allowed)).transpose()?;
         Ok(Self { before })
     }
 }
 
 impl Drop for Tf32 {
     fn drop(&mut self) {
-        let mut now = false;
-        // SAFETY: as in `allow`. It succeeded before and changes a boolean, so there is nothing to do about a failure.
-        let _ = ffi::check(unsafe { ffi::child_tuning_allow_tf32(self.before, &mut now) });
+        // The same switch worked before, so there is nothing to do about a failure.
+        let _ = self.before.map(switch_tf32);
     }
+}
+
+/// Sets libtorch's switch and returns what it was. One thread at a time: libtorch changes several variables, and refuses
+/// to read them while they differ.
+fn switch_tf32(allowed: bool) -> Result<bool> {
+    static SWITCH: Mutex<()> = Mutex::new(());
+    let _alone = SWITCH.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut before = false;
+    // SAFETY: `before` is valid for writing during the call.
+    ffi::check(unsafe { ffi::child_tuning_allow_tf32(allowed, &mut before) })?;
+    Ok(before)
 }
 
 #[cfg(test)]
@@ -135,17 +145,18 @@ mod tests {
     #[test]
     fn tf32_is_allowed_while_the_guard_lives() {
         let allowed = || {
-            let mut before = false;
-            // SAFETY: `before` is valid for writing during the call, and what was set is set again.
-            ffi::check(unsafe { ffi::child_tuning_allow_tf32(true, &mut before) }).unwrap();
-            // SAFETY: as above.
-            ffi::check(unsafe { ffi::child_tuning_allow_tf32(before, &mut false) }).unwrap();
+            let before = switch_tf32(true).unwrap();
+            switch_tf32(before).unwrap();
             before
         };
+        // libtorch has the switch also where it finds no GPU.
+        let gpu = Device::Cuda(0);
         let at_first = allowed();
-        let outer = Tf32::allow(true).unwrap();
+        let outer = Tf32::allow(true, gpu).unwrap();
         assert!(allowed());
-        let inner = Tf32::allow(false).unwrap();
+        let inner = Tf32::allow(false, gpu).unwrap();
+        assert!(!allowed());
+        let _on_the_cpu = Tf32::allow(true, Device::Cpu).unwrap();
         assert!(!allowed());
         drop(inner);
         assert!(allowed());

@@ -1,7 +1,7 @@
 //! The number types that a model computes in.
 
 use serde::{Deserialize, Serialize};
-use tch::Kind;
+use tch::{Device, Kind};
 
 use crate::error::Result;
 use crate::libtorch::Tf32;
@@ -29,11 +29,11 @@ impl Precision {
         }
     }
 
-    /// Settles what products of float32 matrices are on a GPU, for as long as the returned value lives.
+    /// Settles what products of float32 matrices are on a device, for as long as the returned value lives.
     ///
     /// # Errors
     /// As for [`Tf32::allow`].
-    pub fn matrix_products(self) -> Result<Tf32> {
-        Tf32::allow(self == Precision::Tf32)
+    pub fn matrix_products(self, device: Device) -> Result<Tf32> {
+        Tf32::allow(self == Precision::Tf32, device)
     }
 }

@@ -76,9 +76,9 @@ fn by_batches(
     rows: impl for<'a> Fn(&'a Classifier, &Pass<'a>) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
-    let _products = precision.matrix_products()?;
-    let weights = classifier.parameters.compute_weights(precision.kind())?;
     let device = classifier.parameters.device();
+    let _products = precision.matrix_products(device)?;
+    let weights = classifier.parameters.compute_weights(precision.kind())?;
     // Examples of like length together, so that attention's rectangles have few holes; results do not depend on it.
     let mut order: Vec<usize> = (0..data.len()).collect();
     order.sort_by_key(|&number| std::cmp::Reverse(data[number].ids.len()));
@@ -150,10 +150,11 @@ pub fn evaluate(
 /// Applies the head alone, to features that a frozen encoder gave.
 fn head_logits(classifier: &Classifier, data: &EncodedDataset) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
-    let _products = Precision::Float32.matrix_products()?;
+    let device = classifier.parameters.device();
+    let _products = Precision::Float32.matrix_products(device)?;
     let weights = classifier.parameters.compute_weights(Kind::Float)?;
     let everything: Vec<usize> = (0..data.len()).collect();
-    let (batch, _) = data.batch(&everything, 0, classifier.parameters.device())?;
+    let (batch, _) = data.batch(&everything, 0, device)?;
     Ok(classifier.logits(&Pass::new(&weights, &batch, None))?.f_to_device(tch::Device::Cpu)?)
 }
 

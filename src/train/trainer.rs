@@ -219,7 +219,8 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// Fails if libtorch refuses an operation.
     pub fn step(&mut self, examples: &[usize]) -> Result<Tensor> {
-        let _products = self.hyperparameters.pass_precision().matrix_products()?;
+        let device = self.classifier.parameters.device();
+        let _products = self.hyperparameters.pass_precision().matrix_products(device)?;
         if let Some(mask) = &self.prepared.mask {
             mask.begin_step(self.step)?;
         }

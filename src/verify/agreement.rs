@@ -88,8 +88,8 @@ impl Way<'_> {
 
 /// Runs examples forward and backward.
 fn pass(model: &Classifier, data: &EncodedDataset, numbers: &[usize], way: Way) -> Result<Passed> {
-    let _products = way.precision.matrix_products()?;
     let device = model.parameters.device();
+    let _products = way.precision.matrix_products(device)?;
     let (mut batch, targets) = data.batch(numbers, 0, device)?;
     if !way.is_packed {
         batch = batch.without_flash();

@@ -31,7 +31,7 @@ pub struct MatrixRate {
 /// # Errors
 /// Fails if libtorch refuses the product.
 pub(super) fn matrix_rate(precision: Precision, size: i64, device: Device) -> Result<MatrixRate> {
-    let _products = precision.matrix_products()?;
+    let _products = precision.matrix_products(device)?;
     let matrix = || Tensor::f_randn([size, size], (Kind::Float, device))?.f_to_kind(precision.kind());
     let (left, right) = (matrix()?, matrix()?);
     let mut product = left.f_matmul(&right)?;

@@ -32,7 +32,7 @@ impl Criterion for GradientMagnitude {
             false => (0..data.len()).collect(),
         };
         order.truncate(self.examples);
-        let _products = precision.matrix_products()?;
+        let _products = precision.matrix_products(device)?;
         let weights = classifier.parameters.compute_weights(precision.kind())?;
         let hooks = GradientHooks::collect(&classifier.parameters, &weights, |_| true, None)?;
         hooks.begin_step();
