@@ -23,7 +23,6 @@ use common::{precision, set_up, token_counts};
 use serde_json::json;
 use tch::{Device, Tensor};
 
-const VOCABULARY: u32 = 30522;
 const SEED: u64 = 42;
 
 /// Training steps of a model with random weights and tokens.
@@ -56,6 +55,12 @@ struct Arguments {
     /// Hidden size; heads are 64 wide, the feed-forward layer is four times as wide
     #[arg(long, default_value_t = 768)]
     hidden: i64,
+    /// Entries of the table of words
+    #[arg(long, default_value_t = 30522)]
+    vocabulary: u32,
+    /// How many of them the data has: as many as RTE with BERT's vocabulary
+    #[arg(long, default_value_t = 13865)]
+    words: u32,
     /// Take one step under libtorch's profiler, print the operators with the longest own time, and end
     #[arg(long)]
     profile: bool,
@@ -69,9 +74,13 @@ fn main() -> anyhow::Result<()> {
     let device = set_up(arguments.threads, &arguments.device);
     let lengths = token_counts(&arguments.lengths)?;
     let (layers, hidden) = (arguments.layers, arguments.hidden);
-    let shape = Shape { name: "bert", layers, hidden, heads: hidden / 64, vocabulary: VOCABULARY };
+    let shape = Shape { name: "bert", layers, hidden, heads: hidden / 64, vocabulary: arguments.vocabulary };
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
-    let data = random_data(&lengths, VOCABULARY, &labels);
+    let (vocabulary, words) = (arguments.vocabulary, arguments.words.min(arguments.vocabulary));
+    let mut data = random_data(&lengths, words, &labels);
+    for id in data.inputs.iter_mut().flat_map(|input| &mut input.ids) {
+        *id = (u64::from(*id) * u64::from(vocabulary) / u64::from(words)) as u32;
+    }
     let resident_before = peak_memory(Device::Cpu);
     let mut classifier = Classifier::untrained(shape.config(0.1, 0.02), labels, device)?;
     classifier.reset(SEED)?;

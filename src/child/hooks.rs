@@ -148,8 +148,16 @@ pub struct GradientHooks {
 /// What has come of one parameter's gradient in this step.
 struct Slot {
     place: GradientPlace,
-    /// Sum of the squares of what the micro-batches so far add up to; on the CPU only.
-    squares: Arc<Mutex<f64>>,
+    held: Arc<Mutex<Held>>,
+}
+
+/// What is known of the numbers at a place; on the CPU only.
+#[derive(Default)]
+struct Held {
+    /// Sum of the squares of what the micro-batches so far add up to.
+    squares: f64,
+    /// Of a table, the rows that may hold something else than zeros, from one step to the next; `None` where any may.
+    rows: Option<Vec<usize>>,
 }
 
 impl GradientHooks {
@@ -173,14 +181,13 @@ impl GradientHooks {
             if let Some(own) = places.get_mut(id.index()).filter(|_| mask.is_none()) {
                 *own = Some(place.shallow_clone());
             }
-            let squares = Arc::new(Mutex::new(0.0));
-            slots.push(Slot { place: place.shallow_clone(), squares: squares.clone() });
+            let held = Arc::new(Mutex::new(Held::default()));
+            slots.push(Slot { place: place.shallow_clone(), held: held.clone() });
             let parameter = parameter.clone();
             hooks.push(AccumulationHook::register(&weights[id.index()], move |gradient| {
-                let mut squares = locked(&squares);
                 let mut numbers = place.numbers().shallow_clone();
-                *squares = deposit(&mut numbers, &gradient, mask.as_deref(), &parameter, place.claim())?;
-                Ok(())
+                let (adds, mut held) = (place.claim(), locked(&held));
+                deposit(&mut numbers, &gradient, mask.as_deref(), &parameter, adds, &mut held)
             })?);
         }
         Ok(Self { slots, places, _hooks: hooks })
@@ -212,7 +219,7 @@ impl GradientHooks {
             hooks.push(AccumulationHook::register(&weights[id.index()], move |gradient| {
                 let options = (Kind::Float, gradient.device());
                 let mut masked = Tensor::f_empty([parameter.count() as i64], options)?;
-                deposit(&mut masked, &gradient, mask.as_deref(), &parameter, false)?;
+                deposit(&mut masked, &gradient, mask.as_deref(), &parameter, false, &mut Held::default())?;
                 locked(&update)(&parameter, &masked)
             })?);
         }
@@ -223,7 +230,7 @@ impl GradientHooks {
     pub fn begin_step(&self) {
         for slot in &self.slots {
             slot.place.note(false);
-            *locked(&slot.squares) = 0.0;
+            locked(&slot.held).squares = 0.0;
         }
     }
 
@@ -253,7 +260,12 @@ impl GradientHooks {
 
     /// Returns the norm of all that the step has collected, on the CPU; nothing on a GPU, where the buffer is at hand.
     pub fn norm(&self) -> f64 {
-        self.slots.iter().map(|slot| *locked(&slot.squares)).sum::<f64>().sqrt()
+        self.slots.iter().map(|slot| locked(&slot.held).squares).sum::<f64>().sqrt()
+    }
+
+    /// Notes that somebody else has added to the gradients.
+    pub fn note_changed(&self) {
+        self.slots.iter().for_each(|slot| locked(&slot.held).rows = None);
     }
 }
 
@@ -262,18 +274,17 @@ fn reaching(mask: Option<&Arc<GradientMask>>, parameter: &Parameter) -> Option<A
     mask.filter(|mask| mask.scope().covers(parameter)).cloned()
 }
 
-/// Puts a masked gradient to its place, or adds it to what is there; returns the sum of squares of what is there then (on
-/// the CPU).
+/// Puts a masked gradient to its place, or adds it to what is there, and notes what is there then.
 fn deposit(
     place: &mut Tensor,
     gradient: &Tensor,
     mask: Option<&GradientMask>,
     parameter: &Parameter,
     adds: bool,
-) -> Result<f64> {
+    held: &mut Held,
+) -> Result<()> {
     if gradient.device().is_cuda() {
-        deposit_on_device(place, gradient, mask, parameter, adds)?;
-        return Ok(0.0);
+        return deposit_on_device(place, gradient, mask, parameter, adds);
     }
     let first_group = parameter.range.start / GROUP;
     let place = elements_mut(place)?;
@@ -281,16 +292,19 @@ fn deposit(
         if gradient.is_sparse() {
             // The rows of an embedding table that tokens have used.
             let rows = gradient.f_internal_indices()?.f_view([-1])?;
+            let (rows, known) = (elements(&rows)?, &mut held.rows);
             return with_elements(&gradient.f_internal_values()?, |values| {
-                Ok(masking::deposit_rows(place, elements(&rows)?, values, mask, first_group, adds))
+                Ok(masking::deposit_rows(place, rows, values, mask, first_group, adds, known))
             });
         }
+        held.rows = None;
         with_elements(gradient, |values| Ok(masking::deposit(place, values, mask, first_group, adds)))
     };
-    match mask {
+    held.squares = match mask {
         Some(mask) => mask.on_cpu(put),
         None => put(StepMask::Everything),
-    }
+    }?;
+    Ok(())
 }
 
 /// Does the same with libtorch, on a GPU; `place` may be the gradient itself.

@@ -115,7 +115,8 @@ impl<'a> Gradient<'a> {
 /// to what is there; returns the sum of squares of what is there then.
 ///
 /// `rows` names the row of each piece of the gradient, which has as many numbers as a row of the table; pieces of the same
-/// row are added in their order.
+/// row are added in their order. `held` are the rows of the place that may hold something else than zeros, in order, if that is
+/// known; it is afterwards.
 pub fn deposit_rows(
     place: &mut [f32],
     rows: &[i64],
@@ -123,10 +124,15 @@ pub fn deposit_rows(
     mask: StepMask,
     first_group: usize,
     adds: bool,
+    held: &mut Option<Vec<usize>>,
 ) -> f64 {
     let width = gradient.count() / rows.len().max(1);
     if !adds {
-        place.par_chunks_mut(CHUNK).for_each(|part| part.fill(0.0));
+        match held.take().filter(|_| width > 0) {
+            Some(held) => held.iter().for_each(|row| place[row * width..][..width].fill(0.0)),
+            None => place.par_chunks_mut(CHUNK).for_each(|part| part.fill(0.0)),
+        }
+        *held = Some(Vec::new());
     }
     let mut pieces: Vec<(usize, usize)> =
         rows.iter().enumerate().map(|(piece, &row)| (row as usize, piece)).collect();
@@ -154,10 +160,16 @@ pub fn deposit_rows(
             sum_of_squares(row)
         })
         .collect();
-    match adds {
-        // Of the whole table, since earlier micro-batches may have used other rows.
-        true => place.par_chunks(CHUNK).map(sum_of_squares).collect::<Vec<_>>().iter().sum(),
-        false => squares.iter().sum(),
+    if let Some(held) = held {
+        held.extend(pieces.iter().map(|(row, _)| row));
+        held.sort_unstable();
+        held.dedup();
+    }
+    match (adds, held) {
+        (false, _) => squares.iter().sum(),
+        // Earlier micro-batches may have used other rows.
+        (true, Some(held)) => held.iter().map(|row| sum_of_squares(&place[row * width..][..width])).sum(),
+        (true, None) => place.par_chunks(CHUNK).map(sum_of_squares).collect::<Vec<_>>().iter().sum(),
     }
 }
 
@@ -337,12 +349,12 @@ mod tests {
     fn rows_of_a_table_give_what_the_whole_table_would() {
         const WIDTH: usize = 100;
         let words = words();
-        let rows = [7i64, 0, 7, 3, 123, 7];
-        let gradient = &numbers(4)[..rows.len() * WIDTH];
+        let of_steps = [[7i64, 0, 7, 3, 123, 7], [5, 0, 99, 98, 5, 0]];
+        let gradient = &numbers(4)[..of_steps[0].len() * WIDTH];
         let half: Vec<bf16> =
             gradient.iter().map(|value| bf16::from_bits((value.to_bits() >> 16) as u16)).collect();
         let table = 124 * WIDTH;
-        let whole = |gradient: &dyn Fn(usize) -> f32| {
+        let whole = |rows: &[i64], gradient: &dyn Fn(usize) -> f32| {
             let mut whole = vec![0f32; table];
             for (piece, row) in rows.iter().enumerate() {
                 for column in 0..WIDTH {
@@ -351,23 +363,32 @@ mod tests {
             }
             whole
         };
-        let from_half = whole(&|index| half[index].to_float());
-        let from_float = whole(&|index| gradient[index]);
         let bits = StepMask::Bits { words: &words, inside: 1.5, outside: 0.25 };
         for mask in [StepMask::Everything, bits, random_mask()] {
             let (mut expected, mut found) = (vec![f32::NAN; table], vec![f32::NAN; table]);
-            for (adds, whole, pieces) in
-                [(false, &from_float, Gradient::Float(gradient)), (true, &from_half, Gradient::Half(&half))]
+            let mut held = None;
+            // Two steps of two micro-batches, one step of one.
+            for (adds, step, is_half) in
+                [(false, 0, false), (true, 1, true), (false, 1, false), (true, 0, true), (false, 1, true)]
             {
-                let squares = deposit(&mut expected, Gradient::Float(whole), mask, FIRST_GROUP, adds);
-                let own = deposit_rows(&mut found, &rows, pieces, mask, FIRST_GROUP, adds);
+                let rows = &of_steps[step];
+                let (whole, pieces) = match is_half {
+                    true => (whole(rows, &|index| half[index].to_float()), Gradient::Half(&half)),
+                    false => (whole(rows, &|index| gradient[index]), Gradient::Float(gradient)),
+                };
+                let squares = deposit(&mut expected, Gradient::Float(&whole), mask, FIRST_GROUP, adds);
+                let own = deposit_rows(&mut found, rows, pieces, mask, FIRST_GROUP, adds, &mut held);
                 assert_eq!(found, expected);
                 assert!((own / squares - 1.0).abs() < 1e-5, "{own} {squares}");
+                let used: Vec<usize> = (0..124)
+                    .filter(|row| found[row * WIDTH..][..WIDTH].iter().any(|&value| value != 0.0))
+                    .collect();
+                assert!(held.as_ref().is_some_and(|held| used.iter().all(|row| held.contains(row))));
             }
+            let nothing = deposit_rows(&mut found, &[], Gradient::Float(&[]), mask, 0, false, &mut held);
+            assert!(nothing == 0.0 && found.iter().all(|&value| value == 0.0));
+            assert_eq!(held, Some(Vec::new()));
         }
-        let mut nothing = vec![f32::NAN; table];
-        assert_eq!(deposit_rows(&mut nothing, &[], Gradient::Float(&[]), random_mask(), 0, false), 0.0);
-        assert!(nothing.iter().all(|&value| value == 0.0));
     }
 
     #[test]

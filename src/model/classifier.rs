@@ -357,12 +357,16 @@ impl Classifier {
         self.network.output().weight
     }
 
+    /// Returns the table of the embeddings of words, `[vocabulary, width]`, which every family declares as its first.
+    pub fn words(&self) -> Option<&Parameter> {
+        let entries = self.network.sizes().vocabulary;
+        let is_words = |own: &&Parameter| own.kind == ParameterKind::Embedding && own.shape[0] == entries;
+        self.parameters.iter().map(|(_, parameter)| parameter).find(is_words)
+    }
+
     /// Returns the width of the embeddings of words.
     pub fn embedding_width(&self) -> i64 {
-        let entries = self.network.sizes().vocabulary;
-        let is_words = |own: &Parameter| own.kind == ParameterKind::Embedding && own.shape[0] == entries;
-        let words = self.parameters.iter().map(|(_, parameter)| parameter).find(|own| is_words(own));
-        words.map_or(0, |words| words.shape[1])
+        self.words().map_or(0, |words| words.shape[1])
     }
 
     /// Computes the logits of a pass in float32, `[examples, outputs]`.

@@ -292,7 +292,7 @@ impl Parameters {
                 _ => spans.push(start..end),
             }
         }
-        Trainable { groups, spans, count }
+        Trainable { groups, spans, count, idle: Vec::new() }
     }
 
     /// Returns the length of the flat buffers, gaps included.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::parameter::Parameter;
+use super::params::ALIGNMENT;
 
 /// The parameters that a run trains, as ranges of the flat buffers.
 #[derive(Clone, Debug, PartialEq)]
@@ -13,6 +14,9 @@ pub struct Trainable {
     pub spans: Vec<Range<usize>>,
     /// Number of weights.
     pub count: usize,
+    /// Ranges of them whose gradients are always zero, in order and in multiples of [`ALIGNMENT`]; none unless
+    /// [`Trainable::note_rows`] has named some.
+    pub idle: Vec<Range<usize>>,
 }
 
 impl Trainable {
@@ -26,6 +30,28 @@ impl Trainable {
         let own = &parameter.range;
         let holds = |group: &&TrainableGroup| group.range.start <= own.start && own.end <= group.range.end;
         self.groups.iter().find(holds).map(|group| group.treatment)
+    }
+
+    /// Notes that of the rows of a table only the given ones ever have a gradient.
+    pub fn note_rows(&mut self, table: &Parameter, rows: impl Iterator<Item = usize>) {
+        let entries = table.shape.first().map_or(0, |&entries| entries as usize);
+        if !self.holds(table) || entries == 0 {
+            return;
+        }
+        let width = table.count() / entries;
+        let mut has_gradient = vec![false; entries];
+        rows.filter(|&row| row < entries).for_each(|row| has_gradient[row] = true);
+        let mut start = 0;
+        self.idle.clear();
+        for rows in has_gradient.chunk_by(|one, next| one == next) {
+            let end = start + rows.len();
+            let range = (table.range.start + start * width).next_multiple_of(ALIGNMENT)
+                ..(table.range.start + end * width) / ALIGNMENT * ALIGNMENT;
+            if !rows[0] && range.start < range.end {
+                self.idle.push(range);
+            }
+            start = end;
+        }
     }
 
     /// Returns the parameters that train one by one, without the gaps behind them, in the order of the flat buffers.

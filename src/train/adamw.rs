@@ -22,7 +22,8 @@ use crate::model::{Parameters, Trainable, Treatment};
 /// - `hf_legacy`: w ← w − η √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε), then w ← (1 − ηλ) w.
 ///
 /// The second update is the first with ε / √(1 − β₂ᵗ) in place of ε, so one kernel serves both. With a fixed child network
-/// moments exist for its members only: those of the others would stay zero.
+/// moments exist for its members only, and on the CPU for none that are idle ([`Trainable::idle`]): those of the others would
+/// stay zero.
 pub struct AdamW {
     form: AdamWForm,
     betas: (f64, f64),
@@ -68,7 +69,7 @@ impl AdamW {
             let mut list: Vec<_> = list().filter_map(treated).collect();
             list.sort_by_key(|(parameter, _)| parameter.range.start);
             let child = mask.and_then(|mask| mask.restriction());
-            Moments::Host(HostMoments::new(list.into_iter(), child.cloned(), decays_outside))
+            Moments::Host(HostMoments::new(list.into_iter(), &trainable.idle, child.cloned(), decays_outside))
         };
         Ok(Self {
             form: hyperparameters.adamw,

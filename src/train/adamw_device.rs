@@ -263,7 +263,7 @@ mod tests {
             let mut list: Vec<_> = treated.collect();
             list.sort_by_key(|(parameter, _)| parameter.range.start);
             let child = mask.as_ref().and_then(|mask| mask.restriction()).cloned();
-            let mut on_host = HostMoments::new(list.iter().copied(), child, decays_outside);
+            let mut on_host = HostMoments::new(list.iter().copied(), &[], child, decays_outside);
             let trainable = host.trainable(|_| true);
             let one_by_one = trainable.one_by_one(host.iter().map(|(_, parameter)| parameter));
             let moments = |groups| {

@@ -2,7 +2,8 @@
 //!
 //! The pass reads each gradient once, scales it by the clip factor, and updates moments and weight. With a fixed child
 //! network its moments stand side by side, nothing is kept for the others, and the members' weights and gradients are
-//! gathered for the update and put back. The arithmetic of an element is the same either way, to the bit.
+//! gathered for the update and put back. Nothing is kept of idle weights either, which decay at most. The arithmetic of an
+//! element is the same in all cases, to the bit.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -47,6 +48,8 @@ pub struct HostMoments {
 struct Piece {
     range: Range<usize>,
     treatment: Treatment,
+    /// What of the range is not idle, from its start on, in multiples of [`GROUP`].
+    busy: Vec<Range<usize>>,
     /// Number of weights that have moments.
     members: usize,
 }
@@ -62,18 +65,26 @@ struct Work<'a> {
 
 impl HostMoments {
     /// Makes zero moments for parameters, given in the order of the flat buffer with their treatment; with a child network only
-    /// for its members.
+    /// for its members. None are made for `idle` weights, in order and in multiples of [`GROUP`], whose gradients are always zero.
     pub fn new<'a>(
         parameters: impl Iterator<Item = (&'a Parameter, Treatment)>,
+        idle: &[Range<usize>],
         child: Option<Arc<ChildNetwork>>,
         decays_outside: bool,
     ) -> Self {
+        // What decays there is told by the child network alone otherwise.
+        let idle = if child.is_none() || decays_outside { idle } else { &[] };
         let mut pieces = Vec::new();
         for (parameter, treatment) in parameters {
             for start in parameter.range.clone().step_by(CHUNK) {
                 let range = start..parameter.range.end.min(start + CHUNK);
-                let members = child.as_ref().map_or(range.len(), |child| count(child, &range));
-                pieces.push(Piece { range, treatment, members });
+                let busy = busy(&range, idle);
+                let members = |part: &Range<usize>| match &child {
+                    Some(child) => count(words(child, start + part.start), part.len()),
+                    None => part.len(),
+                };
+                let members = busy.iter().map(members).sum();
+                pieces.push(Piece { range, treatment, busy, members });
             }
         }
         let total = pieces.iter().map(|piece| piece.members).sum();
@@ -117,7 +128,7 @@ impl HostMoments {
             let constants = element_constants(&constants(work.piece.treatment));
             match child.filter(|_| work.piece.members < work.values.len()) {
                 Some(child) => update_members(work, child, decays_outside, factor, &constants, gathered),
-                None => update(work.values, work.gradients, work.first, work.second, factor, &constants),
+                None => update_busy(work, factor, &constants),
             }
         });
     }
@@ -160,6 +171,28 @@ fn update(
     }
 }
 
+/// Updates the weights of one piece that are not idle; the others decay.
+fn update_busy(work: Work, factor: f32, constants: &AdamWConstants) {
+    let Work { piece, values, gradients, mut first, mut second } = work;
+    let mut decayed = 0;
+    for part in &piece.busy {
+        decay(&mut values[decayed..part.start], constants);
+        let (own_first, own_second);
+        (own_first, first) = first.split_at_mut(part.len());
+        (own_second, second) = second.split_at_mut(part.len());
+        let own = part.clone();
+        update(&mut values[own.clone()], &gradients[own], own_first, own_second, factor, constants);
+        decayed = part.end;
+    }
+    decay(&mut values[decayed..], constants);
+}
+
+/// The update of weights whose gradients and moments are zero.
+fn decay(values: &mut [f32], constants: &AdamWConstants) {
+    scale(values, constants.decay_before);
+    scale(values, constants.decay_after);
+}
+
 /// Updates the members of a child network in one piece.
 fn update_members(
     work: Work,
@@ -176,16 +209,21 @@ fn update_members(
         scale(all, constants.decay_before);
         (inner.decay_before, inner.decay_after) = (1.0, 1.0);
     }
-    let words = words(child, &piece.range);
+    let each = |call: &mut dyn FnMut(usize)| {
+        for part in &piece.busy {
+            let words = words(child, piece.range.start + part.start);
+            for_each_member(words, part.len(), |place| call(part.start + place));
+        }
+    };
     values.clear();
     gradients.clear();
-    for_each_member(words, all.len(), |place| {
+    each(&mut |place| {
         values.push(all[place]);
         gradients.push(all_gradients[place]);
     });
     update(values, gradients, first, second, factor, &inner);
     let mut updated = values.iter();
-    for_each_member(words, all.len(), |place| {
+    each(&mut |place| {
         if let Some(&value) = updated.next() {
             all[place] = value;
         }
@@ -201,13 +239,27 @@ fn scale(values: &mut [f32], factor: f32) {
     }
 }
 
-/// The bits of a range, which starts at a multiple of [`GROUP`].
-fn words<'a>(child: &'a ChildNetwork, range: &Range<usize>) -> &'a [u64] {
-    &child.words()[range.start / GROUP..range.end.div_ceil(GROUP)]
+/// Returns what of a range is not idle, from the range's start on.
+fn busy(range: &Range<usize>, idle: &[Range<usize>]) -> Vec<Range<usize>> {
+    let first = idle.partition_point(|idle| idle.end <= range.start);
+    let mut busy = Vec::new();
+    let mut start = range.start;
+    for idle in idle[first..].iter().take_while(|idle| idle.start < range.end) {
+        busy.push(start..idle.start);
+        start = idle.end;
+    }
+    busy.push(start..range.end);
+    let parts = busy.into_iter().filter(|part| part.start < part.end);
+    parts.map(|part| part.start - range.start..part.end - range.start).collect()
+}
+
+/// The bits from a multiple of [`GROUP`] on.
+fn words(child: &ChildNetwork, start: usize) -> &[u64] {
+    &child.words()[start / GROUP..]
 }
 
 fn for_each_member(words: &[u64], count: usize, mut call: impl FnMut(usize)) {
-    for (index, &word) in words.iter().enumerate() {
+    for (index, &word) in words[..count.div_ceil(GROUP)].iter().enumerate() {
         // Bits behind the end of a parameter belong to the gap.
         let used = (count - index * GROUP).min(GROUP);
         let mut rest = word & (u64::MAX >> (GROUP - used));
@@ -218,9 +270,9 @@ fn for_each_member(words: &[u64], count: usize, mut call: impl FnMut(usize)) {
     }
 }
 
-fn count(child: &ChildNetwork, range: &Range<usize>) -> usize {
+fn count(words: &[u64], count: usize) -> usize {
     let mut members = 0;
-    for_each_member(words(child, range), range.len(), |_| members += 1);
+    for_each_member(words, count, |_| members += 1);
     members
 }
 
@@ -307,7 +359,7 @@ pub(super) mod tests {
                 let parameters = parameters();
                 parameters.values_to_change().copy_(start.values());
                 let own = compact.then(|| child.clone());
-                let moments = HostMoments::new(in_order(&parameters).into_iter(), own, true);
+                let moments = HostMoments::new(in_order(&parameters).into_iter(), &[], own, true);
                 train(&parameters, moments, &child, 0.999, after)
             };
             let ((compact, compact_bytes), (dense, dense_bytes)) = (run(true), run(false));
@@ -318,11 +370,50 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn idle_weights_need_no_moments_and_decay_as_ever() {
+        // Of `wide`, across the end of a piece, and all of its first piece but one group.
+        let idle_ranges = || [64..CHUNK, CHUNK + 128..CHUNK + 128 + 6400];
+        let idle = idle_ranges();
+        let count: usize = idle.iter().map(Range::len).sum();
+        let start = parameters();
+        let members = child(&start, 0.3);
+        for (child, decays_outside) in [(None, true), (Some(&members), true), (Some(&members), false)] {
+            for (decay, after) in [(0.999, false), (0.999, true), (1.0, false)] {
+                let run = |idle: &[Range<usize>]| {
+                    let parameters = parameters();
+                    parameters.values_to_change().copy_(start.values());
+                    let list = in_order(&parameters).into_iter();
+                    let mut moments = HostMoments::new(list, idle, child.cloned(), decays_outside);
+                    for step in 1..=5 {
+                        let mut gradients = gradients(&parameters, step, &members);
+                        idle_ranges().into_iter().for_each(|idle| gradients[idle].fill(0.0));
+                        let mut values = parameters.values_to_change();
+                        let values: &mut [f32] = elements_mut(&mut values).unwrap();
+                        moments.apply(values, &gradients, 0, 0.7, constants(step, decay, after));
+                    }
+                    let values: &[f32] = elements(parameters.values()).unwrap();
+                    (values.iter().map(|value| value.to_bits()).collect::<Vec<_>>(), moments.bytes())
+                };
+                let ((compact, compact_bytes), (dense, dense_bytes)) = (run(&idle), run(&[]));
+                assert!(compact == dense, "{decays_outside} {decay} {after}");
+                let saved = match child {
+                    None => count,
+                    Some(_) if !decays_outside => 0,
+                    Some(child) => {
+                        idle.iter().map(|idle| super::count(words(child, idle.start), idle.len())).sum()
+                    }
+                };
+                assert_eq!(dense_bytes - compact_bytes, 8 * saved);
+            }
+        }
+    }
+
+    #[test]
     fn decay_can_be_kept_to_the_members() {
         let parameters = parameters();
         let before = parameters.values_copy().unwrap();
         let child = child(&parameters, 0.3);
-        let moments = HostMoments::new(in_order(&parameters).into_iter(), Some(child.clone()), false);
+        let moments = HostMoments::new(in_order(&parameters).into_iter(), &[], Some(child.clone()), false);
         train(&parameters, moments, &child, 0.9, false);
         let (old, new): (&[f32], &[f32]) =
             (elements(&before).unwrap(), elements(parameters.values()).unwrap());
@@ -341,7 +432,7 @@ pub(super) mod tests {
             let parameters = parameters();
             parameters.values_to_change().copy_(start.values());
             let list = in_order(&parameters);
-            let mut moments = HostMoments::new(list.iter().copied(), Some(child.clone()), true);
+            let mut moments = HostMoments::new(list.iter().copied(), &[], Some(child.clone()), true);
             for step in 1..=3 {
                 let gradients = gradients(&parameters, step, &child);
                 let mut values = parameters.values_to_change();

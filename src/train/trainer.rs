@@ -152,10 +152,14 @@ impl<'a> Trainer<'a> {
         if let (Outside::Prune, Some(child)) = (prepared.outside, child) {
             child.prune(&classifier.parameters)?;
         }
-        let trainable = trainable(classifier, hyperparameters, &prepared);
-        let parameters = &mut classifier.parameters;
+        let mut trainable = trainable(classifier, hyperparameters, &prepared);
         let pulls = std::mem::take(&mut prepared.parts.pulls);
         let (pulls, weight_decay) = Pulls::new(pulls, hyperparameters.weight_decay, prepared.decayed());
+        if let Some(words) = classifier.words().filter(|_| !pulls.reach_gradients()) {
+            trainable
+                .note_rows(words, data.inputs.iter().flat_map(|input| &input.ids).map(|&id| id as usize));
+        }
+        let parameters = &mut classifier.parameters;
         let settings = Hyperparameters { weight_decay, ..hyperparameters.clone() };
         let weights = parameters.compute_weights(hyperparameters.pass_precision().kind())?;
         let mask = prepared.mask.as_ref();
@@ -256,7 +260,10 @@ impl<'a> Trainer<'a> {
         if let Some(mask) = mask {
             mask.observe(parameters, |parameter| trainable.holds(parameter))?;
         }
-        self.pulls.on_gradients(pull, trainable, [gradients, &values, &start])?;
+        if self.pulls.reach_gradients() {
+            self.pulls.on_gradients(pull, trainable, [gradients, &values, &start])?;
+            self.hooks.note_changed();
+        }
         let masks_now = |order| self.masking == Masking::Buffer && self.prepared.clip == order;
         if let Some(mask) = mask.filter(|_| masks_now(ClipOrder::AfterMask)) {
             mask.apply_to_all(parameters)?;

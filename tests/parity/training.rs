@@ -1,5 +1,6 @@
 //! Whole small trainings: what must be equal bit for bit, and what must not move.
 
+use std::collections::HashSet;
 use std::sync::atomic::AtomicBool;
 
 use child_tuning::child::{ChildNetwork, GradientHooks};
@@ -10,8 +11,8 @@ use child_tuning::method::{Method, MethodSpec, Preset};
 use child_tuning::model::{Classifier, Dropout, ParameterPlace, Pass, loss};
 use child_tuning::random::Purpose;
 use child_tuning::train::{
-    Control, Event, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Precision, Trained,
-    frozen_features, predict, train,
+    Control, Event, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Precision, Trained, Trainer,
+    frozen_features, predict, prepare, train,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -106,6 +107,46 @@ fn a_learning_rate_factor_is_the_same_as_another_learning_rate() {
     let found = weights_after("vanilla: {learning_rate_factor: 0.5}", &settings(), 7);
     assert_eq!(found, weights_after("vanilla", &half, 7));
     assert_ne!(found, weights_after("vanilla", &settings(), 7));
+}
+
+/// What lets the optimizer leave out the words that no example has: whatever the method, nothing comes back to them.
+#[test]
+fn words_that_no_example_has_get_no_gradient_and_no_moments() {
+    let data = dataset(&tensors("bert_pair/reference.safetensors"));
+    let name = "bert.embeddings.word_embeddings.weight";
+    let examples: Vec<usize> = (0..data.len()).collect();
+    for text in [
+        "vanilla",
+        "child_tuning_f: {p: 0.3, mask: {scope: all}}",
+        "dps",
+        "mixout",
+        "r3f",
+        "smart",
+        "hype",
+        "[r_drop, prior_weight_decay]",
+        "[lora, top_layers: {k: 1}]",
+    ] {
+        for precision in [Precision::Float32, Precision::Bf16] {
+            let settings = Hyperparameters { precision, weight_decay: 0.1, ..settings() };
+            let mut model = classifier("bert_pair");
+            let prepared = control(|control| {
+                prepare(&mut model, &data, method(text).as_ref(), &settings, 3, control).unwrap()
+            });
+            let mut trainer = Trainer::new(&mut model, &data, &settings, prepared, 3).unwrap();
+            for _ in 0..2 {
+                trainer.step(&examples).unwrap();
+            }
+            let parameters = trainer.parameters();
+            let gradient = part(parameters, parameters.gradients().unwrap(), name);
+            let used: HashSet<i64> = (0..gradient.size()[0])
+                .filter(|&row| f64::try_from(gradient.get(row).abs().max()).unwrap() != 0.0)
+                .collect();
+            let has = |row: &i64| data.inputs.iter().any(|input| input.ids.contains(&(*row as u32)));
+            assert!(used.iter().all(has), "{text} {precision:?}");
+            assert!(used.is_empty() == text.contains("lora"), "{text} {precision:?}");
+            assert!(trainer.optimizer_bytes() < 8 * parameters.count() - 8 * 32 * 20, "{text} {precision:?}");
+        }
+    }
 }
 
 #[test]
