@@ -128,6 +128,18 @@ impl EncodedDataset {
         self.inputs.iter().map(|input| input.ids.len()).collect()
     }
 
+    /// Returns the ids of tokens that some example has, in order.
+    pub fn vocabulary(&self) -> Vec<usize> {
+        let mut occurs: Vec<bool> = Vec::new();
+        for &id in self.inputs.iter().flat_map(|input| &input.ids) {
+            if occurs.len() <= id as usize {
+                occurs.resize(id as usize + 1, false);
+            }
+            occurs[id as usize] = true;
+        }
+        occurs.iter().enumerate().filter(|(_, occurs)| **occurs).map(|(id, _)| id).collect()
+    }
+
     /// Returns the number of tokens of all examples.
     pub fn tokens(&self) -> usize {
         self.inputs.iter().map(|input| input.ids.len()).sum()

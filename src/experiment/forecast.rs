@@ -15,7 +15,7 @@ use super::run::Run;
 use super::training_set::training_set;
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Labels, ModelShape};
+use crate::model::{Classifier, Labels, ModelShape, ParameterKind};
 use crate::statistics::median;
 use crate::train::{MemoryUse, Precision};
 
@@ -144,12 +144,28 @@ fn memory(run: &Run, cost: &MethodCost, train: &EncodedDataset, speed: &Speed) -
     let shape = Classifier::shape(config, &labels)?;
     // A first training has no mask.
     let trained = if cost.fine_tunes_first { shape.weights } else { cost.trainable };
+    let trained = trained.saturating_sub(idle_weights(run, &shape, train, speed.device)?);
     let memory = MemoryUse::new(&shape, settings, trained, speed.device)
         .with_method(cost.method_bytes, run.method.parts().passes_held());
     let passes = lengths_of_passes(run, train)?;
     let largest = passes.iter().map(|lengths| memory.of_pass(lengths)).fold(0.0, f64::max);
     let training = memory.fixed + largest.max(scoring_bytes(&shape));
     Ok(speed.held_before as f64 + training.max(fisher_bytes(run, &shape, train, speed.device)?))
+}
+
+/// Counts the weights that train but have no moments on the CPU, since they are of words that no example has.
+fn idle_weights(run: &Run, shape: &ModelShape, train: &EncodedDataset, device: Device) -> Result<usize> {
+    let [entries, width] = shape.words;
+    let table = run.declared()?;
+    let words =
+        table.iter().find(|own| own.kind == ParameterKind::Embedding && own.shape[0] == entries as i64);
+    let trains = words.is_some_and(|words| run.method.trains(words, shape.layers)) && !run.is_frozen();
+    let has_child = run.method.fixed_share(table.as_slice())?.is_some();
+    let reaches_gradients = run.method.parts().pulls.iter().any(|pull| pull.at(0).on_gradients != (0.0, 0.0));
+    if device.is_cuda() || !trains || has_child || reaches_gradients {
+        return Ok(0);
+    }
+    Ok(entries.saturating_sub(training_set(train, run)?.vocabulary().len()) * width)
 }
 
 /// Bytes of the pass that a method begins with, if it does, over batches of examples of similar length.

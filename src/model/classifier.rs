@@ -118,6 +118,8 @@ pub struct ModelShape {
     pub weights: usize,
     /// Weights of the embedding tables.
     pub embedding_weights: usize,
+    /// Entries and width of the table of words.
+    pub words: [usize; 2],
     /// Weights in encoder layers.
     pub layer_weights: usize,
     /// Weights of the matrices in encoder layers that multiply every token.
@@ -248,6 +250,8 @@ impl Classifier {
         Ok(ModelShape {
             weights: count(&|_| true),
             embedding_weights: count(&|parameter| parameter.kind == ParameterKind::Embedding),
+            words: words_among(table.iter(), &sizes)
+                .map_or([0; 2], |words| [0, 1].map(|side| words.shape[side] as usize)),
             layer_weights: count(&|parameter| parameter.layer() > 0),
             matrix_weights: count(&|own| is_matrix(own) && own.layer() <= whole_layers) + keys_and_values,
             layers,
@@ -357,11 +361,9 @@ impl Classifier {
         self.network.output().weight
     }
 
-    /// Returns the table of the embeddings of words, `[vocabulary, width]`, which every family declares as its first.
+    /// Returns the table of the embeddings of words, `[vocabulary, width]`.
     pub fn words(&self) -> Option<&Parameter> {
-        let entries = self.network.sizes().vocabulary;
-        let is_words = |own: &&Parameter| own.kind == ParameterKind::Embedding && own.shape[0] == entries;
-        self.parameters.iter().map(|(_, parameter)| parameter).find(is_words)
+        words_among(self.parameters.iter().map(|(_, parameter)| parameter), &self.network.sizes())
     }
 
     /// Returns the width of the embeddings of words.
@@ -442,4 +444,12 @@ impl Classifier {
         checkpoint::write(folder, &self.config, self.network.as_ref(), &self.labels, &self.parameters)?;
         encoder.save(folder)
     }
+}
+
+/// Finds the table of words among parameters in the order of declaration: every family declares it first of all tables.
+fn words_among<'a>(
+    mut parameters: impl Iterator<Item = &'a Parameter>,
+    sizes: &Sizes,
+) -> Option<&'a Parameter> {
+    parameters.find(|own| own.kind == ParameterKind::Embedding && own.shape[0] == sizes.vocabulary)
 }

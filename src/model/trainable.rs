@@ -33,14 +33,14 @@ impl Trainable {
     }
 
     /// Notes that of the rows of a table only the given ones ever have a gradient.
-    pub fn note_rows(&mut self, table: &Parameter, rows: impl Iterator<Item = usize>) {
+    pub fn note_rows(&mut self, table: &Parameter, rows: &[usize]) {
         let entries = table.shape.first().map_or(0, |&entries| entries as usize);
         if !self.holds(table) || entries == 0 {
             return;
         }
         let width = table.count() / entries;
         let mut has_gradient = vec![false; entries];
-        rows.filter(|&row| row < entries).for_each(|row| has_gradient[row] = true);
+        rows.iter().filter(|&&row| row < entries).for_each(|&row| has_gradient[row] = true);
         let mut start = 0;
         self.idle.clear();
         for rows in has_gradient.chunk_by(|one, next| one == next) {

@@ -156,8 +156,7 @@ impl<'a> Trainer<'a> {
         let pulls = std::mem::take(&mut prepared.parts.pulls);
         let (pulls, weight_decay) = Pulls::new(pulls, hyperparameters.weight_decay, prepared.decayed());
         if let Some(words) = classifier.words().filter(|_| !pulls.reach_gradients()) {
-            trainable
-                .note_rows(words, data.inputs.iter().flat_map(|input| &input.ids).map(|&id| id as usize));
+            trainable.note_rows(words, &data.vocabulary());
         }
         let parameters = &mut classifier.parameters;
         let settings = Hyperparameters { weight_decay, ..hyperparameters.clone() };

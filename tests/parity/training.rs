@@ -134,7 +134,7 @@ fn words_that_no_example_has_get_no_gradient_and_no_moments() {
             });
             let mut trainer = Trainer::new(&mut model, &data, &settings, prepared, 3).unwrap();
             for _ in 0..2 {
-                trainer.step(&examples).unwrap();
+                let _ = trainer.step(&examples).unwrap();
             }
             let parameters = trainer.parameters();
             let gradient = part(parameters, parameters.gradients().unwrap(), name);
