@@ -106,7 +106,7 @@ impl GradientMask {
                 let mut masked = Tensor::f_empty(gradient.size(), (Kind::Float, gradient.device()))?;
                 masked.f_copy_(gradient)?;
                 let first_group = parameter.range.start / GROUP;
-                let stretch = Stretch { first_group, members: None, mask: Some(mask.on_device()) };
+                let stretch = Stretch { first_group, chosen: None, mask: Some(mask.on_device()) };
                 libtorch::mask_in_place(stretch, &masked)?;
                 Ok(masked)
             }

@@ -205,7 +205,7 @@ pub fn norm_of_spans(buffer: &Tensor, spans: &[Range<usize>]) -> Result<f64> {
 /// Fails if libtorch refuses.
 pub fn squares_of_spans(buffer: &Tensor, spans: &[Range<usize>]) -> Result<Vec<Tensor>> {
     let squares = |span: &Range<usize>| {
-        let stretch = Stretch { first_group: span.start / GROUP, members: None, mask: None };
+        let stretch = Stretch { first_group: span.start / GROUP, chosen: None, mask: None };
         sums_of_squares(stretch, &buffer.f_narrow(0, span.start as i64, span.len() as i64)?)
     };
     spans.iter().map(squares).collect()

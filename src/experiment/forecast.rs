@@ -144,7 +144,7 @@ fn memory(run: &Run, cost: &MethodCost, train: &EncodedDataset, speed: &Speed) -
     let shape = Classifier::shape(config, &labels)?;
     // A first training has no mask.
     let trained = if cost.fine_tunes_first { shape.weights } else { cost.trainable };
-    let trained = trained.saturating_sub(idle_weights(run, &shape, train, speed.device)?);
+    let trained = trained.saturating_sub(idle_weights(run, &shape, train)?);
     let memory = MemoryUse::new(&shape, settings, trained, speed.device)
         .with_method(cost.method_bytes, run.method.parts().passes_held());
     let passes = lengths_of_passes(run, train)?;
@@ -153,8 +153,8 @@ fn memory(run: &Run, cost: &MethodCost, train: &EncodedDataset, speed: &Speed) -
     Ok(speed.held_before as f64 + training.max(fisher_bytes(run, &shape, train, speed.device)?))
 }
 
-/// Counts the weights that train but have no moments on the CPU, since they are of words that no example has.
-fn idle_weights(run: &Run, shape: &ModelShape, train: &EncodedDataset, device: Device) -> Result<usize> {
+/// Counts the weights that train but have no moments, since they are of words that no example has.
+fn idle_weights(run: &Run, shape: &ModelShape, train: &EncodedDataset) -> Result<usize> {
     let [entries, width] = shape.words;
     let table = run.declared()?;
     let words =
@@ -162,7 +162,7 @@ fn idle_weights(run: &Run, shape: &ModelShape, train: &EncodedDataset, device: D
     let trains = words.is_some_and(|words| run.method.trains(words, shape.layers)) && !run.is_frozen();
     let has_child = run.method.fixed_share(table.as_slice())?.is_some();
     let reaches_gradients = run.method.parts().pulls.iter().any(|pull| pull.at(0).on_gradients != (0.0, 0.0));
-    if device.is_cuda() || !trains || has_child || reaches_gradients {
+    if !trains || has_child || reaches_gradients {
         return Ok(0);
     }
     Ok(entries.saturating_sub(training_set(train, run)?.vocabulary().len()) * width)

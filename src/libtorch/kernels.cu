@@ -25,14 +25,18 @@ struct Mask {
   int draws;
 };
 
-// Numbers of a stretch of the flat buffers, of a child network's members among them, or of all.
+// Numbers of a stretch of the flat buffers: all, a child network's members among them, or those of some groups of 64.
 struct Stretch {
   // The first number, whose place in the flat buffer is 64 times `first_group`.
   long long first_group;
-  // How many there are; of members, if there are `members`.
+  // How many there are in all.
+  long long length;
+  // How many there are of members or of groups, with what the last group lacks, or else in all.
   long long count;
   // Places of members in the stretch, or null.
   const int *members;
+  // Which groups of the stretch, in order, or null.
+  const int *groups;
 };
 
 // The constants of adamw_host.rs.
@@ -55,7 +59,7 @@ struct UpdateArguments {
   const float *factor;
   const float *gradients;
   float *values;
-  // Of members only, if there are members.
+  // Of members or groups only, if there are some, one behind the other.
   float *first_moments;
   float *second_moments;
   // The same weights in bfloat16, or null.
@@ -181,9 +185,14 @@ __device__ inline unsigned short rounded(float value) {
 const int NUMBERS = 4;
 const int LANES = 16;
 
-// Place in the stretch of number `word` of a block.
+// Place of number `word` of a block, of all blocks side by side.
 __device__ inline long long place(long long block, int word) {
   return block / LANES * (LANES * NUMBERS) + word * LANES + block % LANES;
+}
+
+// The block of the stretch that one of its groups' blocks is.
+__device__ inline long long block_of(const Stretch &stretch, long long block) {
+  return stretch.groups ? (long long)stretch.groups[block / LANES] * LANES + block % LANES : block;
 }
 
 __device__ inline long long blocks(const Stretch &stretch) {
@@ -205,7 +214,7 @@ __device__ inline void philox(unsigned words[NUMBERS], const unsigned first_key[
   }
 }
 
-// Computes the factors of a block.
+// Computes the factors of a block of the stretch.
 __device__ inline void factors(const Mask &mask, const Stretch &stretch, long long block, float factors[NUMBERS]) {
   if (!mask.draws) {
     for (int word = 0; word < NUMBERS; word++) factors[word] = 1.0f;
@@ -250,22 +259,23 @@ __global__ void update(UpdateArguments arguments) {
   for (long long block = thread(); block < blocks(stretch); block += threads()) {
     // Read before anything is computed, so that the memory has much to do at a time.
     float gradients[NUMBERS], values[NUMBERS], first[NUMBERS], second[NUMBERS], masks[NUMBERS];
+    const long long own = block_of(stretch, block);
     for (int word = 0; word < NUMBERS; word++) {
-      const long long at = place(block, word);
-      if (at >= stretch.count) continue;
+      const long long at = place(own, word), moment = place(block, word);
+      if (at >= stretch.length) continue;
       gradients[word] = arguments.gradients[at];
       values[word] = arguments.values[at];
-      first[word] = arguments.first_moments[at];
-      second[word] = arguments.second_moments[at];
+      first[word] = arguments.first_moments[moment];
+      second[word] = arguments.second_moments[moment];
     }
-    factors(arguments.mask, stretch, block, masks);
+    factors(arguments.mask, stretch, own, masks);
     for (int word = 0; word < NUMBERS; word++) {
-      const long long at = place(block, word);
-      if (at >= stretch.count) continue;
+      const long long at = place(own, word), moment = place(block, word);
+      if (at >= stretch.length) continue;
       step(arguments.constants, gradients[word] * masks[word] * factor, values[word], first[word], second[word]);
       arguments.values[at] = values[word];
-      arguments.first_moments[at] = first[word];
-      arguments.second_moments[at] = second[word];
+      arguments.first_moments[moment] = first[word];
+      arguments.second_moments[moment] = second[word];
       if (arguments.half) arguments.half[at] = rounded(values[word]);
     }
   }
@@ -282,11 +292,12 @@ __global__ void squares(SquaresArguments arguments) {
   } else {
     for (long long block = thread(); block < blocks(stretch); block += threads()) {
       float gradients[NUMBERS], masks[NUMBERS];
+      const long long own = block_of(stretch, block);
       for (int word = 0; word < NUMBERS; word++) {
-        const long long at = place(block, word);
-        gradients[word] = at < stretch.count ? arguments.gradients[at] : 0.0f;
+        const long long at = place(own, word);
+        gradients[word] = at < stretch.length ? arguments.gradients[at] : 0.0f;
       }
-      factors(arguments.mask, stretch, block, masks);
+      factors(arguments.mask, stretch, own, masks);
       for (int word = 0; word < NUMBERS; word++) {
         const double gradient = gradients[word] * masks[word];
         sum += gradient * gradient;

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::ffi;
 use crate::error::{Error, Result};
+use crate::random::GROUP;
 
 /// Compiled by the first kernel that is started on a GPU.
 const SOURCE: &CStr = match CStr::from_bytes_with_nul(
@@ -36,10 +37,29 @@ pub struct RandomMask {
 pub struct Stretch<'a> {
     /// Place of the first number in the flat buffer, divided by [`GROUP`](crate::random::GROUP).
     pub first_group: usize,
-    /// Places in the stretch, int32; all if there are none.
-    pub members: Option<&'a Tensor>,
+    /// Which of the numbers; all if there is no choice.
+    pub chosen: Option<Chosen<'a>>,
     /// The mask on the gradients of a stretch without members.
     pub mask: Option<RandomMask>,
+}
+
+/// A choice among the numbers of a stretch, whose moments stand side by side.
+#[derive(Clone, Copy)]
+pub enum Chosen<'a> {
+    /// Places in the stretch, int32.
+    Members(&'a Tensor),
+    /// Groups of [`GROUP`](crate::random::GROUP) numbers in the stretch, int32, in order. The last of the stretch may lack some.
+    Groups(&'a Tensor),
+}
+
+impl Chosen<'_> {
+    /// Returns how many numbers are chosen, with what the last group lacks.
+    pub fn count(self) -> usize {
+        match self {
+            Chosen::Members(members) => members.numel(),
+            Chosen::Groups(groups) => GROUP * groups.numel(),
+        }
+    }
 }
 
 /// The constants of an AdamW step, as the update of an element uses them.
@@ -76,8 +96,10 @@ struct MaskArgument {
 #[repr(C)]
 struct StretchArgument {
     first_group: i64,
+    length: i64,
     count: i64,
     members: *const c_void,
+    groups: *const c_void,
 }
 
 #[repr(C)]
@@ -117,7 +139,7 @@ struct MaskArguments {
 }
 
 /// Takes an AdamW step with the gradients of a stretch times its mask and `factor`, a float32 number `[1]`. `values` and
-/// `gradients` are the whole stretch, `[count]`, the moments those of its members if it has any. `half` is a copy of the values in
+/// `gradients` are the whole stretch, `[length]`, the moments those of what is chosen of it. `half` is a copy of the values in
 /// bfloat16, which is kept up to date.
 ///
 /// # Errors
@@ -131,7 +153,7 @@ pub fn update(
     [first_moments, second_moments]: [&Tensor; 2],
     half: Option<&Tensor>,
 ) -> Result<()> {
-    let count = stretch.members.map_or(gradients.numel(), Tensor::numel);
+    let count = stretch.count(gradients);
     let fit = values.numel() == gradients.numel()
         && [first_moments, second_moments].iter().all(|moments| moments.numel() == count)
         && factor.numel() == 1;
@@ -140,7 +162,7 @@ pub fn update(
         fitting(half.numel() == values.numel() && half.device() == values.device(), &[half], Kind::BFloat16)?;
     }
     let arguments = UpdateArguments {
-        stretch: stretch.argument(count, gradients.device())?,
+        stretch: stretch.argument(gradients)?,
         mask: stretch.mask_argument(),
         constants,
         factor: factor.data_ptr(),
@@ -162,11 +184,10 @@ pub fn update(
 /// As for [`update`].
 pub fn sums_of_squares(stretch: Stretch, gradients: &Tensor) -> Result<Tensor> {
     fitting(true, &[gradients], Kind::Float)?;
-    let count = stretch.members.map_or(gradients.numel(), Tensor::numel);
-    let blocks = blocks(count);
+    let blocks = blocks(stretch.count(gradients));
     let sums = Tensor::f_empty([(blocks * THREADS) as i64], (Kind::Double, gradients.device()))?;
     let arguments = SquaresArguments {
-        stretch: stretch.argument(count, gradients.device())?,
+        stretch: stretch.argument(gradients)?,
         mask: stretch.mask_argument(),
         gradients: gradients.data_ptr(),
         sums: sums.data_ptr(),
@@ -181,9 +202,9 @@ pub fn sums_of_squares(stretch: Stretch, gradients: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As for [`update`].
 pub fn mask_in_place(stretch: Stretch, values: &Tensor) -> Result<()> {
-    fitting(stretch.members.is_none(), &[values], Kind::Float)?;
+    fitting(stretch.chosen.is_none(), &[values], Kind::Float)?;
     let arguments = MaskArguments {
-        stretch: stretch.argument(values.numel(), values.device())?,
+        stretch: stretch.argument(values)?,
         mask: stretch.mask_argument(),
         values: values.data_ptr(),
     };
@@ -220,14 +241,26 @@ pub(super) fn is_aligned(tensor: &Tensor, bytes: usize) -> bool {
 }
 
 impl Stretch<'_> {
-    fn argument(&self, count: usize, device: Device) -> Result<StretchArgument> {
-        if let Some(members) = self.members {
-            fitting(members.device() == device, &[members], Kind::Int)?;
+    /// Counts the numbers that a kernel works on, of a stretch of the same length as a tensor.
+    fn count(&self, stretch: &Tensor) -> usize {
+        self.chosen.map_or(stretch.numel(), Chosen::count)
+    }
+
+    fn argument(&self, stretch: &Tensor) -> Result<StretchArgument> {
+        if let Some(Chosen::Members(places) | Chosen::Groups(places)) = self.chosen {
+            fitting(places.device() == stretch.device(), &[places], Kind::Int)?;
         }
+        let (members, groups) = match self.chosen {
+            Some(Chosen::Members(members)) => (members.data_ptr().cast_const(), null()),
+            Some(Chosen::Groups(groups)) => (null(), groups.data_ptr().cast_const()),
+            None => (null(), null()),
+        };
         Ok(StretchArgument {
             first_group: self.first_group as i64,
-            count: count as i64,
-            members: self.members.map_or(null(), |members| members.data_ptr().cast_const()),
+            length: stretch.numel() as i64,
+            count: self.count(stretch) as i64,
+            members,
+            groups,
         })
     }
 
@@ -315,15 +348,16 @@ mod tests {
     #[test]
     fn tensors_that_do_not_belong_together_are_refused() {
         let floats = |count: i64| Tensor::zeros([count], (Kind::Float, Device::Cpu));
-        let stretch = Stretch { first_group: 0, members: None, mask: None };
+        let stretch = Stretch { first_group: 0, chosen: None, mask: None };
         assert!(mask_in_place(stretch, &floats(100)).is_ok());
         assert!(mask_in_place(stretch, &floats(100).to_kind(Kind::Double)).is_err());
         assert!(mask_in_place(stretch, &floats(100).slice(0, 0, 100, 2)).is_err());
         let places = Tensor::arange(10, (Kind::Int64, Device::Cpu));
-        assert!(sums_of_squares(Stretch { members: Some(&places), ..stretch }, &floats(100)).is_err());
+        let members = Stretch { chosen: Some(Chosen::Members(&places)), ..stretch };
+        assert!(sums_of_squares(members, &floats(100)).is_err());
         let places = places.to_kind(Kind::Int);
-        let sums =
-            sums_of_squares(Stretch { members: Some(&places), ..stretch }, &(floats(100) + 2.0)).unwrap();
+        let members = Stretch { chosen: Some(Chosen::Members(&places)), ..stretch };
+        let sums = sums_of_squares(members, &(floats(100) + 2.0)).unwrap();
         assert_eq!(f64::try_from(sums.sum(Kind::Double)).unwrap(), 40.0);
     }
 }

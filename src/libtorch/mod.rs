@@ -31,7 +31,7 @@ pub use embedding::{add_to_entries, embedding, sums_of_entries};
 pub use gradient_place::{GradientPlace, Operand};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
 pub use kernels::{
-    AdamWConstants, RandomMask, Stretch, collect, collects, mask_in_place, sums_of_squares, update,
+    AdamWConstants, Chosen, RandomMask, Stretch, collect, collects, mask_in_place, sums_of_squares, update,
 };
 pub use linear::{LinearOperands, linear, linears};
 pub use matrix_unit::{MatrixUnit, SIDE, Step, has_matrix_unit, right_place};

@@ -22,7 +22,7 @@ use crate::model::{Parameters, Trainable, Treatment};
 /// - `hf_legacy`: w ← w − η √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε), then w ← (1 − ηλ) w.
 ///
 /// The second update is the first with ε / √(1 − β₂ᵗ) in place of ε, so one kernel serves both. With a fixed child network
-/// moments exist for its members only, and on the CPU for none that are idle ([`Trainable::idle`]): those of the others would
+/// moments exist for its members only, and otherwise for none that are idle ([`Trainable::idle`]): those of the others would
 /// stay zero.
 pub struct AdamW {
     form: AdamWForm,
@@ -63,7 +63,8 @@ impl AdamW {
             };
             // Backward may still read those in bfloat16 when gradients are released.
             let copy = parameters.half_copy().filter(|_| !hyperparameters.release_gradients);
-            Moments::Device(DeviceMoments::new(&groups, parameters, mask, decays_outside, copy)?)
+            let idle = &trainable.idle;
+            Moments::Device(DeviceMoments::new(&groups, idle, parameters, mask, decays_outside, copy)?)
         } else {
             let treated = |parameter| Some((parameter, trainable.treatment(parameter)?));
             let mut list: Vec<_> = list().filter_map(treated).collect();

@@ -4,12 +4,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::adamw_host::{StepConstants, element_constants};
 use crate::child::GradientMask;
 use crate::error::Result;
-use crate::libtorch::{RandomMask, Stretch, sums_of_squares, update};
+use crate::libtorch::{Chosen, RandomMask, Stretch, sums_of_squares, update};
 use crate::model::{HalfCopy, Parameter, Parameters, TrainableGroup, Treatment, span};
 use crate::random::GROUP;
 
@@ -30,8 +30,10 @@ pub struct DeviceMoments {
 struct Piece {
     range: Range<usize>,
     treatment: Treatment,
-    /// Places of a fixed child network's members in the range, int32; `None` where all are.
+    /// Places of a fixed child network's members in the range, int32; `None` where there is no child network.
     members: Option<Tensor>,
+    /// Groups of the range that are not all idle, int32; `None` where none are, or there are `members`.
+    busy: Option<Tensor>,
     /// Whether the random mask reaches them.
     is_masked: bool,
     /// The same weights in bfloat16, where passes compute with them.
@@ -44,20 +46,27 @@ impl Piece {
     fn stretch(&self, mask: Option<RandomMask>) -> Stretch<'_> {
         Stretch {
             first_group: self.range.start / GROUP,
-            members: self.members.as_ref(),
+            chosen: self.chosen(),
             mask: mask.filter(|_| self.is_masked),
         }
+    }
+
+    /// Returns what has moments.
+    fn chosen(&self) -> Option<Chosen<'_>> {
+        self.members.as_ref().map(Chosen::Members).or(self.busy.as_ref().map(Chosen::Groups))
     }
 }
 
 impl DeviceMoments {
     /// Makes zero moments for groups of weights of `parameters`, on their device; with a fixed child network only for its members.
+    /// Without one, none are made for `idle` weights, in order and in multiples of [`GROUP`], whose gradients are always zero.
     /// `copy` is that of the weights in bfloat16, if updates are to keep it up to date.
     ///
     /// # Errors
     /// Fails if libtorch cannot allocate.
     pub fn new(
         groups: &[TrainableGroup],
+        idle: &[Range<usize>],
         parameters: &Parameters,
         mask: Option<&Arc<GradientMask>>,
         decays_outside: bool,
@@ -83,19 +92,20 @@ impl DeviceMoments {
                 let half = half_of(&range)?;
                 let places = child.map(|child| child.members_on_device(range.clone(), device));
                 let members = places.transpose()?;
-                let count = members.as_ref().map_or(range.len(), Tensor::numel) as i64;
-                let zeros = || Tensor::f_zeros([count], (Kind::Float, device));
-                let (first_moments, second_moments) = (zeros()?, zeros()?);
+                let busy = match child {
+                    Some(_) => None,
+                    None => busy_groups(&range, idle, device)?,
+                };
+                let no_moments = || Tensor::f_zeros([0], (Kind::Float, device));
+                let (first_moments, second_moments) = (no_moments()?, no_moments()?);
                 let treatment = group.treatment;
-                pieces.push(Piece {
-                    range,
-                    treatment,
-                    members,
-                    is_masked,
-                    half,
-                    first_moments,
-                    second_moments,
-                });
+                let mut piece =
+                    Piece { range, treatment, members, busy, is_masked, half, first_moments, second_moments };
+                let count = piece.chosen().map_or(piece.range.len(), Chosen::count) as i64;
+                for moments in [&mut piece.first_moments, &mut piece.second_moments] {
+                    *moments = Tensor::f_zeros([count], (Kind::Float, device))?;
+                }
+                pieces.push(piece);
             }
         }
         let keeps_copy = copy.is_some();
@@ -128,10 +138,11 @@ impl DeviceMoments {
         self.pieces.iter().map(squares).collect()
     }
 
-    /// Returns the bytes of moments and members' places.
+    /// Returns the bytes of moments, and of the places of what has some.
     pub fn bytes(&self) -> usize {
         let bytes = |piece: &Piece| {
-            let places = piece.members.as_ref().map_or(0, |members| members.numel() * size_of::<i32>());
+            let places = piece.members.as_ref().or(piece.busy.as_ref());
+            let places = places.map_or(0, |places| places.numel() * size_of::<i32>());
             2 * piece.first_moments.numel() * size_of::<f32>() + places
         };
         self.pieces.iter().map(bytes).sum()
@@ -159,9 +170,9 @@ impl DeviceMoments {
             };
             let (mut values, gradients) = (part(values)?, part(gradients)?);
             let decay_after = inner.decay_after;
-            let outside = piece.members.is_some() && self.decays_outside;
+            let outside = piece.busy.is_some() || (piece.members.is_some() && self.decays_outside);
             if outside {
-                // The members decay with the others, in the same place of the arithmetic.
+                // What has moments decays with the rest, in the same place of the arithmetic.
                 scale(&mut values, inner.decay_before)?;
                 (inner.decay_before, inner.decay_after) = (1.0, 1.0);
             }
@@ -180,6 +191,23 @@ impl DeviceMoments {
     fn random(&self) -> Option<RandomMask> {
         self.mask.as_ref().and_then(|mask| mask.as_random())
     }
+}
+
+/// Returns the groups of a range that are not all idle, int32, unless none are idle.
+fn busy_groups(range: &Range<usize>, idle: &[Range<usize>], device: Device) -> Result<Option<Tensor>> {
+    let first = idle.partition_point(|idle| idle.end <= range.start);
+    let idle = &idle[first..];
+    let own = idle.iter().take_while(|idle| idle.start < range.end).count();
+    if own == 0 {
+        return Ok(None);
+    }
+    let is_idle = |start: usize| {
+        let before = idle[..own].partition_point(|idle| idle.start <= start);
+        before > 0 && start < idle[before - 1].end
+    };
+    let groups = (0..range.len().div_ceil(GROUP)).filter(|group| !is_idle(range.start + group * GROUP));
+    let groups: Vec<i32> = groups.map(|group| group as i32).collect();
+    Ok(Some(Tensor::from_slice(&groups).f_to_device(device)?))
 }
 
 /// Cuts a range, in which parameters stand in order, into pieces of parameters of one kind.
@@ -211,8 +239,6 @@ fn scale(values: &mut Tensor, factor: f32) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::super::adamw_host::HostMoments;
     use super::super::adamw_host::tests::constants;
     use super::*;
@@ -254,34 +280,42 @@ mod tests {
     #[test]
     fn every_bit_is_as_on_the_cpu() {
         let count = masks(&parameters()).len();
-        for (number, decays_outside, decays_after) in
-            (0..count).flat_map(|number| [(number, true, false), (number, false, true)])
-        {
+        let cases = (0..count).flat_map(|number| [(number, true, false), (number, false, true)]);
+        let cases = cases.flat_map(|case| [(case, &[][..]), (case, &[0, 3, 4, 21, 39][..])]);
+        for ((number, decays_outside, decays_after), words) in cases {
             let (host, device, released) = (parameters(), parameters(), parameters());
             let mask = masks(&host).swap_remove(number);
             let treated = host.iter().map(|(_, parameter)| (parameter, Treatment::plain(parameter)));
             let mut list: Vec<_> = treated.collect();
             list.sort_by_key(|(parameter, _)| parameter.range.start);
             let child = mask.as_ref().and_then(|mask| mask.restriction()).cloned();
-            let mut on_host = HostMoments::new(list.iter().copied(), &[], child, decays_outside);
-            let trainable = host.trainable(|_| true);
+            let mut trainable = host.trainable(|_| true);
+            if !words.is_empty() {
+                trainable.note_rows(host.get(host.find("table").unwrap()), words);
+                assert_eq!(trainable.idle.len(), 3);
+            }
+            let idle = trainable.idle.clone();
+            let mut on_host = HostMoments::new(list.iter().copied(), &idle, child, decays_outside);
             let one_by_one = trainable.one_by_one(host.iter().map(|(_, parameter)| parameter));
-            let moments = |groups| {
-                DeviceMoments::new(groups, &device, mask.as_ref(), decays_outside, device.half_copy())
-                    .unwrap()
+            let moments = |groups, idle: &[Range<usize>]| {
+                let copy = device.half_copy();
+                DeviceMoments::new(groups, idle, &device, mask.as_ref(), decays_outside, copy).unwrap()
             };
-            let mut apart = moments(&one_by_one);
+            let mut apart = moments(&one_by_one, &idle);
             // From here on there is a copy of the weights.
             device.compute_weights(Kind::BFloat16).unwrap();
-            let mut at_once = moments(&trainable.groups);
+            let mut at_once = moments(&trainable.groups, &idle);
             assert_eq!(at_once.keeps_copy(), number < count - 1 || !decays_outside);
             assert_eq!((at_once.masks(), apart.masks()), (mask.is_some(), mask.is_some()));
+            let dense = moments(&trainable.groups, &[]).bytes();
+            assert_eq!(at_once.bytes() < dense, !idle.is_empty() && number < count - 1);
             for step in 1..=4 {
                 if let Some(mask) = &mask {
                     mask.begin_step(step).unwrap();
                 }
                 let whole = device.gradients().unwrap().shallow_clone();
                 whole.shallow_clone().copy_(&Tensor::from_slice(&normal(host.buffer_len(), step)));
+                idle.iter().for_each(|idle| drop(span(&whole, idle).unwrap().zero_()));
                 host.gradients().unwrap().shallow_clone().copy_(&whole);
                 if let Some(mask) = &mask {
                     mask.apply_to_all(&host).unwrap();
@@ -332,7 +366,7 @@ mod tests {
         let mut expected = vec![1f32; COUNT];
         mask_in_place(&mut expected, mask.on_cpu(), 11);
         let found = Tensor::ones([COUNT as i64], (Kind::Float, Device::Cpu));
-        let stretch = Stretch { first_group: 11, members: None, mask: Some(mask.on_device()) };
+        let stretch = Stretch { first_group: 11, chosen: None, mask: Some(mask.on_device()) };
         crate::libtorch::mask_in_place(stretch, &found).unwrap();
         assert!(elements::<f32>(&found).unwrap() == expected);
     }
