@@ -88,7 +88,6 @@ fn main() -> anyhow::Result<()> {
     let settings = settings(arguments.precision, arguments.batch_size);
     let order: Vec<usize> = (0..data.len()).collect();
     let batches: Vec<&[usize]> = order.chunks_exact(arguments.batch_size).collect();
-    let weights = classifier.parameters.count();
     let mut trainer = Trainer::new(&mut classifier, &data, &settings, prepared, SEED)?;
     finished(trainer.step(batches[0])?)?;
     if arguments.profile {
@@ -123,7 +122,9 @@ fn main() -> anyhow::Result<()> {
                     &batch.iter().map(|&number| data.inputs[number].ids.len() as i64).collect::<Vec<_>>(),
                 )?;
             }
-            limit.seconds[1] += steps.parse::<f64>()? * optimizer_traffic(weights, device)?;
+            // Two moments for each weight that the optimizer moves.
+            let moved = trainer.optimizer_bytes() / 8;
+            limit.seconds[1] += steps.parse::<f64>()? * optimizer_traffic(moved, device)?;
             let [products, floor] = limit.seconds;
             println!("{}", json!({"seconds": products, "floor_seconds": floor, "tokens": limit.tokens}));
             continue;

@@ -10,7 +10,7 @@ use super::adamw_host::{StepConstants, element_constants};
 use crate::child::GradientMask;
 use crate::error::Result;
 use crate::libtorch::{Chosen, RandomMask, Stretch, sums_of_squares, update};
-use crate::model::{HalfCopy, Parameter, Parameters, TrainableGroup, Treatment, span};
+use crate::model::{HalfCopy, Parameter, ParameterKind, Parameters, TrainableGroup, Treatment, span};
 use crate::random::GROUP;
 
 /// The moments of the weights that train, on a device.
@@ -87,8 +87,11 @@ impl DeviceMoments {
         list.sort_by_key(|parameter| parameter.range.start);
         let mut pieces = Vec::new();
         for group in groups {
-            let kind = |parameter: &Parameter| Ok((reaches(parameter), half_of(&parameter.range)?.is_some()));
-            for (range, (is_masked, _)) in cut(&group.range, &list, kind)? {
+            let kind = |parameter: &Parameter| {
+                let is_table = parameter.kind == ParameterKind::Embedding;
+                Ok((reaches(parameter), half_of(&parameter.range)?.is_some(), is_table))
+            };
+            for (range, (is_masked, ..)) in cut(&group.range, &list, kind)? {
                 let half = half_of(&range)?;
                 let places = child.map(|child| child.members_on_device(range.clone(), device));
                 let members = places.transpose()?;
@@ -193,17 +196,17 @@ impl DeviceMoments {
     }
 }
 
-/// Returns the groups of a range that are not all idle, int32, unless none are idle.
+/// Returns the groups of a range that are not all idle, int32, unless nearly all are: weight decay is a pass of its own then, of 8
+/// bytes a weight in place of 28.
 fn busy_groups(range: &Range<usize>, idle: &[Range<usize>], device: Device) -> Result<Option<Tensor>> {
     let first = idle.partition_point(|idle| idle.end <= range.start);
-    let idle = &idle[first..];
-    let own = idle.iter().take_while(|idle| idle.start < range.end).count();
-    if own == 0 {
+    let own: Vec<&Range<usize>> = idle[first..].iter().take_while(|idle| idle.start < range.end).collect();
+    if own.iter().map(|idle| idle.len()).sum::<usize>() < range.len().div_ceil(4) {
         return Ok(None);
     }
     let is_idle = |start: usize| {
-        let before = idle[..own].partition_point(|idle| idle.start <= start);
-        before > 0 && start < idle[before - 1].end
+        let before = own.partition_point(|idle| idle.start <= start);
+        before > 0 && start < own[before - 1].end
     };
     let groups = (0..range.len().div_ceil(GROUP)).filter(|group| !is_idle(range.start + group * GROUP));
     let groups: Vec<i32> = groups.map(|group| group as i32).collect();
@@ -244,7 +247,7 @@ mod tests {
     use super::*;
     use crate::child::{BernoulliMask, CHUNK, Cut, MaskScope, Threshold, mask_in_place, random_scores};
     use crate::libtorch::{elements, elements_mut};
-    use crate::model::{ParameterKind, ParameterPlace, ParameterTable};
+    use crate::model::{ParameterPlace, ParameterTable};
     use crate::random::{Key, Purpose, fill_normal};
 
     fn parameters() -> Parameters {
