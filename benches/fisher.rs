@@ -79,7 +79,7 @@ fn main() -> anyhow::Result<()> {
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
     let mut lengths = token_counts(&arguments.lengths)?;
     lengths.truncate(arguments.examples);
-    let data = random_data(&lengths, shape.vocabulary, &labels);
+    let data = random_data(&lengths, shape.vocabulary, shape.vocabulary, &labels);
     let resident_before = peak_memory(Device::Cpu).unwrap_or(0);
     let mut classifier = Classifier::untrained(shape.config(0.1, 0.02), labels, device)?;
     classifier.reset(42)?;

@@ -16,12 +16,14 @@ use child_tuning::method::{MethodSpec, Preset};
 use child_tuning::model::{Classifier, Labels};
 use child_tuning::statistics::{maximum, median, minimum};
 use child_tuning::train::{Control, Hyperparameters, MicroBatch, Order, Precision, Trainer, prepare};
-use child_tuning::verify::{Shape, random_data};
+use child_tuning::verify::{Shape, random_data, words_of_rte};
 use clap::Parser;
 use common::{precision, set_up, token_counts};
 
 const SEED: u64 = 42;
 const VOCABULARY: u32 = 30522;
+/// About as many as RTE has to train on.
+const EXAMPLES: usize = 2560;
 
 /// The methods, and the passes that they need.
 const METHODS: &[(&str, f64)] = &[
@@ -88,7 +90,13 @@ fn main() -> anyhow::Result<()> {
     let device = set_up(arguments.threads, &arguments.device);
     let lengths = token_counts(&arguments.lengths)?;
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
-    let data = random_data(&lengths[..lengths.len().min(64 * arguments.batch_size)], VOCABULARY, &labels);
+    // Examples enough for all the words.
+    let data = random_data(
+        &lengths.repeat((EXAMPLES / lengths.len()).max(1)),
+        VOCABULARY,
+        words_of_rte(VOCABULARY),
+        &labels,
+    );
     let model = || -> anyhow::Result<Classifier> {
         let (layers, hidden) = (arguments.layers, arguments.hidden);
         let shape = Shape { name: "bert", layers, hidden, heads: hidden / 32, vocabulary: VOCABULARY };

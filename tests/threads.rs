@@ -16,7 +16,7 @@ fn start() -> (Classifier, EncodedDataset) {
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
     // Long and short, so that attention has rectangles of several lengths.
     let lengths: Vec<usize> = (0..64).map(|example| 5 + example * 37 % 124).collect();
-    let data = random_data(&lengths, Shape::SMALL.vocabulary, &labels);
+    let data = random_data(&lengths, Shape::SMALL.vocabulary, Shape::SMALL.vocabulary, &labels);
     let mut model = Classifier::untrained(Shape::SMALL.config(0.1, 0.06), labels, Device::Cpu).unwrap();
     model.reset(1).unwrap();
     (model, data)

@@ -145,15 +145,15 @@ pub struct GradientHooks {
     _hooks: Vec<AccumulationHook>,
 }
 
-/// What has come of one parameter's gradient in this step.
+/// The place of one parameter's gradient.
 struct Slot {
     place: GradientPlace,
-    held: Arc<Mutex<Held>>,
+    known: Arc<Mutex<Known>>,
 }
 
 /// What is known of the numbers at a place; on the CPU only.
 #[derive(Default)]
-struct Held {
+struct Known {
     /// Sum of the squares of what the micro-batches so far add up to.
     squares: f64,
     /// Of a table, the rows that may hold something else than zeros, from one step to the next; `None` where any may.
@@ -181,13 +181,13 @@ impl GradientHooks {
             if let Some(own) = places.get_mut(id.index()).filter(|_| mask.is_none()) {
                 *own = Some(place.shallow_clone());
             }
-            let held = Arc::new(Mutex::new(Held::default()));
-            slots.push(Slot { place: place.shallow_clone(), held: held.clone() });
+            let known = Arc::new(Mutex::new(Known::default()));
+            slots.push(Slot { place: place.shallow_clone(), known: known.clone() });
             let parameter = parameter.clone();
             hooks.push(AccumulationHook::register(&weights[id.index()], move |gradient| {
                 let mut numbers = place.numbers().shallow_clone();
-                let (adds, mut held) = (place.claim(), locked(&held));
-                deposit(&mut numbers, &gradient, mask.as_deref(), &parameter, adds, &mut held)
+                let (adds, mut known) = (place.claim(), locked(&known));
+                deposit(&mut numbers, &gradient, mask.as_deref(), &parameter, adds, &mut known)
             })?);
         }
         Ok(Self { slots, places, _hooks: hooks })
@@ -219,7 +219,7 @@ impl GradientHooks {
             hooks.push(AccumulationHook::register(&weights[id.index()], move |gradient| {
                 let options = (Kind::Float, gradient.device());
                 let mut masked = Tensor::f_empty([parameter.count() as i64], options)?;
-                deposit(&mut masked, &gradient, mask.as_deref(), &parameter, false, &mut Held::default())?;
+                deposit(&mut masked, &gradient, mask.as_deref(), &parameter, false, &mut Known::default())?;
                 locked(&update)(&parameter, &masked)
             })?);
         }
@@ -230,7 +230,7 @@ impl GradientHooks {
     pub fn begin_step(&self) {
         for slot in &self.slots {
             slot.place.note(false);
-            locked(&slot.held).squares = 0.0;
+            locked(&slot.known).squares = 0.0;
         }
     }
 
@@ -260,12 +260,12 @@ impl GradientHooks {
 
     /// Returns the norm of all that the step has collected, on the CPU; nothing on a GPU, where the buffer is at hand.
     pub fn norm(&self) -> f64 {
-        self.slots.iter().map(|slot| locked(&slot.held).squares).sum::<f64>().sqrt()
+        self.slots.iter().map(|slot| locked(&slot.known).squares).sum::<f64>().sqrt()
     }
 
     /// Notes that somebody else has added to the gradients.
     pub fn note_changed(&self) {
-        self.slots.iter().for_each(|slot| locked(&slot.held).rows = None);
+        self.slots.iter().for_each(|slot| locked(&slot.known).rows = None);
     }
 }
 
@@ -281,7 +281,7 @@ fn deposit(
     mask: Option<&GradientMask>,
     parameter: &Parameter,
     adds: bool,
-    held: &mut Held,
+    known: &mut Known,
 ) -> Result<()> {
     if gradient.device().is_cuda() {
         return deposit_on_device(place, gradient, mask, parameter, adds);
@@ -292,15 +292,15 @@ fn deposit(
         if gradient.is_sparse() {
             // The rows of an embedding table that tokens have used.
             let rows = gradient.f_internal_indices()?.f_view([-1])?;
-            let (rows, known) = (elements(&rows)?, &mut held.rows);
+            let (rows, held) = (elements(&rows)?, &mut known.rows);
             return with_elements(&gradient.f_internal_values()?, |values| {
-                Ok(masking::deposit_rows(place, rows, values, mask, first_group, adds, known))
+                Ok(masking::deposit_rows(place, rows, values, mask, first_group, adds, held))
             });
         }
-        held.rows = None;
+        known.rows = None;
         with_elements(gradient, |values| Ok(masking::deposit(place, values, mask, first_group, adds)))
     };
-    held.squares = match mask {
+    known.squares = match mask {
         Some(mask) => mask.on_cpu(put),
         None => put(StepMask::Everything),
     }?;

@@ -15,7 +15,7 @@ use super::run::Run;
 use super::training_set::training_set;
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Labels, ModelShape, ParameterKind};
+use crate::model::{Classifier, Labels, ModelShape, words_among};
 use crate::statistics::median;
 use crate::train::{MemoryUse, Precision};
 
@@ -153,19 +153,19 @@ fn memory(run: &Run, cost: &MethodCost, train: &EncodedDataset, speed: &Speed) -
     Ok(speed.held_before as f64 + training.max(fisher_bytes(run, &shape, train, speed.device)?))
 }
 
-/// Counts the weights that train but have no moments, since they are of words that no example has.
+/// Counts the weights that train but have no moments, since they are of words that no example has; with a fixed child network it
+/// forecasts them all.
 fn idle_weights(run: &Run, shape: &ModelShape, train: &EncodedDataset) -> Result<usize> {
-    let [entries, width] = shape.words;
     let table = run.declared()?;
-    let words =
-        table.iter().find(|own| own.kind == ParameterKind::Embedding && own.shape[0] == entries as i64);
-    let trains = words.is_some_and(|words| run.method.trains(words, shape.layers)) && !run.is_frozen();
+    let words = words_among(table.iter(), shape.vocabulary);
+    let words = words.filter(|words| run.method.trains(words, shape.layers) && !run.is_frozen());
+    let Some(words) = words else { return Ok(0) };
     let has_child = run.method.fixed_share(table.as_slice())?.is_some();
-    let reaches_gradients = run.method.parts().pulls.iter().any(|pull| pull.at(0).on_gradients != (0.0, 0.0));
-    if !trains || has_child || reaches_gradients {
+    if has_child || run.method.parts().pulls.iter().any(|pull| pull.at(0).reaches_gradients()) {
         return Ok(0);
     }
-    Ok(entries.saturating_sub(training_set(train, run)?.vocabulary().len()) * width)
+    let absent = shape.vocabulary.saturating_sub(training_set(train, run)?.vocabulary().len());
+    Ok(absent * (words.count() / shape.vocabulary))
 }
 
 /// Bytes of the pass that a method begins with, if it does, over batches of examples of similar length.

@@ -1,12 +1,13 @@
 //! libtorch's version and the memory of devices.
 
 use std::ffi::CStr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use tch::Device;
 
 use super::ffi;
 use crate::error::Result;
+use crate::locking::locked;
 
 /// Returns the version of the libtorch that this program was compiled against, such as `2.11.0`.
 pub fn version() -> String {
@@ -120,7 +121,7 @@ impl Drop for Tf32 {
 /// to read them while they differ.
 fn switch_tf32(allowed: bool) -> Result<bool> {
     static SWITCH: Mutex<()> = Mutex::new(());
-    let _alone = SWITCH.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = locked(&SWITCH);
     let mut before = false;
     // SAFETY: `before` is valid for writing during the call.
     ffi::check(unsafe { ffi::child_tuning_allow_tf32(allowed, &mut before) })?;

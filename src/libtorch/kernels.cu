@@ -31,7 +31,7 @@ struct Stretch {
   long long first_group;
   // How many there are in all.
   long long length;
-  // How many there are of members or of groups, with what the last group lacks, or else in all.
+  // How many of them count: members, or those of whole groups with what the last one lacks, or all.
   long long count;
   // Places of members in the stretch, or null.
   const int *members;

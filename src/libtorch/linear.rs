@@ -40,7 +40,7 @@ pub fn linears(input: &Tensor, layers: &[LinearOperands]) -> Result<Vec<Tensor>>
     products(Library::faster(), input, layers, true)
 }
 
-/// Who computes products in float32 on the CPU.
+/// Who computes products in float32 on the CPU. (In bfloat16 it is oneDNN, whoever is asked.)
 #[derive(Clone, Copy, PartialEq)]
 enum Library {
     /// Whom libtorch takes.
@@ -59,6 +59,7 @@ impl Library {
         Library::Usual
     }
 
+    /// Returns whether a product goes to oneDNN without libtorch's detours.
     fn is_onednn_for(self, input: &Tensor, weight: &Tensor) -> bool {
         is_onednn_for_halves(input, weight) || (self == Library::OneDnn && suits_onednn(input, weight))
     }
@@ -229,8 +230,8 @@ fn suits_onednn(input: &Tensor, weight: &Tensor) -> bool {
         && !is_split
 }
 
-/// Returns whether a product in bfloat16 is oneDNN's without libtorch's detour: on processors that have such products, which is
-/// where libtorch takes oneDNN at all, with weights in rows. With weights in columns the detour is faster (by up to 1.5 with AMX).
+/// Returns whether a product in bfloat16 goes to oneDNN directly: on processors that have such products, with weights in rows. With
+/// weights in columns libtorch's way to oneDNN is faster, by up to 1.5 with AMX.
 fn is_onednn_for_halves(input: &Tensor, weight: &Tensor) -> bool {
     #[cfg(target_arch = "x86_64")]
     let has_products = std::is_x86_feature_detected!("avx512bf16");

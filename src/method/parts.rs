@@ -162,6 +162,11 @@ impl Default for PullStrength {
 }
 
 impl PullStrength {
+    /// Returns whether gradients become more than those of the loss.
+    pub fn reaches_gradients(self) -> bool {
+        self.on_gradients != (0.0, 0.0)
+    }
+
     /// Returns the strengths of two pulls together.
     pub fn and(self, other: Self) -> Self {
         let (pretrained, new) = self.on_gradients;

@@ -118,8 +118,8 @@ pub struct ModelShape {
     pub weights: usize,
     /// Weights of the embedding tables.
     pub embedding_weights: usize,
-    /// Entries and width of the table of words.
-    pub words: [usize; 2],
+    /// Entries of the table of words.
+    pub vocabulary: usize,
     /// Weights in encoder layers.
     pub layer_weights: usize,
     /// Weights of the matrices in encoder layers that multiply every token.
@@ -250,8 +250,7 @@ impl Classifier {
         Ok(ModelShape {
             weights: count(&|_| true),
             embedding_weights: count(&|parameter| parameter.kind == ParameterKind::Embedding),
-            words: words_among(table.iter(), &sizes)
-                .map_or([0; 2], |words| [0, 1].map(|side| words.shape[side] as usize)),
+            vocabulary: sizes.vocabulary as usize,
             layer_weights: count(&|parameter| parameter.layer() > 0),
             matrix_weights: count(&|own| is_matrix(own) && own.layer() <= whole_layers) + keys_and_values,
             layers,
@@ -363,7 +362,8 @@ impl Classifier {
 
     /// Returns the table of the embeddings of words, `[vocabulary, width]`.
     pub fn words(&self) -> Option<&Parameter> {
-        words_among(self.parameters.iter().map(|(_, parameter)| parameter), &self.network.sizes())
+        let entries = self.network.sizes().vocabulary as usize;
+        words_among(self.parameters.iter().map(|(_, parameter)| parameter), entries)
     }
 
     /// Returns the width of the embeddings of words.
@@ -446,10 +446,11 @@ impl Classifier {
     }
 }
 
-/// Finds the table of words among parameters in the order of declaration: every family declares it first of all tables.
-fn words_among<'a>(
+/// Finds the table of words, of so many entries, among parameters in the order of declaration: every family declares it first of
+/// all tables.
+pub fn words_among<'a>(
     mut parameters: impl Iterator<Item = &'a Parameter>,
-    sizes: &Sizes,
+    entries: usize,
 ) -> Option<&'a Parameter> {
-    parameters.find(|own| own.kind == ParameterKind::Embedding && own.shape[0] == sizes.vocabulary)
+    parameters.find(|own| own.kind == ParameterKind::Embedding && own.shape[0] == entries as i64)
 }

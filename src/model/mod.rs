@@ -33,7 +33,7 @@ mod xlnet;
 mod xlnet_attention;
 
 pub use checkpoint::{LoadReport, ModelFolder};
-pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network, Sizes};
+pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network, Sizes, words_among};
 pub use config::{FAMILIES, ModelConfig};
 pub use convolution::Convolution;
 pub use dropout::Dropout;
@@ -47,6 +47,6 @@ pub use parameter::{Parameter, ParameterKind, ParameterPlace};
 pub use params::{ParameterId, ParameterTable, Parameters, span};
 pub use pass::{LayerObserver, Pass, Rows, Shift};
 pub use precision::Precision;
-pub use trainable::{Trainable, TrainableGroup, Treatment};
+pub use trainable::{Trainable, TrainableGroup, Treatment, busy};
 pub use weights::{ElementType, StoredTensor, Weights};
 pub(crate) use weights::{FORMATS, shard_names};

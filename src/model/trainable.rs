@@ -15,8 +15,22 @@ pub struct Trainable {
     /// Number of weights.
     pub count: usize,
     /// Ranges of them whose gradients are always zero, in order and in multiples of [`ALIGNMENT`]; none unless
-    /// [`Trainable::note_rows`] has named some.
+    /// [`Trainable::note_rows`] has found some.
     pub idle: Vec<Range<usize>>,
+}
+
+/// Returns what of a range is not idle, from the range's start on.
+pub fn busy(range: &Range<usize>, idle: &[Range<usize>]) -> Vec<Range<usize>> {
+    let first = idle.partition_point(|idle| idle.end <= range.start);
+    let mut busy = Vec::new();
+    let mut start = range.start;
+    for idle in idle[first..].iter().take_while(|idle| idle.start < range.end) {
+        busy.push(start..idle.start);
+        start = idle.end;
+    }
+    busy.push(start..range.end);
+    let parts = busy.into_iter().filter(|part| part.start < part.end);
+    parts.map(|part| part.start - range.start..part.end - range.start).collect()
 }
 
 impl Trainable {
@@ -32,7 +46,7 @@ impl Trainable {
         self.groups.iter().find(holds).map(|group| group.treatment)
     }
 
-    /// Notes that of the rows of a table only the given ones ever have a gradient.
+    /// Notes that of the rows of the one table of words only the given ones ever have a gradient.
     pub fn note_rows(&mut self, table: &Parameter, rows: &[usize]) {
         let entries = table.shape.first().map_or(0, |&entries| entries as usize);
         if !self.holds(table) || entries == 0 {

@@ -10,7 +10,7 @@ use super::adamw_host::{StepConstants, element_constants};
 use crate::child::GradientMask;
 use crate::error::Result;
 use crate::libtorch::{Chosen, RandomMask, Stretch, sums_of_squares, update};
-use crate::model::{HalfCopy, Parameter, ParameterKind, Parameters, TrainableGroup, Treatment, span};
+use crate::model::{HalfCopy, Parameter, ParameterKind, Parameters, TrainableGroup, Treatment, busy, span};
 use crate::random::GROUP;
 
 /// The moments of the weights that train, on a device.
@@ -32,7 +32,7 @@ struct Piece {
     treatment: Treatment,
     /// Places of a fixed child network's members in the range, int32; `None` where there is no child network.
     members: Option<Tensor>,
-    /// Groups of the range that are not all idle, int32; `None` where none are, or there are `members`.
+    /// Groups of the range that are not idle, int32; `None` where none is, and where there are `members`.
     busy: Option<Tensor>,
     /// Whether the random mask reaches them.
     is_masked: bool,
@@ -196,19 +196,13 @@ impl DeviceMoments {
     }
 }
 
-/// Returns the groups of a range that are not all idle, int32, unless nearly all are: weight decay is a pass of its own then, of 8
-/// bytes a weight in place of 28.
+/// Returns the groups of a range that are not idle, int32, unless none is.
 fn busy_groups(range: &Range<usize>, idle: &[Range<usize>], device: Device) -> Result<Option<Tensor>> {
-    let first = idle.partition_point(|idle| idle.end <= range.start);
-    let own: Vec<&Range<usize>> = idle[first..].iter().take_while(|idle| idle.start < range.end).collect();
-    if own.iter().map(|idle| idle.len()).sum::<usize>() < range.len().div_ceil(4) {
+    let busy = busy(range, idle);
+    if busy.first() == Some(&(0..range.len())) {
         return Ok(None);
     }
-    let is_idle = |start: usize| {
-        let before = own.partition_point(|idle| idle.start <= start);
-        before > 0 && start < own[before - 1].end
-    };
-    let groups = (0..range.len().div_ceil(GROUP)).filter(|group| !is_idle(range.start + group * GROUP));
+    let groups = busy.iter().flat_map(|part| part.start / GROUP..part.end.div_ceil(GROUP));
     let groups: Vec<i32> = groups.map(|group| group as i32).collect();
     Ok(Some(Tensor::from_slice(&groups).f_to_device(device)?))
 }

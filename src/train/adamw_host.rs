@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::child::{CHUNK, ChildNetwork};
 use crate::libtorch::AdamWConstants;
-use crate::model::{Parameter, Treatment};
+use crate::model::{Parameter, Treatment, busy};
 use crate::random::GROUP;
 
 /// The constants of one step.
@@ -65,15 +65,14 @@ struct Work<'a> {
 
 impl HostMoments {
     /// Makes zero moments for parameters, given in the order of the flat buffer with their treatment; with a child network only
-    /// for its members. None are made for `idle` weights, in order and in multiples of [`GROUP`], whose gradients are always zero.
+    /// for its members. None are made for `idle` weights, in order and in multiples of [`GROUP`], whose gradients are always zero:
+    /// they decay at most.
     pub fn new<'a>(
         parameters: impl Iterator<Item = (&'a Parameter, Treatment)>,
         idle: &[Range<usize>],
         child: Option<Arc<ChildNetwork>>,
         decays_outside: bool,
     ) -> Self {
-        // What decays there is told by the child network alone otherwise.
-        let idle = if child.is_none() || decays_outside { idle } else { &[] };
         let mut pieces = Vec::new();
         for (parameter, treatment) in parameters {
             for start in parameter.range.clone().step_by(CHUNK) {
@@ -209,27 +208,36 @@ fn update_members(
         scale(all, constants.decay_before);
         (inner.decay_before, inner.decay_after) = (1.0, 1.0);
     }
-    let each = |call: &mut dyn FnMut(usize)| {
-        for part in &piece.busy {
-            let words = words(child, piece.range.start + part.start);
-            for_each_member(words, part.len(), |place| call(part.start + place));
-        }
+    let each_of = |part: Range<usize>, call: &mut dyn FnMut(usize)| {
+        let words = words(child, piece.range.start + part.start);
+        for_each_member(words, part.len(), |place| call(part.start + place));
     };
     values.clear();
     gradients.clear();
-    each(&mut |place| {
-        values.push(all[place]);
-        gradients.push(all_gradients[place]);
+    let busy = || piece.busy.iter().cloned();
+    busy().for_each(|part| {
+        each_of(part, &mut |place| {
+            values.push(all[place]);
+            gradients.push(all_gradients[place]);
+        })
     });
     update(values, gradients, first, second, factor, &inner);
     let mut updated = values.iter();
-    each(&mut |place| {
-        if let Some(&value) = updated.next() {
-            all[place] = value;
-        }
+    busy().for_each(|part| {
+        each_of(part, &mut |place| {
+            if let Some(&value) = updated.next() {
+                all[place] = value;
+            }
+        })
     });
     if decays_outside {
         scale(all, constants.decay_after);
+    } else if constants.decay_before != 1.0 || constants.decay_after != 1.0 {
+        let ends = std::iter::once(0).chain(busy().map(|part| part.end));
+        let starts = busy().map(|part| part.start).chain([all.len()]);
+        for (start, end) in ends.zip(starts) {
+            each_of(start..end, &mut |place| decay(&mut all[place..=place], constants));
+        }
     }
 }
 
@@ -237,20 +245,6 @@ fn scale(values: &mut [f32], factor: f32) {
     if factor != 1.0 {
         values.iter_mut().for_each(|value| *value *= factor);
     }
-}
-
-/// Returns what of a range is not idle, from the range's start on.
-fn busy(range: &Range<usize>, idle: &[Range<usize>]) -> Vec<Range<usize>> {
-    let first = idle.partition_point(|idle| idle.end <= range.start);
-    let mut busy = Vec::new();
-    let mut start = range.start;
-    for idle in idle[first..].iter().take_while(|idle| idle.start < range.end) {
-        busy.push(start..idle.start);
-        start = idle.end;
-    }
-    busy.push(start..range.end);
-    let parts = busy.into_iter().filter(|part| part.start < part.end);
-    parts.map(|part| part.start - range.start..part.end - range.start).collect()
 }
 
 /// The bits from a multiple of [`GROUP`] on.
@@ -371,8 +365,8 @@ pub(super) mod tests {
 
     #[test]
     fn idle_weights_need_no_moments_and_decay_as_ever() {
-        // Of `wide`, across the end of a piece, and all of its first piece but one group.
-        let idle_ranges = || [64..CHUNK, CHUNK + 128..CHUNK + 128 + 6400];
+        // Of `wide`: across the end of a piece, and of its second piece.
+        let idle_ranges = || [64..CHUNK + 64, CHUNK + 128..CHUNK + 128 + 6400];
         let idle = idle_ranges();
         let count: usize = idle.iter().map(Range::len).sum();
         let start = parameters();
@@ -398,7 +392,6 @@ pub(super) mod tests {
                 assert!(compact == dense, "{decays_outside} {decay} {after}");
                 let saved = match child {
                     None => count,
-                    Some(_) if !decays_outside => 0,
                     Some(child) => {
                         idle.iter().map(|idle| super::count(words(child, idle.start), idle.len())).sum()
                     }

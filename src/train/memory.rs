@@ -271,7 +271,7 @@ mod tests {
     const SHAPE: ModelShape = ModelShape {
         weights: 1000,
         embedding_weights: 100,
-        words: [10, 8],
+        vocabulary: 10,
         layer_weights: 800,
         matrix_weights: 700,
         layers: 2,

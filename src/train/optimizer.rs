@@ -30,7 +30,7 @@ pub enum Clip {
 
 impl Clip {
     /// Scales gradients of a norm that the host knows to one of at most `limit`. A norm that is no number makes all gradients so,
-    /// and the weights with them, as `clip_grad_norm_` does.
+    /// and the weights with them, as `clip_grad_norm_` does; but not those that the optimizer leaves out.
     pub(super) fn to(limit: f64, norm: f64) -> Self {
         let factor = limit / (norm + 1e-6);
         Clip::Factor(if factor > 1.0 { 1.0 } else { factor as f32 })

@@ -52,7 +52,7 @@ impl Pair {
             model.reset(SEED)?;
             Ok(model)
         };
-        let data = random_data(lengths, vocabulary, &labels);
+        let data = random_data(lengths, vocabulary, vocabulary, &labels);
         Ok(Self { reference: model(Device::Cpu)?, subject: model(device)?, data })
     }
 }
@@ -255,7 +255,8 @@ pub(super) fn check_dropout(checks: &mut Checks, pair: &Pair, name: impl Fn(&str
 fn slope_difference(shape: &Shape, checkpointed: bool, draws: [u64; 2], device: Device) -> Result<f64> {
     let mut model = Classifier::untrained(shape.config(0.1, SPREAD), classes(), device)?;
     model.reset(SEED)?;
-    let data = random_data(&[24, 5, 31, 44, 12, 9, 40, 17], shape.vocabulary, model.labels());
+    let lengths = [24, 5, 31, 44, 12, 9, 40, 17];
+    let data = random_data(&lengths, shape.vocabulary, shape.vocabulary, model.labels());
     let numbers: Vec<usize> = (0..data.len()).collect();
     let passed = |model: &Classifier, draw: u64| -> Result<(f64, Tensor)> {
         let (batch, targets) = data.batch(&numbers, 0, device)?;

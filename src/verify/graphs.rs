@@ -82,7 +82,7 @@ fn trained(
     device: Device,
 ) -> Result<(Tensor, usize)> {
     let lengths: Vec<usize> = (0..10 * BATCH).map(|example| 3 + example * 7 % 41).collect();
-    let data = random_data(&lengths, vocabulary, &classes());
+    let data = random_data(&lengths, vocabulary, vocabulary, &classes());
     let mut model = Classifier::untrained(config.clone(), classes(), device)?;
     model.reset(SEED)?;
     let prepared = measured_method(method, SHARE, &model)?;

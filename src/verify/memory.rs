@@ -39,7 +39,8 @@ fn halves(index: usize) -> Result<f64> {
     let device = Device::Cuda(index);
     let [examples, tokens] = LARGE;
     let mut subject = Pair::new(&Shape::SMALL, classes(), device)?.subject;
-    let data = random_data(&vec![tokens; examples], Shape::SMALL.vocabulary, &classes());
+    let vocabulary = Shape::SMALL.vocabulary;
+    let data = random_data(&vec![tokens; examples], vocabulary, vocabulary, &classes());
     let settings = settings(examples);
     release_cached_memory(device)?;
     reset_peak_memory(device);
@@ -68,7 +69,8 @@ fn halves(index: usize) -> Result<f64> {
 fn growth(device: Device, steps: usize, replayed: bool) -> Result<f64> {
     const BATCH: usize = 8;
     let lengths: Vec<usize> = (0..10 * BATCH).map(|example| 3 + example * 7 % 41).collect();
-    let data = random_data(&lengths, Shape::TINY.vocabulary, &classes());
+    let vocabulary = Shape::TINY.vocabulary;
+    let data = random_data(&lengths, vocabulary, vocabulary, &classes());
     let mut model = Classifier::untrained(Shape::TINY.config(0.1, 0.02), classes(), device)?;
     model.reset(SEED)?;
     let prepared = measured_method("child_tuning_f", SHARE, &model)?;

@@ -134,12 +134,21 @@ pub fn family_config(family: &str, vocabulary: u32, [rows, attention]: [f64; 2])
     ModelConfig::from_values(parts.filter_map(|part| part.as_object().cloned()).flatten().collect())
 }
 
-/// Makes a data set with examples of the given lengths, from random tokens, with random targets.
-pub fn random_data(lengths: &[usize], vocabulary: u32, labels: &Labels) -> EncodedDataset {
+/// Returns how many of the words of a vocabulary a data set like RTE has, whose training data have 13,865 of BERT's 30,522.
+pub fn words_of_rte(vocabulary: u32) -> u32 {
+    (u64::from(vocabulary) * 13_865 / 30_522) as u32
+}
+
+/// Makes a data set with examples of the given lengths, from random tokens, with random targets. The tokens are of so many `words`,
+/// evenly spread over the vocabulary.
+pub fn random_data(lengths: &[usize], vocabulary: u32, words: u32, labels: &Labels) -> EncodedDataset {
     let number =
         |example: usize, position: usize| philox([position as u32, example as u32, 0, 0], Key([1, 2]))[0];
     let example = |(example, &length): (usize, &usize)| Encoded {
-        ids: (0..length).map(|position| number(example, position) % vocabulary).collect(),
+        ids: (0..length)
+            .map(|position| u64::from(number(example, position) % words) * u64::from(vocabulary))
+            .map(|spread| (spread / u64::from(words)) as u32)
+            .collect(),
         token_types: (0..length).map(|position| u32::from(2 * position > length)).collect(),
     };
     let inputs: Vec<Encoded> = lengths.iter().enumerate().map(example).collect();

@@ -124,6 +124,7 @@ fn words_that_no_example_has_get_no_gradient_and_no_moments() {
         "smart",
         "hype",
         "[r_drop, prior_weight_decay]",
+        "l2_sp",
         "[lora, top_layers: {k: 1}]",
     ] {
         for precision in [Precision::Float32, Precision::Bf16] {
@@ -142,9 +143,15 @@ fn words_that_no_example_has_get_no_gradient_and_no_moments() {
                 .filter(|&row| f64::try_from(gradient.get(row).abs().max()).unwrap() != 0.0)
                 .collect();
             let has = |row: &i64| data.inputs.iter().any(|input| input.ids.contains(&(*row as u32)));
-            assert!(used.iter().all(has), "{text} {precision:?}");
+            assert!(text == "l2_sp" || used.iter().all(has), "{text} {precision:?}");
             assert!(used.is_empty() == text.contains("lora"), "{text} {precision:?}");
-            assert!(trainer.optimizer_bytes() < 8 * parameters.count() - 8 * 32 * 20, "{text} {precision:?}");
+            let all = parameters.count();
+            let most = if text == "l2_sp" { all } else { all - 20 * 32 };
+            assert!(trainer.optimizer_bytes() <= 8 * most, "{text} {precision:?}");
+            assert!(
+                trainer.optimizer_bytes() == 8 * all || text != "l2_sp",
+                "its gradients are of all words"
+            );
         }
     }
 }
