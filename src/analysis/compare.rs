@@ -22,7 +22,7 @@ pub struct Comparison {
     /// The blocks, in the order in which they first appear.
     pub blocks: Vec<Block>,
     /// Rows left out because the same run was there already, as when two files share runs.
-    pub repeated: usize,
+    pub repeated: Repetition,
     /// Rows left out because they are of trials that only chose hyper-parameters.
     pub trials: usize,
 }
@@ -106,7 +106,8 @@ pub struct Difference {
     pub mean: f64,
     /// Standard deviation of the differences.
     pub standard_deviation: Option<f64>,
-    /// Half the width of the 95 % confidence interval of the mean difference.
+    /// Half the width of the 95 % confidence interval of the mean difference; nothing where the seeds tell nothing of the spread: one
+    /// alone, or several that happen to agree, as accuracies of few examples do.
     pub half_width: Option<f64>,
 }
 
@@ -148,21 +149,35 @@ pub(super) fn short_hash(hash: &str) -> String {
     hash.chars().take(12).collect()
 }
 
+/// Rows of runs that there are rows of already.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Repetition {
+    /// How many there are.
+    pub rows: usize,
+    /// Those of them with another score than the row that counts, as runs on another device may have.
+    pub contradictions: usize,
+}
+
 /// Keeps one row of each (run, purpose, data set, split, hash of the data), and counts the others. The first is kept, unless it
 /// failed.
-pub(super) fn without_repetition(rows: &[Row]) -> (Vec<&Row>, usize) {
+pub(super) fn without_repetition(rows: &[Row]) -> (Vec<&Row>, Repetition) {
     let mut places: HashMap<_, usize> = HashMap::new();
     let mut kept: Vec<&Row> = Vec::new();
+    let mut contradictions = 0;
     for row in rows {
         let key = (&row.run, &row.purpose, &row.evaluated_on, &row.split, &row.evaluated_sha256);
         let place = *places.entry(key).or_insert(kept.len());
         match kept.get_mut(place) {
             None => kept.push(row),
             Some(earlier) if earlier.status == Status::Failed => *earlier = row,
-            Some(_) => {}
+            Some(earlier) => {
+                let both = earlier.score.zip(row.score);
+                contradictions +=
+                    usize::from(both.is_some_and(|(one, other)| one.to_bits() != other.to_bits()));
+            }
         }
     }
-    let repeated = rows.len() - kept.len();
+    let repeated = Repetition { rows: rows.len() - kept.len(), contradictions };
     (kept, repeated)
 }
 
@@ -265,11 +280,9 @@ impl Identity<'_> {
         });
         let shared = (self.hyperparameters.iter())
             .filter(|&setting| others.iter().any(|other| !other.hyperparameters.contains(setting)));
-        // In two chains one setting may be of different stages.
+        // In a chain a setting of one name may be of several stages; then all tell their stage, in each row.
         let elsewhere = |setting: &Setting| {
-            let is_it = |other: &Setting| {
-                (&other.name, &other.value) == (&setting.name, &setting.value) && other.stage != setting.stage
-            };
+            let is_it = |other: &Setting| other.name == setting.name && other.stage != setting.stage;
             others.iter().filter(same_method).any(|other| other.method_settings.iter().any(is_it))
         };
         let of_stage = |setting: &Setting| match elsewhere(setting) {
@@ -404,7 +417,7 @@ fn difference(differences: &[f64]) -> Option<Difference> {
         seeds: differences.len(),
         mean: mean(differences)?,
         standard_deviation: standard_deviation(differences),
-        half_width: confidence_half_width(differences),
+        half_width: confidence_half_width(differences).filter(|half_width| *half_width > 1e-12),
     })
 }
 

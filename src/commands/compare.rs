@@ -9,7 +9,7 @@ use child_tuning::error::Error;
 use child_tuning::experiment::results::{self, Row};
 use clap::{Args, ValueEnum};
 
-use super::show;
+use super::{show, tell};
 
 #[derive(Args)]
 pub struct CompareArguments {
@@ -37,7 +37,12 @@ pub fn compare(arguments: CompareArguments) -> Result<ExitCode> {
     match arguments.format {
         Format::Text => show(comparison.to_text())?,
         Format::Markdown => show(comparison.to_markdown())?,
-        Format::Csv => show(comparison.to_csv().trim_end())?,
+        Format::Csv => {
+            if comparison.repeated.contradictions > 0 {
+                tell(format_args!("note: {}", comparison.repeated.warning()));
+            }
+            show(comparison.to_csv().trim_end())?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

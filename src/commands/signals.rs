@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use child_tuning::libtorch::end_now;
+use child_tuning::libtorch::{end_now, keeping_ignored_signals};
 
 use super::tell;
 
@@ -33,7 +33,7 @@ pub fn stop_between_batches(is_training: Arc<AtomicBool>) -> Result<Arc<AtomicBo
 }
 
 fn listen(handler: impl FnMut() + Send + 'static) -> Result<()> {
-    ctrlc::set_handler(handler).context("cannot listen for Ctrl-C")
+    keeping_ignored_signals(|| ctrlc::set_handler(handler)).context("cannot listen for Ctrl-C")
 }
 
 fn end() {

@@ -39,8 +39,8 @@ pub use memory::{Element, elements, elements_mut, map_file, upload};
 pub use number::Number;
 pub use own_backward::{with_backward, with_backward_of_all};
 pub use process::{
-    OUTER_LIBRARY_PATH, end_now, keep_the_order_of_sums, own_settings, release_freed_memory,
-    survive_file_size_limits, use_threads, with_a_considerate_environment,
+    OUTER_LIBRARY_PATH, end_now, keep_the_order_of_sums, keeping_ignored_signals, own_settings,
+    release_freed_memory, survive_file_size_limits, use_threads, with_a_considerate_environment,
 };
 pub use profile::{Profile, ProfileRow, profile};
 pub use row_sums::{add_squares_of_parts, lay_out, sums_of_parts};

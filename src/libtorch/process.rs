@@ -138,6 +138,28 @@ pub fn survive_file_size_limits() {
     }
 }
 
+/// Calls what listens to signals, and goes on ignoring those that the process was started to ignore: the end of a terminal under
+/// `nohup`, Ctrl-C in the background of a script.
+pub fn keeping_ignored_signals<T>(listen: impl FnOnce() -> T) -> T {
+    let is_ignored = |signal: &c_int| {
+        // SAFETY: a zeroed `sigaction` is one, and asking for the present one changes nothing.
+        unsafe {
+            let mut present: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(*signal, std::ptr::null(), &mut present) == 0
+                && present.sa_sigaction == libc::SIG_IGN
+        }
+    };
+    let ignored: Vec<c_int> = [libc::SIGHUP, libc::SIGINT].into_iter().filter(is_ignored).collect();
+    let outcome = listen();
+    for signal in ignored {
+        // SAFETY: ignoring a signal runs no code of ours.
+        unsafe {
+            libc::signal(signal, libc::SIG_IGN);
+        }
+    }
+    outcome
+}
+
 /// Ends the process at once. The usual end would run the destructors of libtorch beside those of its threads that still compute.
 pub fn end_now(code: i32) -> ! {
     // SAFETY: nothing of this process is used afterwards.

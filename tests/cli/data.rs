@@ -79,7 +79,7 @@ fn an_interrupted_fetch_says_so() {
         assert!(started.elapsed() < LIMIT, "nothing arrived");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let kill = std::process::Command::new("sh").arg("-c").arg(format!("kill -INT {}", child.id())).status();
+    let kill = std::process::Command::new("sh").arg("-c").arg(format!("kill -TERM {}", child.id())).status();
     assert!(kill.unwrap().success());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130));

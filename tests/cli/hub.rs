@@ -176,7 +176,7 @@ fn an_interrupted_download_says_that_it_can_be_gone_on_with() {
     command.env("HF_ENDPOINT", endpoint).env("HF_HUB_OFFLINE", "0").stderr(Stdio::piped());
     let child = command.spawn().unwrap();
     let _question = silent.accept().unwrap();
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
     let message = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{message}");

@@ -82,7 +82,7 @@ fn an_interrupted_grid_says_so_and_goes_on() {
     let workplace = grid();
     let child = start(&workplace);
     wait_for_a_row(&workplace);
-    let signal = Command::new("sh").arg("-c").arg(format!("kill -INT {}", child.id())).status().unwrap();
+    let signal = Command::new("sh").arg("-c").arg(format!("kill -TERM {}", child.id())).status().unwrap();
     assert!(signal.success());
     let answer = end(child).with_code(130);
     assert!(answer.stdout.contains("interrupted: run the same command again to resume"), "{}", answer.stdout);
@@ -93,6 +93,36 @@ fn an_interrupted_grid_says_so_and_goes_on() {
     let answer = workplace.run(&[]).with_code(0);
     let sentence = format!("{} runs done, {before} were there already", RUNS - before);
     assert!(answer.stdout.contains(&sentence), "{}", answer.stdout);
+    assert_complete(&workplace);
+}
+
+/// As `nohup`, and a shell that starts a job of a script in the background, begin it.
+#[test]
+fn signals_that_the_program_was_started_to_ignore_end_nothing() {
+    let workplace = grid();
+    let mut child = Command::new("sh");
+    let ignoring = "trap '' HUP INT; exec \"$@\"";
+    child.args([
+        "-c",
+        ignoring,
+        "sh",
+        env!("CARGO_BIN_EXE_child-tuning"),
+        "run",
+        "experiment.yaml",
+        "--threads",
+        "1",
+    ]);
+    let child =
+        child.current_dir(workplace.path(".")).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_a_row(&workplace);
+    for name in ["HUP", "INT"] {
+        let signal =
+            Command::new("sh").arg("-c").arg(format!("kill -{name} {}", child.id())).status().unwrap();
+        assert!(signal.success());
+    }
+    let before = workplace.rows("results.csv").len();
+    end(child).with_code(0);
+    assert!(before < RUNS, "it had ended before");
     assert_complete(&workplace);
 }
 

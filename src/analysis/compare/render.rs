@@ -3,7 +3,7 @@
 use comfy_table::presets::{ASCII_MARKDOWN, UTF8_HORIZONTAL_ONLY};
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
-use super::{Block, Comparison, Difference, Group};
+use super::{Block, Comparison, Difference, Group, Repetition};
 use crate::statistics::is_above;
 
 /// What is said once below all tables, as they show it.
@@ -122,14 +122,30 @@ impl Comparison {
     fn notes(&self, style: &Style) -> String {
         let gap = style.gap;
         let mut text = String::new();
-        if self.repeated > 0 {
-            let rows = if self.repeated == 1 { "row" } else { "rows" };
-            text += &format!("{} {rows} left out: the same run was there already.\n{gap}", self.repeated);
+        let Repetition { rows, contradictions } = self.repeated;
+        if rows > 0 {
+            let noun = if rows == 1 { "row" } else { "rows" };
+            text += &format!("{rows} {noun} left out: the same run was there already.\n{gap}");
+        }
+        if contradictions > 0 {
+            text += &format!("{}\n{gap}", self.repeated.warning());
         }
         if self.trials > 0 {
             text += &format!("{} rows left out: trials that chose the settings.\n{gap}", self.trials);
         }
         format!("{text}{LEGEND}\n{}", style.best_legend)
+    }
+}
+
+impl Repetition {
+    /// Says that scores contradict each other.
+    pub fn warning(&self) -> String {
+        let have = if self.contradictions == 1 { "has" } else { "have" };
+        format!(
+            "{} of the rows left out {have} another score than the row of the same run that counts, the first: runs on other devices \
+             or machines differ in rounding. Compare such files one by one.",
+            self.contradictions
+        )
     }
 }
 
@@ -294,10 +310,9 @@ impl Group {
 }
 
 impl Difference {
-    /// Returns the ends of the 95 % interval of the mean; nothing where the seeds tell nothing of the spread: one alone, or
-    /// several that happen to agree, as accuracies of few examples do.
+    /// Returns the ends of the 95 % interval of the mean.
     fn interval(&self) -> Option<(f64, f64)> {
-        let half_width = self.half_width.filter(|half_width| *half_width > 1e-12)?;
+        let half_width = self.half_width?;
         Some((self.mean - half_width, self.mean + half_width))
     }
 

@@ -1,4 +1,4 @@
-use super::{Comparison, Group, compare};
+use super::{Comparison, Group, Repetition, compare};
 use crate::experiment::results::{Row, Status};
 
 fn run(method: &str, seed: u64, score: f64) -> Row {
@@ -120,6 +120,11 @@ fn settings_of_two_stages_are_told_apart() {
         labels(&compare(&rows)),
         [format!("{method} stage1.p=0.1 stage2.p=0.3"), format!("{method} stage1.p=0.3 stage2.p=0.1")]
     );
+    // A name tells its stage in all rows or in none.
+    let rows = [chain("p=0.1", "p=0.3"), chain("p=0.1", "p=0.4")];
+    assert_eq!(labels(&compare(&rows)), [format!("{method} stage2.p=0.3"), format!("{method} stage2.p=0.4")]);
+    let rows = [chain("q=1", "p=0.3"), chain("q=2", "p=0.3")];
+    assert_eq!(labels(&compare(&rows)), [format!("{method} q=1"), format!("{method} q=2")]);
     // A stage without settings keeps its place.
     let rows = [chain("", "p=0.3"), chain("p=0.3", ""), chain("", "")];
     assert_eq!(
@@ -175,7 +180,7 @@ fn tuned_runs_stand_beside_the_same_runs_of_a_fixed_setting() {
         tuned(Row { learning_rate: 1e-5, ..run("child_tuning_f", 1, 0.6) }),
     ];
     let comparison = compare(&rows);
-    assert_eq!(comparison.repeated, 0);
+    assert_eq!(comparison.repeated, Repetition::default());
     let child = &comparison.blocks[0].groups[2];
     near(child.difference.map(|difference| difference.mean), 0.1);
     assert_eq!(labels(&comparison)[0], "vanilla learning_rate=4e-5 purpose=report");
@@ -276,10 +281,15 @@ fn counts_a_run_once_and_prefers_the_row_that_did_not_fail() {
         run("vanilla", 2, 0.7),
     ];
     let comparison = compare(&rows);
-    assert_eq!(comparison.repeated, 2);
+    assert_eq!(comparison.repeated, Repetition { rows: 2, contradictions: 1 });
     assert_eq!((comparison.blocks[0].groups[0].runs, comparison.blocks[0].groups[0].failed), (2, 0));
     near(comparison.blocks[0].groups[0].mean, 0.6);
-    assert!(comparison.to_text().contains("2 rows left out: the same run was there already."));
+    let text = comparison.to_text();
+    assert!(text.contains("2 rows left out: the same run was there already."), "{text}");
+    assert!(
+        text.contains("1 of the rows left out has another score than the row of the same run that counts"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -13,11 +13,11 @@ pub(super) fn fits(file: &DataFile) -> bool {
     is_object || matches!(file.extension().as_str(), "jsonl" | "ndjson" | "json")
 }
 
-/// Reads JSON Lines; the columns are the keys of all objects in order of first appearance.
+/// Reads JSON Lines, empty ones apart; the columns are the keys of all objects in order of first appearance.
 pub(super) fn read<'a>(file: &'a DataFile, request: &Request) -> Result<Rows<'a>> {
     let mut columns: Vec<String> = Vec::new();
     let mut rows = Vec::new();
-    for (line, text) in lines(file.text()?) {
+    for (line, text) in lines(file.text()?).filter(|(_, text)| !text.trim().is_empty()) {
         let object: Map<String, Value> = serde_json::from_str(text)
             .map_err(|error| Error::data(&file.path, line, format!("is not a JSON object: {error}")))?;
         let mut cells = vec![None; columns.len()];
@@ -58,6 +58,8 @@ mod tests {
     fn objects_line_up_by_key_and_keep_gaps() {
         let content = "{\"a\": \"x\", \"n\": 3.8}\n{\"n\": null, \"b\": [1], \"a\": \"y\"}\n";
         assert_eq!(rows(content, Format::Jsonl, None), ["1:x|3.8|~", "2:y|~|~"]);
+        let with_empty_lines = content.replace('\n', "\n \n\n");
+        assert_eq!(rows(&with_empty_lines, Format::Jsonl, None), ["1:x|3.8|~", "4:y|~|~"]);
     }
 
     #[test]

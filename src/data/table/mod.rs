@@ -61,6 +61,9 @@ impl Request<'_> {
     }
 }
 
+/// What a file that gzip has written begins with.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+
 /// A whole file in memory.
 pub(super) struct DataFile {
     path: PathBuf,
@@ -107,6 +110,9 @@ impl DataFile {
 
     /// The file as text, without a byte order mark.
     fn text(&self) -> Result<&str> {
+        if self.bytes.starts_with(&GZIP) {
+            return Err(Error::data(&self.path, 1, "is compressed by gzip; unpack it (`gunzip`)"));
+        }
         let text = std::str::from_utf8(&self.bytes).map_err(|error| {
             let line = self.bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count() + 1;
             Error::data(&self.path, line, "is not UTF-8; convert the file to UTF-8")
