@@ -165,7 +165,7 @@ fn idle_weights(run: &Run, shape: &ModelShape, train: &EncodedDataset) -> Result
         return Ok(0);
     }
     let absent = shape.vocabulary.saturating_sub(training_set(train, run)?.vocabulary().len());
-    Ok(absent * (words.count() / shape.vocabulary))
+    Ok(absent * words.shape[1] as usize)
 }
 
 /// Bytes of the pass that a method begins with, if it does, over batches of examples of similar length.

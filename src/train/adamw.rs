@@ -22,8 +22,8 @@ use crate::model::{Parameters, Trainable, Treatment};
 /// - `hf_legacy`: w ← w − η √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε), then w ← (1 − ηλ) w.
 ///
 /// The second update is the first with ε / √(1 − β₂ᵗ) in place of ε, so one kernel serves both. With a fixed child network
-/// moments exist for its members only, and otherwise for none that are idle ([`Trainable::idle`]): those of the others would
-/// stay zero.
+/// moments exist for its members only, and for none that are idle ([`Trainable::idle`]; on a GPU only without one): those of the
+/// others would stay zero.
 pub struct AdamW {
     form: AdamWForm,
     betas: (f64, f64),
