@@ -1,9 +1,10 @@
 //! Child networks on disk: a safetensors file with one packed bit a weight and what is needed to trust it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::Value;
 
 use super::network::{ChildNetwork, MaskScope, sha256_of_mask};
 use crate::error::{Error, Result};
@@ -14,7 +15,8 @@ use crate::model::{Parameter, ParameterPlace, Parameters};
 const FORMAT: &str = "child-tuning mask 1";
 
 /// Writes a child network: for each tensor that the mask reaches a `uint8` tensor with its bits (element 0 in the lowest
-/// bit of byte 0), and as metadata the format, the hash, shapes and places, and whatever the caller adds.
+/// bit of byte 0), and as metadata the format, the hash, shapes and places, and whatever the caller adds. The same child network
+/// makes the same bytes.
 ///
 /// # Errors
 /// Fails if the file cannot be written.
@@ -42,9 +44,21 @@ pub fn write_mask(path: &Path, child: &ChildNetwork, about: &[(&str, String)]) -
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     }
-    write_whole(path, |temporary| {
-        safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(unwritable)
-    })
+    let mut file = safetensors::serialize(views, Some(metadata)).map_err(unwritable)?;
+    sort_header(&mut file).map_err(|error| unwritable(error.into()))?;
+    write_whole(path, |temporary| std::fs::write(temporary, &file).map_err(Error::io("write", path)))
+}
+
+/// Sorts the keys of a safetensors file's header, which stand in an order of chance.
+fn sort_header(file: &mut [u8]) -> serde_json::Result<()> {
+    let Some((length, rest)) = file.split_first_chunk_mut() else { return Ok(()) };
+    let header = &mut rest[..u64::from_le_bytes(*length) as usize];
+    let entries: BTreeMap<String, BTreeMap<String, Value>> = serde_json::from_slice(header)?;
+    let sorted = serde_json::to_vec(&entries)?;
+    // What pads the header to its length is spaces.
+    header.fill(b' ');
+    header[..sorted.len()].copy_from_slice(&sorted);
+    Ok(())
 }
 
 /// What a mask file holds, without the model it belongs to.
@@ -251,6 +265,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("masks/mask.safetensors");
         write_mask(&path, &child, &[("task", "rte".into())]).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        write_mask(&path, &child, &[("task", "rte".into())]).unwrap();
+        assert!(std::fs::read(&path).unwrap() == bytes, "the same bytes each time");
         let file = read_mask(&path).unwrap();
         assert_eq!((file.about["task"].as_str(), &file.about["sha256"]), ("rte", &child.sha256()));
         // round(0.4 · 21) and 0.4 · 70.
