@@ -14,7 +14,7 @@ pub struct Trainable {
     pub spans: Vec<Range<usize>>,
     /// Number of weights.
     pub count: usize,
-    /// Ranges of them whose gradients are always zero, in order and in multiples of [`ALIGNMENT`]; none unless
+    /// Ranges of them whose gradients are always zero, in order and in multiples of 64; none unless
     /// [`Trainable::note_rows`] has found some.
     pub idle: Vec<Range<usize>>,
 }
