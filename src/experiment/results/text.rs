@@ -40,10 +40,16 @@ pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
     if let Some(column) =
         ["task", "method", "status", "score"].iter().find(|name| !header.iter().any(|own| own == **name))
     {
+        let hint = match header.get(0).is_some_and(|first| first.contains("schema_version;")) {
+            true => {
+                ", but semicolons between its cells, as some spreadsheets write them: save it with commas"
+            }
+            false => "",
+        };
         return Err(Error::data(
             path,
             1,
-            format!("is not a results file of this program: it has no column `{column}`"),
+            format!("is not a results file of this program: it has no column `{column}`{hint}"),
         ));
     }
     let version = header.iter().position(|column| column == "schema_version");
@@ -347,11 +353,13 @@ mod tests {
 
     #[test]
     fn foreign_files_are_called_so() {
-        for text in
-            ["index\tsentence1\tsentence2\n0\ta\tb, c\n", "schema_version;task;method;status\n5;a;b;ok\n"]
-        {
+        for (text, end) in [
+            ("index\tsentence1\tsentence2\n0\ta\tb, c\n", "it has no column `task`"),
+            ("schema_version;task;method;status\n5;a;b;ok\n", "save it with commas"),
+        ] {
             let message = parsed(text).unwrap_err().to_string();
             assert!(message.starts_with("results.csv:1: is not a results file of this program"), "{message}");
+            assert!(message.ends_with(end), "{message}");
         }
     }
 }
