@@ -16,14 +16,12 @@ use child_tuning::method::{MethodSpec, Preset};
 use child_tuning::model::{Classifier, Labels};
 use child_tuning::statistics::{maximum, median, minimum};
 use child_tuning::train::{Control, Hyperparameters, MicroBatch, Order, Precision, Trainer, prepare};
-use child_tuning::verify::{Shape, random_data, words_of_rte};
+use child_tuning::verify::{EXAMPLES_OF_RTE, Shape, WORDS_OF_RTE, random_data};
 use clap::Parser;
 use common::{precision, set_up, token_counts};
 
 const SEED: u64 = 42;
 const VOCABULARY: u32 = 30522;
-/// About as many as RTE has to train on.
-const EXAMPLES: usize = 2560;
 
 /// The methods, and the passes that they need.
 const METHODS: &[(&str, f64)] = &[
@@ -90,13 +88,8 @@ fn main() -> anyhow::Result<()> {
     let device = set_up(arguments.threads, &arguments.device);
     let lengths = token_counts(&arguments.lengths)?;
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
-    // Examples enough for all the words.
-    let data = random_data(
-        &lengths.repeat((EXAMPLES / lengths.len()).max(1)),
-        VOCABULARY,
-        words_of_rte(VOCABULARY),
-        &labels,
-    );
+    let lengths: Vec<usize> = lengths.into_iter().cycle().take(EXAMPLES_OF_RTE).collect();
+    let data = random_data(&lengths, VOCABULARY, WORDS_OF_RTE, &labels);
     let model = || -> anyhow::Result<Classifier> {
         let (layers, hidden) = (arguments.layers, arguments.hidden);
         let shape = Shape { name: "bert", layers, hidden, heads: hidden / 32, vocabulary: VOCABULARY };

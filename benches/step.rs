@@ -17,14 +17,12 @@ use child_tuning::experiment::peak_memory;
 use child_tuning::libtorch::{Operand, Profile, linear};
 use child_tuning::model::{Classifier, Labels};
 use child_tuning::train::{Hyperparameters, MicroBatch, Order, Precision, Trainer};
-use child_tuning::verify::{Shape, measured_method, random_data};
+use child_tuning::verify::{EXAMPLES_OF_RTE, Shape, WORDS_OF_RTE, measured_method, random_data};
 use clap::Parser;
 use common::{precision, set_up, token_counts};
 use serde_json::json;
 use tch::{Device, Tensor};
 
-/// About as many as RTE has to train on.
-const EXAMPLES: usize = 2560;
 const SEED: u64 = 42;
 
 /// Training steps of a model with random weights and tokens.
@@ -61,7 +59,7 @@ struct Arguments {
     #[arg(long, default_value_t = 30522)]
     vocabulary: u32,
     /// How many of them the data has: as many as RTE with BERT's vocabulary
-    #[arg(long, default_value_t = 13865)]
+    #[arg(long, default_value_t = WORDS_OF_RTE)]
     words: u32,
     /// Take one step under libtorch's profiler, print the operators with the longest own time, and end
     #[arg(long)]
@@ -75,12 +73,12 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let device = set_up(arguments.threads, &arguments.device);
     let lengths = token_counts(&arguments.lengths)?;
+    let lengths: Vec<usize> = lengths.into_iter().cycle().take(EXAMPLES_OF_RTE).collect();
     let (layers, hidden) = (arguments.layers, arguments.hidden);
     let shape = Shape { name: "bert", layers, hidden, heads: hidden / 64, vocabulary: arguments.vocabulary };
     let labels = Labels::Classes(vec!["0".into(), "1".into()]);
     let (vocabulary, words) = (arguments.vocabulary, arguments.words.min(arguments.vocabulary));
-    // Examples enough for all the words.
-    let data = random_data(&lengths.repeat((EXAMPLES / lengths.len()).max(1)), vocabulary, words, &labels);
+    let data = random_data(&lengths, vocabulary, words, &labels);
     let resident_before = peak_memory(Device::Cpu);
     let mut classifier = Classifier::untrained(shape.config(0.1, 0.02), labels, device)?;
     classifier.reset(SEED)?;

@@ -161,7 +161,7 @@ fn idle_weights(run: &Run, shape: &ModelShape, train: &EncodedDataset) -> Result
     let words = words.filter(|words| run.method.trains(words, shape.layers) && !run.is_frozen());
     let Some(words) = words else { return Ok(0) };
     let has_child = run.method.fixed_share(table.as_slice())?.is_some();
-    if has_child || run.method.parts().pulls.iter().any(|pull| pull.at(0).reaches_gradients()) {
+    if has_child || run.method.parts().reach_gradients() {
         return Ok(0);
     }
     let absent = shape.vocabulary.saturating_sub(training_set(train, run)?.vocabulary().len());

@@ -38,26 +38,32 @@ pub struct Stretch<'a> {
     /// Place of the first number in the flat buffer, divided by [`GROUP`](crate::random::GROUP).
     pub first_group: usize,
     /// Which of the numbers; all if there is no choice.
-    pub chosen: Option<Chosen<'a>>,
+    pub chosen: Option<&'a Chosen>,
     /// The mask on the gradients of a stretch without members.
     pub mask: Option<RandomMask>,
 }
 
 /// A choice among the numbers of a stretch, whose moments stand side by side.
-#[derive(Clone, Copy)]
-pub enum Chosen<'a> {
+pub enum Chosen {
     /// Places in the stretch, int32.
-    Members(&'a Tensor),
+    Members(Tensor),
     /// Groups of [`GROUP`](crate::random::GROUP) numbers in the stretch, int32, in order. The last of the stretch may lack some.
-    Groups(&'a Tensor),
+    Groups(Tensor),
 }
 
-impl Chosen<'_> {
+impl Chosen {
     /// Returns how many numbers are chosen, with what the last group lacks.
-    pub fn count(self) -> usize {
+    pub fn count(&self) -> usize {
         match self {
             Chosen::Members(members) => members.numel(),
             Chosen::Groups(groups) => GROUP * groups.numel(),
+        }
+    }
+
+    /// Returns the places.
+    pub fn places(&self) -> &Tensor {
+        match self {
+            Chosen::Members(places) | Chosen::Groups(places) => places,
         }
     }
 }
@@ -247,7 +253,7 @@ impl Stretch<'_> {
     }
 
     fn argument(&self, stretch: &Tensor) -> Result<StretchArgument> {
-        if let Some(Chosen::Members(places) | Chosen::Groups(places)) = self.chosen {
+        if let Some(places) = self.chosen.map(Chosen::places) {
             fitting(places.device() == stretch.device(), &[places], Kind::Int)?;
         }
         let (members, groups) = match self.chosen {
@@ -353,11 +359,11 @@ mod tests {
         assert!(mask_in_place(stretch, &floats(100).to_kind(Kind::Double)).is_err());
         assert!(mask_in_place(stretch, &floats(100).slice(0, 0, 100, 2)).is_err());
         let places = Tensor::arange(10, (Kind::Int64, Device::Cpu));
-        let members = Stretch { chosen: Some(Chosen::Members(&places)), ..stretch };
-        assert!(sums_of_squares(members, &floats(100)).is_err());
-        let places = places.to_kind(Kind::Int);
-        let members = Stretch { chosen: Some(Chosen::Members(&places)), ..stretch };
-        let sums = sums_of_squares(members, &(floats(100) + 2.0)).unwrap();
+        let members = Chosen::Members(places.shallow_clone());
+        assert!(sums_of_squares(Stretch { chosen: Some(&members), ..stretch }, &floats(100)).is_err());
+        let members = Chosen::Members(places.to_kind(Kind::Int));
+        let stretch = Stretch { chosen: Some(&members), ..stretch };
+        let sums = sums_of_squares(stretch, &(floats(100) + 2.0)).unwrap();
         assert_eq!(f64::try_from(sums.sum(Kind::Double)).unwrap(), 40.0);
     }
 }

@@ -50,6 +50,11 @@ impl Parts {
         self
     }
 
+    /// Returns whether pulls make gradients more than those of the loss.
+    pub fn reach_gradients(&self) -> bool {
+        self.pulls.iter().any(|pull| pull.at(0).reaches_gradients())
+    }
+
     /// Returns the number of forward passes over each example of a step, of a regression or a classification.
     pub fn passes(&self, regression: bool) -> usize {
         1 + self.penalties.iter().map(|penalty| penalty.further_passes(regression)).sum::<usize>()

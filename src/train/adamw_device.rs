@@ -30,10 +30,8 @@ pub struct DeviceMoments {
 struct Piece {
     range: Range<usize>,
     treatment: Treatment,
-    /// Places of a fixed child network's members in the range, int32; `None` where there is no child network.
-    members: Option<Tensor>,
-    /// Groups of the range that are not idle, int32; `None` where none is, and where there are `members`.
-    busy: Option<Tensor>,
+    /// What has moments: a fixed child network's members, or without one the groups that are not idle; `None` where all are.
+    chosen: Option<Chosen>,
     /// Whether the random mask reaches them.
     is_masked: bool,
     /// The same weights in bfloat16, where passes compute with them.
@@ -46,14 +44,9 @@ impl Piece {
     fn stretch(&self, mask: Option<RandomMask>) -> Stretch<'_> {
         Stretch {
             first_group: self.range.start / GROUP,
-            chosen: self.chosen(),
+            chosen: self.chosen.as_ref(),
             mask: mask.filter(|_| self.is_masked),
         }
-    }
-
-    /// Returns what has moments.
-    fn chosen(&self) -> Option<Chosen<'_>> {
-        self.members.as_ref().map(Chosen::Members).or(self.busy.as_ref().map(Chosen::Groups))
     }
 }
 
@@ -93,22 +86,23 @@ impl DeviceMoments {
             };
             for (range, (is_masked, ..)) in cut(&group.range, &list, kind)? {
                 let half = half_of(&range)?;
-                let places = child.map(|child| child.members_on_device(range.clone(), device));
-                let members = places.transpose()?;
-                let busy = match child {
-                    Some(_) => None,
-                    None => busy_groups(&range, idle, device)?,
+                let chosen = match child {
+                    Some(child) => Some(Chosen::Members(child.members_on_device(range.clone(), device)?)),
+                    None => busy_groups(&range, idle, device)?.map(Chosen::Groups),
                 };
-                let no_moments = || Tensor::f_zeros([0], (Kind::Float, device));
-                let (first_moments, second_moments) = (no_moments()?, no_moments()?);
+                let count = chosen.as_ref().map_or(range.len(), Chosen::count) as i64;
+                let zeros = || Tensor::f_zeros([count], (Kind::Float, device));
+                let (first_moments, second_moments) = (zeros()?, zeros()?);
                 let treatment = group.treatment;
-                let mut piece =
-                    Piece { range, treatment, members, busy, is_masked, half, first_moments, second_moments };
-                let count = piece.chosen().map_or(piece.range.len(), Chosen::count) as i64;
-                for moments in [&mut piece.first_moments, &mut piece.second_moments] {
-                    *moments = Tensor::f_zeros([count], (Kind::Float, device))?;
-                }
-                pieces.push(piece);
+                pieces.push(Piece {
+                    range,
+                    treatment,
+                    chosen,
+                    is_masked,
+                    half,
+                    first_moments,
+                    second_moments,
+                });
             }
         }
         let keeps_copy = copy.is_some();
@@ -144,8 +138,7 @@ impl DeviceMoments {
     /// Returns the bytes of moments, and of the places of what has some.
     pub fn bytes(&self) -> usize {
         let bytes = |piece: &Piece| {
-            let places = piece.members.as_ref().or(piece.busy.as_ref());
-            let places = places.map_or(0, |places| places.numel() * size_of::<i32>());
+            let places = piece.chosen.as_ref().map_or(0, |chosen| chosen.places().numel() * size_of::<i32>());
             2 * piece.first_moments.numel() * size_of::<f32>() + places
         };
         self.pieces.iter().map(bytes).sum()
@@ -173,7 +166,11 @@ impl DeviceMoments {
             };
             let (mut values, gradients) = (part(values)?, part(gradients)?);
             let decay_after = inner.decay_after;
-            let outside = piece.busy.is_some() || (piece.members.is_some() && self.decays_outside);
+            let outside = match &piece.chosen {
+                Some(Chosen::Groups(_)) => true,
+                Some(Chosen::Members(_)) => self.decays_outside,
+                None => false,
+            };
             if outside {
                 // What has moments decays with the rest, in the same place of the arithmetic.
                 scale(&mut values, inner.decay_before)?;

@@ -66,9 +66,10 @@ fn without_mask(method: &dyn Method, classifier: &Classifier) -> Prepared {
     Prepared { parts: method.parts(), frozen, rates, ..Prepared::default() }
 }
 
-/// Returns which parameters train, and how.
+/// Returns which parameters train on a data set, and how.
 pub fn trainable(
     classifier: &Classifier,
+    data: &EncodedDataset,
     hyperparameters: &Hyperparameters,
     prepared: &Prepared,
 ) -> Trainable {
@@ -82,7 +83,7 @@ pub fn trainable(
             .map(|(_, parameter)| parameter.name.as_str())
             .collect(),
     };
-    parameters.trainable_as(|parameter| {
+    let mut trainable = parameters.trainable_as(|parameter| {
         let trains = !prepared.frozen.contains(&parameter.name)
             && (!frozen || parameter.place == ParameterPlace::Head);
         trains.then(|| Treatment {
@@ -90,7 +91,11 @@ pub fn trainable(
             pretrained: !new.contains(&parameter.name.as_str()),
             ..Treatment::plain(parameter)
         })
-    })
+    });
+    if let Some(words) = classifier.words().filter(|_| !prepared.parts.reach_gradients()) {
+        trainable.note_rows(words, &data.vocabulary());
+    }
+    trainable
 }
 
 /// What a method may ask for.

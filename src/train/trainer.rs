@@ -152,12 +152,9 @@ impl<'a> Trainer<'a> {
         if let (Outside::Prune, Some(child)) = (prepared.outside, child) {
             child.prune(&classifier.parameters)?;
         }
-        let mut trainable = trainable(classifier, hyperparameters, &prepared);
+        let trainable = trainable(classifier, data, hyperparameters, &prepared);
         let pulls = std::mem::take(&mut prepared.parts.pulls);
         let (pulls, weight_decay) = Pulls::new(pulls, hyperparameters.weight_decay, prepared.decayed());
-        if let Some(words) = classifier.words().filter(|_| !pulls.reach_gradients()) {
-            trainable.note_rows(words, &data.vocabulary());
-        }
         let parameters = &mut classifier.parameters;
         let settings = Hyperparameters { weight_decay, ..hyperparameters.clone() };
         let weights = parameters.compute_weights(hyperparameters.pass_precision().kind())?;

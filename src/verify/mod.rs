@@ -22,7 +22,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 pub use floor::MatrixRate;
-pub use random_model::{Shape, family_config, measured_method, random_data, words_of_rte};
+pub use random_model::{EXAMPLES_OF_RTE, Shape, WORDS_OF_RTE, family_config, measured_method, random_data};
 pub use report::Report;
 pub use speed::{FisherTimes, Speed, SpeedRow, StepProfile};
 

@@ -134,10 +134,10 @@ pub fn family_config(family: &str, vocabulary: u32, [rows, attention]: [f64; 2])
     ModelConfig::from_values(parts.filter_map(|part| part.as_object().cloned()).flatten().collect())
 }
 
-/// Returns how many of the words of a vocabulary a data set like RTE has, whose training data have 13,865 of BERT's 30,522.
-pub fn words_of_rte(vocabulary: u32) -> u32 {
-    (u64::from(vocabulary) * 13_865 / 30_522) as u32
-}
+/// How many words of BERT's vocabulary of 30,522 the training data of RTE have.
+pub const WORDS_OF_RTE: u32 = 13_865;
+/// About as many examples as RTE has to train on, so that all its words occur.
+pub const EXAMPLES_OF_RTE: usize = 2560;
 
 /// Makes a data set with examples of the given lengths, from random tokens, with random targets. The tokens are of so many `words`,
 /// evenly spread over the vocabulary.

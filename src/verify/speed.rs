@@ -9,7 +9,7 @@ use tch::{Device, Tensor};
 
 use super::floor::{matrix_rate, operations};
 use super::report::measured;
-use super::{Account, Options, Shape, attempt, measured_method, random_data, words_of_rte};
+use super::{Account, EXAMPLES_OF_RTE, Options, Shape, WORDS_OF_RTE, attempt, measured_method, random_data};
 use crate::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
 use crate::data::EncodedDataset;
 use crate::error::Result;
@@ -21,8 +21,6 @@ use crate::statistics::median;
 use crate::train::{Hyperparameters, MemoryUse, MicroBatch, Order, Precision, Trainer};
 use crate::values::yaml_name;
 
-/// Examples that steps are measured on: about as many as RTE has to train on, so that all its words occur.
-const EXAMPLES: usize = 2560;
 const SEED: u64 = 42;
 const DROPOUT: f64 = 0.1;
 /// Token counts of real RTE pairs.
@@ -150,7 +148,7 @@ impl Workload {
             }
             Lengths::Equal(tokens) => (format!("{tokens} tokens"), vec![tokens; examples]),
         };
-        let data = random_data(&counts, shape.vocabulary, words_of_rte(shape.vocabulary), &labels());
+        let data = random_data(&counts, shape.vocabulary, WORDS_OF_RTE.min(shape.vocabulary), &labels());
         let (name, trainings) = (format!("{}, {of}", shape.name), trainings.to_vec());
         Self { name, shape, lengths, batch_size, data, has_fisher, trainings }
     }
@@ -211,8 +209,8 @@ pub(super) fn workloads(options: Options) -> Vec<Workload> {
     }
     let trainings = [(Bf16, REPLAYED), (Bf16, VANILLA), (Tf32, VANILLA), (Float32, VANILLA)];
     vec![
-        Workload::new(Shape::BERT_LARGE, (Lengths::Equal(128), EXAMPLES), 32, false, &trainings),
-        Workload::new(Shape::BERT_BASE, (Lengths::OfRte, EXAMPLES), 16, true, &trainings),
+        Workload::new(Shape::BERT_LARGE, (Lengths::Equal(128), EXAMPLES_OF_RTE), 32, false, &trainings),
+        Workload::new(Shape::BERT_BASE, (Lengths::OfRte, EXAMPLES_OF_RTE), 16, true, &trainings),
     ]
 }
 
