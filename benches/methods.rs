@@ -11,11 +11,11 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use child_tuning::data::EncodedDataset;
+use child_tuning::data::{EncodedDataset, Order};
 use child_tuning::method::{MethodSpec, Preset};
-use child_tuning::model::{Classifier, Labels};
+use child_tuning::model::{Classifier, Labels, Precision};
 use child_tuning::statistics::{maximum, median, minimum};
-use child_tuning::train::{Control, Hyperparameters, MicroBatch, Order, Precision, Trainer, prepare};
+use child_tuning::train::{Control, Hyperparameters, MicroBatch, Trainer, prepare};
 use child_tuning::verify::{EXAMPLES_OF_RTE, Shape, WORDS_OF_RTE, random_data};
 use clap::Parser;
 use common::{precision, set_up, token_counts};

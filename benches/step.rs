@@ -13,10 +13,11 @@ use std::io::{BufRead, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use child_tuning::data::Order;
 use child_tuning::experiment::peak_memory;
 use child_tuning::libtorch::{Operand, Profile, linear};
-use child_tuning::model::{Classifier, Labels};
-use child_tuning::train::{Hyperparameters, MicroBatch, Order, Precision, Trainer};
+use child_tuning::model::{Classifier, Labels, Precision};
+use child_tuning::train::{Hyperparameters, MicroBatch, Trainer};
 use child_tuning::verify::{EXAMPLES_OF_RTE, Shape, WORDS_OF_RTE, measured_method, random_data};
 use clap::Parser;
 use common::{precision, set_up, token_counts};

@@ -227,6 +227,13 @@ checked_number!(
     |value| (0.0..1.0).contains(&value)
 );
 
+checked_number!(
+    /// A share that is neither nothing nor the whole: above 0, below 1.
+    ProperShare,
+    "a number above 0 and below 1",
+    |value| value > 0.0 && value < 1.0
+);
+
 /// A limit of at least 0, or null where there is none.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limit(pub Option<f64>);

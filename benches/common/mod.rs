@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use child_tuning::train::Precision;
+use child_tuning::model::Precision;
 use tch::Device;
 
 #[global_allocator]

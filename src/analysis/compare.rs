@@ -11,6 +11,7 @@ pub(super) use render::markdown_text;
 
 use super::cost::Cost;
 use crate::experiment::results::{Row, Status};
+use crate::method::option_list;
 use crate::statistics::{confidence_half_width, is_above, maximum, mean, median, standard_deviation};
 
 /// Name of the method that the others are set against: plain fine-tuning.
@@ -450,12 +451,8 @@ fn method_settings(row: &Row) -> Vec<Setting> {
 
 fn stage_settings(config: &str) -> Vec<Setting> {
     let of_stage = |(stage, config): (usize, &str)| {
-        let setting = move |text: &str| {
-            let (name, value) = text.split_once('=').unwrap_or((text, "true"));
-            Setting { stage, name: name.to_owned(), value: value.to_owned() }
-        };
-        let words = config.split(' ').filter(|word| !word.is_empty());
-        words.map(setting).collect::<Vec<_>>()
+        let setting = move |(name, value)| Setting { stage, name, value };
+        option_list(config).into_iter().map(setting).collect::<Vec<_>>()
     };
     config.split('>').enumerate().flat_map(of_stage).collect()
 }

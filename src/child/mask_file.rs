@@ -10,6 +10,7 @@ use super::network::{ChildNetwork, MaskScope, sha256_of_mask};
 use crate::error::{Error, Result};
 use crate::files::write_whole;
 use crate::model::{Parameter, ParameterPlace, Parameters};
+use crate::spelling::{quoted, visible};
 
 /// Identifies the format, so that another safetensors file is not taken for a mask.
 const FORMAT: &str = "child-tuning mask 1";
@@ -195,13 +196,18 @@ pub fn read_mask(path: &Path) -> Result<MaskFile> {
     let damaged =
         |reason: String| Error::model(path, format!("is not a mask written by this program ({reason})"));
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(error.to_string()))?;
-    let about = header.metadata().clone().unwrap_or_default();
+    let mut about = header.metadata().clone().unwrap_or_default();
+    // A foreign file may hold anything, and a terminal obeys control characters.
+    about.values_mut().for_each(|value| *value = visible(value));
     if about.get("format").map(String::as_str) != Some(FORMAT) {
         return Err(damaged(format!("its format is not `{FORMAT}`")));
     }
     let file = SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;
     let mut tensors = Vec::new();
     for (name, view) in file.iter() {
+        if name.contains(char::is_control) {
+            return Err(damaged(format!("{} is no tensor's name", quoted(name))));
+        }
         let shape: Vec<i64> = about
             .get(&format!("shape/{name}"))
             .and_then(|text| serde_json::from_str(text).ok())

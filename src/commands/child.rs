@@ -232,9 +232,6 @@ fn inspection(mask: &MaskFile, by_tensor: bool) -> String {
     let mut lines = Vec::new();
     for key in ["experiment", "run", "task", "method", "seed", "model_sha256", "sha256"] {
         if let Some(value) = mask.about.get(key) {
-            // A foreign file may hold anything, and a terminal obeys control characters.
-            let value: String =
-                value.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
             lines.push(format!("{key:13} {value}"));
         }
     }

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use child_tuning::experiment::{Run, method_cost};
+use child_tuning::method::option_list;
 
 use super::show;
 use super::table::table;
@@ -39,15 +40,14 @@ pub fn show_costs<'a>(runs: impl Iterator<Item = &'a Run>) -> Result<()> {
 
 /// The name of a method, with those of its options in which it differs from its namesakes.
 fn label(run: &Run, methods: &[&Run]) -> String {
-    let own = run.method.options();
-    let namesakes: Vec<String> = (methods.iter())
-        .filter(|other| other.method.name() == run.method.name() && other.method.options() != own)
-        .map(|other| other.method.options())
+    let own = option_list(&run.method.options());
+    let namesakes: Vec<_> = (methods.iter())
+        .filter(|other| other.method.name() == run.method.name())
+        .map(|other| option_list(&other.method.options()))
         .collect();
-    let shared = |option: &&str| namesakes.iter().all(|other| other.split(' ').any(|own| own == *option));
-    let different = own.split(' ').filter(|option| !shared(option));
-    let words: Vec<&str> = std::iter::once(run.method.name()).chain(different).collect();
-    words.join(" ")
+    let tells = |option: &&(String, String)| namesakes.iter().any(|other| !other.contains(option));
+    let different = own.iter().filter(tells).map(|(name, value)| format!(" {name}={value}"));
+    std::iter::once(run.method.name().to_owned()).chain(different).collect()
 }
 
 fn weights(count: usize) -> String {

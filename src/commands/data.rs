@@ -1,16 +1,15 @@
 //! `data`: list, fetch, check.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use child_tuning::data::{
     Dataset, Download, FetchEvent, FetchOptions, Fetched, Objective, Split, SplitCheck, TaskCard,
-    TokenEncoder, check_splits, downloads_of, fetched_data_folder, read_present,
+    TokenEncoder, check_splits, data_roots, downloads_of, fetched_data_folder, read_present,
 };
 use child_tuning::error::Error;
-use child_tuning::experiment::{data_roots, named_card};
 use child_tuning::hub::model_folder;
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::BinaryBytes;
@@ -151,8 +150,7 @@ fn places(splits: &[(Split, Dataset)]) -> String {
 }
 
 fn fetch(arguments: &FetchArguments) -> Result<ExitCode> {
-    let cards =
-        arguments.tasks.iter().map(|task| named_card(task, Path::new(""))).collect::<Result<Vec<_>, _>>()?;
+    let cards = arguments.tasks.iter().map(|task| TaskCard::named(task)).collect::<Result<Vec<_>, _>>()?;
     let downloads = downloads_of(&cards)?;
     let to = arguments.to.clone().or_else(fetched_data_folder).ok_or_else(|| {
         Error::configuration("there is no home folder to keep downloads in; name a folder with --to")
@@ -196,8 +194,7 @@ fn fetch_one(card: &TaskCard, download: &Download, options: &FetchOptions) -> Re
 }
 
 fn check(arguments: &CheckArguments) -> Result<ExitCode> {
-    let named =
-        arguments.tasks.iter().map(|task| named_card(task, Path::new(""))).collect::<Result<Vec<_>, _>>()?;
+    let named = arguments.tasks.iter().map(|task| TaskCard::named(task)).collect::<Result<Vec<_>, _>>()?;
     let all = named.is_empty();
     let cards = if all { builtin_cards() } else { named };
     let roots = arguments.data.roots()?;

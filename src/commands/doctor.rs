@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use child_tuning::data::{Split, TaskCard, TokenEncoder, read_split};
+use child_tuning::data::{Split, TaskCard, TokenEncoder, read_split, roots_of_training};
+use child_tuning::error::Error;
 use child_tuning::experiment::graphics_cards;
 use child_tuning::hub::Hub;
 use child_tuning::libtorch;
@@ -71,8 +72,11 @@ fn show_data(roots: &[PathBuf]) -> Result<()> {
         let splits = Split::ALL.into_iter().filter(|split| card.splits.contains_key(split));
         // The test file matters only where there is nothing else, as in the diagnostic set.
         let splits = splits.filter(|split| *split != Split::Test || card.splits.len() == 1);
-        let found: Result<Vec<_>, _> =
-            splits.map(|split| read_split(&card, roots, split).map(|found| (split, found))).collect();
+        let found = roots_of_training(&card, roots).and_then(|roots| {
+            splits
+                .map(|split| Ok((split, read_split(&card, &roots, split)?)))
+                .collect::<Result<Vec<_>, Error>>()
+        });
         match found {
             Ok(found) => {
                 let sizes = found.iter().map(|(split, data)| format!("{} {split}", data.examples.len()));

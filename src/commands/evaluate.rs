@@ -1,16 +1,14 @@
 //! `evaluate`.
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use child_tuning::data::{EncodedDataset, Split, TokenEncoder, read_split};
+use child_tuning::data::{EncodedDataset, Split, TaskCard, TokenEncoder, read_split};
 use child_tuning::error::Error;
-use child_tuning::experiment::named_card;
 use child_tuning::hub::model_folder;
-use child_tuning::model::{Classifier, ModelFolder};
-use child_tuning::train::{Precision, Scored, evaluate as score};
+use child_tuning::model::{Classifier, ModelFolder, Precision};
+use child_tuning::train::{Scored, evaluate as score};
 use clap::Args;
 
 use super::{ComputeArguments, DataArguments, show, tell_of_loading};
@@ -44,8 +42,12 @@ pub fn evaluate(arguments: EvaluateArguments) -> Result<ExitCode> {
     let roots = arguments.data.roots()?;
     let mut notes = HashSet::new();
     let mut header = Some(["task", "split", "examples", "metric", "value"].map(str::to_owned));
-    for task in &arguments.tasks {
-        let card = named_card(task, Path::new(""))?;
+    let cards = arguments.tasks.iter().map(|task| TaskCard::named(task)).collect::<Result<Vec<_>, _>>()?;
+    // What is refused is refused before the first task is scored.
+    for card in &cards {
+        Classifier::labels_to_score(&folder, card)?;
+    }
+    for card in cards {
         let split = arguments.split.unwrap_or(card.scored_split());
         let dataset = read_split(&card, &roots, split)?;
         let (classifier, labels) = Classifier::load_fine_tuned(&folder, &card, device)?;

@@ -12,7 +12,7 @@ use child_tuning::error::Error;
 use child_tuning::experiment::results;
 use child_tuning::experiment::{
     ExperimentSpec, Forecast, Override, Pace, Plan, PlanOptions, Run, RunEvent, Runner, Speed, Summary,
-    Tokens, check_places, execute, forecast,
+    Tokens, execute, forecast, open_places,
 };
 use child_tuning::files::is_pipe;
 use child_tuning::hub::missing_models;
@@ -145,7 +145,7 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
     }
     // Before the first run of the first, so that a bad place of the last does not cost trained runs.
     for plan in &plans {
-        if let Some(repair) = check_places(plan)?.repaired() {
+        if let Some(repair) = open_places(plan)?.repaired() {
             tell(format_args!("note: {repair}"));
         }
     }
@@ -169,7 +169,7 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
             all_shown.and(shown.or_else(|error| if is_broken_pipe(&error) { Ok(()) } else { Err(error) }));
         failed |= summary.failed > 0 || summary.diverged_before > 0;
         if summary.interrupted {
-            return Ok(ExitCode::from(130));
+            return Ok(ExitCode::from(Error::Interrupted.exit_code()));
         }
     }
     all_shown?;

@@ -11,7 +11,7 @@ use child_tuning::model::{Classifier, HeadStart, ModelFolder};
 use clap::Args;
 use tch::Device;
 
-use super::model_inspect::{head_labels, printable};
+use super::model_inspect::{head_labels, lines_of};
 use super::{check_output_folder, tell};
 
 #[derive(Args)]
@@ -45,15 +45,8 @@ pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
     let mut classifier = Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu)?;
     classifier.reset(arguments.seed)?;
     classifier.save(&arguments.output, &encoder)?;
-    let report = &classifier.report;
-    for (what, names) in [
-        ("new, from the seed", &report.fresh),
-        ("left out, not used by the model", &report.unexpected),
-        ("left out, of pretraining", &report.ignored),
-    ] {
-        if !names.is_empty() {
-            tell(format_args!("{what}: {}", printable(names)));
-        }
+    for line in lines_of(&classifier.report, "new, from the seed") {
+        tell(line);
     }
     tell(format_args!("{} written", arguments.output.display()));
     Ok(ExitCode::SUCCESS)

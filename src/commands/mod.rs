@@ -24,8 +24,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use child_tuning::data::data_roots;
 use child_tuning::error::Error;
-use child_tuning::experiment::data_roots;
 use child_tuning::experiment::results::is_results_file;
 use child_tuning::files::folder_of;
 use child_tuning::libtorch::use_threads;

@@ -1,16 +1,15 @@
 //! `model inspect`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use child_tuning::child::{MaskScope, Part};
-use child_tuning::data::TokenEncoder;
+use child_tuning::data::{TaskCard, TokenEncoder};
 use child_tuning::error::Error;
-use child_tuning::experiment::named_card;
 use child_tuning::hub::model_folder;
-use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder, Parameter};
+use child_tuning::model::{Classifier, HeadStart, Labels, LoadReport, ModelFolder, Parameter};
+use child_tuning::spelling::visible;
 use child_tuning::values::yaml_name;
 use clap::Args;
 use tch::Device;
@@ -64,14 +63,8 @@ pub fn inspect(arguments: InspectArguments) -> Result<ExitCode> {
     for (name, value) in facts {
         show(format_args!("{name:13} {value}"))?;
     }
-    for (what, names) in [
-        ("new", &report.fresh),
-        ("left out, not used by the model", &report.unexpected),
-        ("left out, of pretraining", &report.ignored),
-    ] {
-        if !names.is_empty() {
-            show(format_args!("{what}: {}", printable(names)))?;
-        }
+    for line in lines_of(report, "new") {
+        show(line)?;
     }
     show(format_args!("\n{}\n\n{}", parts(parameters, arguments.tensors), scopes(parameters)))?;
     Ok(ExitCode::SUCCESS)
@@ -80,7 +73,7 @@ pub fn inspect(arguments: InspectArguments) -> Result<ExitCode> {
 /// Returns what the head of a model is for: a task's labels, or else those in its config, if it has any.
 pub fn head_labels(folder: &ModelFolder, task: Option<&str>) -> Result<Option<Labels>, Error> {
     if let Some(task) = task {
-        return Ok(Some(Labels::from(&named_card(task, Path::new(""))?.objective)));
+        return Ok(Some(Labels::from(&TaskCard::named(task)?.objective)));
     }
     Ok(folder.config.labels()?.map(|names| match names.len() {
         0 | 1 => Labels::Score,
@@ -88,9 +81,21 @@ pub fn head_labels(folder: &ModelFolder, task: Option<&str>) -> Result<Option<La
     }))
 }
 
+/// Says what became of the tensors of a checkpoint, and what was assumed of its head: a line each; `new` is said of fresh ones.
+pub fn lines_of(report: &LoadReport, new: &str) -> Vec<String> {
+    let tensors = [
+        (new, &report.fresh),
+        ("left out, not used by the model", &report.unexpected),
+        ("left out, of pretraining", &report.ignored),
+    ];
+    let tensors = tensors.into_iter().filter(|(_, names)| !names.is_empty());
+    let tensors = tensors.map(|(what, names)| format!("{what}: {}", printable(names)));
+    tensors.chain(report.assumption().map(|text| format!("note: the model {}", visible(&text)))).collect()
+}
+
 /// Joins names that a stranger's file may hold, which must not reach the terminal as they are.
-pub fn printable(names: &[String]) -> String {
-    names.iter().map(|name| name.escape_debug().to_string()).collect::<Vec<_>>().join(", ")
+fn printable(names: &[String]) -> String {
+    visible(&names.join(", "))
 }
 
 fn described(labels: &Labels) -> String {

@@ -1,16 +1,15 @@
 //! `predict`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use child_tuning::data::{LabelMap, Objective, TaskCard, TokenEncoder, read_file};
 use child_tuning::error::Error;
-use child_tuning::experiment::named_card;
 use child_tuning::files::write_bytes;
 use child_tuning::hub::model_folder;
-use child_tuning::model::{Classifier, Labels, ModelFolder};
-use child_tuning::train::{Precision, first_not_finite, predict as predict_logits};
+use child_tuning::model::{Classifier, Labels, ModelFolder, Precision};
+use child_tuning::train::{first_not_finite, predict as predict_logits};
 use clap::Args;
 use tch::Tensor;
 
@@ -48,7 +47,7 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     let inputs: Vec<PathBuf> =
         [arguments.input.clone(), arguments.task.clone().into()].into_iter().chain(files).collect();
     check_output(&arguments.output, inputs.iter().map(PathBuf::as_path))?;
-    let card = named_card(&arguments.task, Path::new(""))?;
+    let card = TaskCard::named(&arguments.task)?;
     // Every row of the input is to have an answer.
     let dataset = read_file(&TaskCard { allow_empty_text: true, ..card.clone() }, &arguments.input)?;
     let folder = ModelFolder::open(&model)?;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::encode::TokenEncoder;
 use super::label::Label;
-use super::reader::{Dataset, read_split};
+use super::reader::{Dataset, read_split, roots_of_training};
 use super::sheet::Example;
 use super::task::{Split, TaskCard};
 use crate::error::{Error, Result};
@@ -95,14 +95,16 @@ type Texts<'a> = (&'a str, Option<&'a str>);
 /// The different labels of each text of a split.
 type LabelsByText<'a> = HashMap<Texts<'a>, Vec<Label>>;
 
-/// Reads the splits of a task that are somewhere in `roots`.
+/// Reads the splits of a task that are somewhere in `roots`, train and dev data from where a run would take them.
 ///
 /// # Errors
 ///
-/// [`Error::Data`] and [`Error::Io`] if a file that is there cannot be read as the task.
+/// [`Error::Data`] and [`Error::Io`] if a file that is there cannot be read as the task; as for [`roots_of_training`].
 pub fn read_present(card: &TaskCard, roots: &[PathBuf]) -> Result<Vec<(Split, Dataset)>> {
     let mut present = Vec::new();
+    let of_training = roots_of_training(card, roots)?;
     for split in Split::ALL {
+        let roots = if split == Split::Test { roots } else { &of_training };
         match read_split(card, roots, split) {
             Ok(dataset) => present.push((split, dataset)),
             // The answer where no root holds the split.

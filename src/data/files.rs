@@ -1,7 +1,8 @@
-//! Finding the files of a split, whose names may hold a `*`.
+//! Where data sets are looked for, and the files of a split, whose names may hold a `*`.
 
 use std::path::{Path, PathBuf};
 
+use super::fetch::fetched_data_folder;
 use super::layout::SplitFiles;
 use crate::error::{Error, Result};
 
@@ -61,6 +62,28 @@ pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>> {
 fn shard_count(name: &str) -> Option<usize> {
     let (stem, _) = name.split_once('.')?;
     stem.rsplit_once("-of-")?.1.parse().ok()
+}
+
+/// Returns where data sets are looked for, in order: the folders of the command line, those of the experiment, the
+/// folder `data`, and what was fetched. The miniature data that come with the program stand behind what was fetched.
+///
+/// # Errors
+/// Fails, naming it, if a folder of the command line is none, or if all of the experiment are none: other data would take their
+/// place unnoticed. (An experiment may list the folders of several machines.)
+pub fn data_roots(first: &[PathBuf], then: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let missing = first.iter().find(|folder| !folder.is_dir());
+    let missing = missing.or_else(|| then.first().filter(|_| !then.iter().any(|folder| folder.is_dir())));
+    if let Some(missing) = missing {
+        return Err(Error::configuration(format!("there is no folder {} with data sets", missing.display())));
+    }
+    let own = PathBuf::from("data");
+    let is_miniature = own.join("MINIATURE").exists();
+    let mut last = vec![own];
+    last.extend(fetched_data_folder());
+    if is_miniature {
+        last.reverse();
+    }
+    Ok(first.iter().chain(then).cloned().chain(last).collect())
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ mod label_map;
 mod label_noise;
 mod layout;
 mod metrics;
+mod order;
 mod packed_rows;
 mod reader;
 mod sheet;
@@ -31,12 +32,14 @@ pub use encoded_dataset::{EncodedDataset, Targets};
 pub use fetch::{
     Download, FetchEvent, FetchOptions, Fetched, cache_folder, downloads_of, fetched_data_folder,
 };
+pub use files::data_roots;
 pub use label::{Label, same_label};
 pub use label_map::LabelMap;
 pub use label_noise::noisy_labels;
 pub use layout::{Keep, Layout, RowFilter, SplitFiles};
 pub use metrics::{Metric, score_classes, score_values};
-pub use reader::{Dataset, holds, read_file, read_split};
+pub use order::Order;
+pub use reader::{Dataset, read_file, read_split, roots_of_training};
 pub use sheet::Example;
 pub use subset::subset;
 pub use table::Format;

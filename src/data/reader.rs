@@ -64,10 +64,12 @@ fn tagged(kind: u8, number: u64) -> [u8; 9] {
 pub fn read_split(card: &TaskCard, roots: &[PathBuf], split: Split) -> Result<Dataset> {
     let choices = card.splits.get(&split).map_or(&[][..], Vec::as_slice);
     let Some(only) = choices.first() else {
-        return Err(Error::configuration(format!(
-            "task `{}` has no {split} data; name a file as `{split}:` in its card",
-            card.name
-        )));
+        return Err(Error::configuration(match TaskCard::builtin(&card.name) {
+            Some(own) if own == *card => {
+                format!("task `{}` has no {split} data: none are published", card.name)
+            }
+            _ => format!("task `{}` has no {split} data; name a file as `{split}:` in its card", card.name),
+        }));
     };
     let purpose = if split == Split::Test { Purpose::Testing } else { Purpose::Learning };
     if card.folders.is_empty() {
@@ -89,12 +91,37 @@ pub fn read_split(card: &TaskCard, roots: &[PathBuf], split: Split) -> Result<Da
     Err(not_found(card, roots, split, choices))
 }
 
+/// Returns the roots that train and dev data of a task are looked for in: the first that holds both, if one does, since parts of
+/// different copies do not belong together.
+///
+/// # Errors
+///
+/// [`Error::Configuration`] if both are there, but nowhere together.
+pub fn roots_of_training(card: &TaskCard, roots: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    // One that cannot be looked into counts as holding it: reading says why.
+    let holding = |split| {
+        let holding = |root: &&PathBuf| holds(card, root, split).unwrap_or(true);
+        roots.iter().filter(holding).collect::<Vec<_>>()
+    };
+    let (train, dev) = (holding(Split::Train), holding(Split::Dev));
+    match train.iter().find(|root| dev.contains(root)) {
+        Some(root) => Ok(vec![root.to_path_buf()]),
+        None if train.is_empty() || dev.is_empty() => Ok(roots.to_vec()),
+        None => Err(Error::configuration(format!(
+            "task `{}` has its train data in {} and its dev data in {}; put both into one folder",
+            card.name,
+            train[0].display(),
+            dev[0].display()
+        ))),
+    }
+}
+
 /// Returns whether a root holds a split of a task; a task without folders of its own is in none.
 ///
 /// # Errors
 ///
 /// [`Error::Data`] if some of the files of a split are there and others are not.
-pub fn holds(card: &TaskCard, root: &Path, split: Split) -> Result<bool> {
+fn holds(card: &TaskCard, root: &Path, split: Split) -> Result<bool> {
     for folder in card.folders.iter().map(|folder| root.join(folder)) {
         for choice in card.splits.get(&split).into_iter().flatten() {
             if find(choice, &folder)?.is_some() {

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,7 @@ use super::label::same_label;
 use super::layout::{Layout, SplitFiles};
 use super::metrics::Metric;
 use crate::error::{Error, Result};
+use crate::spelling::suggestion;
 
 const BUILTIN: [(&str, &str); 15] = [
     ("cola", include_str!("cards/cola.yaml")),
@@ -147,6 +149,34 @@ impl TaskCard {
         let plain = |name: &str| name.to_lowercase().replace(['-', '_'], "");
         let (_, card) = BUILTIN.iter().find(|(builtin, _)| plain(builtin) == plain(name))?;
         Some(serde_yaml::from_str(card).expect("built-in cards are valid: a test reads each of them"))
+    }
+
+    /// Finds a task by its built-in name, or by its card file, which ends in `.yaml` or `.yml`.
+    ///
+    /// # Errors
+    /// Fails, with the nearest known name, if there is neither, or if the file is no card.
+    pub fn named(name: &str) -> Result<TaskCard> {
+        Self::named_beside(Path::new(""), name)
+    }
+
+    /// Does what [`TaskCard::named`] does, with card files of a folder before those of the working folder.
+    ///
+    /// # Errors
+    /// As for [`TaskCard::named`].
+    pub fn named_beside(folder: &Path, name: &str) -> Result<TaskCard> {
+        if let Some(card) = TaskCard::builtin(name) {
+            return Ok(card);
+        }
+        if name.ends_with(".yaml") || name.ends_with(".yml") {
+            let beside = folder.join(name);
+            return TaskCard::load(if beside.exists() { &beside } else { Path::new(name) });
+        }
+        let known = TaskCard::builtin_names();
+        Err(Error::configuration(format!(
+            "unknown task `{name}`{}; known are {}, and files of your own that end in .yaml",
+            suggestion(name, known.iter().copied()),
+            known.join(", ")
+        )))
     }
 
     /// Returns the split that models are scored on where nothing is said: dev, or test where there is no dev.

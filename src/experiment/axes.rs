@@ -60,18 +60,28 @@ impl<'s> Axes<'s> {
             methods,
             too_deep,
             tasks: open_tasks(catalogue, &spec.task, &spec.evaluate)?,
-            points: GridPoint::default().next_stage(&spec.train.clone().unwrap_or_default())?,
+            points: GridPoint::default().next_stage(spec.train.as_ref())?,
             next: NextStage::open(&spec.then, preset, catalogue)?,
         };
-        let lengths =
-            [axes.models.len(), axes.tasks.len(), axes.points.len(), axes.methods.len(), axes.seeds.len()];
-        let count = lengths.into_iter().try_fold(1usize, usize::checked_mul);
-        if count.is_none_or(|count| count > MOST_RUNS) {
+        if axes.count()? > MOST_RUNS {
             return Err(Error::configuration(format!(
                 "the grid has more than {MOST_RUNS} runs; shorten its lists, or divide them among several files"
             )));
         }
         Ok(axes)
+    }
+
+    /// Counts the runs, those of further stages and trials included; the largest number if there are more than that.
+    fn count(&self) -> Result<usize> {
+        let trials = self.spec.select.as_ref().map_or(0, |select| select.on_seeds.0.len());
+        let of_each = [
+            self.models.len(),
+            self.tasks.len(),
+            self.points.len(),
+            self.methods.len(),
+            self.seeds.len().saturating_add(trials),
+        ];
+        Ok(product(&of_each).saturating_mul(chain_length(&self.next)?))
     }
 
     /// Makes all runs, each before those that start from it.
@@ -126,18 +136,20 @@ impl<'s> Axes<'s> {
     }
 
     /// Says which numbers of training examples are more than there are.
-    pub fn examples_note(&self) -> Option<String> {
-        let too_many = |asked: usize| {
-            let all = self.tasks.iter().map(|(task, _)| (&task.card.name, task.train.dataset.examples.len()));
-            all.filter(move |(_, all)| asked > *all)
-                .map(move |(name, all)| format!("{asked} for the {all} of {name}"))
-        };
-        let found: BTreeSet<String> =
-            self.points.iter().filter_map(|point| point.examples).flat_map(too_many).collect();
+    ///
+    /// # Errors
+    /// Fails if a stage has more grid points than anyone means.
+    pub fn examples_note(&self) -> Result<Option<String>> {
+        let mut found = too_many_examples(&self.points, &self.tasks);
+        let mut stages: Vec<&NextStage> = self.next.iter().collect();
+        while let Some(stage) = stages.pop() {
+            found.extend(too_many_examples(&stage.points(&GridPoint::default())?, &stage.tasks));
+            stages.extend(&stage.next);
+        }
         let found: Vec<String> = found.into_iter().collect();
-        (!found.is_empty()).then(|| {
+        Ok((!found.is_empty()).then(|| {
             format!("`train.examples` asks for more than there are, and takes all: {}", found.join(", "))
-        })
+        }))
     }
 
     /// Says which methods the model of a profile has too few layers for.
@@ -153,6 +165,30 @@ impl<'s> Axes<'s> {
         let (freeze, head) = (self.spec.freeze.unwrap_or_default(), self.spec.head.unwrap_or_default());
         Stage { model, open, freeze, head, preset: self.preset }
     }
+}
+
+/// Multiplies lengths; the largest number if the product is above it.
+fn product(lengths: &[usize]) -> usize {
+    lengths.iter().fold(1, |product, &length| product.saturating_mul(length))
+}
+
+/// Returns how many runs a run is with those of the stages that start from it.
+fn chain_length(next: &[NextStage]) -> Result<usize> {
+    next.iter().try_fold(1usize, |length, stage| {
+        let points = stage.points(&GridPoint::default())?.len();
+        let runs = product(&[stage.tasks.len(), points, stage.methods.len()]);
+        Ok(length.saturating_add(runs.saturating_mul(chain_length(&stage.next)?)))
+    })
+}
+
+/// Says where points ask for more training examples than a task has.
+fn too_many_examples(points: &[GridPoint], tasks: &[OpenTask]) -> BTreeSet<String> {
+    let too_many = |asked: usize| {
+        let all = tasks.iter().map(|(task, _)| (&task.card.name, task.train.dataset.examples.len()));
+        all.filter(move |(_, all)| asked > *all)
+            .map(move |(name, all)| format!("{asked} for the {all} of {name}"))
+    };
+    points.iter().filter_map(|point| point.examples).flat_map(too_many).collect()
 }
 
 /// Keeps the methods that every model has enough layers for, and returns the others in words.
@@ -272,6 +308,11 @@ impl<'a> NextStage<'a> {
         };
         listed(stages).iter().map(open).collect()
     }
+
+    /// Returns the stage's points, which go on from one of the stage before.
+    fn points(&self, before: &GridPoint) -> Result<Vec<GridPoint>> {
+        before.next_stage(self.spec.train.as_ref())
+    }
 }
 
 /// Runs, each before those that start from it.
@@ -286,16 +327,17 @@ impl Chains {
     fn add(&mut self, run: Arc<Run>, point: &GridPoint, next: &[NextStage]) -> Result<()> {
         self.ids.add(&run, point.examples)?;
         self.runs.push(run.clone());
-        for NextStage { spec, tasks, methods, next } in next {
-            let points = point.next_stage(&spec.train.clone().unwrap_or_default())?;
-            let (freeze, head) = (spec.freeze.unwrap_or_default(), spec.head.unwrap_or(HeadStart::Fresh));
-            for open in tasks {
+        for next in next {
+            let points = next.points(point)?;
+            let freeze = next.spec.freeze.unwrap_or_default();
+            let head = next.spec.head.unwrap_or(HeadStart::Fresh);
+            for open in &next.tasks {
                 let stage = Stage { model: &run.model, open, freeze, head, preset: self.preset };
                 for point in &points {
-                    for method in methods {
+                    for method in &next.methods {
                         let start = Start::Run(run.clone());
                         let target = stage.run(method, point, start, run.seed, RunPurpose::Report)?;
-                        self.add(target, point, next)?;
+                        self.add(target, point, &next.next)?;
                     }
                 }
             }

@@ -3,8 +3,8 @@
 use super::run::Run;
 use crate::error::Result;
 use crate::method::WeightsInUse;
-use crate::model::{Classifier, Labels, Parameter, ParameterPlace};
-use crate::train::{OptimizerRule, Precision};
+use crate::model::{Classifier, Labels, Parameter, ParameterPlace, Precision};
+use crate::train::OptimizerRule;
 
 /// What one run's method costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

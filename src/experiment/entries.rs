@@ -8,14 +8,11 @@ use sha2::{Digest, Sha256};
 
 use super::spec::TaskSpec;
 use super::stage_spec::EvaluationSpec;
-use crate::data::{
-    Dataset, LabelMap, Split, TaskCard, TokenEncoder, fetched_data_folder, holds, read_split, subset,
-};
+use crate::data::{Dataset, LabelMap, Split, TaskCard, TokenEncoder, read_split, roots_of_training, subset};
 use crate::error::{Error, Result};
 use crate::hub::model_folder;
 use crate::model::ModelFolder;
 use crate::random::{Key, Purpose};
-use crate::spelling::suggestion;
 use crate::values::hexadecimal;
 
 /// A pretrained model that runs start from.
@@ -193,30 +190,9 @@ impl Catalogue {
     /// # Errors
     /// Fails, naming file and place, if the task is not known or its data cannot be read.
     pub fn task(&mut self, spec: &TaskSpec) -> Result<TaskEntry> {
-        const NEEDED: [Split; 2] = [Split::Train, Split::Dev];
         let card = self.card(spec)?;
-        let mut roots = self.roots.clone();
-        if !card.folders.is_empty() {
-            let mut places = Vec::new();
-            for split in NEEDED {
-                // One that cannot be looked into counts as holding it: reading says why.
-                let holding = |root: &&PathBuf| holds(&card, root, split).unwrap_or(true);
-                places.push(self.roots.iter().filter(holding).collect::<Vec<_>>());
-            }
-            match places[0].iter().find(|root| places[1].contains(root)) {
-                Some(root) => roots = vec![root.to_path_buf()],
-                None if places.iter().all(|places| !places.is_empty()) => {
-                    return Err(Error::configuration(format!(
-                        "task `{}` has its train data in {} and its dev data in {}; put both into one folder",
-                        card.name,
-                        places[0][0].display(),
-                        places[1][0].display()
-                    )));
-                }
-                None => {}
-            }
-        }
-        let [train, dev] = NEEDED.map(|split| self.split(&card, split, &roots));
+        let roots = roots_of_training(&card, &self.roots)?;
+        let [train, dev] = [Split::Train, Split::Dev].map(|split| self.split(&card, split, &roots));
         let (train, dev) = (train?, dev?);
         Ok(TaskEntry { card: dev.card.clone(), train, dev })
     }
@@ -294,7 +270,7 @@ impl Catalogue {
     fn card(&self, spec: &TaskSpec) -> Result<TaskCard> {
         match spec {
             TaskSpec::Custom(custom) => custom.as_ref().clone().into_card(&self.base),
-            TaskSpec::Named(name) => named_card(name, &self.base),
+            TaskSpec::Named(name) => TaskCard::named_beside(&self.base, name),
         }
     }
 
@@ -309,48 +285,6 @@ impl Catalogue {
         self.splits.push((entry.clone(), roots.to_vec()));
         Ok(entry)
     }
-}
-
-/// Returns where data sets are looked for, in order: the folders of the command line, those of the experiment, the
-/// folder `data`, and what was fetched. The miniature data that come with the program stand behind what was fetched.
-///
-/// # Errors
-/// Fails, naming it, if a folder of the command line is none, or if all of the experiment are none: other data would take their
-/// place unnoticed. (An experiment may list the folders of several machines.)
-pub fn data_roots(first: &[PathBuf], then: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let missing = first.iter().find(|folder| !folder.is_dir());
-    let missing = missing.or_else(|| then.first().filter(|_| !then.iter().any(|folder| folder.is_dir())));
-    if let Some(missing) = missing {
-        return Err(Error::configuration(format!("there is no folder {} with data sets", missing.display())));
-    }
-    let own = PathBuf::from("data");
-    let is_miniature = own.join("MINIATURE").exists();
-    let mut last = vec![own];
-    last.extend(fetched_data_folder());
-    if is_miniature {
-        last.reverse();
-    }
-    Ok(first.iter().chain(then).cloned().chain(last).collect())
-}
-
-/// Finds a task by its built-in name, or by its card file beside the experiment or in the working folder.
-///
-/// # Errors
-/// Fails, with the nearest known name, if there is neither.
-pub fn named_card(name: &str, base: &Path) -> Result<TaskCard> {
-    if let Some(card) = TaskCard::builtin(name) {
-        return Ok(card);
-    }
-    if name.ends_with(".yaml") || name.ends_with(".yml") {
-        let beside = base.join(name);
-        return TaskCard::load(if beside.exists() { &beside } else { Path::new(name) });
-    }
-    let known = TaskCard::builtin_names();
-    Err(Error::configuration(format!(
-        "unknown task `{name}`{}; known are {}, and files of your own that end in .yaml",
-        suggestion(name, known.iter().copied()),
-        known.join(", ")
-    )))
 }
 
 #[cfg(test)]

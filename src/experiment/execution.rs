@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::plan::Plan;
 use super::queue::{Queue, Turn};
-use super::resident::has_model;
 use super::results::{NeededSources, Recorded, ResultsFile, Status, read};
-use super::run::Run;
+use super::run::{Run, RunPurpose};
 use super::run_mask::mask_file;
 use super::runner::{Attempt, RunEvent, kept_folder};
 use crate::error::{Error, Result};
 use crate::method::MaskKind;
+use crate::model::is_saved;
 
 /// Who trains runs: as many at once as it has room for.
 pub trait Executor {
@@ -67,7 +67,7 @@ pub struct Summary {
 /// # Errors
 /// Fails if the results file cannot be used, or a model cannot be loaded.
 pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBool) -> Result<Summary> {
-    let results = check_places(plan)?;
+    let results = open_places(plan)?;
     if let Some(repair) = results.repaired() {
         executor.report(RunEvent::Note(repair.to_owned()));
     }
@@ -98,7 +98,8 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
 fn not_kept(plan: &Plan, recorded: &Recorded) -> impl Iterator<Item = String> {
     let lacking = |what: &str, folder: &Path, lacks: &dyn Fn(&Run) -> bool| {
         let ended = |run: &&Arc<Run>| recorded.status(&run.id) == Some(Status::Ok);
-        let count = plan.runs.iter().filter(ended).filter(|run| lacks(run)).count();
+        let kept = plan.all_runs().filter(|run| run.purpose != RunPurpose::Selection);
+        let count = kept.filter(ended).filter(|run| lacks(run)).count();
         (count > 0).then(|| {
             format!(
                 "{count} runs that had ended before have no {what} in {}; with another `results` file they are trained again",
@@ -109,7 +110,7 @@ fn not_kept(plan: &Plan, recorded: &Recorded) -> impl Iterator<Item = String> {
     let model = plan
         .save
         .as_ref()
-        .and_then(|folder| lacking("model", folder, &|run| !has_model(&kept_folder(plan, &run.id))));
+        .and_then(|folder| lacking("model", folder, &|run| !is_saved(&kept_folder(plan, &run.id))));
     let mask = plan.masks.as_ref().and_then(|folder| {
         lacking("mask", folder, &|run| {
             run.method.mask() == Some(MaskKind::Fixed) && !mask_file(folder, &run.id).exists()
@@ -122,7 +123,7 @@ fn not_kept(plan: &Plan, recorded: &Recorded) -> impl Iterator<Item = String> {
 ///
 /// # Errors
 /// Fails if one of them cannot be used.
-pub fn check_places(plan: &Plan) -> Result<ResultsFile> {
+pub fn open_places(plan: &Plan) -> Result<ResultsFile> {
     make_folders(plan)?;
     ResultsFile::open(&plan.results)
 }
@@ -234,7 +235,9 @@ fn clear_sources(plan: &Plan, results: &ResultsFile, needed: NeededSources) -> R
             // What cannot be removed does no harm; the folder above goes with the last one.
             let kept = kept_folder(plan, source);
             let _ = std::fs::remove_dir_all(&kept);
-            let _ = kept.parent().map(std::fs::remove_dir);
+            if let Some(above) = kept.parent() {
+                let _ = std::fs::remove_dir(above);
+            }
         }
     })
 }

@@ -15,9 +15,9 @@ use super::run::Run;
 use super::training_set::training_set;
 use crate::data::EncodedDataset;
 use crate::error::Result;
-use crate::model::{Classifier, Labels, ModelShape, words_among};
+use crate::model::{Classifier, Labels, ModelShape, Precision, words_among};
 use crate::statistics::median;
-use crate::train::{MemoryUse, Precision};
+use crate::train::MemoryUse;
 
 /// Share of the rate of one large matrix product that training reaches in all.
 const EFFICIENCY: f64 = 0.75;
@@ -134,23 +134,28 @@ pub fn forecast(run: &Run, tokens: &mut Tokens, speed: &Speed) -> Result<Forecas
             seconds += pass * passed / run.training_examples().max(1) as f64;
         }
     }
-    Ok(Forecast { seconds, memory: memory(run, &cost, &train, speed)? })
+    let memory = memory(run, &shape, &cost, &*training_set(&train, run)?, speed)?;
+    Ok(Forecast { seconds, memory })
 }
 
-/// Bytes that a run holds at most.
-fn memory(run: &Run, cost: &MethodCost, train: &EncodedDataset, speed: &Speed) -> Result<f64> {
+/// Bytes that a run holds at most, which trains on these examples.
+fn memory(
+    run: &Run,
+    shape: &ModelShape,
+    cost: &MethodCost,
+    train: &EncodedDataset,
+    speed: &Speed,
+) -> Result<f64> {
     let settings = &run.hyperparameters;
-    let (config, labels) = (&run.model.folder.config, Labels::from(&run.task.card.objective));
-    let shape = Classifier::shape(config, &labels)?;
     // A first training has no mask.
     let trained = if cost.fine_tunes_first { shape.weights } else { cost.trainable };
-    let trained = trained.saturating_sub(idle_weights(run, &shape, train)?);
-    let memory = MemoryUse::new(&shape, settings, trained, speed.device)
+    let trained = trained.saturating_sub(idle_weights(run, shape, train)?);
+    let memory = MemoryUse::new(shape, settings, trained, speed.device)
         .with_method(cost.method_bytes, run.method.parts().passes_held());
-    let passes = lengths_of_passes(run, train)?;
+    let passes = lengths_of_passes(run, train);
     let largest = passes.iter().map(|lengths| memory.of_pass(lengths)).fold(0.0, f64::max);
-    let training = memory.fixed + largest.max(scoring_bytes(&shape));
-    Ok(speed.held_before as f64 + training.max(fisher_bytes(run, &shape, train, speed.device)?))
+    let training = memory.fixed + largest.max(scoring_bytes(shape));
+    Ok(speed.held_before as f64 + training.max(fisher_bytes(run, shape, train, speed.device)))
 }
 
 /// Counts the weights that train but have no moments, since they are of words that no example has; with a fixed child network it
@@ -164,28 +169,28 @@ fn idle_weights(run: &Run, shape: &ModelShape, train: &EncodedDataset) -> Result
     if has_child || run.method.parts().reach_gradients() {
         return Ok(0);
     }
-    let absent = shape.vocabulary.saturating_sub(training_set(train, run)?.vocabulary().len());
+    let absent = shape.vocabulary.saturating_sub(train.vocabulary().len());
     Ok(absent * words.shape[1] as usize)
 }
 
 /// Bytes of the pass that a method begins with, if it does, over batches of examples of similar length.
-fn fisher_bytes(run: &Run, shape: &ModelShape, train: &EncodedDataset, device: Device) -> Result<f64> {
+fn fisher_bytes(run: &Run, shape: &ModelShape, train: &EncodedDataset, device: Device) -> f64 {
     let settings = &run.hyperparameters;
     let passed = run.method.examples_passed(run.training_examples());
     if passed == 0 {
-        return Ok(0.0);
+        return 0.0;
     }
-    let mut lengths = training_set(train, run)?.lengths();
+    let mut lengths = train.lengths();
     lengths.sort_unstable_by(|left, right| right.cmp(left));
     lengths.truncate(passed.min(settings.batch_size));
     let memory = MemoryUse::of_fisher_pass(shape, settings.precision, device);
-    Ok(memory.fixed + memory.of_pass(&lengths))
+    memory.fixed + memory.of_pass(&lengths)
 }
 
 /// Returns the lengths of the examples of each pass, for the first batches that the run will train on.
-fn lengths_of_passes(run: &Run, train: &EncodedDataset) -> Result<Vec<Vec<usize>>> {
+fn lengths_of_passes(run: &Run, train: &EncodedDataset) -> Vec<Vec<usize>> {
     let settings = &run.hyperparameters;
-    let lengths = training_set(train, run)?.lengths();
+    let lengths = train.lengths();
     let steps = (run.total_steps() as usize).min(BATCHES_LOOKED_AT);
     let epochs = steps.div_ceil(lengths.len().div_ceil(settings.batch_size).max(1));
     let pass = settings.micro_batch.at_most(settings.batch_size);
@@ -197,7 +202,7 @@ fn lengths_of_passes(run: &Run, train: &EncodedDataset) -> Result<Vec<Vec<usize>
             passes.extend(batch.chunks(pass).map(of_pass));
         }
     }
-    Ok(passes)
+    passes
 }
 
 /// Operations of one forward pass over a data set.

@@ -3,7 +3,8 @@
 use super::spec::TrainSpec;
 use crate::error::{Error, Result};
 use crate::method::{MaskKind, Method, Preset};
-use crate::train::{AdamWForm, Freeze, Hyperparameters, MicroBatch, Precision, Warmup};
+use crate::model::Precision;
+use crate::train::{AdamWForm, Freeze, Hyperparameters, MicroBatch, Warmup};
 use crate::values::OneOrMany;
 
 /// One point of the grid, still without the parts that depend on the method.
@@ -26,8 +27,12 @@ impl GridPoint {
     ///
     /// # Errors
     /// Fails if there are more than anyone means.
-    pub fn next_stage(&self, typed: &TrainSpec) -> Result<Vec<GridPoint>> {
-        grid(typed, GridPoint { examples: None, label_noise: 0.0, ..self.clone() })
+    pub fn next_stage(&self, typed: Option<&TrainSpec>) -> Result<Vec<GridPoint>> {
+        let start = GridPoint { examples: None, label_noise: 0.0, ..self.clone() };
+        match typed {
+            Some(typed) => grid(typed, start),
+            None => Ok(vec![start]),
+        }
     }
 
     /// Settles what depends on the method.
@@ -62,7 +67,7 @@ impl GridPoint {
         if self.cuda_graphs == Some(true)
             && let Some(obstacle) = recording_obstacle(&hyperparameters, method)
         {
-            return Err(Error::configuration(format!("train.cuda_graphs records passes, but {obstacle}")));
+            return Err(Error::configuration(format!("train.cuda_graphs: {obstacle}")));
         }
         let noise = method.parts().hidden_noise.filter(|_| hyperparameters.precision == Precision::Bf16);
         if let Some(noise) = noise.filter(|noise| noise.scale < FINEST_BF16_NOISE) {
@@ -104,11 +109,16 @@ fn release_obstacle(hyperparameters: &Hyperparameters, method: &dyn Method) -> O
     }
 }
 
-/// Returns why passes of a method cannot be recorded under its settings, if they cannot.
+/// Returns in a sentence why passes of a method cannot be recorded under its settings, if they cannot.
 fn recording_obstacle(hyperparameters: &Hyperparameters, method: &dyn Method) -> Option<String> {
     let plain = method.parts().has_plain_passes();
     let of_method = || {
-        (!plain).then(|| format!("those of plain fine-tuning; {} has others: leave it out", method.name()))
+        let name = method.name();
+        (!plain).then(|| {
+            format!(
+                "{name} has other passes than plain fine-tuning, and only those are recorded: leave it out"
+            )
+        })
     };
     hyperparameters.recording_obstacle().map(str::to_owned).or_else(of_method)
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::queue::Turn;
-use super::run::Run;
+use super::run::{Run, RunPurpose};
 use super::run_mask::write_mask_of;
 use super::runner::{RunEvent, Runner};
 use super::training_set::training_set;
@@ -15,7 +15,7 @@ use crate::model::Classifier;
 use crate::train::{Control, OptimizerRule, StepVariance, prepare, step_variance};
 
 impl Runner<'_> {
-    /// Computes the masks of all runs whose method has a fixed one, and writes each as `folder/<run>.safetensors`. Returns
+    /// Computes the masks of all runs that may be reported and whose method has a fixed one, and writes each as `folder/<run>.safetensors`. Returns
     /// where, and how uncertain a mask is if a part of the training data chose it. Trains nothing.
     ///
     /// # Errors
@@ -24,7 +24,7 @@ impl Runner<'_> {
         let mut written = Vec::new();
         let plan = self.plan;
         self.with_each(
-            |run| run.method.mask() == Some(MaskKind::Fixed),
+            |run| run.method.mask() == Some(MaskKind::Fixed) && run.purpose != RunPurpose::Selection,
             |run, classifier, data, control| {
                 let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
                 let prepared = prepare(classifier, data, method, settings, run.seed, control)?;
@@ -73,15 +73,15 @@ impl Runner<'_> {
         for (number, run) in runs.iter().enumerate().filter(|(_, run)| chosen(run)) {
             let turn = Turn { number: number + 1, total: runs.len(), run: run.clone() };
             (self.report)(RunEvent::Started { worker: 0, turn: &turn });
-            self.load(run)?;
-            let Some(resident) = &mut self.resident else { continue };
+            let mut model = self.take_model(run)?;
             let all = self.tokens.of(&run.model, &run.task.train.dataset, run.hyperparameters.max_length)?;
             let (report, interrupted) = (&mut *self.report, self.interrupted);
             let mut forward = |event| report(RunEvent::Progress { worker: 0, event });
             let mut control = Control { interrupted, report: &mut forward };
             let data = training_set(&all, run)?;
-            resident.classifier.reset(run.seed)?;
-            act(run, &mut resident.classifier, &data, &mut control)?;
+            model.classifier.reset(run.seed)?;
+            act(run, &mut model.classifier, &data, &mut control)?;
+            self.resident = Some(model);
         }
         Ok(())
     }

@@ -29,8 +29,8 @@ mod worker;
 mod worker_pool;
 
 pub use cost::{MethodCost, method_cost};
-pub use entries::{Evaluated, ModelEntry, SplitEntry, TaskEntry, data_roots, named_card};
-pub use execution::{Executor, Summary, check_places, execute};
+pub use entries::{Evaluated, ModelEntry, SplitEntry, TaskEntry};
+pub use execution::{Executor, Summary, execute, open_places};
 pub use forecast::{Forecast, Speed, forecast};
 pub use machine::{device_kind, device_name, graphics_cards, peak_memory, reset_peak_memory};
 pub use overrides::Override;

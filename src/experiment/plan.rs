@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::axes::{Axes, listed};
-use super::entries::{Catalogue, data_roots};
+use super::entries::Catalogue;
 use super::run::{Run, RunPurpose};
 use super::selection::{self, Selection};
 use super::spec::ExperimentSpec;
-use crate::data::TaskCard;
+use crate::data::{TaskCard, data_roots};
 use crate::error::{Error, Result};
 use crate::files::is_pipe;
 use crate::method::Preset;
@@ -76,7 +76,7 @@ impl Plan {
         plan.check_fits()?;
         plan.tell_runs_apart();
         plan.notes.extend(plan.warmup_note());
-        plan.notes.extend(axes.examples_note());
+        plan.notes.extend(axes.examples_note()?);
         plan.notes.extend(plan.dropout_notes()?);
         plan.notes.extend(axes.notes_on_depth());
         Ok(plan)

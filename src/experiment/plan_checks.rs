@@ -80,7 +80,7 @@ impl Plan {
     /// Says which folders that runs start from have other dropout than the model that the experiment names.
     pub(super) fn dropout_notes(&self) -> Result<BTreeSet<String>> {
         let (mut notes, mut looked_at) = (BTreeSet::new(), HashSet::new());
-        for run in &self.runs {
+        for run in self.all_runs() {
             let Start::Folder(start) = &run.start else { continue };
             if !looked_at.insert((Arc::as_ptr(start), Arc::as_ptr(&run.model))) {
                 continue;

@@ -6,7 +6,8 @@ use serde::Deserialize;
 
 use super::spec::{ExperimentSpec, Seeds, TrainSpec};
 use super::stage_spec::ThenSpec;
-use crate::train::{MicroBatch, Precision};
+use crate::model::Precision;
+use crate::train::MicroBatch;
 use crate::values::{Count, OneOrMany, Positive};
 
 /// A smaller version of an experiment, by name.

@@ -1,6 +1,5 @@
 //! What stays in memory from one run to the next: a model with the weights that runs start from, and data as tokens.
 
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -10,8 +9,8 @@ use super::entries::{ModelEntry, TaskEntry};
 use super::run::Run;
 use crate::data::{Dataset, EncodedDataset};
 use crate::error::Result;
-use crate::model::{Classifier, HeadStart, Labels, ModelFolder};
-use crate::train::{Control, Event, Precision, Progress, frozen_features};
+use crate::model::{Classifier, HeadStart, Labels, ModelFolder, Precision};
+use crate::train::{Control, Event, Progress, frozen_features};
 
 /// A model with the weights that runs start from.
 pub struct ResidentModel {
@@ -109,9 +108,4 @@ impl Tokens {
         self.known.push((model.tokenizer_sha256.clone(), max_length, dataset.clone(), encoded.clone()));
         Ok(encoded)
     }
-}
-
-/// Returns whether a folder has a whole model; [`Classifier::save`] writes the weights last but the tokenizer.
-pub fn has_model(folder: &Path) -> bool {
-    folder.join("model.safetensors").is_file()
 }

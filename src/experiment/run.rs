@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -48,12 +49,13 @@ pub struct Run {
 }
 
 /// What a run is for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RunPurpose {
     /// Its score is a result.
     #[default]
     Report,
-    /// So is this, and its hyper-parameters were chosen by trials.
+    /// Its score is a result, and trials chose its hyper-parameters.
     Tuned,
     /// Its score chooses hyper-parameters.
     Selection,
@@ -173,11 +175,9 @@ impl Run {
         if self.label_noise > 0.0 {
             add("label_noise", json!(self.label_noise));
         }
-        match self.purpose {
-            RunPurpose::Report => None,
-            RunPurpose::Tuned => add("purpose", json!("tuned")),
-            RunPurpose::Selection => add("purpose", json!("selection")),
-        };
+        if self.purpose != RunPurpose::Report {
+            add("purpose", json!(self.purpose));
+        }
         let digest = Sha256::digest(content.to_string());
         hexadecimal(&digest[..8])
     }

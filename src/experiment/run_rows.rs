@@ -10,7 +10,7 @@ use super::entries::Evaluated;
 use super::machine;
 use super::plan::Plan;
 use super::results::{Row, Status};
-use super::run::{Run, RunPurpose};
+use super::run::Run;
 use crate::data::{Metric, Objective};
 use crate::libtorch;
 use crate::train::{Evaluation, Trained};
@@ -36,11 +36,7 @@ pub fn described(plan: &Plan, run: &Run, evaluated: &Evaluated, device: Device, 
     let is_regression = matches!(run.task.card.objective, Objective::Regression);
     Row {
         experiment: plan.name.clone(),
-        purpose: match run.purpose {
-            RunPurpose::Report => "report".into(),
-            RunPurpose::Tuned => "tuned".into(),
-            RunPurpose::Selection => "selection".into(),
-        },
+        purpose: yaml_name(&run.purpose),
         model: run.model.name.clone(),
         model_sha256: run.model.sha256.clone(),
         model_revision: run.model.revision.clone().unwrap_or_default(),
@@ -136,7 +132,7 @@ pub fn measured(row: &mut Row, outcome: &Outcome, (evaluation, evaluate_time): &
     row.tokens_per_second = Some(trained.tokens as f64 / seconds);
     row.peak_memory_mb = outcome.peak_memory.map(|bytes| bytes as f64 / MEBIBYTE);
     row.optimizer_state_mb = Some(trained.optimizer_bytes as f64 / MEBIBYTE);
-    row.trainable_parameters = Some(trained.changing as u64);
+    row.trainable_parameters = Some(trained.trainable as u64);
     if let Some(mask) = &trained.mask {
         row.child_share = Some(mask.share());
     }

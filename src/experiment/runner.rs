@@ -14,7 +14,7 @@ use super::execution::Executor;
 use super::machine;
 use super::plan::Plan;
 use super::queue::Turn;
-use super::resident::{ResidentModel, Tokens, has_model};
+use super::resident::{ResidentModel, Tokens};
 use super::results::{ResultsFile, Row, Status};
 use super::run::{Run, RunPurpose};
 use super::run_mask::write_mask_of;
@@ -25,7 +25,7 @@ use crate::child::GradientMask;
 use crate::error::{Error, Result};
 use crate::files::beside;
 use crate::libtorch;
-use crate::model::ModelFolder;
+use crate::model::{Classifier, ModelFolder, is_saved};
 use crate::train::{Checkpoint, Control, Event, Progress, Scored, evaluate, train};
 use crate::values::yaml_name;
 
@@ -162,7 +162,9 @@ impl<'a> Runner<'a> {
             if !checked.insert([&run.model.name, run.start_id(), &run.task.card.name]) {
                 continue;
             }
-            let summary = self.load(run)?.classifier.report.summary();
+            let model = self.take_model(run)?;
+            let summary = model.classifier.report.summary();
+            self.resident = Some(model);
             if let Some(text) = summary.filter(|_| noted.insert(run.start_id())) {
                 let folder = match &run.start {
                     Start::Folder(start) => &start.folder,
@@ -178,7 +180,7 @@ impl<'a> Runner<'a> {
     fn source_of(&mut self, run: &Run, results: &ResultsFile) -> Result<Source> {
         let Some(source) = run.source_run() else { return Ok(Source::Ready) };
         let folder = self.kept(source);
-        if has_model(&folder) {
+        if is_saved(&folder) {
             return Ok(Source::Ready);
         }
         match results.recorded()?.status(&source.id) {
@@ -191,7 +193,7 @@ impl<'a> Runner<'a> {
             None => return Ok(Source::Elsewhere),
         }
         let Some(_claim) = results.claim(&source.id)? else { return Ok(Source::Elsewhere) };
-        if has_model(&folder) {
+        if is_saved(&folder) {
             return Ok(Source::Ready);
         }
         if let Source::Elsewhere = self.source_of(source, results)? {
@@ -211,37 +213,42 @@ impl<'a> Runner<'a> {
     fn rows(&mut self, run: &Run) -> Result<Vec<Row>> {
         let started = SystemTime::now();
         machine::reset_peak_memory(self.device);
-        if let Err(error) = self.load(run) {
-            // What a source left may be removed by another process that needs it no more.
-            let Some(source) = run.source_run().filter(|source| !has_model(&self.kept(source))) else {
-                return Err(error);
-            };
-            let reason = format!("the weights of run {} that it starts from have been removed", source.id);
-            return Ok(rows_without_scores(self.plan, run, self.device, (Status::Failed, &reason), started));
-        }
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.train(run)));
-        let outcome = outcome.unwrap_or_else(|panic| {
-            // The model may be half changed; the next run starts from the file again.
-            self.resident = None;
-            Err(Error::Libtorch(format!("panic: {}", libtorch::panic_message(panic.as_ref()))))
-        });
-        let outcome = match outcome {
-            Err(Error::Interrupted) => return Err(Error::Interrupted),
+        let (plan, device) = (self.plan, self.device);
+        let without_scores =
+            |status, reason: &str| rows_without_scores(plan, run, device, (status, reason), started);
+        let mut model = match self.take_model(run) {
+            Ok(model) => model,
             Err(error) => {
-                let diverged = matches!(error, Error::Diverged(_));
-                let status = if diverged { Status::Diverged } else { Status::Failed };
-                let outcome = (status, error.to_string());
-                return Ok(rows_without_scores(
-                    self.plan,
-                    run,
-                    self.device,
-                    (outcome.0, &outcome.1),
-                    started,
-                ));
+                // What a source left may be removed by another process that needs it no more.
+                let Some(source) = run.source_run().filter(|source| !is_saved(&self.kept(source))) else {
+                    return Err(error);
+                };
+                let reason =
+                    format!("the weights of run {} that it starts from have been removed", source.id);
+                return Ok(without_scores(Status::Failed, &reason));
             }
-            Ok(outcome) => outcome,
         };
-        let kept = self.keep(run, outcome.trained.mask.as_deref());
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let outcome = self.train(run, &mut model)?;
+            let kept = self.keep(run, &model.classifier, outcome.trained.mask.as_deref());
+            Ok((outcome, kept))
+        }));
+        let outcome = match outcome {
+            Ok(outcome) => {
+                self.resident = Some(model);
+                outcome
+            }
+            // The model may be half changed; the next run starts from the file again.
+            Err(panic) => Err(Error::Libtorch(format!("panic: {}", libtorch::panic_message(panic.as_ref())))),
+        };
+        let (outcome, kept) = match outcome {
+            Ok(outcome) => outcome,
+            Err(Error::Interrupted) => return Err(Error::Interrupted),
+            Err(error @ Error::Diverged(_)) => {
+                return Ok(without_scores(Status::Diverged, &error.to_string()));
+            }
+            Err(error) => return Ok(without_scores(Status::Failed, &error.to_string())),
+        };
         let row = |(evaluated, scores): (&Evaluated, _)| {
             let mut row = described(self.plan, run, evaluated, self.device, started);
             measured(&mut row, &outcome, scores);
@@ -255,32 +262,24 @@ impl<'a> Runner<'a> {
         Ok(run.evaluations.iter().zip(&outcome.evaluations).map(row).collect())
     }
 
-    /// Makes the model of a run resident, reusing what the last run left.
-    pub(super) fn load(&mut self, run: &Run) -> Result<&mut ResidentModel> {
+    /// Takes the model of a run: what the last run left, if it serves, or else from the files. Whoever has taken it puts it back, if
+    /// it is whole.
+    pub(super) fn take_model(&mut self, run: &Run) -> Result<ResidentModel> {
         // Another one is freed before the next is loaded.
-        let resident = match self.resident.take().filter(|resident| resident.serves(run)) {
-            Some(resident) => resident,
-            None => {
-                let kept;
-                let folder = match &run.start {
-                    Start::Pretrained => &run.model.folder,
-                    Start::Folder(start) => &start.folder,
-                    Start::Run(source) => {
-                        kept = ModelFolder::open(&self.kept(source))?;
-                        &kept
-                    }
-                };
-                ResidentModel::load(run, folder, self.device)?
+        if let Some(model) = self.resident.take().filter(|model| model.serves(run)) {
+            return Ok(model);
+        }
+        match &run.start {
+            Start::Pretrained => ResidentModel::load(run, &run.model.folder, self.device),
+            Start::Folder(start) => ResidentModel::load(run, &start.folder, self.device),
+            Start::Run(source) => {
+                ResidentModel::load(run, &ModelFolder::open(&self.kept(source))?, self.device)
             }
-        };
-        Ok(self.resident.insert(resident))
+        }
     }
 
     /// Trains and scores.
-    fn train(&mut self, run: &Run) -> Result<Outcome> {
-        let Some(resident) = &mut self.resident else {
-            return Err(Error::configuration("no model is loaded"));
-        };
+    fn train(&mut self, run: &Run, model: &mut ResidentModel) -> Result<Outcome> {
         let settings = &run.hyperparameters;
         let tokens = &mut self.tokens;
         let mut encode = |dataset| tokens.of(&run.model, dataset, settings.max_length);
@@ -293,12 +292,12 @@ impl<'a> Runner<'a> {
         let report = &mut *self.report;
         let mut forward = |event| report(RunEvent::Progress { worker: 0, event });
         let mut control = Control { interrupted: self.interrupted, report: &mut forward };
-        resident.classifier.reset(run.seed)?;
+        model.classifier.reset(run.seed)?;
         let started = Instant::now();
-        let all = resident.seen_by(run, &all, &mut control)?;
+        let all = model.seen_by(run, &all, &mut control)?;
         let data = training_set(&all, run)?;
         let evaluated =
-            evaluated.iter().map(|on| resident.seen_by(run, on, &mut control)).collect::<Result<Vec<_>>>()?;
+            evaluated.iter().map(|on| model.seen_by(run, on, &mut control)).collect::<Result<Vec<_>>>()?;
         let features_time = started.elapsed();
         let scored = |place: usize| Scored {
             data: &evaluated[place],
@@ -307,7 +306,7 @@ impl<'a> Runner<'a> {
         };
         let watched = settings.checkpoint == Checkpoint::Best || settings.early_stopping.is_some();
         let dev = watched.then(|| scored(0));
-        let (classifier, method) = (&mut resident.classifier, run.method.as_ref());
+        let (classifier, method) = (&mut model.classifier, run.method.as_ref());
         let mut trained = train(classifier, &data, dev, method, settings, run.seed, &mut control)?;
         if run.is_frozen() {
             trained.prepare_time += features_time;
@@ -331,13 +330,12 @@ impl<'a> Runner<'a> {
     }
 
     /// Keeps model and mask of a finished run, where the experiment asks for it or another run starts from it.
-    fn keep(&self, run: &Run, mask: Option<&GradientMask>) -> Result<()> {
-        let Some(resident) = &self.resident else { return Ok(()) };
+    fn keep(&self, run: &Run, classifier: &Classifier, mask: Option<&GradientMask>) -> Result<()> {
         let is_source = |other: &Arc<Run>| other.source_run().is_some_and(|source| source.id == run.id);
         // Of trials only the scores are wanted.
         let is_result = run.purpose != RunPurpose::Selection;
         if self.plan.save.is_some() && is_result || self.plan.runs.iter().any(is_source) {
-            resident.classifier.save(&self.kept(run), &run.model.encoder)?;
+            classifier.save(&self.kept(run), &run.model.encoder)?;
         }
         if let Some(folder) = self.plan.masks.as_ref().filter(|_| is_result) {
             write_mask_of(self.plan, run, mask, folder)?;

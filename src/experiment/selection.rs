@@ -12,7 +12,6 @@ use super::spec::ExperimentSpec;
 use super::stage_spec::{SelectBy, SelectSpec};
 use crate::error::{Error, Result};
 use crate::statistics::{is_above, mean};
-use crate::values::PartialShare;
 
 /// The trials of an experiment, and what they choose between.
 #[derive(Default)]
@@ -124,9 +123,6 @@ pub fn check(spec: &ExperimentSpec, seeds: &[u64]) -> Result<()> {
         return Err(Error::configuration(
             "select: `share` is what `by: held_out` holds out, and goes with that only",
         ));
-    }
-    if select.share == Some(PartialShare(0.0)) {
-        return Err(Error::configuration("select: `share` must be above 0 and below 1, not 0"));
     }
     let shared = select.on_seeds.0.iter().find(|seed| seeds.contains(seed));
     match shared {

@@ -11,12 +11,12 @@ use serde_json::{Map, Value};
 use super::overrides::{self, Override};
 use super::profile::Profile;
 use super::stage_spec::{EvaluationSpec, InitFrom, SelectSpec, ThenSpec};
-use crate::data::CustomTask;
+use crate::data::{CustomTask, Order};
 use crate::error::{Error, Result};
 use crate::files::is_pipe;
 use crate::method::{MethodSpec, Preset};
-use crate::model::HeadStart;
-use crate::train::{AdamWForm, Checkpoint, Freeze, MicroBatch, OptimizerRule, Order, Precision, Warmup};
+use crate::model::{HeadStart, Precision};
+use crate::train::{AdamWForm, Checkpoint, Freeze, MicroBatch, OptimizerRule, Warmup};
 use crate::values::{Count, Limit, NonNegative, OneOrMany, PartialShare, Positive, keys_once, typed};
 use crate::yaml;
 

@@ -14,7 +14,7 @@ use crate::data::Split;
 use crate::method::MethodSpec;
 use crate::model::HeadStart;
 use crate::train::Freeze;
-use crate::values::{Cell, OneOrMany, PartialShare};
+use crate::values::{Cell, OneOrMany, ProperShare};
 
 /// A data set to score on without training on it: a task's name, or `{task: snli, split: test}`.
 #[derive(Clone, Debug)]
@@ -131,7 +131,7 @@ pub struct SelectSpec {
     /// Seeds of the trials.
     pub on_seeds: Seeds,
     /// Share of the training data that is held out, with [`SelectBy::HeldOut`].
-    pub share: Option<PartialShare>,
+    pub share: Option<ProperShare>,
     /// Allows seeds that are reported as well, which flatters the report.
     #[serde(default)]
     pub share_seeds: bool,

@@ -6,10 +6,10 @@
 use std::sync::Arc;
 
 use super::registry::{MethodOptions, MethodSpec};
-use super::{MaskKind, Method, Parts, Preparation, Prepared, Preset, WeightsInUse, layers_of};
+use super::{MaskKind, Method, Parts, Preparation, Prepared, Preset, WeightsInUse};
 use crate::child::MaskScope;
 use crate::error::{Error, Result};
-use crate::model::{Classifier, Parameter, ParameterTable};
+use crate::model::{Classifier, Parameter, ParameterTable, layers_of};
 
 /// The methods as typed: a list within the list of methods.
 #[derive(Debug)]
@@ -38,14 +38,41 @@ impl MethodOptions for Options {
 /// Puts methods together. Vanilla as it is adds nothing to the others, and one method alone is that method.
 fn together(mut parts: Vec<Arc<dyn Method>>) -> Result<Arc<dyn Method>> {
     let is_plain = |part: &Arc<dyn Method>| part.name() == "vanilla" && part.options().is_empty();
-    while parts.len() > 1 && parts.iter().any(is_plain) {
-        let plain = parts.iter().position(is_plain);
-        plain.map(|place| parts.remove(place));
+    if !parts.iter().all(is_plain) {
+        parts.retain(|part| !is_plain(part));
     }
+    parts.dedup_by(|one, other| is_plain(one) && is_plain(other));
     match parts.len() {
         1 => Ok(parts.remove(0)),
         _ => Ok(Arc::new(Composed::new(parts)?)),
     }
+}
+
+/// Splits the text of a method's options ([`Method::options`]) into names and values; those of a composed method's parts go by
+/// `part.name`.
+pub fn option_list(options: &str) -> Vec<(String, String)> {
+    let (mut list, mut part) = (Vec::new(), String::new());
+    for word in options.split(' ') {
+        let own = match word.split_once('(') {
+            Some((name, rest)) if !name.contains('=') => {
+                part = format!("{name}.");
+                rest
+            }
+            _ => word,
+        };
+        let (own, ends) = match own.strip_suffix(')').filter(|_| !part.is_empty()) {
+            Some(own) => (own, true),
+            None => (own, false),
+        };
+        if !own.is_empty() {
+            let (name, value) = own.split_once('=').unwrap_or((own, "true"));
+            list.push((format!("{part}{name}"), value.to_owned()));
+        }
+        if ends {
+            part.clear();
+        }
+    }
+    list
 }
 
 impl Composed {
@@ -217,6 +244,19 @@ mod tests {
             |p: &str| format!("bitfit() child_tuning_f(p={p} rescale=true scope=all clip=after_mask)");
         let name = "bitfit+child_tuning_f".to_owned();
         assert_eq!(one, [(name.clone(), options("0.2")), (name, options("0.3"))]);
+    }
+
+    #[test]
+    fn options_are_told_apart_by_the_part_that_has_them() {
+        let list = |options: &str| -> Vec<String> {
+            option_list(options).into_iter().map(|(name, value)| format!("{name} {value}")).collect()
+        };
+        assert_eq!(list(""), [""; 0]);
+        assert_eq!(list("p=0.3 targets=query,key"), ["p 0.3", "targets query,key"]);
+        let composed = "bitfit() child_tuning_f(p=0.2 rescale=true) vanilla(learning_rate_factor=50)";
+        let expected =
+            ["child_tuning_f.p 0.2", "child_tuning_f.rescale true", "vanilla.learning_rate_factor 50"];
+        assert_eq!(list(composed), expected);
     }
 
     #[test]

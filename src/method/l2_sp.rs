@@ -50,4 +50,8 @@ impl Pull for L2Sp {
     fn at(&self, _step: u64) -> PullStrength {
         PullStrength { on_gradients: (self.alpha, self.beta), ..PullStrength::default() }
     }
+
+    fn reaches_gradients(&self) -> bool {
+        (self.alpha, self.beta) != (0.0, 0.0)
+    }
 }

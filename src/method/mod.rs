@@ -38,6 +38,7 @@ mod sparse_mask;
 mod top_layers;
 mod vanilla;
 
+pub use composed::option_list;
 pub use parts::{DecayOrder, Parts, Penalty, Pull, PullStrength, TrainingPoint, WeightTransform};
 pub use passes::{PassSettings, Passes};
 pub use registry::{METHODS, MethodSpec};
@@ -48,7 +49,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::child::{ChildNetwork, GradientMask, MaskScope, Uncertainty};
-use crate::data::EncodedDataset;
+use crate::data::{EncodedDataset, Order};
 use crate::error::Result;
 use crate::model::{Classifier, Parameter, ParameterTable, Precision};
 
@@ -235,11 +236,6 @@ pub struct WeightsInUse<'a> {
     pub number: usize,
 }
 
-/// Returns the number of encoder layers.
-fn layers_of(declared: &[Parameter]) -> usize {
-    declared.iter().map(Parameter::layer).max().unwrap_or(0)
-}
-
 /// Returns the number of weights of some parameters.
 fn weights_of(declared: &[Parameter], chosen: impl Fn(&Parameter) -> bool) -> usize {
     declared.iter().filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
@@ -280,8 +276,8 @@ pub struct Preparation<'a> {
     pub micro_batch: usize,
     /// The number type of the run's passes.
     pub precision: Precision,
-    /// Whether examples are taken in another order than the file's.
-    pub shuffled: bool,
+    /// The order of the run's training examples.
+    pub order: Order,
     /// The number of optimizer steps of the run.
     pub steps: u64,
     /// Whoever trains.

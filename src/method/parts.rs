@@ -52,7 +52,7 @@ impl Parts {
 
     /// Returns whether pulls make gradients more than those of the loss.
     pub fn reach_gradients(&self) -> bool {
-        self.pulls.iter().any(|pull| pull.at(0).reaches_gradients())
+        self.pulls.iter().any(|pull| pull.reaches_gradients())
     }
 
     /// Returns the number of forward passes over each example of a step, of a regression or a classification.
@@ -129,6 +129,11 @@ pub trait Pull: Send {
     /// Returns the strengths of a step, numbered from 0.
     fn at(&self, step: u64) -> PullStrength;
 
+    /// Returns whether it has [`PullStrength::on_gradients`] in any step, so that gradients are more than those of the loss.
+    fn reaches_gradients(&self) -> bool {
+        false
+    }
+
     /// Returns what becomes of weight decay towards zero.
     fn decay(&self) -> DecayOrder {
         DecayOrder::WithUpdate
@@ -167,11 +172,6 @@ impl Default for PullStrength {
 }
 
 impl PullStrength {
-    /// Returns whether gradients become more than those of the loss.
-    pub fn reaches_gradients(self) -> bool {
-        self.on_gradients != (0.0, 0.0)
-    }
-
     /// Returns the strengths of two pulls together.
     pub fn and(self, other: Self) -> Self {
         let (pretrained, new) = self.on_gradients;

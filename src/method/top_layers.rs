@@ -5,9 +5,9 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{Method, Preset, layers_of};
+use super::{Method, Preset};
 use crate::error::{Error, Result};
-use crate::model::{Parameter, ParameterPlace};
+use crate::model::{Parameter, ParameterPlace, layers_of};
 use crate::values::OneOrMany;
 
 /// The options as typed in YAML.

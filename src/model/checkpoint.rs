@@ -21,6 +21,11 @@ use crate::libtorch::elements;
 /// The file that is written.
 const WEIGHTS: &str = "model.safetensors";
 
+/// Returns whether a folder has a whole model that this program has saved: the weights are written last but the tokenizer.
+pub fn is_saved(folder: &Path) -> bool {
+    folder.join(WEIGHTS).is_file()
+}
+
 /// How the names of the parts begin that only pretraining uses, in the models of transformers for it: masked and permuted
 /// language models, ELECTRA's generator and discriminator, DistilBERT, ModernBERT, DeBERTa.
 const PRETRAINING: [&str; 12] = [
@@ -76,11 +81,15 @@ impl LoadReport {
         let left_out: Vec<String> = left_out.into_iter().flatten().collect();
         let left_out = (!left_out.is_empty()).then(|| format!("left out {}", left_out.join(", and ")));
         let new = self.new_pooler.then(|| "has no pooler, so a new one trains with the head".to_owned());
-        let assumed = self.assumed_labels.as_ref().map(|names| {
-            format!("has a head without names, which is taken to predict {}, in this order", names.join(", "))
-        });
-        let parts: Vec<String> = left_out.into_iter().chain(new).chain(assumed).collect();
+        let parts: Vec<String> = left_out.into_iter().chain(new).chain(self.assumption()).collect();
         (!parts.is_empty()).then(|| parts.join("; "))
+    }
+
+    /// Says what the outputs of a head without names are taken to predict, if it has none.
+    pub fn assumption(&self) -> Option<String> {
+        self.assumed_labels.as_ref().map(|names| {
+            format!("has a head without names, which is taken to predict {}, in this order", names.join(", "))
+        })
     }
 }
 
@@ -93,7 +102,7 @@ impl ModelFolder {
         if !path.is_dir() {
             return Err(Error::model(
                 path,
-                "no such model folder; name a Hugging Face folder with config.json, weights and tokenizer.json",
+                "no such model folder; name a Hugging Face folder with config.json, weights and a tokenizer",
             ));
         }
         let config = ModelConfig::read(path)?;

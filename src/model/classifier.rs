@@ -9,7 +9,7 @@ use super::attention::takes_head_size;
 use super::checkpoint::{self, LoadReport, ModelFolder};
 use super::config::ModelConfig;
 use super::layers::Linear;
-use super::parameter::{Parameter, ParameterKind};
+use super::parameter::{Parameter, ParameterKind, layers_of};
 use super::params::{ParameterId, ParameterTable, Parameters, resized};
 use super::pass::Pass;
 use crate::data::{LabelMap, Objective, TaskCard, TokenEncoder};
@@ -182,16 +182,26 @@ impl Classifier {
         Ok(Self { parameters, report, network, config, labels, start, fresh, redrawn, initializer_range })
     }
 
-    /// Loads a fine-tuned model folder to be scored on a task, or to predict its examples: with the task's labels in the
-    /// task's order if the head has them, else with its own. The map tells how its classes compare with the task's.
+    /// Loads a fine-tuned model folder to be scored on a task, or to predict its examples, with the labels of
+    /// [`Classifier::labels_to_score`].
     ///
     /// # Errors
-    /// Fails if there is no head, or one for labels that cannot be compared with the task's.
+    /// As for [`Classifier::labels_to_score`] and [`Classifier::load`].
     pub fn load_fine_tuned(
         folder: &ModelFolder,
         card: &TaskCard,
         device: Device,
     ) -> Result<(Self, LabelMap)> {
+        let (labels, map) = Self::labels_to_score(folder, card)?;
+        Ok((Self::load(folder, labels, HeadStart::Keep, device)?, map))
+    }
+
+    /// Returns the labels that the head of a fine-tuned model folder is scored on a task with: the task's in the task's order if the
+    /// head has them, else its own. The map tells how its classes compare with the task's.
+    ///
+    /// # Errors
+    /// Fails if there is no head, or one for labels that cannot be compared with the task's.
+    pub fn labels_to_score(folder: &ModelFolder, card: &TaskCard) -> Result<(Labels, LabelMap)> {
         let task = Labels::from(&card.objective);
         let headless = |own: String| {
             Error::model(
@@ -203,8 +213,7 @@ impl Classifier {
             )
         };
         if folder.head_for(&task)?.is_some() {
-            let map = LabelMap::between(card, card)?;
-            return Ok((Self::load(folder, task, HeadStart::Keep, device)?, map));
+            return Ok((task, LabelMap::between(card, card)?));
         }
         let names = folder.config.labels()?.filter(|names| names.len() > 1);
         let names = names.ok_or_else(|| headless(String::new()))?;
@@ -214,7 +223,7 @@ impl Classifier {
         if folder.head_for(&own)?.is_none() {
             return Err(headless(String::new()));
         }
-        Ok((Self::load(folder, own, HeadStart::Keep, device)?, map))
+        Ok((own, map))
     }
 
     /// Makes a model of a config's shape with all weights still to be drawn by [`Classifier::reset`], to measure with.
@@ -241,7 +250,7 @@ impl Classifier {
         let count = |chosen: &dyn Fn(&Parameter) -> bool| -> usize {
             table.iter().filter(|parameter| chosen(parameter)).map(Parameter::count).sum()
         };
-        let layers = table.iter().map(Parameter::layer).max().unwrap_or(0);
+        let layers = layers_of(table.as_slice());
         let (whole_layers, keys_and_values) = match network.narrows_last_layer() {
             true => (layers.saturating_sub(1), 2 * (sizes.hidden * sizes.hidden) as usize),
             false => (layers, 0),

@@ -32,7 +32,7 @@ mod weights;
 mod xlnet;
 mod xlnet_attention;
 
-pub use checkpoint::{LoadReport, ModelFolder};
+pub use checkpoint::{LoadReport, ModelFolder, is_saved};
 pub use classifier::{Classifier, HeadStart, Labels, ModelShape, Network, Sizes, words_among};
 pub use config::{FAMILIES, ModelConfig};
 pub use convolution::Convolution;
@@ -43,7 +43,7 @@ pub use layer_norm::LayerNorm;
 pub use layers::{Embedding, Linear, Vector, loss};
 pub use noise::{Noise, NoiseKind};
 pub(crate) use noise::{normal_rows, uniform_numbers};
-pub use parameter::{Parameter, ParameterKind, ParameterPlace};
+pub use parameter::{Parameter, ParameterKind, ParameterPlace, layers_of};
 pub use params::{ParameterId, ParameterTable, Parameters, span};
 pub use pass::{LayerObserver, Pass, Rows, Shift};
 pub use precision::Precision;

@@ -89,6 +89,11 @@ pub struct Parameter {
     pub input_first: bool,
 }
 
+/// Returns the number of encoder layers that parameters belong to.
+pub fn layers_of(parameters: &[Parameter]) -> usize {
+    parameters.iter().map(Parameter::layer).max().unwrap_or(0)
+}
+
 impl Parameter {
     /// Returns the number of the encoder layer that it belongs to, from 1 at the input; 0 if to none.
     pub fn layer(&self) -> usize {

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::fresh_weights::FreshWeights;
 use super::half_copy::HalfCopy;
-use super::parameter::{Parameter, ParameterKind, ParameterPlace};
+use super::parameter::{Parameter, ParameterKind, ParameterPlace, layers_of};
 use super::trainable::{Trainable, TrainableGroup, Treatment};
 use crate::error::{Error, Result};
 use crate::libtorch::use_device;
@@ -214,11 +214,16 @@ impl Parameters {
 
     /// Returns the values of all parameters for changing them in place, `[total]` in float32.
     pub fn values_to_change(&self) -> Tensor {
+        self.note_changed();
+        self.values.shallow_clone()
+    }
+
+    /// Notes that the values have changed: a copy of them in bfloat16 is not used any more, and they count as changed.
+    pub fn note_changed(&self) {
         if let Some(half) = self.half.get() {
             half.mark_stale();
         }
         self.changed.set(true);
-        self.values.shallow_clone()
     }
 
     /// Notes that the present values count as unchanged ([`Parameters::is_changed`]).
@@ -302,7 +307,7 @@ impl Parameters {
 
     /// Returns the number of encoder layers.
     pub fn layers(&self) -> usize {
-        self.parameters.iter().map(Parameter::layer).max().unwrap_or(0)
+        layers_of(&self.parameters)
     }
 
     /// Returns the number of weights, without the gaps of the buffer.

@@ -5,8 +5,8 @@ use std::fmt;
 use serde::de::{Unexpected, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::data::Order;
 use crate::model::Precision;
-use crate::random::{self, Key, Purpose};
 
 /// How gradients become steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,26 +34,6 @@ pub enum AdamWForm {
     Torch,
     /// The AdamW of transformers 4 and of the released code: decay after the update, epsilon beside the raw root.
     HfLegacy,
-}
-
-/// The order of the training examples in an epoch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Order {
-    /// Another permutation in every epoch, a pure function of seed and epoch.
-    Shuffled,
-    /// As in the file.
-    Sequential,
-}
-
-impl Order {
-    /// Returns the numbers of the training examples in the order of an epoch, from 0.
-    pub fn of_epoch(self, examples: usize, seed: u64, epoch: usize) -> Vec<usize> {
-        match self {
-            Order::Shuffled => random::permutation(examples, Key::derive(seed, Purpose::Order, epoch as u64)),
-            Order::Sequential => (0..examples).collect(),
-        }
-    }
 }
 
 /// The weights that are scored at the end.
@@ -244,20 +224,20 @@ impl Default for Hyperparameters {
 }
 
 impl Hyperparameters {
-    /// Returns why passes on a GPU cannot be recorded under these settings, if they cannot.
+    /// Returns in a sentence why passes on a GPU cannot be recorded under these settings, if they cannot.
     pub fn recording_obstacle(&self) -> Option<&'static str> {
         match self {
             Self { freeze: Freeze::Encoder, .. } => {
-                Some("with a frozen encoder there are too few to save anything: leave it out")
+                Some("the passes of a frozen encoder's head are too short to gain by a record: leave it out")
             }
             Self { gradient_checkpointing: true, .. } => Some(
-                "a layer that is run again seeds the generator: leave `train.gradient_checkpointing` out",
+                "a layer that is run again seeds the generator, which no record can: leave `train.gradient_checkpointing` out",
             ),
-            Self { release_gradients: true, .. } => {
-                Some("not the optimizer's steps within them: leave `train.release_gradients` out")
-            }
+            Self { release_gradients: true, .. } => Some(
+                "passes in which the optimizer steps are not recorded: leave `train.release_gradients` out",
+            ),
             _ if self.micro_batch.at_most(self.batch_size) < self.batch_size => {
-                Some("of whole batches only: leave `train.micro_batch` out")
+                Some("only passes over whole batches are recorded: leave `train.micro_batch` out")
             }
             Self { precision: Precision::Float32 | Precision::Tf32, .. } => {
                 Some("only in bf16 do many batches have one shape: set `train.precision: bf16`")

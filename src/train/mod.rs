@@ -18,14 +18,13 @@ mod step_variance;
 mod step_weights;
 mod trainer;
 
-pub use crate::model::Precision;
 pub use adamw::AdamW;
 pub use control::{Control, Event, Progress};
 pub use evaluate::{
     Evaluation, Scored, TOKENS_PER_BATCH, evaluate, first_not_finite, frozen_features, predict,
 };
 pub use hyperparameters::{
-    AdamWForm, Checkpoint, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Warmup,
+    AdamWForm, Checkpoint, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Warmup,
 };
 pub use memory::{MemoryUse, available_memory};
 pub use optimizer::{Clip, Optimizer};

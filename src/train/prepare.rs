@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use super::control::{Control, Event, Progress};
-use super::hyperparameters::{Freeze, Hyperparameters, Order};
+use super::hyperparameters::{Freeze, Hyperparameters};
 use super::memory::micro_batch_of_preparation;
 use super::trainer::Trainer;
 use crate::data::EncodedDataset;
@@ -38,7 +38,7 @@ pub fn prepare(
         batch_size: hyperparameters.batch_size,
         micro_batch,
         precision: hyperparameters.precision,
-        shuffled: hyperparameters.order == Order::Shuffled,
+        order: hyperparameters.order,
         steps: hyperparameters.total_steps(data.len()),
         host: &mut Host { method, data, hyperparameters, seed, control, done: 0, total },
     })?;

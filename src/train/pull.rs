@@ -51,7 +51,7 @@ impl Pulls {
 
     /// Returns whether gradients are more than those of the loss.
     pub fn reach_gradients(&self) -> bool {
-        self.at(0).reaches_gradients()
+        self.pulls.iter().any(|pull| pull.reaches_gradients())
     }
 
     /// Adds the gradients of α/2 ‖w − w₀‖² and β/2 ‖w‖², the second for new weights.

@@ -14,6 +14,11 @@ pub struct StepWeights {
 }
 
 impl StepWeights {
+    /// Takes the leaves themselves.
+    pub fn plain(used: Vec<Tensor>) -> Self {
+        Self { used, cut: Vec::new() }
+    }
+
     /// Replaces weights that are computed from the leaves by copies that begin a graph of their own. Several backward passes
     /// run through them, of which the first would free the graph that they share; [`StepWeights::backward`] carries the sum of
     /// their gradients on to the leaves.

@@ -48,10 +48,8 @@ pub struct Trained {
     pub tokens: u64,
     /// Bytes of optimizer state.
     pub optimizer_bytes: usize,
-    /// Weights that the optimizer may change, those outside a fixed child network among them.
+    /// Weights that the optimizer may change: those that train, without those outside a fixed child network.
     pub trainable: usize,
-    /// The same without those outside a fixed child network.
-    pub changing: usize,
 }
 
 /// Trains a model, which was reset for the run's seed, and leaves the weights to be scored in it.
@@ -234,8 +232,8 @@ impl<'a> Trainer<'a> {
             }
         };
         if self.hyperparameters.release_gradients {
-            // The weights were updated in backward through a view, which marked no copy of them as stale.
-            let _ = self.classifier.parameters.values_to_change();
+            // In backward, through a view.
+            self.classifier.parameters.note_changed();
         } else {
             self.hooks.end_step()?;
             self.update(learning_rate, &pull)?;
@@ -346,13 +344,17 @@ impl<'a> Trainer<'a> {
             &self.trainable,
             self.hyperparameters.pass_precision(),
         )?;
+        let transforms = &self.prepared.parts.weights;
+        if transforms.is_empty() {
+            return Ok(StepWeights::plain(used));
+        }
         let parameters = &self.classifier.parameters;
         let start = self.classifier.start().unwrap_or(parameters.values());
         let output = self.classifier.output_weight();
         let mask = self.prepared.mask.as_deref();
         let at = TrainingPoint { parameters, start, output, seed: self.seed, step: self.step, mask };
         let leaves: Vec<Tensor> = used.iter().map(Tensor::shallow_clone).collect();
-        for transform in &self.prepared.parts.weights {
+        for transform in transforms {
             transform.apply(&mut used, &at)?;
         }
         StepWeights::new(used, &leaves)
@@ -444,7 +446,7 @@ impl<'a> Trainer<'a> {
             }
             _ => self.settle()?,
         }
-        let changing = self.changing();
+        let trainable = self.weights_that_train();
         // Without what the method has added to the model.
         self.classifier.shrink()?;
         let per_epoch = self.hyperparameters.steps_per_epoch(self.data.len());
@@ -456,14 +458,13 @@ impl<'a> Trainer<'a> {
             examples: self.examples,
             tokens: self.tokens,
             optimizer_bytes: self.optimizer_bytes(),
-            trainable: self.trainable.count,
-            changing,
+            trainable,
             mask: self.prepared.mask,
         })
     }
 
-    /// Counts the weights that change: those that train, without those outside a fixed child network.
-    fn changing(&self) -> usize {
+    /// Counts the weights that train, without those outside a fixed child network.
+    fn weights_that_train(&self) -> usize {
         let child = self.prepared.mask.as_ref().and_then(|mask| mask.child());
         let members = |parameter: &Parameter| {
             let tensors = child.map(|child| child.tensors()).unwrap_or_default();

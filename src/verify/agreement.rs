@@ -6,14 +6,12 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Checks, Shape, difference, random_data};
 use crate::child::{GradientHooks, GradientMask};
-use crate::data::{EncodedDataset, LabelMap, TaskCard};
+use crate::data::{EncodedDataset, LabelMap, Order, TaskCard};
 use crate::error::{Error, Result};
 use crate::method::Prepared;
-use crate::model::{Classifier, Dropout, Labels, ModelConfig, Pass, loss, span};
+use crate::model::{Classifier, Dropout, Labels, ModelConfig, Pass, Precision, loss, span};
 use crate::random::{Key, Purpose};
-use crate::train::{
-    Hyperparameters, MicroBatch, Order, Precision, Scored, Trainer, Warmup, evaluate, predict,
-};
+use crate::train::{Hyperparameters, MicroBatch, Scored, Trainer, Warmup, evaluate, predict};
 
 /// The seed of all weights.
 pub(super) const SEED: u64 = 42;

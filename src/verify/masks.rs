@@ -13,9 +13,9 @@ use crate::child::{
 use crate::data::EncodedDataset;
 use crate::error::Result;
 use crate::method::{ClipOrder, DecayScope, Prepared};
-use crate::model::{Classifier, Parameters};
+use crate::model::{Classifier, Parameters, Precision};
 use crate::random::{Key, fill_normal};
-use crate::train::{Clip, Hyperparameters, MicroBatch, Optimizer, OptimizerRule, Precision};
+use crate::train::{Clip, Hyperparameters, MicroBatch, Optimizer, OptimizerRule};
 
 const SHARE: f64 = 0.3;
 const EXAMPLES: usize = 16;

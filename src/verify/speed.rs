@@ -11,14 +11,14 @@ use super::floor::{matrix_rate, operations};
 use super::report::measured;
 use super::{Account, EXAMPLES_OF_RTE, Options, Shape, WORDS_OF_RTE, attempt, measured_method, random_data};
 use crate::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
-use crate::data::EncodedDataset;
+use crate::data::{EncodedDataset, Order};
 use crate::error::Result;
 use crate::experiment::{peak_memory, reset_peak_memory};
 use crate::libtorch::{Profile, ProfileRow, profile, release_cached_memory};
 use crate::method::Prepared;
-use crate::model::{Classifier, Labels};
+use crate::model::{Classifier, Labels, Precision};
 use crate::statistics::median;
-use crate::train::{Hyperparameters, MemoryUse, MicroBatch, Order, Precision, Trainer};
+use crate::train::{Hyperparameters, MemoryUse, MicroBatch, Trainer};
 use crate::values::yaml_name;
 
 const SEED: u64 = 42;

@@ -131,6 +131,11 @@ fn places_that_are_no_files_and_grids_that_nobody_means_are_refused() {
     refused(&train, &[], 2, &["experiment.yaml: ", "more than 100000 settings"]);
     let train = format!("train: {{max_length: 32, batch_size: [{many}]}}\nseeds: [{}]", numbers(1001));
     refused(&train, &[], 2, &["experiment.yaml: ", "more than 1000000 runs"]);
+    let stages = format!("seeds: [{many}]\nthen: {{task: mrpc, train: {{batch_size: [{}]}}}}", numbers(1001));
+    refused(&stages, &[], 2, &["experiment.yaml: ", "more than 1000000 runs"]);
+    let trials =
+        format!("train: {{batch_size: [{many}]}}\nselect: {{by: dev, on_seeds: [{}]}}", numbers(1001));
+    refused(&trials, &[], 2, &["experiment.yaml: ", "more than 1000000 runs"]);
 }
 
 #[test]
@@ -240,18 +245,26 @@ fn gradients_that_choose_a_child_network_are_not_released() {
 
 #[test]
 fn what_cannot_be_recorded_is_refused_with_the_key_to_change() {
-    for (train, key) in [
-        ("{cuda_graphs: true}", "`train.precision: bf16`"),
-        ("{cuda_graphs: true, precision: bf16, batch_size: 8, micro_batch: 4}", "`train.micro_batch`"),
+    for (settings, sentence) in [
+        ("", "only in bf16 do many batches have one shape: set `train.precision: bf16`"),
         (
-            "{cuda_graphs: true, precision: bf16, gradient_checkpointing: true}",
-            "`train.gradient_checkpointing`",
+            "precision: bf16, batch_size: 8, micro_batch: 4",
+            "only passes over whole batches are recorded: leave `train.micro_batch` out",
         ),
         (
-            "{cuda_graphs: true, precision: bf16, release_gradients: true, max_gradient_norm: 0}",
-            "`train.release_gradients`",
+            "precision: bf16, gradient_checkpointing: true",
+            "which no record can: leave `train.gradient_checkpointing` out",
+        ),
+        (
+            "precision: bf16, release_gradients: true, max_gradient_norm: 0",
+            "the optimizer steps are not recorded: leave `train.release_gradients` out",
         ),
     ] {
-        refused(&format!("train: {train}"), &[], 2, &["train.cuda_graphs", key]);
+        let lines = format!("train: {{cuda_graphs: true, {settings}}}");
+        refused(&lines, &[], 2, &["train.cuda_graphs: ", sentence]);
     }
+    let set = ["--set", "method=r_drop", "--set", "train.precision=bf16"];
+    let sentence =
+        "train.cuda_graphs: r_drop has other passes than plain fine-tuning, and only those are recorded";
+    refused("train: {cuda_graphs: true}", &set, 2, &[sentence]);
 }

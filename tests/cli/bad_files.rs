@@ -231,6 +231,12 @@ fn a_foreign_results_file_is_refused_and_left_alone() {
         .call(&["compare", "results.csv"])
         .refused(2, &["results.csv:1: is not a results file", "`task`"]);
     assert_eq!(workplace.read("results.csv"), foreign);
+    workplace.experiment("task: rte\n");
+    workplace.run(&["--set", "results=own.csv"]).with_code(0);
+    let row = workplace.row("own.csv");
+    workplace.edit("own.csv", &format!(",{},", row["score"]), ",inf,");
+    let message = ["own.csv:2: the score of run `", "is infinite"];
+    workplace.call(&["compare", "own.csv"]).refused(2, &message);
     workplace.call(&["compare", "absent.csv"]).refused(2, &["cannot read absent.csv", "No such file"]);
 }
 

@@ -54,6 +54,13 @@ fn what_has_ended_before_is_not_kept_and_a_model_is_not_written_over() {
     let answer = workplace.run(&["--set", "save=saved", "--set", "results=other.csv"]).with_code(0);
     assert!(!answer.stderr.contains("have no model"), "{}", answer.stderr);
 
+    // Of trials none is kept, but of what they chose.
+    let tuned = ["--set", "select={by: dev, on_seeds: [7, 8]}", "--set", "results=tuned.csv"];
+    workplace.run(&tuned).with_code(0);
+    let answer = workplace.run(&[&tuned[..], &["--set", "save=chosen"]].concat()).with_code(0);
+    let note = "note: 1 runs that had ended before have no model in chosen";
+    assert!(answer.stderr.contains(note), "{}", answer.stderr);
+
     let model = format!("saved/{}", workplace.row("other.csv")["run"]);
     let before = workplace.read(&format!("{model}/config.json"));
     let output = format!("{model}/config.json");

@@ -167,10 +167,19 @@ fn a_run_is_scored_on_other_tasks_as_its_model_would_be() {
         assert_eq!(values["accuracy"], number(row, "accuracy"), "{task} {split}");
         assert!((values["loss"] - number(row, "loss")).abs() < 1e-9, "{task} {split}");
     }
-    // What has been scored before a task that cannot be scored is told.
-    let missing = [&["evaluate", "--model", &model, "--task", "mnli,card.yaml"][..], &further].concat();
-    let answer = workplace.call(&missing).with_code(2);
-    assert!(answer.stdout.lines().count() >= 3 && answer.stderr.contains("card.yaml"), "{answer:?}");
+    // Names are looked at before anything is scored; what has been scored before data that cannot be read is told.
+    let tasks = |tasks: &str| {
+        let call =
+            [&["evaluate", "--model", &model, "--task", tasks, "--split", "dev"][..], &further].concat();
+        workplace.call(&call).with_code(2)
+    };
+    let answer = tasks("mnli,card.yaml");
+    assert!(answer.stdout.is_empty() && answer.stderr.contains("card.yaml"), "{answer:?}");
+    let answer = tasks("mnli,ax");
+    assert!(
+        answer.stdout.lines().count() >= 3 && answer.stderr.contains("`ax` has no dev data"),
+        "{answer:?}"
+    );
 
     // A further data set costs no second row of those that are there.
     workplace.run(&["--set", "evaluate=[mnli, qnli]"]).with_code(0);
@@ -279,6 +288,26 @@ fn folders_of_equal_weights_have_configs_of_their_own() {
         "{}",
         answer.stdout
     );
+
+    // Where trials choose the runs, too.
+    workplace.write("other/config.json", changed.to_string());
+    workplace.experiment("task: rte\ninit_from: other\nselect: {by: dev, on_seeds: 7}\n");
+    let answer = workplace.call(&["plan", "experiment.yaml"]).with_code(0);
+    assert!([&answer.stdout, &answer.stderr].iter().any(|text| text.contains(note)), "{}", answer.stderr);
+}
+
+/// Of each stage its own: what one leaves out is not taken from the stage before.
+#[test]
+fn more_examples_than_there_are_are_told_of_in_every_stage() {
+    let workplace = Workplace::new();
+    workplace.experiment(
+        "task: rte\ntrain: {examples: 4, max_length: 32}\nthen: {task: mrpc, then: {task: cola, train: {examples: [5, 100000]}}}\n",
+    );
+    let answer = workplace.call(&["plan", "experiment.yaml"]).with_code(0);
+    let said = format!("{}{}", answer.stdout, answer.stderr);
+    let note = "`train.examples` asks for more than there are, and takes all: 100000 for the ";
+    let line = said.lines().find(|line| line.contains(note)).expect("nothing is said");
+    assert!(line.ends_with(" of cola"), "{line}");
 }
 
 #[test]

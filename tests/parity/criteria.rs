@@ -1,8 +1,9 @@
 //! Child networks by other criteria than Child-Tuning_D's, against plain loops in float64.
 
 use child_tuning::child::{ChildNetwork, Cut, MaskScope, Threshold, write_mask};
+use child_tuning::data::Order;
 use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder, ParameterPlace, Parameters};
-use child_tuning::train::{Hyperparameters, MicroBatch, Order, Trained};
+use child_tuning::train::{Hyperparameters, MicroBatch, Trained};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 

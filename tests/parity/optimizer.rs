@@ -1,8 +1,9 @@
 //! Ten AdamW steps against `torch.optim.AdamW` and the released (legacy transformers) form.
 
+use child_tuning::data::Order;
 use child_tuning::method::DecayScope;
 use child_tuning::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
-use child_tuning::train::{AdamW, AdamWForm, Clip, Hyperparameters, MicroBatch, Order, Warmup};
+use child_tuning::train::{AdamW, AdamWForm, Clip, Hyperparameters, MicroBatch, Warmup};
 use tch::Device;
 
 use crate::fixture::{assert_close, part, tensors};

@@ -3,10 +3,8 @@
 use std::sync::atomic::AtomicBool;
 
 use child_tuning::data::{LabelMap, TaskCard};
-use child_tuning::model::{Classifier, Labels, Pass};
-use child_tuning::train::{
-    Checkpoint, Control, Event, Hyperparameters, MicroBatch, Precision, Scored, predict, train,
-};
+use child_tuning::model::{Classifier, Labels, Pass, Precision};
+use child_tuning::train::{Checkpoint, Control, Event, Hyperparameters, MicroBatch, Scored, predict, train};
 use tch::{Kind, Tensor};
 
 use crate::fixture::{assert_close, classifier, dataset, part, tensors};

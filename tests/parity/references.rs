@@ -4,9 +4,10 @@
 use std::sync::atomic::AtomicBool;
 
 use child_tuning::child::GradientMask;
+use child_tuning::data::Order;
 use child_tuning::method::{MethodSpec, Preset};
 use child_tuning::model::{Classifier, HeadStart, Labels, ModelFolder, Parameters};
-use child_tuning::train::{Control, Hyperparameters, MicroBatch, Order, Trainer, prepare};
+use child_tuning::train::{Control, Hyperparameters, MicroBatch, Trainer, prepare};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 

@@ -4,15 +4,15 @@ use std::collections::HashSet;
 use std::sync::atomic::AtomicBool;
 
 use child_tuning::child::{ChildNetwork, GradientHooks};
-use child_tuning::data::{BatchShape, EncodedDataset};
+use child_tuning::data::{BatchShape, EncodedDataset, Order};
 use child_tuning::error::Error;
 use child_tuning::libtorch::GradientHook;
 use child_tuning::method::{Method, MethodSpec, Preset};
-use child_tuning::model::{Classifier, Dropout, ParameterPlace, Pass, loss};
+use child_tuning::model::{Classifier, Dropout, ParameterPlace, Pass, Precision, loss};
 use child_tuning::random::Purpose;
 use child_tuning::train::{
-    Control, Event, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Order, Precision, Trained, Trainer,
-    frozen_features, predict, prepare, train,
+    Control, Event, Freeze, Hyperparameters, MicroBatch, OptimizerRule, Trained, Trainer, frozen_features,
+    predict, prepare, train,
 };
 use tch::{Device, Kind, Tensor};
 

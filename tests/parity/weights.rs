@@ -4,10 +4,10 @@ use std::sync::atomic::AtomicBool;
 
 use child_tuning::data::{EncodedDataset, LabelMap, TaskCard, TokenEncoder};
 use child_tuning::model::{
-    Classifier, HeadStart, Labels, ModelFolder, Parameter, ParameterKind, ParameterPlace,
+    Classifier, HeadStart, Labels, ModelFolder, Parameter, ParameterKind, ParameterPlace, Precision,
 };
 use child_tuning::train::{
-    Checkpoint, Control, Hyperparameters, MicroBatch, Precision, Scored, Trained, evaluate, predict, train,
+    Checkpoint, Control, Hyperparameters, MicroBatch, Scored, Trained, evaluate, predict, train,
 };
 use tch::{Device, Kind, Tensor};
 

@@ -11,6 +11,7 @@ use super::text::other_version;
 use crate::csv_lines::record_start;
 use crate::data::Split;
 use crate::error::{Error, Result};
+use crate::spelling::quoted;
 
 /// The rows of a results file and where in its bytes they are.
 pub(super) struct Contents {
@@ -165,11 +166,7 @@ fn check_header(
         }
     }
     let name = |column: Option<&[u8]>| match column {
-        Some(name) => {
-            // A foreign file may hold anything, and a terminal obeys control characters.
-            let text: String = String::from_utf8_lossy(name).chars().take(40).collect();
-            format!("`{}`", text.escape_debug())
-        }
+        Some(name) => quoted(&String::from_utf8_lossy(name)),
         None => "the end of the line".into(),
     };
     Err(Error::configuration(format!(

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::row::{Row, SCHEMA_VERSION};
 use crate::csv_lines::{record_line, record_start};
 use crate::error::{Error, Result};
+use crate::spelling::{quoted, visible};
 
 /// Reads the rows of a results file.
 ///
@@ -18,19 +19,21 @@ use crate::error::{Error, Result};
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<Row>> {
     let path = path.as_ref();
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let rows = parse(path, &bytes)?;
-    match rows.iter().find(|row| row.score.is_some_and(f64::is_infinite)) {
-        Some(row) => Err(Error::data(
-            path,
-            0,
-            format!("the score of run `{}` is infinite, which none can be", row.run),
-        )),
-        None => Ok(rows),
+    let rows = parse_with_lines(path, &bytes)?;
+    if let Some((line, row)) = rows.iter().find(|(_, row)| row.score.is_some_and(f64::is_infinite)) {
+        let message = format!("the score of run `{}` is infinite, which none can be", row.run);
+        return Err(Error::data(path, *line, message));
     }
+    Ok(rows.into_iter().map(|(_, row)| row).collect())
 }
 
 /// Parses the text of a results file; `path` is for messages.
 pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
+    Ok(parse_with_lines(path, bytes)?.into_iter().map(|(_, row)| row).collect())
+}
+
+/// Parses the same with the line, counted from 1, that each row begins in.
+fn parse_with_lines(path: &Path, bytes: &[u8]) -> Result<Vec<(usize, Row)>> {
     let mut reader = csv::Reader::from_reader(bytes);
     let misread = |error: csv::Error| misread(path, bytes, error);
     let header = reader.headers().map_err(misread)?.clone();
@@ -67,7 +70,8 @@ pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
             return Err(other_version(path, record_line(bytes, record.position()), written));
         }
         let row = record.deserialize(Some(&header));
-        rows.push(row.map_err(|error| misread_row(path, bytes, &header, &record, error))?);
+        let row = row.map_err(|error| misread_row(path, bytes, &header, &record, error))?;
+        rows.push((record_line(bytes, record.position()), row));
     }
     Ok(rows)
 }
@@ -119,10 +123,10 @@ fn misread_row(
     let field = err.field().map(|field| field as usize).or_else(|| record.iter().position(has_cell));
     let message = match field.and_then(|field| Some((header.get(field)?, record.get(field)?))) {
         Some((column, cell)) if has_cell(cell) => format!("column `{column}`: {message}"),
-        Some((column, cell)) => format!("column `{column}`: {message}: `{}`", cell.escape_debug()),
+        Some((column, cell)) => format!("column `{column}`: {message}: {}", quoted(cell)),
         None => message,
     };
-    Error::data(path, record_line(bytes, record.position()), message)
+    Error::data(path, record_line(bytes, record.position()), visible(&message))
 }
 
 /// Returns the header line, with its newline.

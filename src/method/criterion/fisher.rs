@@ -4,6 +4,7 @@ use serde::Deserialize;
 
 use super::{Criterion, Preparation, Scores};
 use crate::child::{Estimator, FisherBatch, FisherOptions, MaskScope, fisher_information};
+use crate::data::Order;
 use crate::error::{Error, Result};
 use crate::method::Preset;
 use crate::model::{Dropout, Precision};
@@ -83,15 +84,14 @@ impl Criterion for Fisher {
     }
 
     fn scores(&self, preparation: &mut Preparation, scope: MaskScope) -> Result<Scores> {
-        let Preparation {
-            classifier, data, seed, batch_size, micro_batch, precision, shuffled, host, ..
-        } = preparation;
+        let Preparation { classifier, data, seed, batch_size, micro_batch, precision, order, host, .. } =
+            preparation;
         let device = classifier.parameters.device();
         let of_batches = self.estimator == Estimator::Batch;
         let examples = self.examples(data.len());
-        let mut order = match shuffled {
-            true => random::permutation(data.len(), Key::derive(*seed, Purpose::FisherOrder, 0)),
-            false => (0..data.len()).collect(),
+        let mut order = match order {
+            Order::Shuffled => random::permutation(data.len(), Key::derive(*seed, Purpose::FisherOrder, 0)),
+            Order::Sequential => (0..data.len()).collect(),
         };
         if examples < data.len() {
             let mut drawn = random::permutation(data.len(), Key::derive(*seed, Purpose::FisherExamples, 0));

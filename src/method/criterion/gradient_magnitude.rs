@@ -4,7 +4,7 @@ use super::{Criterion, Preparation, Scores};
 use crate::child::{GradientHooks, MaskScope};
 use crate::error::Result;
 use crate::model::{Dropout, Pass, loss};
-use crate::random::{self, Key, Purpose};
+use crate::random::Purpose;
 
 /// |∂L/∂w| of the mean loss over the first examples of the first epoch: what training's first step would find, if it had as
 /// many examples.
@@ -25,12 +25,9 @@ impl Criterion for GradientMagnitude {
     }
 
     fn scores(&self, preparation: &mut Preparation, _scope: MaskScope) -> Result<Scores> {
-        let Preparation { classifier, data, seed, micro_batch, precision, shuffled, host, .. } = preparation;
+        let Preparation { classifier, data, seed, micro_batch, precision, order, host, .. } = preparation;
         let device = classifier.parameters.device();
-        let mut order = match shuffled {
-            true => random::permutation(data.len(), Key::derive(*seed, Purpose::Order, 0)),
-            false => (0..data.len()).collect(),
-        };
+        let mut order = order.of_epoch(data.len(), *seed, 0);
         order.truncate(self.examples);
         let _products = precision.matrix_products(device)?;
         let weights = classifier.parameters.compute_weights(precision.kind())?;

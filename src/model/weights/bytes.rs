@@ -57,20 +57,3 @@ impl<'a> Bytes<'a> {
         self.array().map(u64::from_le_bytes)
     }
 }
-
-/// Returns a name out of a file as an error may quote it.
-pub(super) fn quoted(name: &str) -> String {
-    format!("`{}`", shown(name, 80))
-}
-
-/// Returns a text with words out of a file as an error may show it: without control characters, and at most so many
-/// characters long.
-pub(super) fn shown(text: &str, most: usize) -> String {
-    let visible =
-        |character: char| if character.is_control() { char::REPLACEMENT_CHARACTER } else { character };
-    let mut shown: String = text.chars().take(most).map(visible).collect();
-    if text.chars().nth(most).is_some() {
-        shown.push_str("...");
-    }
-    shown
-}

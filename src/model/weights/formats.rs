@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use super::bytes::quoted;
 use super::file::WeightsFile;
 use super::stored_tensor::StoredTensor;
 use super::{safetensors, shards, torch_file};
 use crate::error::{Error, Result};
+use crate::spelling::quoted;
 use crate::values::hexadecimal;
 
 /// A format of weights.

@@ -7,8 +7,9 @@
 
 use std::collections::HashMap;
 
-use super::bytes::{Bytes, quoted};
+use super::bytes::Bytes;
 use super::torch_globals::{Global, RebuiltTensor, Storage};
+use crate::spelling::quoted;
 
 /// The most operations of a pickle. A tensor takes some thirty.
 const MOST_OPERATIONS: usize = 1 << 20;

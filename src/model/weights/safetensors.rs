@@ -4,11 +4,11 @@ use safetensors::tensor::{Dtype, SafeTensors};
 use serde::de::IgnoredAny;
 use tch::Kind;
 
-use super::bytes::{quoted, shown};
 use super::file::WeightsFile;
 use super::shards::Entries;
 use super::stored_tensor::{ElementType, StoredTensor};
 use crate::error::{Error, Result};
+use crate::spelling::{excerpt, quoted};
 
 /// The longest header that is read. A thousand tensors take some hundred kilobytes.
 const LONGEST_HEADER: u64 = 16 << 20;
@@ -20,7 +20,7 @@ const LONGEST_HEADER: u64 = 16 << 20;
 /// overlap, leave gaps or do not fit their shapes.
 pub(super) fn read_table(file: &WeightsFile) -> Result<Vec<(String, StoredTensor)>> {
     let damaged = |error: String| {
-        let error = shown(&error, 300);
+        let error = excerpt(&error, 300);
         file.fault(format!("is not a complete safetensors file ({error}); download or save it again"))
     };
     if file.length() < 8 {

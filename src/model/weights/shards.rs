@@ -8,9 +8,9 @@ use std::path::{Component, Path};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
-use super::bytes::{quoted, shown};
 use super::file::WeightsFile;
 use crate::error::{Error, Result};
+use crate::spelling::{excerpt, quoted};
 
 /// The longest index that is read; one of a thousand tensors has some hundred kilobytes.
 const LONGEST_INDEX: u64 = 16 << 20;
@@ -73,7 +73,7 @@ fn read(index: &Path) -> Result<Vec<(String, String)>> {
     let parsed = serde_json::from_slice::<Index>(&file.map(0..file.length())?);
     let Entries(tensors) = parsed
         .map_err(|error| {
-            let error = shown(&error.to_string(), 300);
+            let error = excerpt(&error.to_string(), 300);
             file.fault(format!("is no index of shards ({error}); download or save it again"))
         })?
         .weight_map;

@@ -3,10 +3,10 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::bytes::quoted;
 use super::pickle::{Pickle, Value};
 use super::stored_tensor::StoredTensor;
 use super::torch_globals::Storage;
+use crate::spelling::quoted;
 
 /// Returns the tensors of a `state_dict`, by name. `locate` finds the bytes of a storage in the file.
 ///

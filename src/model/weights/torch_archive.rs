@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::bytes::{Bytes, quoted};
+use super::bytes::Bytes;
 use super::file::WeightsFile;
 use super::pickle::Pickle;
 use super::state_dict;
@@ -15,6 +15,7 @@ use super::stored_tensor::StoredTensor;
 use super::torch_file::LONGEST_PICKLE;
 use super::torch_legacy::BIG_ENDIAN;
 use crate::error::Result;
+use crate::spelling::quoted;
 
 /// The longest directory that is read; one of a thousand tensors has some hundred kilobytes.
 const LONGEST_DIRECTORY: u64 = 16 << 20;

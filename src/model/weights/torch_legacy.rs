@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::bytes::quoted;
 use super::file::WeightsFile;
 use super::pickle::{Pickle, Value};
 use super::state_dict;
@@ -11,6 +10,7 @@ use super::stored_tensor::StoredTensor;
 use super::torch_file::LONGEST_PICKLE;
 use super::torch_globals::Storage;
 use crate::error::Result;
+use crate::spelling::quoted;
 
 /// The pickle that such a file begins with: a number that stands for the form.
 pub(super) const BEGINNING: [u8; 15] =
