@@ -1,5 +1,7 @@
 //! What the methods of an experiment cost, as `plan` shows it.
 
+use std::collections::{HashMap, HashSet};
+
 use anyhow::Result;
 use child_tuning::experiment::{Run, method_cost};
 use child_tuning::method::option_list;
@@ -9,13 +11,28 @@ use super::table::table;
 
 /// Shows a line for each method of some runs, of each model; of its tasks and seeds, the first run stands for all.
 pub fn show_costs<'a>(runs: impl Iterator<Item = &'a Run>) -> Result<()> {
-    let mut methods: Vec<&Run> = Vec::new();
-    for run in runs {
-        let key = |run: &Run| (run.model.name.clone(), run.method.name().to_owned(), run.method.options());
-        if methods.iter().all(|other| key(other) != key(run)) {
-            methods.push(run);
+    let mut seen = HashSet::new();
+    let methods: Vec<&Run> = runs
+        .filter(|run| {
+            seen.insert((run.model.name.clone(), run.method.name().to_owned(), run.method.options()))
+        })
+        .collect();
+    // How many methods of a name there are, and how many of them have an option.
+    let (mut namesakes, mut having) = (HashMap::new(), HashMap::new());
+    for run in &methods {
+        let name = run.method.name();
+        *namesakes.entry(name).or_insert(0) += 1;
+        for option in option_list(&run.method.options()) {
+            *having.entry((name, option)).or_insert(0) += 1;
         }
     }
+    let label = |run: &Run| {
+        let name = run.method.name();
+        let options = option_list(&run.method.options()).into_iter();
+        let telling = options.filter(|option| having.get(&(name, option.clone())) != namesakes.get(name));
+        let telling = telling.map(|(option, value)| format!(" {option}={value}"));
+        std::iter::once(name.to_owned()).chain(telling).collect::<String>()
+    };
     let header = ["method", "model", "trains", "moments", "keeps", "passes", "before training"];
     let mut table = table(&header, 2..6);
     for run in &methods {
@@ -26,7 +43,7 @@ pub fn show_costs<'a>(runs: impl Iterator<Item = &'a Run>) -> Result<()> {
             (false, examples) => format!("passes over {examples} examples"),
         };
         table.add_row([
-            label(run, &methods),
+            label(run),
             run.model.name.clone(),
             weights(cost.trainable),
             megabytes(cost.optimizer_bytes),
@@ -36,18 +53,6 @@ pub fn show_costs<'a>(runs: impl Iterator<Item = &'a Run>) -> Result<()> {
         ]);
     }
     show(table.trim_fmt())
-}
-
-/// The name of a method, with those of its options in which it differs from its namesakes.
-fn label(run: &Run, methods: &[&Run]) -> String {
-    let own = option_list(&run.method.options());
-    let namesakes: Vec<_> = (methods.iter())
-        .filter(|other| other.method.name() == run.method.name())
-        .map(|other| option_list(&other.method.options()))
-        .collect();
-    let tells = |option: &&(String, String)| namesakes.iter().any(|other| !other.contains(option));
-    let different = own.iter().filter(tells).map(|(name, value)| format!(" {name}={value}"));
-    std::iter::once(run.method.name().to_owned()).chain(different).collect()
 }
 
 fn weights(count: usize) -> String {

@@ -12,7 +12,7 @@ use child_tuning::error::Error;
 use child_tuning::experiment::results;
 use child_tuning::experiment::{
     ExperimentSpec, Forecast, Override, Pace, Plan, PlanOptions, Run, RunEvent, Runner, Speed, Summary,
-    Tokens, execute, forecast, open_places,
+    Tokens, Verdict, execute, forecast, open_places,
 };
 use child_tuning::files::is_pipe;
 use child_tuning::hub::missing_models;
@@ -167,7 +167,7 @@ pub fn run(arguments: RunArguments) -> Result<ExitCode> {
         // Whoever read this may have seen enough, or a disk be full; the runs of the other experiments are wanted all the same.
         all_shown =
             all_shown.and(shown.or_else(|error| if is_broken_pipe(&error) { Ok(()) } else { Err(error) }));
-        failed |= summary.failed > 0 || summary.diverged_before > 0;
+        failed |= summary.failed > 0 || summary.diverged_before > 0 || summary.not_chosen > 0;
         if summary.interrupted {
             return Ok(ExitCode::from(Error::Interrupted.exit_code()));
         }
@@ -199,14 +199,14 @@ fn show_plan(plan: &Plan, device: Device, speed: &Speed, jobs: usize) -> Result<
         true => (results::recorded(&plan.results)?, results::read(&plan.results)?),
         false => Default::default(),
     };
-    let (chosen, open): (Vec<_>, Vec<_>) = plan
-        .selection
-        .choices
-        .iter()
-        .map(|choice| (choice, choice.choose(&rows)))
-        .partition(|(_, chosen)| chosen.is_some());
-    let chosen =
-        chosen.iter().filter_map(|(_, chosen)| chosen.as_ref()).flat_map(|chosen| &chosen.candidate.reports);
+    let (mut chosen, mut open) = (Vec::new(), Vec::new());
+    for choice in &plan.selection.choices {
+        match choice.choose(&rows) {
+            Verdict::Chosen { candidate, .. } => chosen.extend(&candidate.reports),
+            Verdict::Open => open.push(choice),
+            Verdict::Scoreless => {}
+        }
+    }
     let runs: Vec<_> = plan.selection.trials.iter().chain(&plan.runs).chain(chosen).collect();
     let to_do: Vec<_> = runs.iter().filter(|run| !recorded.has(&run.id, run.rows())).collect();
     let mut cost = Cost {
@@ -224,7 +224,7 @@ fn show_plan(plan: &Plan, device: Device, speed: &Speed, jobs: usize) -> Result<
         show(format_args!("{}  {model}  {} steps  {}", run.id, run.total_steps(), run.label()))?;
         cost.add(run)?;
     }
-    for (choice, _) in open {
+    for choice in open {
         let Some(candidate) = choice.candidates.first() else { continue };
         let (seeds, candidates) = (candidate.reports.len(), choice.candidates.len());
         show(format_args!("then {seeds} runs of {}, with the best of {candidates} settings", choice.what))?;
@@ -324,6 +324,7 @@ fn sentence(plan: &Plan, summary: &Summary, time: Duration) -> String {
         (summary.skipped, "were there already"),
         (summary.diverged_before, "of these had diverged"),
         (summary.elsewhere, "left to another process at work on them"),
+        (summary.not_chosen, "settings not chosen, for want of a score"),
     ] {
         if count > 0 {
             parts.push(format!("{count} {what}"));

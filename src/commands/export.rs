@@ -7,7 +7,7 @@ use anyhow::Result;
 use child_tuning::data::TokenEncoder;
 use child_tuning::error::Error;
 use child_tuning::hub::model_folder;
-use child_tuning::model::{Classifier, HeadStart, ModelFolder};
+use child_tuning::model::{Classifier, HeadStart, ModelFolder, is_saved};
 use clap::Args;
 use tch::Device;
 
@@ -44,11 +44,13 @@ pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
     let encoder = TokenEncoder::from_folder(&model)?;
     let mut classifier = Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu)?;
     classifier.reset(arguments.seed)?;
+    let replaces = is_saved(&arguments.output);
     classifier.save(&arguments.output, &encoder)?;
     for line in lines_of(&classifier.report, "new, from the seed") {
         tell(line);
     }
-    tell(format_args!("{} written", arguments.output.display()));
+    let replaced = if replaces { ", in place of the model that was there" } else { "" };
+    tell(format_args!("{} written{replaced}", arguments.output.display()));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -16,6 +16,7 @@ use super::reader::label_spellings;
 use super::table::Format;
 use super::task::{Objective, Split, TaskCard};
 use crate::error::{Error, Result};
+use crate::spelling::quoted;
 use crate::values::OneOrMany;
 use crate::yaml;
 
@@ -215,6 +216,13 @@ impl CustomTask {
             place += 1;
             !all[place..].iter().any(|later| same_label(later, label))
         });
+        if labels.len() < 2 {
+            let found =
+                labels.first().map_or("no label".to_owned(), |only| format!("no label but {}", quoted(only)));
+            let message =
+                format!("holds {found}; a classification has two at least: list them under `labels`");
+            return Err(Error::data(path, 0, message));
+        }
         if labels.len() > MOST_COLLECTED_LABELS {
             let message = format!(
                 "column `{}` holds {} different labels; if they are scores, set `objective: regression`, \

@@ -1,16 +1,18 @@
 //! An experiment from its plan to a complete results file, whoever trains the runs: this process or several workers.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::kept::{kept_folder, mask_file};
 use super::plan::Plan;
 use super::queue::{Queue, Turn};
-use super::results::{NeededSources, Recorded, ResultsFile, Status, read};
+use super::results::{NeededSources, Recorded, ResultsFile, Row, Status, read};
 use super::run::{Run, RunPurpose};
-use super::run_mask::mask_file;
-use super::runner::{Attempt, RunEvent, kept_folder};
+use super::runner::{Attempt, RunEvent};
+use super::selection::Verdict;
+use crate::data::{Metric, TaskCard};
 use crate::error::{Error, Result};
 use crate::method::MaskKind;
 use crate::model::is_saved;
@@ -55,6 +57,8 @@ pub struct Summary {
     pub diverged_before: usize,
     /// Runs that another process is at work on, or that wait for one of those.
     pub elsewhere: usize,
+    /// Choices of which no trial has a score, so that nothing is reported.
+    pub not_chosen: usize,
     /// Whether the user stopped the experiment.
     pub interrupted: bool,
 }
@@ -74,7 +78,7 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
     let sources = sources(plan);
     let needed = (!sources.is_empty()).then(|| results.need_sources(sources)).transpose()?;
     let recorded = results.recorded()?;
-    for note in not_kept(plan, &recorded) {
+    for note in not_kept(plan, &recorded).chain(not_scored(plan)) {
         executor.report(RunEvent::Note(note));
     }
     let missing: Vec<_> = plan.all_runs().filter(|run| !recorded.has(&run.id, run.rows())).collect();
@@ -117,6 +121,33 @@ fn not_kept(plan: &Plan, recorded: &Recorded) -> impl Iterator<Item = String> {
         })
     });
     model.into_iter().chain(mask)
+}
+
+/// Says which metrics of a data set none of the runs has that had ended before: an experiment may have got them since.
+fn not_scored(plan: &Plan) -> impl Iterator<Item = String> {
+    // What cannot be read has been edited, which `compare` will say.
+    let mut rows = read(&plan.results).unwrap_or_default();
+    let runs: HashSet<&str> = plan.all_runs().map(|run| run.id.as_str()).collect();
+    rows.retain(|row| row.status == Status::Ok && runs.contains(row.run.as_str()));
+    let mut cards: BTreeMap<&str, &TaskCard> = BTreeMap::new();
+    for evaluated in plan.all_runs().flat_map(|run| run.evaluations.iter()) {
+        cards.insert(&evaluated.on.card.name, &evaluated.on.card);
+    }
+    let mut notes = Vec::new();
+    for (name, card) in cards {
+        let mut own: Vec<&mut Row> = rows.iter_mut().filter(|row| row.evaluated_on == name).collect();
+        let lacks = |metric: &&Metric| own.iter_mut().all(|row| row.column_of(**metric).is_none());
+        let missing: Vec<String> = card.metrics.iter().filter(lacks).map(Metric::to_string).collect();
+        if !own.is_empty() && !missing.is_empty() {
+            notes.push(format!(
+                "{} runs that had ended before have no {} on {name}: they were not asked for it, or it is not defined for what they \
+                 predict; with another `results` file they are scored again",
+                own.len(),
+                missing.join(", ")
+            ));
+        }
+    }
+    notes.into_iter()
 }
 
 /// Opens the results file of a plan, and makes the folders of its models and masks.
@@ -185,16 +216,18 @@ impl Execution<'_> {
         let mut runs = Vec::new();
         for choice in &plan.selection.choices {
             let note = match choice.choose(&rows) {
-                None => format!("{}: not chosen yet, as trials are missing or failed", choice.what),
-                Some(chosen) => {
-                    runs.extend(chosen.candidate.reports.iter().cloned());
-                    let mean = chosen.mean.map_or("no score".into(), |mean| format!("{:.2}", 100.0 * mean));
-                    let settings = choice.settings_of(chosen.candidate);
+                Verdict::Open => format!("{}: not chosen yet, as trials are missing or failed", choice.what),
+                Verdict::Scoreless => {
+                    self.summary.not_chosen += 1;
                     format!(
-                        "{}: chose {settings} (mean {mean}, best of {})",
-                        choice.what,
-                        choice.candidates.len()
+                        "{}: nothing is chosen and nothing reported, as no trial has a score",
+                        choice.what
                     )
+                }
+                Verdict::Chosen { candidate, mean } => {
+                    runs.extend(candidate.reports.iter().cloned());
+                    let (settings, count) = (choice.settings_of(candidate), choice.candidates.len());
+                    format!("{}: chose {settings} (mean {:.2}, best of {count})", choice.what, 100.0 * mean)
                 }
             };
             self.executor.report(RunEvent::Note(note));

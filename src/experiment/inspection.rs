@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use super::kept::keep_mask;
 use super::queue::Turn;
 use super::run::{Run, RunPurpose};
-use super::run_mask::write_mask_of;
 use super::runner::{RunEvent, Runner};
 use super::training_set::training_set;
 use crate::child::Uncertainty;
@@ -28,7 +28,7 @@ impl Runner<'_> {
             |run, classifier, data, control| {
                 let (method, settings) = (run.method.as_ref(), &run.hyperparameters);
                 let prepared = prepare(classifier, data, method, settings, run.seed, control)?;
-                let path = write_mask_of(plan, run, prepared.mask.as_deref(), folder)?;
+                let path = keep_mask(plan, run, prepared.mask.as_deref(), folder)?;
                 written.extend(path.map(|path| (path, prepared.fisher)));
                 Ok(())
             },

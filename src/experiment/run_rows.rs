@@ -11,7 +11,7 @@ use super::machine;
 use super::plan::Plan;
 use super::results::{Row, Status};
 use super::run::Run;
-use crate::data::{Metric, Objective};
+use crate::data::Objective;
 use crate::libtorch;
 use crate::train::{Evaluation, Trained};
 use crate::values::{hexadecimal, yaml_name};
@@ -113,15 +113,7 @@ pub fn measured(row: &mut Row, outcome: &Outcome, (evaluation, evaluate_time): &
     row.loss = Some(evaluation.loss);
     row.degenerate = Some(evaluation.degenerate);
     for (metric, value) in &evaluation.scores {
-        let column = match metric {
-            Metric::Accuracy => &mut row.accuracy,
-            Metric::F1 => &mut row.f1,
-            Metric::Matthews => &mut row.matthews,
-            Metric::Pearson => &mut row.pearson,
-            Metric::Spearman => &mut row.spearman,
-            Metric::Combined => &mut row.combined,
-        };
-        *column = Some(*value);
+        *row.column_of(*metric) = Some(*value);
     }
     row.epoch = Some(trained.epoch);
     row.step = Some(trained.step);

@@ -11,19 +11,18 @@ use tch::Device;
 
 use super::entries::Evaluated;
 use super::execution::Executor;
+use super::kept::{KeptModel, keep_mask, keep_model, kept_folder, look_at};
 use super::machine;
 use super::plan::Plan;
 use super::queue::Turn;
 use super::resident::{ResidentModel, Tokens};
 use super::results::{ResultsFile, Row, Status};
 use super::run::{Run, RunPurpose};
-use super::run_mask::write_mask_of;
 use super::run_rows::{Outcome, described, measured};
 use super::start::Start;
 use super::training_set::training_set;
 use crate::child::GradientMask;
 use crate::error::{Error, Result};
-use crate::files::beside;
 use crate::libtorch;
 use crate::model::{Classifier, ModelFolder, is_saved};
 use crate::train::{Checkpoint, Control, Event, Progress, Scored, evaluate, train};
@@ -88,6 +87,8 @@ pub struct Runner<'a> {
     /// The model of the last run, kept for the next one.
     pub(super) resident: Option<ResidentModel>,
     pub(super) tokens: Tokens,
+    /// Runs whose weights others start from, and were found to be what they left.
+    seen_sources: HashSet<String>,
     /// The run that was given and not yet trained.
     turn: Option<Turn>,
 }
@@ -110,7 +111,8 @@ impl<'a> Runner<'a> {
         interrupted: &'a AtomicBool,
         report: &'a mut dyn FnMut(RunEvent),
     ) -> Self {
-        Self { plan, device, interrupted, report, resident: None, tokens: Tokens::default(), turn: None }
+        let (tokens, seen_sources) = (Tokens::default(), HashSet::new());
+        Self { plan, device, interrupted, report, resident: None, tokens, seen_sources, turn: None }
     }
 
     /// Trains a run that nobody else has trained or is at work on, and appends its rows to the results.
@@ -179,9 +181,8 @@ impl<'a> Runner<'a> {
     /// Makes sure that the weights that a run starts from are at hand, training the run that makes them if they are not.
     fn source_of(&mut self, run: &Run, results: &ResultsFile) -> Result<Source> {
         let Some(source) = run.source_run() else { return Ok(Source::Ready) };
-        let folder = self.kept(source);
-        if is_saved(&folder) {
-            return Ok(Source::Ready);
+        if let Some(there) = self.kept_source(source) {
+            return Ok(there);
         }
         match results.recorded()?.status(&source.id) {
             Some(Status::Ok) => {}
@@ -193,8 +194,8 @@ impl<'a> Runner<'a> {
             None => return Ok(Source::Elsewhere),
         }
         let Some(_claim) = results.claim(&source.id)? else { return Ok(Source::Elsewhere) };
-        if is_saved(&folder) {
-            return Ok(Source::Ready);
+        if let Some(there) = self.kept_source(source) {
+            return Ok(there);
         }
         if let Source::Elsewhere = self.source_of(source, results)? {
             return Ok(Source::Elsewhere);
@@ -206,6 +207,29 @@ impl<'a> Runner<'a> {
         match self.rows(source)?.into_iter().find(|row| row.status != Status::Ok) {
             None => Ok(Source::Ready),
             Some(row) => Ok(Source::Lost(Status::Failed, row.reason.unwrap_or_default())),
+        }
+    }
+
+    /// Looks for the weights that a run has left for others; nothing if there are none.
+    fn kept_source(&mut self, source: &Run) -> Option<Source> {
+        if self.seen_sources.contains(&source.id) {
+            return Some(Source::Ready);
+        }
+        let folder = self.kept(source);
+        match look_at(&folder, &source.id) {
+            KeptModel::Missing => None,
+            KeptModel::Whole => {
+                self.seen_sources.insert(source.id.clone());
+                Some(Source::Ready)
+            }
+            KeptModel::Changed => {
+                let folder = folder.display();
+                let why = format!(
+                    "{folder} has other weights or another config than run {} left there; remove it, and that run is trained again",
+                    source.id
+                );
+                Some(Source::Lost(Status::Failed, why))
+            }
         }
     }
 
@@ -335,10 +359,10 @@ impl<'a> Runner<'a> {
         // Of trials only the scores are wanted.
         let is_result = run.purpose != RunPurpose::Selection;
         if self.plan.save.is_some() && is_result || self.plan.runs.iter().any(is_source) {
-            classifier.save(&self.kept(run), &run.model.encoder)?;
+            keep_model(self.plan, run, classifier, &self.kept(run))?;
         }
         if let Some(folder) = self.plan.masks.as_ref().filter(|_| is_result) {
-            write_mask_of(self.plan, run, mask, folder)?;
+            keep_mask(self.plan, run, mask, folder)?;
         }
         Ok(())
     }
@@ -375,12 +399,6 @@ impl Executor for Runner<'_> {
         }
         Ok(Some((turn, attempt)))
     }
-}
-
-/// Returns where the model of a run, named by its id, is kept: in `save:`, or beside the results where others start from it.
-pub(super) fn kept_folder(plan: &Plan, run: &str) -> PathBuf {
-    let folder = plan.save.clone().unwrap_or_else(|| beside(&plan.results, ".sources"));
-    folder.join(run)
 }
 
 /// Makes the rows of a run that has no scores, with how it ended and why.

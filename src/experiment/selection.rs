@@ -43,11 +43,18 @@ pub struct Candidate {
 }
 
 /// What the trials of a choice came to.
-pub struct Chosen<'a> {
-    /// The best candidate.
-    pub candidate: &'a Candidate,
-    /// Its mean headline metric over the seeds of the trials; `None` if no trial has one.
-    pub mean: Option<f64>,
+pub enum Verdict<'a> {
+    /// Nothing yet: a trial is missing or failed.
+    Open,
+    /// All are done, and none has a score.
+    Scoreless,
+    /// One candidate is the best.
+    Chosen {
+        /// Which.
+        candidate: &'a Candidate,
+        /// Its mean headline metric over the seeds of the trials that have one.
+        mean: f64,
+    },
 }
 
 impl Selection {
@@ -155,9 +162,9 @@ pub fn trial_tasks(select: &SelectSpec, tasks: &[OpenTask]) -> Result<Vec<OpenTa
 
 impl Choice {
     /// Chooses the candidate with the highest mean score, among those with the most trials that have one; the first of
-    /// equals. Returns nothing while a trial is missing or failed.
-    pub fn choose(&self, rows: &[Row]) -> Option<Chosen<'_>> {
-        let mut best: Option<(usize, Option<f64>, &Candidate)> = None;
+    /// equals.
+    pub fn choose(&self, rows: &[Row]) -> Verdict<'_> {
+        let mut best: Option<(usize, f64, &Candidate)> = None;
         for candidate in &self.candidates {
             let mut scores = Vec::new();
             for trial in &candidate.trials {
@@ -166,20 +173,20 @@ impl Choice {
                         && row.evaluated_on == trial.task.card.name
                         && row.split == trial.task.dev.split.to_string()
                         && row.status != Status::Failed
-                })?;
+                });
+                let Some(row) = row else { return Verdict::Open };
                 scores.extend(row.score.filter(|_| row.status == Status::Ok));
             }
-            let mean = mean(&scores);
-            let is_better = |(count, best, _): (usize, Option<f64>, _)| match mean.zip(best) {
-                Some((mean, best)) if scores.len() == count => is_above(mean, best),
-                _ => scores.len() > count,
+            let Some(mean) = mean(&scores) else { continue };
+            let is_better = |(count, best, _): (usize, f64, _)| match scores.len() == count {
+                true => is_above(mean, best),
+                false => scores.len() > count,
             };
             if best.is_none_or(is_better) {
                 best = Some((scores.len(), mean, candidate));
             }
         }
-        let (_, mean, candidate) = best?;
-        Some(Chosen { candidate, mean })
+        best.map_or(Verdict::Scoreless, |(_, mean, candidate)| Verdict::Chosen { candidate, mean })
     }
 
     /// Says what a candidate is made of: its method's options, and what of its hyper-parameters not all candidates share.

@@ -42,6 +42,11 @@ pub fn place_of(name: &str) -> ModelPlace {
 /// # Errors
 /// Fails, saying what gets it, if it is a model of the Hub that is not in the cache.
 pub fn model_folder(name: &str) -> Result<(PathBuf, Option<String>)> {
+    if name.is_empty() {
+        return Err(Error::configuration(
+            "the name of the model is empty; name a folder, or a model of the Hub",
+        ));
+    }
     match place_of(name) {
         ModelPlace::Folder(folder) => match folder.strip_prefix(BESIDE) {
             Ok(own) if !folder.exists() => Err(Error::model(

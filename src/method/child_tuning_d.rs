@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::criterion::{Criterion, FisherSpec, Random};
 use super::registry::MethodOptions;
@@ -34,7 +35,15 @@ struct MaskSpec {
     scope: Option<MaskScope>,
     threshold: Option<Threshold>,
     choose: Option<Choose>,
+    #[serde(default, deserialize_with = "named")]
     file: Option<PathBuf>,
+}
+
+/// Reads a path that is there if its key is: without one, another mask would take its place unnoticed.
+fn named<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = Option::<PathBuf>::deserialize(deserializer)?.filter(|path| !path.as_os_str().is_empty());
+    let missing = || D::Error::custom("`file` names no mask file; leave the key out to have a mask computed");
+    path.ok_or_else(missing).map(Some)
 }
 
 /// Which weights of the scope train.

@@ -28,6 +28,9 @@ use crate::model::{Classifier, Parameters, Pass, loss, span};
 use crate::random::{self, Key, Purpose};
 use crate::statistics::standard_deviation;
 
+/// Fewer weights that all draws together keep say nothing of a variance.
+const FEWEST_KEPT: f64 = 1000.0;
+
 /// Mean and variance of a step as the theorem predicts and as draws show them. Sums and norms are over all weights in the
 /// mask's scope.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -91,6 +94,14 @@ pub fn step_variance(
     let Some(rate) = shared_rate(&prepared, &classifier.parameters) else {
         return Err(Error::configuration("Theorem 1 is about steps that masks alone change"));
     };
+    let maskable = classifier.parameters.iter().filter(|(_, parameter)| scope.covers(parameter));
+    let kept = p * draws as f64 * maskable.map(|(_, parameter)| parameter.count() as f64).sum::<f64>();
+    if kept < FEWEST_KEPT {
+        return Err(Error::configuration(format!(
+            "with p = {p} the masks of {draws} draws keep {kept:.3} weights in all, of which no variance can be told; take a larger \
+             p, or more --draws"
+        )));
+    }
     let learning_rate = hyperparameters.learning_rate * rate;
     let batch_size = hyperparameters.batch_size.min(data.len());
     let predicted = Moments::new(classifier, data, scope, batch_size, control)?.step(

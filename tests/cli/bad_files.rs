@@ -237,6 +237,20 @@ fn a_foreign_results_file_is_refused_and_left_alone() {
     workplace.edit("own.csv", &format!(",{},", row["score"]), ",inf,");
     let message = ["own.csv:2: the score of run `", "is infinite"];
     workplace.call(&["compare", "own.csv"]).refused(2, &message);
+    // What a spreadsheet makes of an id that looks like a number.
+    workplace.edit("own.csv", ",inf,", ",0.5,");
+    workplace.edit("own.csv", &row["run"], "1.23E+15");
+    let message = ["own.csv:2: column `run`: `1.23E+15` is no id of a run", "a spreadsheet"];
+    workplace.call(&["compare", "own.csv"]).refused(2, &message);
+    workplace.edit("own.csv", "1.23E+15", &row["run"]);
+    let seed = format!(",{},", row["seed"]);
+    let line = workplace.read("own.csv").lines().nth(1).unwrap().replacen(&seed, ",4321,", 1);
+    workplace.write("twice.csv", workplace.read("own.csv") + &line + "\n");
+    let message = ["twice.csv:3: column `run`: ", "is the id of another run"];
+    workplace.call(&["compare", "twice.csv"]).refused(2, &message);
+    let lacking = workplace.read("own.csv").replacen("started_at", "began_at", 1);
+    workplace.write("lacking.csv", lacking);
+    workplace.call(&["compare", "lacking.csv"]).refused(2, &["lacking.csv:1: has no column `started_at`"]);
     workplace.call(&["compare", "absent.csv"]).refused(2, &["cannot read absent.csv", "No such file"]);
 }
 

@@ -54,6 +54,20 @@ fn what_has_ended_before_is_not_kept_and_a_model_is_not_written_over() {
     let answer = workplace.run(&["--set", "save=saved", "--set", "results=other.csv"]).with_code(0);
     assert!(!answer.stderr.contains("have no model"), "{}", answer.stderr);
 
+    // A metric that is asked for later.
+    let custom =
+        "task={custom: {name: own, train: train.csv, dev: train.csv, text: a, label: b, metrics: [METRICS]}}";
+    workplace.write("train.csv", "a,b\n".to_owned() + &"one,x\ntwo,y\n".repeat(8));
+    let with = |metrics: &str| {
+        let task = custom.replace("METRICS", metrics);
+        workplace.run(&["--set", &task, "--set", "results=own.csv"]).with_code(0)
+    };
+    let answer = with("accuracy");
+    assert!(!answer.stderr.contains("have no"), "{}", answer.stderr);
+    let answer = with("accuracy, f1, matthews");
+    let note = "note: 1 runs that had ended before have no f1, matthews on own: ";
+    assert!(answer.stderr.contains(note), "{}", answer.stderr);
+
     // Of trials none is kept, but of what they chose.
     let tuned = ["--set", "select={by: dev, on_seeds: [7, 8]}", "--set", "results=tuned.csv"];
     workplace.run(&tuned).with_code(0);
@@ -74,7 +88,14 @@ fn what_has_ended_before_is_not_kept_and_a_model_is_not_written_over() {
 fn predictions_of_a_saved_classifier_reproduce_its_score() {
     let workplace = Workplace::new();
     let (folder, row) = saved(&workplace, "rte");
-    let files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"];
+    let files = [
+        "child_tuning.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ];
     assert_eq!(workplace.files(&folder), files);
     let config: Value = serde_json::from_str(&workplace.read(&format!("{folder}/config.json"))).unwrap();
     assert_eq!(config["id2label"], json!({"0": "entailment", "1": "not_entailment"}));

@@ -44,6 +44,27 @@ fn a_source_is_trained_once_and_its_encoder_stays_as_it_is() {
         }
     }
 
+    // Weights that the run did not leave there are not taken for its own, and nothing is written over them.
+    let sources: Vec<&str> =
+        rows.iter().filter(|row| row["source_run"].is_empty()).map(|row| row["run"].as_str()).collect();
+    let [own, other] = [0, 1].map(|place| format!("kept/{}/model.safetensors", sources[place]));
+    let whole = std::fs::read(workplace.path(&own)).unwrap();
+    for foreign in [std::fs::read(workplace.path(&other)).unwrap(), whole[..whole.len() / 2].to_vec()] {
+        workplace.write(&own, &foreign);
+        let answer = workplace.run(&["--set", "then.task=qnli"]).with_code(1);
+        assert!(answer.stdout.contains("1 diverged or failed"), "{}", answer.stdout);
+        let failed: Vec<Row> =
+            workplace.rows("results.csv").into_iter().filter(|row| row["status"] == "failed").collect();
+        assert_eq!(failed.len(), 1);
+        assert!(
+            failed[0]["reason"].contains("has other weights or another config"),
+            "{}",
+            failed[0]["reason"]
+        );
+        assert_eq!(std::fs::read(workplace.path(&own)).unwrap(), foreign);
+    }
+    workplace.write(&own, &whole);
+
     // Another target later: the sources that were kept are not trained again.
     let again = workplace.run(&["--set", "then.task=[cola, stsb, rte]"]).with_code(0);
     assert!(started(&again.stderr, "] mrpc ").is_empty() && !again.stderr.contains("trained again"));

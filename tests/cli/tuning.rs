@@ -84,6 +84,27 @@ fn trials_choose_the_settings_of_the_runs_that_are_reported() {
     assert!(again.stdout.contains("0 runs done, 14 were there already"), "{}", again.stdout);
 }
 
+/// A choice among nothing would be reported as one.
+#[test]
+fn nothing_is_chosen_where_no_trial_has_a_score() {
+    let workplace = Workplace::new();
+    workplace.experiment(
+        "task: rte\nseeds: [5]\nselect: {by: dev, on_seeds: [1, 2]}\n\
+        train: {epochs: 1, batch_size: 16, examples: 32, max_length: 32, learning_rate: [1e30, 1e31]}\n",
+    );
+    let answer = workplace.run(&[]).with_code(1);
+    assert!(
+        answer.stderr.contains("nothing is chosen and nothing reported, as no trial has a score"),
+        "{answer:?}"
+    );
+    let rows = workplace.rows("results.csv");
+    assert_eq!(rows.len(), 4);
+    assert!(rows.iter().all(|row| row["status"] == "diverged" && row["purpose"] == "selection"));
+    // Nor is anything promised.
+    let plan = workplace.call(&["plan", "experiment.yaml"]).with_code(0);
+    assert!(!plan.stdout.contains("with the best of"), "{}", plan.stdout);
+}
+
 #[test]
 fn runs_of_chosen_settings_are_rows_of_their_own() {
     let workplace = Workplace::new();

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::row::{SCHEMA_VERSION, Status};
-use super::text::other_version;
+use super::text::{SEMICOLONS, other_version};
 use crate::csv_lines::record_start;
 use crate::data::Split;
 use crate::error::{Error, Result};
@@ -169,6 +169,9 @@ fn check_header(
         Some(name) => quoted(&String::from_utf8_lossy(name)),
         None => "the end of the line".into(),
     };
+    if header.get(0).is_some_and(|first| first.starts_with(b"schema_version;")) {
+        return Err(Error::configuration(format!("{}: {SEMICOLONS}", path.display())));
+    }
     Err(Error::configuration(format!(
         "{}: is not a results file of this program: column {} is {}, expected {}; name another file with `results:`",
         path.display(),

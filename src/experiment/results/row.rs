@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::text::{count, flag, number};
+use crate::data::Metric;
 use crate::values::yaml_name;
 
 /// The version of the columns below; a column that is added, dropped or given another meaning raises it.
@@ -235,6 +236,18 @@ pub struct Row {
 }
 
 impl Row {
+    /// Returns the column of a metric.
+    pub fn column_of(&mut self, metric: Metric) -> &mut Option<f64> {
+        match metric {
+            Metric::Accuracy => &mut self.accuracy,
+            Metric::F1 => &mut self.f1,
+            Metric::Matthews => &mut self.matthews,
+            Metric::Pearson => &mut self.pearson,
+            Metric::Spearman => &mut self.spearman,
+            Metric::Combined => &mut self.combined,
+        }
+    }
+
     /// Returns whether the run was a trial that chose hyper-parameters.
     pub fn is_trial(&self) -> bool {
         self.purpose == "selection"

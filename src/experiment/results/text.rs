@@ -1,5 +1,6 @@
 //! Rows as text: how they are written and read.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -8,6 +9,10 @@ use super::row::{Row, SCHEMA_VERSION};
 use crate::csv_lines::{record_line, record_start};
 use crate::error::{Error, Result};
 use crate::spelling::{quoted, visible};
+
+/// What is wrong with a file that a spreadsheet has saved in its own way.
+pub(super) const SEMICOLONS: &str =
+    "has semicolons between its cells, as some spreadsheets write them; save it with commas";
 
 /// Reads the rows of a results file.
 ///
@@ -24,7 +29,32 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<Row>> {
         let message = format!("the score of run `{}` is infinite, which none can be", row.run);
         return Err(Error::data(path, *line, message));
     }
+    refuse_mangled_runs(path, &rows)?;
     Ok(rows.into_iter().map(|(_, row)| row).collect())
+}
+
+/// Refuses rows whose ids are not what they were when the runs wrote them: a spreadsheet takes many for numbers, and different runs
+/// then share one.
+fn refuse_mangled_runs(path: &Path, rows: &[(usize, Row)]) -> Result<()> {
+    let mut first: HashMap<&str, &Row> = HashMap::new();
+    for (line, row) in rows {
+        let is_id = row.run.len() == 16 && row.run.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let earlier = first.entry(&row.run).or_insert(row);
+        let is_one_run = (&earlier.task, &earlier.method, earlier.seed) == (&row.task, &row.method, row.seed);
+        if !is_id || !is_one_run {
+            let (run, message) = (
+                quoted(&row.run),
+                match is_id {
+                    false => {
+                        "is no id of a run, 16 hexadecimal digits; a spreadsheet may have taken it for a number"
+                    }
+                    true => "is the id of another run in a line above, with another task, method or seed",
+                },
+            );
+            return Err(Error::data(path, *line, format!("column `run`: {run} {message}")));
+        }
+    }
+    Ok(())
 }
 
 /// Parses the text of a results file; `path` is for messages.
@@ -43,17 +73,11 @@ fn parse_with_lines(path: &Path, bytes: &[u8]) -> Result<Vec<(usize, Row)>> {
     if let Some(column) =
         ["task", "method", "status", "score"].iter().find(|name| !header.iter().any(|own| own == **name))
     {
-        let hint = match header.get(0).is_some_and(|first| first.contains("schema_version;")) {
-            true => {
-                ", but semicolons between its cells, as some spreadsheets write them: save it with commas"
-            }
-            false => "",
+        let message = match header.get(0).is_some_and(|first| first.starts_with("schema_version;")) {
+            true => SEMICOLONS.to_owned(),
+            false => format!("is not a results file of this program: it has no column `{column}`"),
         };
-        return Err(Error::data(
-            path,
-            1,
-            format!("is not a results file of this program: it has no column `{column}`{hint}"),
-        ));
+        return Err(Error::data(path, 1, message));
     }
     let version = header.iter().position(|column| column == "schema_version");
     let mut rows = Vec::new();
@@ -118,6 +142,9 @@ fn misread_row(
 ) -> Error {
     let csv::ErrorKind::Deserialize { err, .. } = error.kind() else { return misread(path, bytes, error) };
     let message = err.kind().to_string();
+    if let Some(column) = message.strip_prefix("missing field ") {
+        return Error::data(path, 1, format!("has no column {column}"));
+    }
     // Where csv does not know the column, the message has the cell.
     let has_cell = |cell: &str| !cell.is_empty() && message.contains(&format!("`{cell}`"));
     let field = err.field().map(|field| field as usize).or_else(|| record.iter().position(has_cell));
@@ -327,7 +354,7 @@ mod tests {
         assert!(torn.starts_with("results.csv:3: has 2 fields under 54 column names"), "{torn}");
         let missing =
             parsed("schema_version,task,method,status,score\n6,rte,vanilla,ok,\n").unwrap_err().to_string();
-        assert!(missing.starts_with("results.csv:2: ") && missing.contains("`experiment`"), "{missing}");
+        assert_eq!(missing, "results.csv:1: has no column `experiment`");
         let newer =
             parsed("schema_version,task,method,status,score,unheard_of\n7,,,,,x\n").unwrap_err().to_string();
         assert!(newer.starts_with("results.csv:2: has schema version `7`"), "{newer}");
@@ -357,13 +384,14 @@ mod tests {
 
     #[test]
     fn foreign_files_are_called_so() {
-        for (text, end) in [
-            ("index\tsentence1\tsentence2\n0\ta\tb, c\n", "it has no column `task`"),
-            ("schema_version;task;method;status\n5;a;b;ok\n", "save it with commas"),
+        for (text, message) in [
+            (
+                "index\tsentence1\tsentence2\n0\ta\tb, c\n",
+                "is not a results file of this program: it has no column `task`",
+            ),
+            ("schema_version;task;method;status\n5;a;b;ok\n", SEMICOLONS),
         ] {
-            let message = parsed(text).unwrap_err().to_string();
-            assert!(message.starts_with("results.csv:1: is not a results file of this program"), "{message}");
-            assert!(message.ends_with(end), "{message}");
+            assert_eq!(parsed(text).unwrap_err().to_string(), format!("results.csv:1: {message}"));
         }
     }
 }
