@@ -11,7 +11,7 @@
 //! | [`hub`] | models from the Hugging Face Hub, and its cache |
 //! | [`train`] | the training loop, optimizer, schedule, evaluation of one run |
 //! | [`method`] | fine-tuning methods behind one trait |
-//! | [`child`] | child networks: Bernoulli and Fisher masks, gradient hooks |
+//! | [`child`] | child networks: masks that are drawn, chosen by scores, or adapted; gradient hooks |
 //! | [`model`] | pretrained encoders, one file a family, and Hugging Face folders |
 //! | [`data`] | tasks, readers, tokens, batches, metrics |
 //! | [`transfer`] | files over HTTP |

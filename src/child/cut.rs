@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use super::network::{ChildNetwork, MaskScope};
-use super::select::{Choice, HostScores, Scores, Selection, percentile};
+use super::select::{Extreme, HostScores, Scores, Selection, percentile};
 use super::select_device::DeviceScores;
 use crate::error::{Error, Result};
 use crate::libtorch::elements;
@@ -37,13 +37,13 @@ pub struct Cut {
     /// Which weights compete for the share.
     pub threshold: Threshold,
     /// Which of them win.
-    pub choose: Choice,
+    pub choose: Extreme,
 }
 
 impl Cut {
     /// Makes the cut that keeps the highest scores.
     pub fn highest(p: f64, scope: MaskScope, threshold: Threshold) -> Self {
-        Self { p, scope, threshold, choose: Choice::Highest }
+        Self { p, scope, threshold, choose: Extreme::Highest }
     }
 
     /// Returns how many weights in the scope it keeps, in a model that declares the given parameters. (With a percentile, ties
@@ -107,15 +107,15 @@ impl ChildNetwork {
 
     /// Sets the bits by the scores of each tensor; `count` of them, where all tensors have one threshold.
     fn cut(&mut self, scores: &dyn Scores, cut: &Cut, count: usize) -> Result<()> {
-        let choice = cut.choose;
+        let extreme = cut.choose;
         let counts = scores.counts();
         // One rule for all tensors together, or one anew for each.
         let mut common = match cut.threshold {
             Threshold::Global | Threshold::Budget => {
-                Some(Selection::extreme(scores, 0..counts.len(), count, choice)?)
+                Some(Selection::extreme(scores, 0..counts.len(), count, extreme)?)
             }
             Threshold::PerTensor => None,
-            Threshold::Percentile if choice == Choice::Lowest => {
+            Threshold::Percentile if extreme == Extreme::Lowest => {
                 return Err(Error::configuration("the percentile is a rule for the highest scores only"));
             }
             Threshold::Percentile => Some(Selection::at_least(percentile(scores, 1.0 - cut.p)?)),
@@ -125,7 +125,7 @@ impl ChildNetwork {
                 Some(selection) => scores.mark(index, selection, words),
                 None => {
                     let own = share(cut.p, total);
-                    let mut own = Selection::extreme(scores, index..index + 1, own, choice)?;
+                    let mut own = Selection::extreme(scores, index..index + 1, own, extreme)?;
                     scores.mark(index, &mut own, words)
                 }
             })?;
@@ -146,7 +146,7 @@ impl ChildNetwork {
         };
         for (index, count) in scores.counts().into_iter().enumerate() {
             let share = (p * count as f64).ceil() as usize;
-            let exact = Selection::extreme(scores.as_ref(), index..index + 1, share, Choice::Highest)?;
+            let exact = Selection::extreme(scores.as_ref(), index..index + 1, share, Extreme::Highest)?;
             let mut selection = Selection { ties: usize::MAX, ..exact };
             self.set_words(index, |words| scores.mark(index, &mut selection, words))?;
         }
@@ -225,7 +225,7 @@ mod tests {
         let parameters = parameters();
         let scores = Tensor::rand([parameters.buffer_len() as i64], (Kind::Float, Device::Cpu));
         let lowest = |threshold, scores: &Tensor, p| {
-            let cut = Cut { choose: Choice::Lowest, ..Cut::highest(p, MaskScope::Backbone, threshold) };
+            let cut = Cut { choose: Extreme::Lowest, ..Cut::highest(p, MaskScope::Backbone, threshold) };
             ChildNetwork::from_scores(&parameters, scores, &cut)
         };
         for threshold in [Threshold::Global, Threshold::PerTensor] {

@@ -18,7 +18,7 @@ use crate::random::GROUP;
 pub enum GradientMask {
     /// Another random mask at every step (Child-Tuning_F).
     Bernoulli(BernoulliMask),
-    /// One mask for the whole run (Child-Tuning_D).
+    /// One mask for the whole run (Child-Tuning_D, and whatever else chooses once).
     Fixed(Arc<ChildNetwork>),
     /// A mask that gradients choose anew now and again (DPS).
     Adaptive(AdaptiveMask),
@@ -307,7 +307,7 @@ fn deposit(
     Ok(())
 }
 
-/// Does the same with libtorch, on a GPU; `place` may be the gradient itself.
+/// Puts a masked gradient to its place, or adds it to what is there, on a GPU; `place` may be the gradient itself.
 fn deposit_on_device(
     place: &mut Tensor,
     gradient: &Tensor,

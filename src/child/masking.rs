@@ -146,16 +146,17 @@ pub fn deposit_rows(
     }
     let squares: Vec<f64> = tasks
         .into_par_iter()
-        .map(|(start, row, pieces)| {
+        .map_init(Vec::new, |scratch, (start, row, pieces)| {
             // The row among the groups that it has a part in.
             let (group, offset) = (first_group + start / GROUP, start % GROUP);
-            let mut sums = vec![0f32; (offset + width).next_multiple_of(GROUP)];
-            let mut numbers = vec![0f32; width];
+            scratch.clear();
+            scratch.resize(width + (offset + width).next_multiple_of(GROUP), 0f32);
+            let (numbers, sums) = scratch.split_at_mut(width);
             for &(_, piece) in pieces {
-                gradient.read(piece * width, &mut numbers);
-                sums[offset..].iter_mut().zip(&numbers).for_each(|(sum, number)| *sum += number);
+                gradient.read(piece * width, numbers);
+                sums[offset..].iter_mut().zip(&*numbers).for_each(|(sum, number)| *sum += number);
             }
-            mask_groups(&mut sums, mask, group);
+            mask_groups(sums, mask, group);
             row.iter_mut().zip(&sums[offset..]).for_each(|(place, sum)| *place += sum);
             sum_of_squares(row)
         })

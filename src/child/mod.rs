@@ -1,4 +1,4 @@
-//! Child networks: which weights train, chosen anew at every step (Bernoulli), once by Fisher information, or now and again by the
+//! Child networks: which weights train, chosen anew at every step (Bernoulli), once by scores or from a file, or now and again by the
 //! gradients of the steps before (adaptive).
 
 mod adaptive;
@@ -23,6 +23,6 @@ pub use hooks::{GradientHooks, GradientMask};
 pub use mask_file::{MaskFile, MaskedTensor, read_mask, write_mask};
 pub use masking::{CHUNK, StepMask, mask_in_place, norm_of_spans, squares_of_spans};
 pub use network::{ChildNetwork, MaskScope, TensorMask};
-pub use overlap::{Overlap, Part, Parts, mask_names, overlaps};
-pub use select::Choice;
+pub use overlap::{Granularity, Overlap, Part, overlaps};
+pub use select::Extreme;
 pub use uncertainty::{Uncertainty, uncertainty};

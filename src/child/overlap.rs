@@ -32,7 +32,7 @@ impl fmt::Display for Part {
 
 /// How finely overlaps are told apart, besides that of the whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parts {
+pub enum Granularity {
     /// Not at all.
     All,
     /// By embeddings, encoder layers, pooler and head.
@@ -75,7 +75,7 @@ struct Counts {
 
 /// Returns the names that masks go by: task and seed from their metadata; the path where that is missing or not the only
 /// one of its name.
-pub fn mask_names(masks: &[MaskFile]) -> Vec<String> {
+fn mask_names(masks: &[MaskFile]) -> Vec<String> {
     let path = |mask: &MaskFile| mask.path.display().to_string();
     let short: Vec<String> = masks
         .iter()
@@ -93,7 +93,7 @@ pub fn mask_names(masks: &[MaskFile]) -> Vec<String> {
 ///
 /// # Errors
 /// Fails, naming the files, if two masks belong to different models or scopes, or a file is named twice.
-pub fn overlaps(masks: &[MaskFile], parts: Parts) -> Result<Vec<Overlap>> {
+pub fn overlaps(masks: &[MaskFile], granularity: Granularity) -> Result<Vec<Overlap>> {
     let names = mask_names(masks);
     let mut found = Vec::new();
     for (first, first_name) in masks.iter().zip(&names) {
@@ -101,7 +101,7 @@ pub fn overlaps(masks: &[MaskFile], parts: Parts) -> Result<Vec<Overlap>> {
             return Err(Error::configuration(format!("{} is named twice", first.path.display())));
         }
         for (second, second_name) in masks.iter().zip(&names) {
-            for (part, counts) in common(first, second, parts)? {
+            for (part, counts) in common(first, second, granularity)? {
                 found.push(counts.overlap(first_name, second_name, &part));
             }
         }
@@ -110,7 +110,7 @@ pub fn overlaps(masks: &[MaskFile], parts: Parts) -> Result<Vec<Overlap>> {
 }
 
 /// Counts what two masks have in common in each part.
-fn common(first: &MaskFile, second: &MaskFile, parts: Parts) -> Result<BTreeMap<Part, Counts>> {
+fn common(first: &MaskFile, second: &MaskFile, granularity: Granularity) -> Result<BTreeMap<Part, Counts>> {
     if first.shapes() != second.shapes() {
         return Err(Error::configuration(format!(
             "{} and {} belong to different models or scopes",
@@ -127,10 +127,10 @@ fn common(first: &MaskFile, second: &MaskFile, parts: Parts) -> Result<BTreeMap<
             both: both.map(|(first, second)| (first & second).count_ones() as usize).sum(),
             weights: one.count,
         };
-        let finer = match parts {
-            Parts::All => None,
-            Parts::Layer => Some(Part::Place(one.place)),
-            Parts::Tensor => Some(Part::Tensor(one.name.clone())),
+        let finer = match granularity {
+            Granularity::All => None,
+            Granularity::Layer => Some(Part::Place(one.place)),
+            Granularity::Tensor => Some(Part::Tensor(one.name.clone())),
         };
         for part in std::iter::once(Part::All).chain(finer) {
             found.entry(part).or_default().add(counts);
@@ -194,7 +194,7 @@ mod tests {
     #[test]
     fn ratios_are_those_of_the_sets_in_every_part() {
         let masks = [mask("a", "1", 0b1111_0000, 0), mask("b", "2", 0b0011_1100, 0b1)];
-        let found = overlaps(&masks, Parts::Layer).unwrap();
+        let found = overlaps(&masks, Granularity::Layer).unwrap();
         let pairs: Vec<_> = found.iter().step_by(3).map(|pair| (&*pair.first, &*pair.second)).collect();
         assert_eq!(pairs, [("rte 1", "rte 1"), ("rte 1", "rte 2"), ("rte 2", "rte 1"), ("rte 2", "rte 2")]);
         let [all, layer, pooler] = &found[3..6] else { panic!() };
@@ -208,9 +208,9 @@ mod tests {
         // The other way round: 2 of B's 5. And an empty set has no ratio to itself.
         assert_eq!((found[6].overlap, found[6].intersection_share), (Some(2.0 / 7.0), Some(0.4)));
         assert_eq!((found[0].overlap, found[2].overlap), (Some(1.0), None));
-        let tensors = overlaps(&masks, Parts::Tensor).unwrap();
+        let tensors = overlaps(&masks, Granularity::Tensor).unwrap();
         assert_eq!(tensors[2].part, "bert.pooler.dense.bias");
-        assert_eq!(overlaps(&masks, Parts::All).unwrap().len(), 4);
+        assert_eq!(overlaps(&masks, Granularity::All).unwrap().len(), 4);
     }
 
     #[test]
@@ -220,11 +220,14 @@ mod tests {
         assert_eq!(mask_names(&masks), ["a", "b", "c"]);
         assert_eq!(mask_names(&masks[..2]), ["rte 1", "b"]);
         masks[2].path = "a".into();
-        assert!(overlaps(&masks, Parts::All).unwrap_err().to_string().contains("a is named twice"));
+        assert!(overlaps(&masks, Granularity::All).unwrap_err().to_string().contains("a is named twice"));
         masks[2] = mask("c", "3", 0, 0);
         masks[2].tensors.pop();
         assert!(
-            overlaps(&masks, Parts::All).unwrap_err().to_string().contains("a and c belong to different")
+            overlaps(&masks, Granularity::All)
+                .unwrap_err()
+                .to_string()
+                .contains("a and c belong to different")
         );
     }
 }

@@ -85,7 +85,7 @@ struct Examples {
     /// Where the rows of each copy of each example end.
     ends: Vec<usize>,
     copies: usize,
-    /// The same on the device that first asked for it.
+    /// The rows of each copy as a rectangle, on the device that first asked for it.
     rectangle: Mutex<Option<Rectangle>>,
 }
 

@@ -24,7 +24,7 @@ const CHUNK: usize = 1 << 16;
 /// Which weights of the scope make a fixed child network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Choice {
+pub enum Extreme {
     /// Those with the highest scores, as in the paper.
     #[default]
     Highest,
@@ -57,7 +57,7 @@ pub trait Scores {
     ///
     /// # Errors
     /// Fails if a score is negative or not a number.
-    fn histogram(&self, tensors: Range<usize>, choice: Choice, half: Half) -> Result<Vec<usize>>;
+    fn histogram(&self, tensors: Range<usize>, extreme: Extreme, half: Half) -> Result<Vec<usize>>;
 
     /// Returns the smallest score above a limit; infinity, if there is none.
     ///
@@ -76,7 +76,7 @@ pub trait Scores {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Selection {
     /// The end that it begins at.
-    pub choice: Choice,
+    pub extreme: Extreme,
     /// The key of the last score that belongs to it.
     pub limit: u32,
     /// How many scores at the limit still belong to it.
@@ -86,27 +86,32 @@ pub struct Selection {
 impl Selection {
     /// Selects every score of at least `limit`.
     pub fn at_least(limit: f32) -> Self {
-        Self { choice: Choice::Highest, limit: key(Choice::Highest, limit), ties: usize::MAX }
+        Self { extreme: Extreme::Highest, limit: key(Extreme::Highest, limit), ties: usize::MAX }
     }
 
     /// Selects exactly the `count` largest or smallest of all scores of some tensors; among equals the earlier ones.
     ///
     /// # Errors
     /// Fails if a score is negative or not a number.
-    pub fn extreme(scores: &dyn Scores, tensors: Range<usize>, count: usize, choice: Choice) -> Result<Self> {
-        let (limit, beyond) = kth(scores, tensors, count.max(1), choice)?;
+    pub fn extreme(
+        scores: &dyn Scores,
+        tensors: Range<usize>,
+        count: usize,
+        extreme: Extreme,
+    ) -> Result<Self> {
+        let (limit, beyond) = kth(scores, tensors, count.max(1), extreme)?;
         Ok(match count {
-            0 => Selection { choice, limit: LARGEST_KEY, ties: 0 },
-            count => Selection { choice, limit, ties: count - beyond },
+            0 => Selection { extreme, limit: LARGEST_KEY, ties: 0 },
+            count => Selection { extreme, limit, ties: count - beyond },
         })
     }
 }
 
 /// Returns the key of a score, in an order in which the selected end is the upper one; minus zero counts as zero.
 #[inline(always)]
-fn key(choice: Choice, score: f32) -> u32 {
+fn key(extreme: Extreme, score: f32) -> u32 {
     let bits = (score + 0.0).to_bits();
-    if choice == Choice::Highest { bits } else { bits ^ LARGEST_KEY }
+    if extreme == Extreme::Highest { bits } else { bits ^ LARGEST_KEY }
 }
 
 /// Returns numpy's `percentile` of all scores with linear interpolation, at a fraction in [0, 1].
@@ -118,7 +123,7 @@ pub fn percentile(scores: &dyn Scores, fraction: f64) -> Result<f32> {
     let total: usize = counts.iter().sum();
     let rank = fraction * (total - 1) as f64;
     let from_above = total - rank.floor() as usize;
-    let (limit, beyond) = kth(scores, 0..counts.len(), from_above, Choice::Highest)?;
+    let (limit, beyond) = kth(scores, 0..counts.len(), from_above, Extreme::Highest)?;
     let lower = f32::from_bits(limit);
     // The next one is equal to it, or the lowest of those beyond.
     let upper = match from_above - 1 > beyond || rank.fract() == 0.0 {
@@ -129,10 +134,10 @@ pub fn percentile(scores: &dyn Scores, fraction: f64) -> Result<f32> {
 }
 
 /// Returns the key of the `count`-th score from an end and the number of scores beyond it.
-fn kth(scores: &dyn Scores, tensors: Range<usize>, count: usize, choice: Choice) -> Result<(u32, usize)> {
-    let upper = scores.histogram(tensors.clone(), choice, Half::Upper)?;
+fn kth(scores: &dyn Scores, tensors: Range<usize>, count: usize, extreme: Extreme) -> Result<(u32, usize)> {
+    let upper = scores.histogram(tensors.clone(), extreme, Half::Upper)?;
     let (bucket, above) = bucket_of(&upper, count);
-    let lower = scores.histogram(tensors, choice, Half::LowerOf(bucket as u32))?;
+    let lower = scores.histogram(tensors, extreme, Half::LowerOf(bucket as u32))?;
     let (rest, above_in_bucket) = bucket_of(&lower, count - above);
     Ok(((bucket as u32) << 16 | rest as u32, above + above_in_bucket))
 }
@@ -162,7 +167,7 @@ impl Scores for HostScores<'_> {
         self.0.iter().map(|scores| scores.len()).collect()
     }
 
-    fn histogram(&self, tensors: Range<usize>, choice: Choice, half: Half) -> Result<Vec<usize>> {
+    fn histogram(&self, tensors: Range<usize>, extreme: Extreme, half: Half) -> Result<Vec<usize>> {
         let chunks: Vec<&[f32]> = self.0[tensors].iter().flat_map(|scores| scores.chunks(CHUNK)).collect();
         // A histogram for each thread, and not for each chunk.
         let share = chunks.len().div_ceil(rayon::current_num_threads()).max(1);
@@ -170,7 +175,7 @@ impl Scores for HostScores<'_> {
             let mut counts = vec![0usize; half.buckets()];
             let mut largest = 0;
             for chunk in chunks {
-                largest = largest.max(count_chunk(&mut counts, chunk, choice, half));
+                largest = largest.max(count_chunk(&mut counts, chunk, extreme, half));
             }
             (counts, largest)
         });
@@ -192,11 +197,11 @@ impl Scores for HostScores<'_> {
     }
 
     fn mark(&self, tensor: usize, selection: &mut Selection, words: &mut [u64]) -> Result<()> {
-        let Selection { choice, limit, .. } = *selection;
+        let Selection { extreme, limit, .. } = *selection;
         let scores = self.0[tensor].par_chunks(CHUNK);
         let tied: Vec<usize> = match selection.ties {
             0 => vec![0; scores.len()],
-            _ => scores.clone().map(|scores| count_ties(scores, choice, limit)).collect(),
+            _ => scores.clone().map(|scores| count_ties(scores, extreme, limit)).collect(),
         };
         let quotas: Vec<usize> = (tied.iter())
             .map(|&tied| {
@@ -208,7 +213,7 @@ impl Scores for HostScores<'_> {
             .collect();
         let parts = scores.zip(words.par_chunks_mut(CHUNK / WORD)).zip(tied.par_iter().zip(&quotas));
         parts.for_each(|((scores, words), (&tied, &quota))| {
-            mark_chunk(scores, words, choice, limit);
+            mark_chunk(scores, words, extreme, limit);
             if quota > 0 {
                 add_ties(scores, words, *selection, if quota == tied { usize::MAX } else { quota });
             }
@@ -218,18 +223,18 @@ impl Scores for HostScores<'_> {
 }
 
 /// Counts the keys of a chunk; returns the largest bit pattern.
-fn count_chunk(counts: &mut [usize], chunk: &[f32], choice: Choice, half: Half) -> u32 {
+fn count_chunk(counts: &mut [usize], chunk: &[f32], extreme: Extreme, half: Half) -> u32 {
     let mut largest = 0;
     match half {
         Half::Upper => {
             for &score in chunk {
                 largest = largest.max((score + 0.0).to_bits());
                 // A sign is noticed in `largest`; here it must only not lead out of the counts.
-                counts[(key(choice, score) >> 16) as usize & (counts.len() - 1)] += 1;
+                counts[(key(extreme, score) >> 16) as usize & (counts.len() - 1)] += 1;
             }
         }
         Half::LowerOf(bucket) => {
-            for key in chunk.iter().map(|&score| key(choice, score)).filter(|key| key >> 16 == bucket) {
+            for key in chunk.iter().map(|&score| key(extreme, score)).filter(|key| key >> 16 == bucket) {
                 counts[(key & 0xFFFF) as usize] += 1;
             }
         }
@@ -238,17 +243,17 @@ fn count_chunk(counts: &mut [usize], chunk: &[f32], choice: Choice, half: Half) 
 }
 
 #[multiversion(targets = "simd")]
-fn count_ties(scores: &[f32], choice: Choice, limit: u32) -> usize {
-    scores.iter().map(|&score| u32::from(key(choice, score) == limit)).sum::<u32>() as usize
+fn count_ties(scores: &[f32], extreme: Extreme, limit: u32) -> usize {
+    scores.iter().map(|&score| u32::from(key(extreme, score) == limit)).sum::<u32>() as usize
 }
 
 /// Writes the bits of the scores beyond the limit.
 #[multiversion(targets = "simd")]
-fn mark_chunk(scores: &[f32], words: &mut [u64], choice: Choice, limit: u32) {
+fn mark_chunk(scores: &[f32], words: &mut [u64], extreme: Extreme, limit: u32) {
     for (scores, word) in scores.chunks(WORD).zip(words) {
         let mut marks = 0;
         for (bit, &score) in scores.iter().enumerate() {
-            marks |= u64::from(key(choice, score) > limit) << bit;
+            marks |= u64::from(key(extreme, score) > limit) << bit;
         }
         *word = marks;
     }
@@ -256,8 +261,8 @@ fn mark_chunk(scores: &[f32], words: &mut [u64], choice: Choice, limit: u32) {
 
 /// Sets the bits of the first `quota` scores at the limit.
 fn add_ties(scores: &[f32], words: &mut [u64], selection: Selection, quota: usize) {
-    let Selection { choice, limit, .. } = selection;
-    let places = scores.iter().enumerate().filter(|(_, score)| key(choice, **score) == limit);
+    let Selection { extreme, limit, .. } = selection;
+    let places = scores.iter().enumerate().filter(|(_, score)| key(extreme, **score) == limit);
     for (place, _) in places.take(quota) {
         words[place / WORD] |= 1 << (place % WORD);
     }
@@ -284,11 +289,11 @@ mod tests {
     }
 
     /// A stable sort, and the first so many of it.
-    fn sorted(scores: &[f32], count: usize, choice: Choice) -> Vec<bool> {
+    fn sorted(scores: &[f32], count: usize, extreme: Extreme) -> Vec<bool> {
         let mut order: Vec<usize> = (0..scores.len()).collect();
-        order.sort_by(|&left, &right| match choice {
-            Choice::Highest => scores[right].total_cmp(&scores[left]),
-            Choice::Lowest => scores[left].total_cmp(&scores[right]),
+        order.sort_by(|&left, &right| match extreme {
+            Extreme::Highest => scores[right].total_cmp(&scores[left]),
+            Extreme::Lowest => scores[left].total_cmp(&scores[right]),
         });
         let mut selected = vec![false; scores.len()];
         order[..count].iter().for_each(|&index| selected[index] = true);
@@ -311,10 +316,10 @@ mod tests {
             let count = (share * scores.len() as f64).round() as usize;
             let (first, second) = scores.split_at((cut * scores.len() as f64) as usize);
             let (host, device) = (HostScores(vec![first, second]), on_device(&[first, second]));
-            for choice in [Choice::Highest, Choice::Lowest] {
-                let selection = Selection::extreme(&host, 0..2, count, choice).unwrap();
-                prop_assert_eq!(Selection::extreme(&device, 0..2, count, choice).unwrap(), selection);
-                let expected = sorted(&scores, count, choice);
+            for extreme in [Extreme::Highest, Extreme::Lowest] {
+                let selection = Selection::extreme(&host, 0..2, count, extreme).unwrap();
+                prop_assert_eq!(Selection::extreme(&device, 0..2, count, extreme).unwrap(), selection);
+                let expected = sorted(&scores, count, extreme);
                 prop_assert_eq!(marks(&host, &selection), expected.clone());
                 prop_assert_eq!(marks(&device, &selection), expected);
             }
@@ -329,15 +334,15 @@ mod tests {
         let (first, second) = scores.split_at(2 * CHUNK + 64);
         let host = HostScores(vec![first, second]);
         let plain: Vec<f32> = scores.iter().map(|score| score + 0.0).collect();
-        for (choice, kept) in
-            [(Choice::Highest, count / 2), (Choice::Highest, count / 5 + 3), (Choice::Lowest, count / 4)]
+        for (extreme, kept) in
+            [(Extreme::Highest, count / 2), (Extreme::Highest, count / 5 + 3), (Extreme::Lowest, count / 4)]
         {
-            let expected = sorted(&plain, kept, choice);
+            let expected = sorted(&plain, kept, extreme);
             for threads in [1, 3] {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 let selected =
-                    pool.install(|| marks(&host, &Selection::extreme(&host, 0..2, kept, choice).unwrap()));
-                assert!(selected == expected, "{choice:?} {kept} {threads}");
+                    pool.install(|| marks(&host, &Selection::extreme(&host, 0..2, kept, extreme).unwrap()));
+                assert!(selected == expected, "{extreme:?} {kept} {threads}");
             }
         }
         let all_ties = marks(&host, &Selection::at_least(0.5));
@@ -348,13 +353,13 @@ mod tests {
     fn what_is_no_score_is_refused() {
         for wrong in [f32::NAN, -f32::NAN, -1.0, f32::NEG_INFINITY] {
             let scores = [1.0, wrong, f32::INFINITY];
-            for choice in [Choice::Highest, Choice::Lowest] {
-                assert!(Selection::extreme(&HostScores(vec![&scores]), 0..1, 1, choice).is_err(), "{wrong}");
-                assert!(Selection::extreme(&on_device(&[&scores]), 0..1, 1, choice).is_err(), "{wrong}");
+            for extreme in [Extreme::Highest, Extreme::Lowest] {
+                assert!(Selection::extreme(&HostScores(vec![&scores]), 0..1, 1, extreme).is_err(), "{wrong}");
+                assert!(Selection::extreme(&on_device(&[&scores]), 0..1, 1, extreme).is_err(), "{wrong}");
             }
         }
         assert!(
-            Selection::extreme(&HostScores(vec![&[1.0, f32::INFINITY]]), 0..1, 1, Choice::Highest).is_ok()
+            Selection::extreme(&HostScores(vec![&[1.0, f32::INFINITY]]), 0..1, 1, Extreme::Highest).is_ok()
         );
     }
 

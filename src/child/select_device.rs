@@ -5,7 +5,7 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use super::network::WORD;
-use super::select::{Choice, Half, LARGEST_KEY, LARGEST_SCORE, Scores, Selection, not_numbers};
+use super::select::{Extreme, Half, LARGEST_KEY, LARGEST_SCORE, Scores, Selection, not_numbers};
 use crate::error::Result;
 use crate::libtorch::elements;
 
@@ -48,10 +48,10 @@ fn bits(scores: &Tensor) -> Result<Tensor> {
 }
 
 /// Returns the keys of bit patterns, int32.
-fn keys(bits: &Tensor, choice: Choice) -> Result<Tensor> {
-    Ok(match choice {
-        Choice::Highest => bits.shallow_clone(),
-        Choice::Lowest => bits.f_bitwise_xor(i64::from(LARGEST_KEY))?,
+fn keys(bits: &Tensor, extreme: Extreme) -> Result<Tensor> {
+    Ok(match extreme {
+        Extreme::Highest => bits.shallow_clone(),
+        Extreme::Lowest => bits.f_bitwise_xor(i64::from(LARGEST_KEY))?,
     })
 }
 
@@ -64,7 +64,7 @@ impl Scores for DeviceScores {
         self.scores.iter().map(Tensor::numel).collect()
     }
 
-    fn histogram(&self, tensors: Range<usize>, choice: Choice, half: Half) -> Result<Vec<usize>> {
+    fn histogram(&self, tensors: Range<usize>, extreme: Extreme, half: Half) -> Result<Vec<usize>> {
         let mut counts: Option<Tensor> = None;
         for chunk in self.chunks(tensors) {
             let bits = bits(&chunk?)?;
@@ -74,7 +74,7 @@ impl Scores for DeviceScores {
                     return Err(not_numbers());
                 }
             }
-            let keys = keys(&bits, choice)?;
+            let keys = keys(&bits, extreme)?;
             let upper = keys.f_bitwise_right_shift_tensor_scalar(16)?;
             let buckets = match half {
                 Half::Upper => upper,
@@ -105,7 +105,7 @@ impl Scores for DeviceScores {
         let weights = Tensor::from_slice(&weights).f_to_device(self.scores[tensor].device())?;
         let words = words.chunks_mut(self.chunk as usize / WORD);
         for (chunk, words) in self.chunks(tensor..tensor + 1).zip(words) {
-            let keys = keys(&bits(&chunk?)?, selection.choice)?;
+            let keys = keys(&bits(&chunk?)?, selection.extreme)?;
             let mut marks = keys.f_gt(limit)?;
             if selection.ties > 0 {
                 let tied = keys.f_eq(limit)?;

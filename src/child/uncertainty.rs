@@ -6,7 +6,7 @@ use tch::{Device, Tensor};
 use super::cut::{Cut, Threshold};
 use super::fisher::Spread;
 use super::network::{ChildNetwork, TensorMask};
-use super::select::Choice;
+use super::select::Extreme;
 use crate::error::Result;
 use crate::libtorch::elements;
 
@@ -91,11 +91,11 @@ pub fn uncertainty(
 fn undecided(
     child: &ChildNetwork,
     tensors: &[&TensorMask],
-    choose: Choice,
+    choose: Extreme,
     values: &[f32],
     errors: &[f32],
 ) -> usize {
-    let lowest = choose == Choice::Lowest;
+    let lowest = choose == Extreme::Lowest;
     let last = |left: f32, right: f32| if lowest { left.max(right) } else { left.min(right) };
     let none = if lowest { f32::NEG_INFINITY } else { f32::INFINITY };
     let threshold = tensors.par_iter().map(|tensor| {

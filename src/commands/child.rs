@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
-use child_tuning::child::{MaskFile, Overlap, Part, Parts, Uncertainty, overlaps, read_mask};
+use child_tuning::child::{Granularity, MaskFile, Overlap, Part, Uncertainty, overlaps, read_mask};
 use child_tuning::error::Error;
 use child_tuning::experiment::Runner;
 use child_tuning::files::write_bytes;
@@ -62,7 +62,7 @@ Examples:
         /// CSV to write, one row for each ordered pair and part of the model
         #[arg(long, value_name = "FILE.csv")]
         output: Option<PathBuf>,
-        /// Parts of the model in the CSV, besides the whole [default: layer]
+        /// Granularity of the model in the CSV, besides the whole [default: layer]
         #[arg(long, value_name = "PARTS", requires = "output")]
         by: Option<By>,
     },
@@ -98,12 +98,12 @@ enum By {
     All,
 }
 
-impl From<By> for Parts {
+impl From<By> for Granularity {
     fn from(by: By) -> Self {
         match by {
-            By::Layer => Parts::Layer,
-            By::Tensor => Parts::Tensor,
-            By::All => Parts::All,
+            By::Layer => Granularity::Layer,
+            By::Tensor => Granularity::Tensor,
+            By::All => Granularity::All,
         }
     }
 }

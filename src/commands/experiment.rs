@@ -102,7 +102,7 @@ impl ExperimentArguments {
         self.resolve(&self.specs()?)
     }
 
-    /// Does the same, after it has downloaded the models of the Hub that they name and the cache lacks.
+    /// Reads and resolves all experiments, after it has downloaded the models of the Hub that they name and the cache lacks.
     pub(super) fn plans_with_models(&self) -> Result<Vec<Plan>, Error> {
         let specs = self.specs()?;
         for spec in &specs {

@@ -30,7 +30,7 @@ pub struct PackedBatch {
     pub lengths: Vec<usize>,
     /// Number of each example within its optimizer step; what dropout draws depends on it, not on the micro-batch.
     pub slots: Vec<u32>,
-    /// The same on the device, `[examples]`, int64.
+    /// The slots on the device, `[examples]`, int64.
     pub slots_on_device: Tensor,
     /// That of each token's example, `[tokens]`, int64.
     pub token_slots: Tensor,

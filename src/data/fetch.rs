@@ -87,14 +87,14 @@ pub enum Fetched {
 
 /// Returns the folder for what the program keeps of the network: `CHILD_TUNING_CACHE`, or `child-tuning` in
 /// `XDG_CACHE_HOME`, or in `.cache` of the home folder; nothing if none of these is set.
-pub fn cache_folder() -> Option<PathBuf> {
+fn cache_folder() -> Option<PathBuf> {
     let folder = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     folder("CHILD_TUNING_CACHE")
         .or_else(|| Some(folder("XDG_CACHE_HOME")?.join("child-tuning")))
         .or_else(|| Some(folder("HOME")?.join(".cache/child-tuning")))
 }
 
-/// Returns the folder that data sets are fetched to: `data` in the [`cache_folder`].
+/// Returns the folder that data sets are fetched to: `data` in the folder for what the program keeps of the network.
 pub fn fetched_data_folder() -> Option<PathBuf> {
     Some(cache_folder()?.join("data"))
 }

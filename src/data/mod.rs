@@ -29,9 +29,7 @@ pub use check::{InTrain, Lengths, Scores, SplitCheck, TokenLengths, check_splits
 pub use custom::{CustomObjective, CustomTask};
 pub use encode::{Encoded, TokenEncoder};
 pub use encoded_dataset::{EncodedDataset, Targets};
-pub use fetch::{
-    Download, FetchEvent, FetchOptions, Fetched, cache_folder, downloads_of, fetched_data_folder,
-};
+pub use fetch::{Download, FetchEvent, FetchOptions, Fetched, downloads_of, fetched_data_folder};
 pub use files::data_roots;
 pub use label::{Label, same_label};
 pub use label_map::LabelMap;

@@ -41,7 +41,7 @@ pub use resident::Tokens;
 pub use run::{Run, RunPurpose};
 pub use runner::{Attempt, RunEvent, Runner};
 pub use selection::{Candidate, Choice, Selection, Verdict};
-pub use spec::{ExperimentSpec, PAPER_SEEDS};
+pub use spec::ExperimentSpec;
 pub use start::Start;
 pub use worker::serve;
 pub use worker_pool::WorkerPool;

@@ -74,7 +74,7 @@ impl Chosen {
 pub struct AdamWConstants {
     /// What weight decay leaves of a weight before the update.
     pub decay_before: f32,
-    /// The same after the update.
+    /// What weight decay leaves of a weight after the update.
     pub decay_after: f32,
     /// 1 − β₁.
     pub one_minus_beta1: f32,

@@ -11,7 +11,7 @@ use super::criterion::{Criterion, FisherSpec, Random};
 use super::registry::MethodOptions;
 use super::sparse_mask::{Source, SparseMask, refuse_percentile};
 use super::{ClipOrder, DecayScope, Method, Outside, Preset};
-use crate::child::{Choice, Cut, MaskScope, Threshold, read_mask};
+use crate::child::{Cut, Extreme, MaskScope, Threshold, read_mask};
 use crate::error::{Error, Result};
 use crate::values::{OneOrMany, Share, axis, yaml_name};
 
@@ -134,7 +134,7 @@ impl Options {
                 p: p.0,
                 scope: mask.scope.unwrap_or(scope),
                 threshold: mask.threshold.unwrap_or(threshold),
-                choose: if choose == Choose::Lowest { Choice::Lowest } else { Choice::Highest },
+                choose: if choose == Choose::Lowest { Extreme::Lowest } else { Extreme::Highest },
             },
         };
         Ok(axis(&self.p, Share(0.3)).iter().map(source).collect())

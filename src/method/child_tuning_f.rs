@@ -72,7 +72,7 @@ impl Method for ChildTuningF {
     }
 
     fn mask(&self) -> Option<MaskKind> {
-        Some(MaskKind::Fresh)
+        Some(MaskKind::Bernoulli)
     }
 
     fn prepare(&self, preparation: &mut Preparation) -> Result<Prepared> {

@@ -228,7 +228,11 @@ impl Method for Composed {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
+    use super::super::METHODS;
     use super::*;
+    use crate::model::ModelConfig;
 
     fn resolved(text: &str) -> Result<Vec<(String, String)>> {
         let spec: MethodSpec = serde_yaml::from_str(text).unwrap();
@@ -268,6 +272,52 @@ mod tests {
             [("[vanilla]", "vanilla"), ("[bitfit]", "bitfit"), ("[vanilla, r_drop]", "r_drop")]
         {
             assert_eq!(resolved(list).unwrap(), resolved(alone).unwrap(), "{list}");
+        }
+    }
+
+    /// Each question that a method answers is asked of the composed one, too, and a part that only halves the learning rate
+    /// changes no other answer.
+    #[test]
+    fn a_composed_method_answers_as_its_parts_do() {
+        let config = json!({
+            "model_type": "bert", "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2,
+            "intermediate_size": 16, "max_position_embeddings": 16, "type_vocab_size": 2,
+        });
+        let config = ModelConfig::from_values(config.as_object().cloned().unwrap());
+        let (_, table) = config.declare(2).unwrap();
+        let (declared, layers) = (table.as_slice(), 4);
+        for name in METHODS.iter().filter(|&&name| name != "vanilla") {
+            let one = |text: &str| {
+                let spec: MethodSpec = serde_yaml::from_str(text).unwrap();
+                spec.resolve(Preset::Paper).unwrap().remove(0)
+            };
+            let (alone, composed) =
+                (one(name), one(&format!("[{name}, {{vanilla: {{learning_rate_factor: 0.5}}}}]")));
+            let further = |method: &dyn Method| -> Vec<String> {
+                method.further_weights(declared).iter().map(|own| own.name.clone()).collect()
+            };
+            let of_model = |method: &dyn Method| {
+                let changes = |own: &Parameter| method.trains(own, layers);
+                let weights = WeightsInUse { declared, changes: &changes, number: 4 };
+                let answers = (
+                    (method.name().to_owned(), method.is_child_tuning(), method.mask()),
+                    (method.examples_passed(100), method.fine_tunes_first(), method.adds_weights()),
+                    (method.needs_dropout(), method.prunes(), method.layers_needed()),
+                    (method.fixed_share(declared).ok(), method.state_bytes(weights), further(method)),
+                );
+                let parts = method.parts();
+                let counts = [parts.penalties.len(), parts.weights.len(), parts.pulls.len()];
+                let noise = (parts.hidden_noise.is_some(), parts.dropout, parts.reach_gradients());
+                format!("{answers:?} {counts:?} {noise:?} {:?}", method.check(declared).is_ok())
+            };
+            assert_eq!(of_model(composed.as_ref()), of_model(alone.as_ref()), "{name}");
+            for own in declared {
+                let [of_alone, of_composed] = [&alone, &composed].map(|method| {
+                    let rate = method.rate(own, layers);
+                    (method.trains(own, layers), method.draws_anew(own, layers), rate)
+                });
+                assert_eq!(of_composed, (of_alone.0, of_alone.1, 0.5 * of_alone.2), "{name} {}", own.name);
+            }
         }
     }
 

@@ -180,11 +180,14 @@ fn mix<T: Number>(weight: &Tensor, target: &Tensor, fill: &Filler) -> Result<Ten
     let mut mixed = weight.f_empty_like()?;
     let parts = elements_mut::<T>(&mut mixed)?.par_chunks_mut(CHUNK).enumerate();
     let sources = elements::<T>(weight)?.par_chunks(CHUNK).zip(elements(target)?.par_chunks(CHUNK));
-    parts.zip(sources).for_each(|((part, mixed), (weights, targets))| {
-        let mut factors = vec![0f32; mixed.len()];
-        fill(part * CHUNK, &mut factors);
-        mix_part(mixed, weights, targets, &factors);
-    });
+    parts.zip(sources).for_each_init(
+        || vec![0f32; CHUNK],
+        |factors, ((part, mixed), (weights, targets))| {
+            let factors = &mut factors[..mixed.len()];
+            fill(part * CHUNK, factors);
+            mix_part(mixed, weights, targets, factors);
+        },
+    );
     Ok(mixed)
 }
 
@@ -198,7 +201,7 @@ fn mix_part<T: Number>(mixed: &mut [T], weights: &[T], targets: &[f32], factors:
     }
 }
 
-/// The same through libtorch.
+/// Returns T + M (W − T) · f in the type of W, through libtorch.
 fn mixed_on_device(weight: &Tensor, target: &Tensor, factors: &Tensor) -> Result<Tensor> {
     let kind = weight.kind();
     let own = weight.f_to_kind(Kind::Float)?;
@@ -210,11 +213,14 @@ fn mixed_on_device(weight: &Tensor, target: &Tensor, factors: &Tensor) -> Result
 fn multiply<T: Number>(gradient: &Tensor, fill: &Filler) -> Result<Tensor> {
     let mut products = gradient.f_empty_like()?;
     let parts = elements_mut::<T>(&mut products)?.par_chunks_mut(CHUNK).enumerate();
-    parts.zip(elements::<T>(gradient)?.par_chunks(CHUNK)).for_each(|((part, products), gradient)| {
-        let mut factors = vec![0f32; products.len()];
-        fill(part * CHUNK, &mut factors);
-        multiply_part(products, gradient, &factors);
-    });
+    parts.zip(elements::<T>(gradient)?.par_chunks(CHUNK)).for_each_init(
+        || vec![0f32; CHUNK],
+        |factors, ((part, products), gradient)| {
+            let factors = &mut factors[..products.len()];
+            fill(part * CHUNK, factors);
+            multiply_part(products, gradient, factors);
+        },
+    );
     Ok(products)
 }
 

@@ -99,7 +99,7 @@ pub enum Outside {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MaskKind {
     /// It is drawn anew at every step.
-    Fresh,
+    Bernoulli,
     /// The gradients of the steps before choose it.
     Adaptive,
     /// It stays the same.

@@ -47,7 +47,7 @@ pub struct Passes<'a> {
 struct Run<'a> {
     pass: Pass<'a>,
     logits: Tensor,
-    /// The same as a leaf, which losses are made of.
+    /// The logits as a leaf, which losses are made of.
     leaf: Tensor,
 }
 
@@ -60,7 +60,7 @@ impl<'a> Passes<'a> {
         examples: usize,
         settings: PassSettings<'a>,
     ) -> Self {
-        let (begun, run) = Default::default();
+        let (begun, run) = (Cell::new(0), RefCell::default());
         Self { targets, examples, classifier, weights, batch, settings, begun, run }
     }
 

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::criterion::Criterion;
 use super::{ClipOrder, DecayScope, MaskKind, Method, Outside, Preparation, Prepared, weights_of};
-use crate::child::{ChildNetwork, Choice, Cut, GradientMask, MaskFile, MaskScope, Threshold, uncertainty};
+use crate::child::{ChildNetwork, Cut, Extreme, GradientMask, MaskFile, MaskScope, Threshold, uncertainty};
 use crate::error::{Error, Result};
 use crate::model::Parameter;
 use crate::values::{OneOrMany, Share, yaml_name};
@@ -41,7 +41,7 @@ impl Source {
     fn text(&self) -> String {
         match self {
             Source::Chosen { criterion, cut } => {
-                let lowest = if cut.choose == Choice::Lowest { "choose=lowest" } else { "" };
+                let lowest = if cut.choose == Extreme::Lowest { "choose=lowest" } else { "" };
                 let parts = [
                     format!("p={}", cut.p),
                     lowest.into(),
@@ -152,7 +152,7 @@ pub fn refuse_percentile(method: &str, choose: &str, threshold: Option<Threshold
 pub struct CutSpec {
     pub scope: Option<MaskScope>,
     pub threshold: Option<Threshold>,
-    pub choose: Option<Choice>,
+    pub choose: Option<Extreme>,
 }
 
 /// What may be typed of every method with a criterion; [`criterion_options`] makes it.
@@ -178,7 +178,7 @@ impl Typed<'_> {
         let criterion: Arc<dyn Criterion> = Arc::new(criterion);
         let choose = self.mask.choose.unwrap_or(cut.choose);
         let threshold = self.mask.threshold.unwrap_or(cut.threshold);
-        if choose == Choice::Lowest {
+        if choose == Extreme::Lowest {
             refuse_percentile(name, &yaml_name(&choose), Some(threshold))?;
         }
         let method = |p: &Share| -> Arc<dyn Method> {

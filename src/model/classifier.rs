@@ -178,7 +178,7 @@ impl Classifier {
         parameters.mark_unchanged();
         let fresh = report.fresh.iter().filter_map(|name| parameters.find(name)).collect();
         let initializer_range = config.magnitude_or("initializer_range", 0.02)?;
-        let (start, redrawn) = Default::default();
+        let (start, redrawn) = (None, Vec::new());
         Ok(Self { parameters, report, network, config, labels, start, fresh, redrawn, initializer_range })
     }
 
@@ -236,7 +236,7 @@ impl Classifier {
         let fresh = parameters.iter().map(|(id, _)| id).collect();
         let initializer_range = config.magnitude_or("initializer_range", 0.02)?;
         let report = LoadReport::default();
-        let (start, redrawn) = Default::default();
+        let (start, redrawn) = (None, Vec::new());
         Ok(Self { parameters, report, network, config, labels, start, fresh, redrawn, initializer_range })
     }
 

@@ -68,8 +68,8 @@ impl ModelConfig {
 
     /// Makes a config that is in no file.
     pub fn from_values(values: Map<String, Value>) -> Self {
-        let (is_overridden, asked, dropout) = Default::default();
-        Self { path: PathBuf::from("config.json"), values, is_overridden, asked, dropout }
+        let path = PathBuf::from("config.json");
+        Self { path, values, is_overridden: false, asked: Arc::default(), dropout: Arc::default() }
     }
 
     /// Overrides keys of the config (`model_config:` of an experiment).

@@ -22,7 +22,7 @@ use crate::random::{self, Bernoulli, GROUP, Key, Purpose};
 #[derive(Debug)]
 pub struct Dropout {
     key: Key,
-    /// The same on the device, `[2]`, int32.
+    /// The key on the device, `[2]`, int32.
     key_on_device: Tensor,
 }
 

@@ -140,7 +140,7 @@ impl Parameters {
         let leaves = parameters.iter().map(leaf).collect::<Result<_>>()?;
         let by_name =
             parameters.iter().enumerate().map(|(index, parameter)| (parameter.name.clone(), index)).collect();
-        let (gradients, half, changed) = Default::default();
+        let (gradients, half, changed) = (OnceCell::new(), OnceCell::new(), Cell::new(false));
         Ok(Self { parameters, declared, by_name, values, leaves, gradients, half, changed })
     }
 
@@ -282,7 +282,7 @@ impl Parameters {
             .collect();
         parameters.sort_by_key(|(parameter, _)| parameter.range.start);
         let count = parameters.iter().map(|(parameter, _)| parameter.count()).sum();
-        let (mut groups, mut spans): (Vec<TrainableGroup>, Vec<Range<usize>>) = Default::default();
+        let (mut groups, mut spans) = (Vec::<TrainableGroup>::new(), Vec::<Range<usize>>::new());
         for (parameter, treatment) in parameters {
             // With the gap behind it, which holds zeros and stays zero.
             let (start, end) = (parameter.range.start, parameter.range.end.next_multiple_of(ALIGNMENT));

@@ -97,9 +97,18 @@ pub struct Pass<'a> {
 impl<'a> Pass<'a> {
     /// Starts a pass for evaluation, or with `dropout` for training.
     pub fn new(weights: &'a [Tensor], batch: &'a PackedBatch, dropout: Option<Dropout>) -> Self {
-        let (noise, shift, observer, segments) = Default::default();
-        let (sites, layers) = Default::default();
-        Self { weights, places: &[], batch, dropout, noise, shift, observer, sites, layers, segments }
+        Self {
+            weights,
+            places: &[],
+            batch,
+            dropout,
+            noise: None,
+            shift: None,
+            observer: None,
+            sites: Cell::new(0),
+            layers: Cell::new(0),
+            segments: None,
+        }
     }
 
     /// Lets backward bring gradients to their places, of which there is one for each parameter, or none; the weights are the leaves.
@@ -203,7 +212,8 @@ impl<'a> Pass<'a> {
         dropout.on_device(probability, site, (rows, count / self.shared_copies()), self.batch)
     }
 
-    /// Returns the same on the CPU.
+    /// Returns the pattern of the next dropout of rows on the CPU, for an operation that drops elements itself; none if the pass does
+    /// not train.
     pub(super) fn patterned_rows(&self, probability: f64, rows: Rows, count: i64) -> Option<PatternedRows> {
         let dropout = self.dropout.as_ref()?;
         let (site, copies) = (self.next_site(), self.shared_copies());

@@ -71,7 +71,7 @@ pub(super) struct LayerNames {
     pub output_norm: &'static str,
 }
 
-/// Those of BERT, RoBERTa and ELECTRA.
+/// The names of a layer's parts in BERT, RoBERTa and ELECTRA.
 pub(super) const BERT_NAMES: LayerNames = LayerNames {
     attention: [
         "attention.self.query",

@@ -29,7 +29,7 @@ pub struct StepConstants {
     pub epsilon: f64,
     /// What weight decay leaves of a weight before the update.
     pub decay_before: f64,
-    /// The same after the update.
+    /// What weight decay leaves of a weight after the update.
     pub decay_after: f64,
 }
 

@@ -29,7 +29,6 @@ pub use hyperparameters::{
 pub use memory::{MemoryUse, available_memory};
 pub use optimizer::{Clip, Optimizer};
 pub use prepare::prepare;
-pub use schedule::Schedule;
 pub use sgd::Sgd;
 pub use step_variance::{StepVariance, step_variance};
 pub use trainer::{Trained, Trainer, train};

@@ -36,7 +36,8 @@ impl Clip {
         Clip::Factor(if factor > 1.0 { 1.0 } else { factor as f32 })
     }
 
-    /// Does the same with a norm on a GPU, of which sums that add up to its square are given, without waiting for it.
+    /// Scales gradients of a norm on a GPU to one of at most `limit`, without waiting for it: `squares` are sums that add up to its
+    /// square.
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
@@ -108,7 +109,7 @@ impl Optimizer {
         }
     }
 
-    /// Starts a step. `pretrained_factor` is on the update, without decay, of weights that have pretrained values
+    /// Starts a step. `pretrained_factor` scales the update, but not the decay, of weights that have pretrained values
     /// ([`Treatment::pretrained`](crate::model::Treatment)).
     pub fn begin_step(&mut self, learning_rate: f64, pretrained_factor: f64) {
         match self {

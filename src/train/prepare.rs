@@ -53,7 +53,7 @@ pub fn prepare(
 /// Returns what a method changes in a run besides masks.
 fn without_mask(method: &dyn Method, classifier: &Classifier) -> Prepared {
     let layers = classifier.parameters.layers();
-    let (mut frozen, mut rates) = <(HashSet<_>, HashMap<_, _>)>::default();
+    let (mut frozen, mut rates) = (HashSet::new(), HashMap::new());
     for (_, parameter) in classifier.parameters.iter() {
         if !method.trains(parameter, layers) {
             frozen.insert(parameter.name.clone());

@@ -42,7 +42,7 @@ impl Sgd {
         }
     }
 
-    /// Starts a step. `pretrained_factor` is on the update, without decay, of weights that have pretrained values.
+    /// Starts a step. `pretrained_factor` scales the update, but not the decay, of weights that have pretrained values.
     pub fn begin_step(&mut self, learning_rate: f64, pretrained_factor: f64) {
         (self.learning_rate, self.pretrained_factor) = (learning_rate, pretrained_factor);
     }

@@ -55,7 +55,7 @@ pub struct StepVariance {
     pub expected_mean_error_norm: f64,
     /// Σ Var\[Δw\].
     pub predicted_variance: f64,
-    /// The same from the draws (a sum divided by draws − 1).
+    /// Σ Var\[Δw\] of the draws (a sum divided by draws − 1).
     pub measured_variance: f64,
     /// Measured / predicted variance; nothing where none is predicted.
     pub ratio: Option<f64>,

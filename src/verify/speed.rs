@@ -113,9 +113,9 @@ pub struct FisherTimes {
 /// Numbers of tokens of the examples.
 #[derive(Clone, Copy)]
 pub(super) enum Lengths {
-    /// Those of RTE's training set.
+    /// As many as the pairs of RTE's training set have.
     OfRte,
-    /// The same for each.
+    /// One number for all examples.
     Equal(usize),
 }
 

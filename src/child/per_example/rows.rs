@@ -87,14 +87,16 @@ fn add_lines(
     add_row: impl Fn(usize, &mut [f32]) + Sync,
 ) {
     let mut squares = vec![0f32; lines.len() * width];
-    squares.par_chunks_mut(width).zip(lines).for_each(|(squares, line)| {
-        let mut sum = vec![0f32; width];
-        for rows in &line.parts {
-            sum.fill(0.0);
-            rows.clone().for_each(|place| add_row(place, &mut sum));
-            squares.iter_mut().zip(&sum).for_each(|(square, sum)| *square += sum * sum);
-        }
-    });
+    squares.par_chunks_mut(width).zip(lines).for_each_init(
+        || vec![0f32; width],
+        |sum, (squares, line)| {
+            for rows in &line.parts {
+                sum.fill(0.0);
+                rows.clone().for_each(|place| add_row(place, sum));
+                squares.iter_mut().zip(&*sum).for_each(|(square, sum)| *square += sum * sum);
+            }
+        },
+    );
     for (squares, line) in squares.chunks(width).zip(lines) {
         let elements = line.line * width..(line.line + 1) * width;
         sums.squares[elements.clone()].iter_mut().zip(squares).for_each(|(sum, square)| *sum += square);
