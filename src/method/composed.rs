@@ -291,8 +291,9 @@ mod tests {
                 let spec: MethodSpec = serde_yaml::from_str(text).unwrap();
                 spec.resolve(Preset::Paper).unwrap().remove(0)
             };
+            let text = if *name == "top_layers" { "{top_layers: {k: 2}}" } else { name };
             let (alone, composed) =
-                (one(name), one(&format!("[{name}, {{vanilla: {{learning_rate_factor: 0.5}}}}]")));
+                (one(text), one(&format!("[{text}, {{vanilla: {{learning_rate_factor: 0.5}}}}]")));
             let further = |method: &dyn Method| -> Vec<String> {
                 method.further_weights(declared).iter().map(|own| own.name.clone()).collect()
             };
