@@ -1,6 +1,7 @@
 //! `data`: list, fetch, check.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -57,7 +58,7 @@ Examples:
 #[derive(Args)]
 struct FetchArguments {
     /// Tasks whose data to fetch, such as rte; `data list` shows them
-    #[arg(required = true, value_name = "TASK")]
+    #[arg(required = true, value_name = "TASK", value_delimiter = ',')]
     tasks: Vec<String>,
     /// Folder to make the data sets' folders in [default: data/ in the cache, where experiments look]
     #[arg(long, value_name = "FOLDER")]
@@ -70,7 +71,7 @@ struct FetchArguments {
 #[derive(Args)]
 struct CheckArguments {
     /// Tasks, by name or card file [default: every built-in task with data here]
-    #[arg(value_name = "TASK")]
+    #[arg(value_name = "TASK", value_delimiter = ',')]
     tasks: Vec<String>,
     #[command(flatten)]
     data: DataArguments,
@@ -78,8 +79,8 @@ struct CheckArguments {
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// Longest example in tokens, as in `train.max_length`: what is longer is counted
-    #[arg(long, default_value_t = 128, value_name = "N")]
-    max_length: usize,
+    #[arg(long, default_value = "128", value_name = "N")]
+    max_length: NonZeroUsize,
     /// Form of the result
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
@@ -215,13 +216,13 @@ fn check(arguments: &CheckArguments) -> Result<ExitCode> {
                 continue;
             }
         };
-        let checks = check_splits(card, &splits, arguments.max_length, encoder.as_ref())?;
+        let checks = check_splits(card, &splits, arguments.max_length.get(), encoder.as_ref())?;
         checked += 1;
         match arguments.format {
-            Format::Text => show(format_args!("{}\n", text(card, &checks, arguments.max_length)))?,
+            Format::Text => show(format_args!("{}\n", text(card, &checks, arguments.max_length.get())))?,
             Format::Csv => {
                 for check in &checks {
-                    for measure in measures(check, arguments.max_length) {
+                    for measure in measures(check, arguments.max_length.get()) {
                         csv.write_record([&card.name, check.split.name(), &measure.name, &measure.value])?;
                     }
                 }

@@ -160,6 +160,9 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
 /// Refuses, before anything is computed, to write over one of the inputs, over the results of runs, or into a folder that is not
 /// there.
 fn check_output<'p>(output: &Path, inputs: impl IntoIterator<Item = &'p Path>) -> Result<(), Error> {
+    if output.as_os_str() == "-" {
+        return Err(Error::configuration("--output -: standard output has the rest already; name a file"));
+    }
     let real = |path: &Path| path.canonicalize().ok();
     if let Some(file) = real(output).filter(|output| output.is_file())
         && let Some(input) = inputs.into_iter().find(|input| real(input).as_ref() == Some(&file))

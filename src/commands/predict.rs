@@ -1,6 +1,6 @@
 //! `predict`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -13,7 +13,7 @@ use child_tuning::train::{first_not_finite, predict as predict_logits};
 use clap::Args;
 use tch::Tensor;
 
-use super::{ComputeArguments, check_output, tell, tell_of_loading};
+use super::{ComputeArguments, check_output, show, tell, tell_of_loading};
 
 #[derive(Args)]
 pub struct PredictArguments {
@@ -26,7 +26,7 @@ pub struct PredictArguments {
     /// File with examples, in any layout of the task; labels are not needed
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
-    /// CSV to write: one row an example, in the order of the input
+    /// CSV to write: one row an example, in the order of the input; `-` is standard output
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
     /// Longest example in tokens; longer ones are truncated
@@ -46,7 +46,9 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     let files = std::fs::read_dir(&model).into_iter().flatten().flatten().map(|entry| entry.path());
     let inputs: Vec<PathBuf> =
         [arguments.input.clone(), arguments.task.clone().into()].into_iter().chain(files).collect();
-    check_output(&arguments.output, inputs.iter().map(PathBuf::as_path))?;
+    if !is_standard_output(&arguments.output) {
+        check_output(&arguments.output, inputs.iter().map(PathBuf::as_path))?;
+    }
     let card = TaskCard::named(&arguments.task)?;
     // Every row of the input is to have an answer.
     let dataset = read_file(&TaskCard { allow_empty_text: true, ..card.clone() }, &arguments.input)?;
@@ -66,7 +68,9 @@ pub fn predict(arguments: PredictArguments) -> Result<ExitCode> {
     }
     let logits = in_terms_of(&card, &labels, &logits)?;
     write(&arguments, &Labels::from(&card.objective), &logits)?;
-    tell(format_args!("{} predictions written to {}", inputs.len(), arguments.output.display()));
+    if !is_standard_output(&arguments.output) {
+        tell(format_args!("{} predictions written to {}", inputs.len(), arguments.output.display()));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -85,6 +89,10 @@ fn in_terms_of(card: &TaskCard, labels: &LabelMap, logits: &Tensor) -> Result<Ve
         columns
     };
     Ok(rows.into_iter().map(merged).collect())
+}
+
+fn is_standard_output(output: &Path) -> bool {
+    output.as_os_str() == "-"
 }
 
 fn write(arguments: &PredictArguments, labels: &Labels, logits: &[Vec<f32>]) -> Result<()> {
@@ -106,7 +114,10 @@ fn write(arguments: &PredictArguments, labels: &Labels, logits: &[Vec<f32>]) -> 
         writer.write_record(&record)?;
     }
     let text = writer.into_inner().context("cannot finish the CSV")?;
-    Ok(write_bytes(&arguments.output, &text)?)
+    match is_standard_output(&arguments.output) {
+        true => show(String::from_utf8(text)?.trim_end()),
+        false => Ok(write_bytes(&arguments.output, &text)?),
+    }
 }
 
 /// The place of the highest value; among equals the first.

@@ -121,6 +121,13 @@ fn predictions_of_a_saved_classifier_reproduce_its_score() {
     let predictions = predict(&workplace, &folder, "rte", &gold("RTE/test.tsv", 0, 1).0, &[]);
     assert_eq!(workplace.read("predictions.csv").lines().next(), Some("index,prediction"));
     assert_eq!(predictions.len(), 40);
+
+    let input = gold("RTE/test.tsv", 0, 1).0;
+    let call = ["predict", "--model", &folder, "--task", "rte", "--input", &input, "--output", "-"];
+    let answer =
+        workplace.call(&[&call[..], &["--max-length", "32", "--threads", "1"]].concat()).with_code(0);
+    assert_eq!(answer.stdout, workplace.read("predictions.csv"));
+    assert!(!workplace.path("-").exists());
 }
 
 #[test]
