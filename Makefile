@@ -49,7 +49,7 @@ test: .venv/developer  ## everything that CI runs: format, lints, docs, tests
 	@cargo clippy --locked --all-targets --quiet -- -D warnings
 	@RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --quiet
 	@$(PYTHON) scripts/make_miniature_data.py --check
-	@cargo test --locked
+	@CHILD_TUNING_REQUIRE_PYTHON=1 cargo test --locked
 
 bench: build .venv/developer  ## measure speed against the Python peer, interleaved, in one table
 	@cargo build --release --locked --bench step --bench fisher --bench threshold

@@ -13,13 +13,12 @@ use child_tuning::child::{
     Estimator, FisherBatch, FisherOptions, GradientHooks, MaskScope, fisher_information,
 };
 use child_tuning::data::EncodedDataset;
-use child_tuning::experiment::peak_memory;
+use child_tuning::experiment::{peak_memory, reset_peak_memory};
 use child_tuning::model::{Classifier, Labels, Pass, Precision, loss};
 use child_tuning::statistics::{maximum, median, minimum};
 use child_tuning::verify::{Shape, random_data};
 use clap::Parser;
 use common::{precision, set_up, token_counts};
-use tch::Device;
 
 const BATCH_SIZE: usize = 16;
 
@@ -80,12 +79,13 @@ fn main() -> anyhow::Result<()> {
     let mut lengths = token_counts(&arguments.lengths)?;
     lengths.truncate(arguments.examples);
     let data = random_data(&lengths, shape.vocabulary, shape.vocabulary, &labels);
-    let resident_before = peak_memory(Device::Cpu).unwrap_or(0);
+    let held_before = peak_memory(device).unwrap_or(0);
     let mut classifier = Classifier::untrained(shape.config(0.1, 0.02), labels, device)?;
     classifier.reset(42)?;
     let both = vec![Precision::Float32, Precision::Bf16];
     let precisions = arguments.precision.map_or(both, |precision| vec![precision]);
     for precision in precisions {
+        reset_peak_memory(device);
         let mut plain = Vec::new();
         let passes: Vec<_> = (PASSES.iter())
             .filter(|(name, ..)| arguments.only.as_ref().is_none_or(|only| only == name))
@@ -108,7 +108,7 @@ fn main() -> anyhow::Result<()> {
         for (ratios, (name, ..)) in ratios.iter().zip(&passes) {
             println!("{precision:?}: {name}, plain epochs: {}", spread(ratios));
         }
-        let peak = peak_memory(Device::Cpu).unwrap_or(0) - resident_before;
+        let peak = peak_memory(device).unwrap_or(0).saturating_sub(held_before);
         println!("{precision:?}: {:.0} MB at most, model included", peak as f64 / 1e6);
     }
     Ok(())

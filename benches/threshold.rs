@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use child_tuning::child::{ChildNetwork, Cut, MaskScope, Threshold};
+use child_tuning::experiment::{peak_memory, reset_peak_memory};
 use child_tuning::model::{ParameterKind, ParameterPlace, ParameterTable, Parameters};
 use child_tuning::statistics::{maximum, median, minimum};
 use clap::Parser;
@@ -40,7 +41,8 @@ fn main() -> anyhow::Result<()> {
     scores = scores.f_uniform_(-0.1, 0.9)?.f_relu_()?;
     scores = scores.f_pow_(4.0)?;
     for threshold in [Threshold::Global, Threshold::PerTensor, Threshold::Percentile] {
-        let before = resident("VmRSS");
+        reset_peak_memory(Device::Cpu);
+        let before = peak_memory(Device::Cpu).unwrap_or(0);
         let mut seconds: Vec<f64> = Vec::new();
         let mut kept = 0;
         for _ in 0..arguments.turns {
@@ -56,16 +58,8 @@ fn main() -> anyhow::Result<()> {
             median(&seconds).unwrap_or(f64::NAN),
             minimum(&seconds).unwrap_or(f64::NAN),
             maximum(&seconds).unwrap_or(f64::NAN),
-            resident("VmHWM") - before,
+            (peak_memory(Device::Cpu).unwrap_or(0) - before) as f64 / 1e6,
         );
     }
     Ok(())
-}
-
-/// Returns a line of the memory statistics of the process, in megabytes.
-fn resident(line: &str) -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let value =
-        status.lines().find_map(|text| text.strip_prefix(line)?.split_whitespace().nth(1)?.parse().ok());
-    value.unwrap_or(f64::NAN) / 1024.0
 }

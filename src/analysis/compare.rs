@@ -7,7 +7,7 @@ mod render;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-pub(super) use render::markdown_text;
+pub(crate) use render::markdown_text;
 
 use super::cost::Cost;
 use crate::experiment::results::{Row, Status};
@@ -205,15 +205,21 @@ struct Setting {
 }
 
 /// Hyper-parameters that trials may choose for each method on its own; methods are then compared across them.
-const TUNED: [&str; 8] = [
+const TUNED: [&str; 14] = [
     "learning_rate",
     "epochs",
     "batch_size",
     "micro_batch",
+    "max_length",
     "warmup",
     "weight_decay",
     "max_gradient_norm",
+    "optimizer",
     "epsilon",
+    "adamw",
+    "precision",
+    "order",
+    "checkpoint",
 ];
 
 /// A pretrained model: its contents, whatever rows call it.

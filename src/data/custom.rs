@@ -206,7 +206,10 @@ impl CustomTask {
         };
         let path = &train[0].files[0];
         let spellings = label_spellings(card, path)?.into_iter().filter(|spelling| !card.drops(spelling));
-        let name = |spelling: String| self.spellings.get(&spelling).cloned().unwrap_or(spelling);
+        let name = |spelling: String| {
+            let own = self.spellings.iter().find(|(other, _)| same_label(other, &spelling));
+            own.map_or(spelling, |(_, name)| name.clone())
+        };
         let labels: BTreeSet<String> = spellings.map(name).collect();
         let mut labels: Vec<String> = labels.into_iter().collect();
         // Labels are read without regard to case: of spellings that differ in it alone, the last in order names the class.
@@ -418,8 +421,7 @@ mod tests {
             ("t-2.csv", "t,y\nd,1\ne,no\n"),
         ]);
         let card = TaskCard::load(&folder.path().join("card.yaml"));
-        // Only the exact spelling stands for the label while labels are collected.
-        assert_eq!(card.unwrap().labels(), ["no", "supports", "yes"]);
+        assert_eq!(card.unwrap().labels(), ["no", "yes"]);
         let listed = "name: n\ntrain: t-*.csv\ntext: t\nlabel: y\nlabels: [no, yes]\n\
                       spellings: {1: yes, SUPPORTS: yes}\nmerges: {maybe: no}\ndrop_labels: '-'\n";
         std::fs::write(folder.path().join("listed.yaml"), listed).unwrap();
@@ -451,6 +453,19 @@ mod tests {
             (with("labels: [a, b, A]"), "the label `A` is listed twice"),
             (with("labels: [a, b]\nspellings: {c: d}"), "`c` for `d`, which is none of its labels"),
             (with("labels: [a, b]\ndrop_labels: [a]"), "`drop_labels` has `a`, which is a label"),
+            (with("labels: [a, b]\ndrop_labels: [A]"), "`drop_labels` has `A`, which is a label"),
+            (
+                with("labels: [a, b]\nspellings: {B: a}"),
+                "`spellings` takes `B` for `a`, but it is a label itself",
+            ),
+            (
+                with("labels: [a, b]\nspellings: {C: a, c: b}"),
+                "`spellings` takes `C` for `a` and `c` for `b`, but files may differ in case",
+            ),
+            (
+                with("labels: [a, b]\nspellings: {C: a}\nmerges: {c: a}"),
+                "`c` is in `spellings` and in `merges`",
+            ),
             (refusal(&CARD.replace("t.csv", "t-*.csv")), "there is no file of such a name"),
             (with("labels: [a]"), "at least two labels, not 1"),
             (with("headline: matthews"), "none of its metrics (accuracy)"),

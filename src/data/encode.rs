@@ -1,5 +1,6 @@
 //! Text as token ids, as transformers' tokenizers give them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use tokenizers::utils::truncation::{
@@ -11,6 +12,7 @@ use super::sheet::Example;
 use super::tokenizer::{FILES, load};
 use crate::error::{Error, Result};
 use crate::files::copy_whole;
+use crate::libtorch::panic_message;
 
 /// How many examples are in work at once: whole encodings carry far more than their ids.
 const CHUNK: usize = 1024;
@@ -43,7 +45,7 @@ impl TokenEncoder {
     ///
     /// [`Error::Model`] if the folder lacks a file that its family needs, or has one that cannot be understood.
     pub fn from_folder(folder: &Path) -> Result<TokenEncoder> {
-        let loaded = load(folder)?;
+        let loaded = guarded(folder, || load(folder))?;
         let largest = loaded.tokenizer.get_vocab(true).into_values().max();
         let vocabulary_size = largest.map_or(0, |id| id as usize + 1);
         Ok(TokenEncoder {
@@ -69,7 +71,7 @@ impl TokenEncoder {
     /// [`Error::Configuration`] if `max_length` leaves no room for a token of text.
     pub fn encode(&self, first: &str, second: Option<&str>, max_length: usize) -> Result<Encoded> {
         let tokens = |text| self.tokenizer.encode_fast(text, false).map_err(|error| self.fault(error));
-        self.assemble(tokens(first)?, second.map(tokens).transpose()?, max_length)
+        guarded(&self.folder, || self.assemble(tokens(first)?, second.map(tokens).transpose()?, max_length))
     }
 
     /// Encodes every example, in order, on all cores; see [`TokenEncoder::encode`].
@@ -78,6 +80,10 @@ impl TokenEncoder {
     ///
     /// As for [`TokenEncoder::encode`].
     pub fn encode_dataset(&self, examples: &[Example], max_length: usize) -> Result<Vec<Encoded>> {
+        guarded(&self.folder, || self.encode_examples(examples, max_length))
+    }
+
+    fn encode_examples(&self, examples: &[Example], max_length: usize) -> Result<Vec<Encoded>> {
         let batch = |texts: Vec<&str>| {
             self.tokenizer.encode_batch_fast(texts, false).map_err(|error| self.fault(error))
         };
@@ -145,6 +151,17 @@ impl TokenEncoder {
     fn fault(&self, error: impl std::fmt::Display) -> Error {
         Error::model(&self.folder, format!("the tokenizer failed: {error}"))
     }
+}
+
+/// Runs what the crate `tokenizers` panics in where a file contradicts itself, such as a normaliser that leads out of its own table.
+fn guarded<T>(folder: &Path, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic_message(panic.as_ref());
+        Err(Error::model(
+            folder,
+            format!("the tokenizer's files are damaged ({text}); download or save them again"),
+        ))
+    })
 }
 
 #[cfg(test)]

@@ -268,6 +268,21 @@ mod tests {
         let dev = read_split(&card("mrpc"), &roots, Split::Dev).unwrap();
         assert_eq!(firsts(&train), ["c", "e"]);
         assert_eq!(firsts(&dev), ["a"]);
+
+        // Ids that match no row would put dev among train.
+        let refusal = |name: &str, text: &str| {
+            write(root.path(), &[(name, text)]);
+            read_split(&card("mrpc"), &roots, Split::Train).unwrap_err().to_string()
+        };
+        let message = refusal("MRPC/dev_ids.tsv", "10\t11\n20\t99\tx\n");
+        assert!(
+            message.ends_with("dev_ids.tsv:2: has 3 cells, not the 2 by which rows are listed"),
+            "{message}"
+        );
+        write(root.path(), &[ids]);
+        let twice = MICROSOFT.replacen("#2 ID", "#1 ID", 1);
+        let message = refusal("MRPC/msr_paraphrase_train.txt", &twice);
+        assert!(message.ends_with(":1: has more than one column called `#1 ID`"), "{message}");
     }
 
     #[test]

@@ -49,8 +49,19 @@ impl<'a> Listed<'a> {
         let file = DataFile::read(&folder.join(list))?;
         let request = Request { quoting: Some(false), columns: None };
         let rows = file.rows(Format::Tsv, &request)?.rows;
-        let key = |row: &Row| row.cells.iter().flatten().map(|cell| cell.to_string()).collect();
-        Ok(Listed { filter, keys: rows.iter().map(key).collect() })
+        let width = filter.columns.len();
+        let key = |row: &Row| {
+            let cells: Vec<String> = row.cells.iter().flatten().map(|cell| cell.to_string()).collect();
+            match row.cells.len() == width && cells.len() == width {
+                true => Ok(cells),
+                false => Err(Error::data(
+                    file.path(),
+                    row.line,
+                    format!("has {} cells, not the {width} by which rows are listed", row.cells.len()),
+                )),
+            }
+        };
+        Ok(Listed { filter, keys: rows.iter().map(key).collect::<Result<_>>()? })
     }
 }
 
@@ -187,9 +198,15 @@ impl<'a> Sheet<'a> {
     }
 
     fn key_columns(&self, names: &[String]) -> Result<Vec<usize>> {
-        let position = |name: &String| self.columns.iter().position(|column| column == name);
-        let missing = |name: &String| self.fault(1, format!("has no column `{name}`"));
-        names.iter().map(|name| position(name).ok_or_else(|| missing(name))).collect()
+        let place = |name: &String| {
+            let mut places = (0..self.columns.len()).filter(|&place| self.columns[place] == *name);
+            match (places.next(), places.next()) {
+                (Some(place), None) => Ok(place),
+                (None, _) => Err(self.fault(1, format!("has no column `{name}`"))),
+                _ => Err(self.fault(1, format!("has more than one column called `{name}`"))),
+            }
+        };
+        names.iter().map(place).collect()
     }
 
     fn is_short(&self, row: &Row) -> bool {
@@ -218,7 +235,8 @@ impl<'a> Sheet<'a> {
             row.cells.get(*place).and_then(Option::as_deref).map(str::trim) == Some(&self.columns[*place])
         };
         let reads_several = self.text.len() + usize::from(self.label.is_some()) > 1;
-        match self.layout.header && reads_several && self.text.iter().chain(&self.label).all(is_name) {
+        let has_header = self.layout.header && self.rows.columns.is_none();
+        match has_header && reads_several && self.text.iter().chain(&self.label).all(is_name) {
             true => Err(self.fault(row.line, "has the names of the columns once more; remove the line")),
             false => Ok(()),
         }
@@ -358,6 +376,10 @@ mod tests {
         assert_eq!(read("mrpc", "f.jsonl", rows, Predicting).unwrap(), expected);
         let rows = "sentence1,sentence2,label\na,\"b, c\",equivalent\nd,e,\n";
         assert_eq!(read("mrpc", "f.csv", rows, Predicting).unwrap(), expected);
+        // Only a file of positions can have the names of its columns once more.
+        let named = "{\"sentence1\": \"sentence1\", \"sentence2\": \"sentence2\", \"label\": 1}\n";
+        let expected = [example("sentence1", Some("sentence2"), Some(Label::Class(1)))];
+        assert_eq!(read("mrpc", "f.jsonl", named, Learning).unwrap(), expected);
     }
 
     #[test]

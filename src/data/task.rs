@@ -197,9 +197,9 @@ impl TaskCard {
         }
     }
 
-    /// Returns the class id of a label's own name.
+    /// Returns the class id of a label's own name, in any case.
     pub fn label_id(&self, name: &str) -> Option<usize> {
-        self.labels().iter().position(|label| label == name)
+        self.labels().iter().position(|label| same_label(label, name))
     }
 
     /// Says whether a gold label means that the row is to be left out.
@@ -286,7 +286,11 @@ impl TaskCard {
 
     /// Says which other name of a label leads nowhere or two ways, if one does.
     fn objection_to_names(&self) -> Option<String> {
-        let is_label = |name: &String| self.labels().contains(name);
+        // Files differ in case, so names that differ in nothing else are one.
+        let is_label = |name: &String| self.label_id(name).is_some();
+        let is_among = |names: &BTreeMap<String, String>, name: &String| {
+            names.keys().any(|other| same_label(other, name))
+        };
         for (key, names) in [("spellings", &self.spellings), ("merges", &self.merges)] {
             for (other, name) in names {
                 if !is_label(name) {
@@ -299,10 +303,22 @@ impl TaskCard {
                 }
             }
         }
-        if let Some(other) = self.merges.keys().find(|other| self.spellings.contains_key(*other)) {
+        if let Some(other) = self.merges.keys().find(|other| is_among(&self.spellings, other)) {
             return Some(format!("`{other}` is in `spellings` and in `merges`; keep one of them"));
         }
-        let is_known = |name: &&String| is_label(name) || self.spellings.contains_key(*name);
+        for (key, names) in [("spellings", &self.spellings), ("merges", &self.merges)] {
+            for (other, name) in names {
+                let differs = |(alike, label): &(&String, &String)| {
+                    same_label(alike, other) && !same_label(label, name)
+                };
+                if let Some((alike, label)) = names.iter().find(differs) {
+                    return Some(format!(
+                        "`{key}` takes `{other}` for `{name}` and `{alike}` for `{label}`, but files may differ in case"
+                    ));
+                }
+            }
+        }
+        let is_known = |name: &&String| is_label(name) || is_among(&self.spellings, name);
         let dropped = self.drop_labels.iter().find(is_known)?;
         Some(format!("`drop_labels` has `{dropped}`, which is a label"))
     }

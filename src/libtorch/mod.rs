@@ -27,11 +27,14 @@ pub use context::{
     synchronize, use_device, version,
 };
 pub use cuda_graph::{CudaGraph, OwnStream};
-pub use embedding::{add_to_entries, embedding, sums_of_entries};
+pub use embedding::embedding;
+pub(crate) use embedding::{add_to_entries, sums_of_entries};
 pub use gradient_place::{GradientPlace, Operand};
 pub use hooks::{AccumulationHook, GradientHook, panic_message};
-pub use kernels::{
-    AdamWConstants, Chosen, RandomMask, Stretch, collect, collects, mask_in_place, sums_of_squares, update,
+// Kernels trust that the places and ends in their arguments are there, which this crate's callers see to.
+pub use kernels::RandomMask;
+pub(crate) use kernels::{
+    AdamWConstants, Chosen, Stretch, collect, collects, mask_in_place, sums_of_squares, update,
 };
 pub use linear::{LinearOperands, linear, linears};
 pub use matrix_unit::{MatrixUnit, SIDE, Step, has_matrix_unit, right_place};
@@ -43,7 +46,7 @@ pub use process::{
     release_freed_memory, survive_file_size_limits, use_threads, with_a_considerate_environment,
 };
 pub use profile::{Profile, ProfileRow, profile};
-pub use row_sums::{add_squares_of_parts, lay_out, sums_of_parts};
+pub(crate) use row_sums::{add_squares_of_parts, lay_out, sums_of_parts};
 pub use rows::{
     AddAndNorm, DropoutPattern, DropoutRows, activates, add_and_norm, drop_rows, gelu_after_bias, normalises,
 };

@@ -170,8 +170,11 @@ fn largest_difference(model: &Classifier, subject: &Tensor, reference: &Tensor) 
         let [subject, reference] = [subject, reference].map(|flat| span(flat, &parameter.range));
         let (subject, reference) = (subject?, reference?);
         let relative = norm(&subject.f_sub(&reference)?)? / norm(&reference)?.max(least);
-        // A comparison that is no number must not get lost.
-        largest = if relative.is_nan() { f64::NAN } else { largest.max(relative) };
+        // `max` would lose a comparison that is no number.
+        if relative.is_nan() {
+            return Ok(f64::NAN);
+        }
+        largest = largest.max(relative);
     }
     Ok(largest)
 }

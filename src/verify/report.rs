@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::peer::PeerRow;
 use super::{Check, FisherTimes, MatrixRate, Outcome, SpeedRow};
+use crate::analysis::compare::markdown_text;
 
 /// Sequences a second that training BERT-large on 128 tokens in bf16, batch 32, should reach on one H100.
 const BAR: f64 = 1700.0;
@@ -140,7 +141,7 @@ impl Report {
         for row in &self.peer {
             let cells = match &row.outcome {
                 Ok(speed) => format!("{speed:.0} | {}", self.against(row, *speed)),
-                Err(reason) => format!("not run: {reason} | "),
+                Err(reason) => format!("not run: {} | ", markdown_text(reason)),
             };
             writeln!(text, "| {} | {} | {} | {cells} |", row.workload, row.precision, row.method)?;
         }
@@ -153,7 +154,8 @@ impl Report {
                 Outcome::Failed => "**failed**",
                 Outcome::Skipped => "skipped",
             };
-            let reason = check.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
+            let reason =
+                check.reason.as_ref().map_or(String::new(), |reason| format!(": {}", markdown_text(reason)));
             let (topic, name, allowed) = (&check.topic, &check.name, check.allowed);
             writeln!(text, "| {topic} | {name} | {measured} | {allowed:.0e} | {word}{reason} |")?;
         }

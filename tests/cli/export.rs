@@ -5,7 +5,8 @@ use std::process::Command;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 
-use crate::support::{Workplace, project};
+use crate::interpreter::python_with;
+use crate::support::Workplace;
 
 const SENTENCES: [&str; 3] =
     ["the cat sits on the mat.", "dogs, sitting?", "a small model reads two sentences near it"];
@@ -28,13 +29,7 @@ print(json.dumps({
 
 /// Asks transformers; `None`, with the reason printed, where it is not installed.
 fn transformers(workplace: &Workplace, folder: &str) -> Option<Value> {
-    let python = project(".venv/bin/python");
-    let has_it = Command::new(&python).args(["-c", "import transformers"]).output();
-    if !has_it.is_ok_and(|output| output.status.success()) {
-        println!("skipped: {} has no transformers; `make test` installs it", python.display());
-        return None;
-    }
-    let mut command = Command::new(&python);
+    let mut command = python_with("transformers")?;
     command.args(["-c", REFERENCE, folder]).args(SENTENCES).current_dir(workplace.path("."));
     let output = command.env("HF_HUB_OFFLINE", "1").output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -1,13 +1,12 @@
 //! Every family from vocabulary to predictions: trained, saved, and predicted with, here and by transformers.
 
-use std::process::Command;
-
 use child_tuning::data::TokenEncoder;
 use child_tuning::model::{Classifier, FAMILIES, Labels};
 use child_tuning::verify::family_config;
 use serde_json::{Value, json};
 use tch::Device;
 
+use crate::interpreter::python_with;
 use crate::support::{Workplace, project};
 
 /// The files of each family's tokenizer among the fixtures.
@@ -56,14 +55,7 @@ print(json.dumps({'logits': logits, 'bad_keys': bad}))
 
 /// Asks transformers; `None`, with the reason printed, where it or what it reads vocabularies with is not installed.
 fn transformers(workplace: &Workplace, examples: &str, folder: &str) -> Option<Value> {
-    let python = project(".venv/bin/python");
-    let modules = "import transformers, sentencepiece, google.protobuf";
-    let has_them = Command::new(&python).args(["-c", modules]).output();
-    if !has_them.is_ok_and(|output| output.status.success()) {
-        println!("skipped: {} has no transformers; `make test` installs it", python.display());
-        return None;
-    }
-    let mut command = Command::new(&python);
+    let mut command = python_with("transformers, sentencepiece, google.protobuf")?;
     command.args(["-c", REFERENCE, examples, folder]).current_dir(workplace.path("."));
     let output = command.env("HF_HUB_OFFLINE", "1").output().unwrap();
     assert!(output.status.success(), "{folder}: {}", String::from_utf8_lossy(&output.stderr));

@@ -16,6 +16,8 @@ mod grid;
 mod hub;
 #[path = "../hub/server.rs"]
 mod hub_server;
+#[path = "../common/interpreter.rs"]
+mod interpreter;
 mod interruption;
 mod jobs;
 mod launcher;

@@ -2,6 +2,8 @@
 //! happens where the network, the server or the cache are not as they should be, and that Python's library agrees.
 
 mod fetching;
+#[path = "../common/interpreter.rs"]
+mod interpreter;
 mod python;
 mod refusals;
 mod server;

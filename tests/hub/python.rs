@@ -1,8 +1,8 @@
 //! Python's huggingface_hub and this program share a cache, in both directions.
 
 use std::path::PathBuf;
-use std::process::Command;
 
+use crate::interpreter::python_with;
 use crate::server::COMMIT;
 use crate::setting::{NAME, Setting, weights};
 
@@ -17,13 +17,7 @@ for file in files:
 
 /// What Python says of the files of a model; `None`, with the reason printed, where the library is not installed.
 fn python(setting: &Setting, revision: &str, files: &[&str], offline: bool) -> Option<Vec<PathBuf>> {
-    let python = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
-    let has_it = Command::new(&python).args(["-c", "import huggingface_hub"]).output();
-    if !has_it.is_ok_and(|output| output.status.success()) {
-        println!("skipped: {} has no huggingface_hub; `make test` installs it", python.display());
-        return None;
-    }
-    let mut command = Command::new(&python);
+    let mut command = python_with("huggingface_hub")?;
     command.args(["-c", DOWNLOAD, NAME, revision]).args(files);
     command.env("HF_HUB_CACHE", &setting.hub.cache).env("HF_ENDPOINT", &setting.server.address);
     command.env("HF_HUB_OFFLINE", if offline { "1" } else { "0" }).env("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1");

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use child_tuning::child::{
     Estimator, FisherBatch, FisherOptions, GradientHooks, MaskScope, fisher_information,
@@ -18,6 +17,7 @@ use child_tuning::train::{Hyperparameters, MicroBatch};
 use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{assert_close, dataset, part, path, tensors};
+use crate::interpreter::python_with;
 use crate::optimizer::hyperparameters;
 use crate::training::{method, run};
 
@@ -364,16 +364,10 @@ for saved, original in zip(sys.argv[1::2], sys.argv[2::2]):
 
 #[test]
 fn transformers_loads_what_is_saved() {
-    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
-    let has_it = Command::new(&python).args(["-c", "import transformers"]).output();
-    if !has_it.is_ok_and(|output| output.status.success()) {
-        println!("skipped: {} has no transformers; `make test` installs it", python.display());
-        return;
-    }
+    let Some(mut command) = python_with("transformers") else { return };
     let saved = tempfile::tempdir().unwrap();
     // No test of these folders needs a tokenizer, but a saved model has one.
     let encoder = TokenEncoder::from_folder(&path("bert_single")).unwrap();
-    let mut command = Command::new(&python);
     command.args(["-c", ROUND_TRIP]).env("HF_HUB_OFFLINE", "1");
     let mut count = 0;
     for Fixture { name, folder, reference, model, .. } in fixtures() {

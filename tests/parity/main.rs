@@ -8,6 +8,8 @@ mod criteria;
 mod families;
 mod fisher;
 mod fixture;
+#[path = "../common/interpreter.rs"]
+mod interpreter;
 mod methods;
 mod optimizer;
 mod penalties;

@@ -2,6 +2,8 @@
 //! with real vocabularies and real sentences.
 
 mod answers;
+#[path = "../common/interpreter.rs"]
+mod interpreter;
 mod python;
 mod refusals;
 mod support;

@@ -2,10 +2,11 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use child_tuning::data::{Split, TaskCard, TokenEncoder, read_split};
 
+use crate::interpreter::python_with;
 use crate::support::{encoded, folder, project};
 
 type Pair = (String, Option<String>);
@@ -63,14 +64,9 @@ fn pairs() -> Option<Vec<Pair>> {
 
 /// Returns what transformers makes of pairs at every length; `None`, with the reason printed, where Python lacks a module.
 fn transformers(folder: &Path, pairs: &[Pair], modules: &str) -> Option<Vec<Vec<Tokens>>> {
-    let python = project().join(".venv/bin/python");
-    let has_them = Command::new(&python).args(["-c", &format!("import {modules}")]).output();
-    if !has_them.is_ok_and(|output| output.status.success()) {
-        println!("skipped: {} lacks one of {modules}; `make test` installs them", python.display());
-        return None;
-    }
+    let mut command = python_with(modules)?;
     let question = serde_json::json!({"folder": folder, "pairs": pairs, "max_lengths": MAX_LENGTHS});
-    let mut child = Command::new(&python)
+    let mut child = command
         .arg(project().join("scripts/tokenizer_reference.py"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -214,3 +214,41 @@ fn thousands_of_broken_spiece_files_load_or_are_refused() {
 fn thousands_of_broken_spm_files_load_or_are_refused() {
     mutate("spm.model");
 }
+
+/// A `tokenizer.json` with a post-processor and a model.
+fn tokenizer(post_processor: &str, model: &str) -> String {
+    format!(
+        "{{\"version\": \"1.0\", \"truncation\": null, \"padding\": null, \"added_tokens\": [], \"normalizer\": null, \
+         \"pre_tokenizer\": {{\"type\": \"Whitespace\"}}, \"post_processor\": {post_processor}, \"decoder\": null, \
+         \"model\": {model}}}"
+    )
+}
+
+/// The crate `tokenizers` panics there, which must end one command with an error and not the process.
+#[test]
+fn a_tokenizer_that_contradicts_itself_is_damaged() {
+    let model = "{\"type\": \"WordLevel\", \"vocab\": {\"a\": 0, \"[UNK]\": 1}, \"unk_token\": \"[UNK]\"}";
+    let second = "{\"Sequence\": {\"id\": \"B\", \"type_id\": 0}}";
+    let template = format!(
+        "{{\"type\": \"TemplateProcessing\", \"single\": [{second}], \"pair\": [{second}], \"special_tokens\": {{}}}}"
+    );
+    let folder = folder(&[], &[]);
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer(&template, model)).unwrap();
+    let error = TokenEncoder::from_folder(folder.path()).and_then(|encoder| encoder.encode("a", None, 8));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("the tokenizer's files are damaged"), "{error}");
+}
+
+#[test]
+fn merges_that_are_dropped_at_random_are_refused() {
+    let folder = folder(&[], &[]);
+    let model = |dropout: &str| {
+        let model =
+            format!("{{\"type\": \"BPE\", \"dropout\": {dropout}, \"vocab\": {{\"a\": 0}}, \"merges\": []}}");
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer("null", &model)).unwrap();
+        TokenEncoder::from_folder(folder.path())
+    };
+    assert!(model("null").is_ok() && model("0.0").is_ok());
+    let error = model("0.5").err().unwrap().to_string();
+    assert!(error.contains("drops merges at random (`dropout: 0.5`)"), "{error}");
+}

@@ -73,7 +73,7 @@ const MARKDOWN: Style = Style {
 };
 
 /// Writes a text so that Markdown shows its characters, in a cell of a table, too.
-pub(in crate::analysis) fn markdown_text(text: &str) -> String {
+pub(crate) fn markdown_text(text: &str) -> String {
     let mut escaped = String::new();
     for character in text.chars() {
         match character {
@@ -131,7 +131,8 @@ impl Comparison {
             text += &format!("{}\n{gap}", self.repeated.warning());
         }
         if self.trials > 0 {
-            text += &format!("{} rows left out: trials that chose the settings.\n{gap}", self.trials);
+            let noun = if self.trials == 1 { "row" } else { "rows" };
+            text += &format!("{} {noun} left out: trials that chose the settings.\n{gap}", self.trials);
         }
         format!("{text}{LEGEND}\n{}", style.best_legend)
     }

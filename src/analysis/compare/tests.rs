@@ -1,4 +1,4 @@
-use super::{Comparison, Group, Repetition, compare};
+use super::{Comparison, Group, Repetition, TUNED, compare};
 use crate::experiment::results::{Row, Status};
 
 fn run(method: &str, seed: u64, score: f64) -> Row {
@@ -228,6 +228,22 @@ fn sets_a_method_against_vanilla_with_the_same_hyperparameters_only() {
         .map(|group| group.difference.map(|difference| (difference.mean * 1e6).round() / 1e6))
         .collect();
     assert_eq!(found, [None, Some(0.1), None, Some(-0.1), None, None]);
+}
+
+/// Each setting is either one that trials may choose, or one that an experiment has once for all its runs.
+#[test]
+fn every_setting_of_a_row_is_tuned_or_shared() {
+    let shared = ["beta1", "beta2", "early_stopping", "label_noise", "freeze", "head"];
+    for (name, _) in Row::default().settings() {
+        assert!(TUNED.contains(&name) != shared.contains(&name), "{name}");
+    }
+    let tuned = |method: &str, optimizer: &str, score| Row {
+        purpose: "tuned".into(),
+        optimizer: optimizer.into(),
+        ..run(method, 1, score)
+    };
+    let comparison = compare(&[tuned("vanilla", "adamw", 0.5), tuned("r3f", "sgd", 0.6)]);
+    assert!(comparison.blocks[0].groups[1].difference.is_some());
 }
 
 #[test]

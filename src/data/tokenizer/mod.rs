@@ -13,6 +13,8 @@ mod xlnet;
 use std::path::Path;
 
 use tokenizers::Tokenizer;
+use tokenizers::models::ModelWrapper;
+use tokenizers::models::bpe::BPE;
 use tokenizers::utils::truncation::TruncationDirection;
 
 use crate::error::{Error, Result};
@@ -66,6 +68,16 @@ pub(super) fn load(folder: &Path) -> Result<Loaded> {
             Family::DebertaV2 => deberta_v2::build(folder, &settings)?,
         }
     };
+    if let ModelWrapper::BPE(BPE { dropout: Some(dropout), .. }) = tokenizer.get_model()
+        && *dropout > 0.0
+    {
+        return Err(Error::model(
+            folder,
+            format!(
+                "its tokenizer drops merges at random (`dropout: {dropout}`), so that a text has other tokens each time; set it to null"
+            ),
+        ));
+    }
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| Error::model(folder, error.to_string()))?;
     tokenizer.set_encode_special_tokens(settings.flag("split_special_tokens", false)?);
