@@ -17,6 +17,7 @@ fn main() {
     }
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo:rerun-if-env-changed=LIBTORCH_BYPASS_VERSION_CHECK");
     println!("cargo:rerun-if-env-changed=CHILD_TUNING_BUNDLE");
     record_commit();
 

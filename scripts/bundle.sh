@@ -29,7 +29,6 @@ cp scripts/launcher.sh "$folder/child-tuning"
 cp scripts/bundle_README.md "$folder/README.md"
 cp LICENSE "$folder/" 2>/dev/null || true
 cp -r experiments "$folder/"
-# The data sets alone: no notes of how they were made.
 cp -r data "$folder/"
 cp -r tests/fixtures/bert_pair "$folder/models/tiny"
 rm "$folder/models/tiny/reference.safetensors" "$folder/models/tiny/examples.json"

@@ -298,7 +298,7 @@ fn measures(check: &SplitCheck, max_length: usize) -> Vec<Measure> {
     for (kind, lengths) in kinds.into_iter().filter_map(|(kind, lengths)| Some((kind, lengths?))) {
         plain(format!("{kind} mean"), format!("{:.1}", lengths.mean));
         plain(format!("{kind} median"), lengths.median.to_string());
-        plain(format!("{kind} 95 %"), lengths.most.to_string());
+        plain(format!("{kind} 95 %"), lengths.percentile_95.to_string());
         plain(format!("{kind} longest"), lengths.longest.to_string());
     }
     measures

@@ -55,7 +55,7 @@ pub struct Lengths {
     /// The least length that half of the rows do not exceed.
     pub median: usize,
     /// The least length that 95 % of the rows do not exceed.
-    pub most: usize,
+    pub percentile_95: usize,
     /// The greatest length.
     pub longest: usize,
 }
@@ -241,7 +241,7 @@ fn lengths(mut lengths: Vec<usize>) -> Lengths {
     Lengths {
         mean: lengths.iter().sum::<usize>() as f64 / count.max(1) as f64,
         median: percentile(50),
-        most: percentile(95),
+        percentile_95: percentile(95),
         longest: percentile(100),
     }
 }
@@ -322,7 +322,7 @@ mod tests {
     fn quantiles_are_those_of_numpy() {
         for (count, expected) in [(1, [1, 1, 1]), (2, [1, 2, 2]), (20, [10, 19, 20]), (101, [51, 96, 101])] {
             let found = lengths((1..=count).rev().collect());
-            assert_eq!([found.median, found.most, found.longest], expected, "{count}");
+            assert_eq!([found.median, found.percentile_95, found.longest], expected, "{count}");
             assert_eq!(found.mean, (count + 1) as f64 / 2.0);
         }
     }
@@ -337,9 +337,9 @@ mod tests {
         let long = "the ".repeat(40);
         let rows = vec![example("the cats", Some("cat"), class(0)), example(&long, Some("cats"), class(1))];
         let checks = check_splits(&card, &[(Split::Dev, dataset(rows))], 40, Some(&encoder)).unwrap();
-        assert_eq!(checks[0].words, Lengths { mean: 22.0, median: 3, most: 41, longest: 41 });
+        assert_eq!(checks[0].words, Lengths { mean: 22.0, median: 3, percentile_95: 41, longest: 41 });
         assert_eq!(checks[0].long, 1);
-        let expected = Lengths { mean: 26.0, median: 7, most: 45, longest: 45 };
+        let expected = Lengths { mean: 26.0, median: 7, percentile_95: 45, longest: 45 };
         assert_eq!(checks[0].tokens, Some(TokenLengths { lengths: expected, cut: 1 }));
     }
 
