@@ -159,6 +159,14 @@ mod tests {
         let part = card("part", &["entailment", "neutral"], "");
         let message = LabelMap::between(&part, &nli()).unwrap_err().to_string();
         assert!(message.contains("it has no label for `contradiction`"), "{message}");
+        let merged =
+            card("merged", &["yes", "no"], ", merges: {a: yes, b: no, c: no}, metrics: [accuracy, f1]");
+        let three = card("three", &["a", "b", "c"], "");
+        assert!(LabelMap::between(&three, &merged).is_ok());
+        let whole = card("whole", &["yes", "no"], ", metrics: [accuracy, f1]");
+        let one = card("one", &["yes", "other"], ", merges: {no: other}");
+        let message = LabelMap::between(&one, &whole).unwrap_err().to_string();
+        assert!(message.contains("`f1` needs the labels yes, no"), "{message}");
         let score = TaskCard { objective: Objective::Regression, ..nli() };
         let message = LabelMap::between(&score, &nli()).unwrap_err().to_string();
         assert!(message.contains("one predicts classes, the other a score"), "{message}");

@@ -95,10 +95,22 @@ fn positions(batch: &PackedBatch, padding: i64) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
     use tch::Device;
 
     use super::*;
     use crate::data::Encoded;
+
+    #[test]
+    fn a_model_without_a_position_for_text_is_refused() {
+        let config = json!({
+            "vocab_size": 10, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4,
+            "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 2,
+        });
+        let config = ModelConfig::from_values(config.as_object().cloned().unwrap());
+        let error = build(&config, 2, &mut ParameterTable::default()).err().unwrap().to_string();
+        assert!(error.contains("leaves no position behind `pad_token_id`"), "{error}");
+    }
 
     #[test]
     fn positions_leave_out_padding_that_a_text_spells_out() {

@@ -196,6 +196,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_text_says_what_to_do() {
+        for (content, message) in [
+            (&[0x1f, 0x8b, 8, 0][..], "f.tsv:1: is compressed by gzip"),
+            (b"a\n\xff\n", "f.tsv:2: is not UTF-8"),
+        ] {
+            let (_folder, file) = file("f.tsv", content);
+            let error = file.rows(Format::Tsv, &Request { quoting: None, columns: None });
+            let error = error.err().unwrap().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+
+    #[test]
     fn the_format_is_told_from_the_content_before_the_name() {
         let cases = [
             ("sts.csv", "genre\tfile\n", Format::Tsv),
