@@ -159,7 +159,7 @@ impl AdaptiveMask {
     }
 
     /// Hands out the mask of the current step, for the CPU.
-    pub fn on_cpu<T>(&self, work: impl FnOnce(StepMask) -> T) -> T {
+    pub fn with_cpu_mask<T>(&self, work: impl FnOnce(StepMask) -> T) -> T {
         let state = locked(&self.state);
         work(if state.masks { state.child.on_cpu() } else { StepMask::Everything })
     }
@@ -168,9 +168,13 @@ impl AdaptiveMask {
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
+    pub fn masked_on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
         let state = locked(&self.state);
-        if state.masks { state.child.on_device(gradient, parameter) } else { Ok(gradient.shallow_clone()) }
+        if state.masks {
+            state.child.masked_on_device(gradient, parameter)
+        } else {
+            Ok(gradient.shallow_clone())
+        }
     }
 }
 

@@ -60,7 +60,7 @@ impl BernoulliMask {
     }
 
     /// Returns the mask of the current step, for kernels.
-    pub fn on_device(&self) -> RandomMask {
+    pub fn for_kernels(&self) -> RandomMask {
         RandomMask { key: self.key().0, limit: self.keep.limit, scale: self.scale }
     }
 

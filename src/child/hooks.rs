@@ -83,35 +83,35 @@ impl GradientMask {
     }
 
     /// Hands out the mask of the current step, for the CPU.
-    fn on_cpu<T>(&self, work: impl FnOnce(StepMask) -> T) -> T {
+    fn with_cpu_mask<T>(&self, work: impl FnOnce(StepMask) -> T) -> T {
         match self {
             GradientMask::Bernoulli(mask) => work(mask.on_cpu()),
             GradientMask::Fixed(child) => work(child.on_cpu()),
-            GradientMask::Adaptive(mask) => mask.on_cpu(work),
+            GradientMask::Adaptive(mask) => mask.with_cpu_mask(work),
         }
     }
 
     /// Returns the mask of the current step for kernels that read gradients through it, if it is a random one.
     pub fn as_random(&self) -> Option<RandomMask> {
         match self {
-            GradientMask::Bernoulli(mask) => Some(mask.on_device()),
+            GradientMask::Bernoulli(mask) => Some(mask.for_kernels()),
             GradientMask::Fixed(_) | GradientMask::Adaptive(_) => None,
         }
     }
 
     /// Returns a parameter's gradient with the mask of the current step, on a GPU, `[count]`.
-    fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
+    fn masked_on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
         match self {
             GradientMask::Bernoulli(mask) => {
                 let mut masked = Tensor::f_empty(gradient.size(), (Kind::Float, gradient.device()))?;
                 masked.f_copy_(gradient)?;
                 let first_group = parameter.range.start / GROUP;
-                let stretch = Stretch { first_group, chosen: None, mask: Some(mask.on_device()) };
+                let stretch = Stretch { first_group, chosen: None, mask: Some(mask.for_kernels()) };
                 libtorch::mask_in_place(stretch, &masked)?;
                 Ok(masked)
             }
-            GradientMask::Fixed(child) => child.on_device(gradient, parameter),
-            GradientMask::Adaptive(mask) => mask.on_device(gradient, parameter),
+            GradientMask::Fixed(child) => child.masked_on_device(gradient, parameter),
+            GradientMask::Adaptive(mask) => mask.masked_on_device(gradient, parameter),
         }
     }
 
@@ -126,7 +126,7 @@ impl GradientMask {
                 deposit_on_device(&mut gradient.shallow_clone(), &gradient, Some(self), parameter, false)?;
             } else {
                 let (gradient, first_group) = (elements_mut(&mut gradient)?, parameter.range.start / GROUP);
-                self.on_cpu(|mask| mask_in_place(gradient, mask, first_group));
+                self.with_cpu_mask(|mask| mask_in_place(gradient, mask, first_group));
             }
         }
         Ok(())
@@ -301,7 +301,7 @@ fn deposit(
         with_elements(gradient, |values| Ok(masking::deposit(place, values, mask, first_group, adds)))
     };
     known.squares = match mask {
-        Some(mask) => mask.on_cpu(put),
+        Some(mask) => mask.with_cpu_mask(put),
         None => put(StepMask::Everything),
     }?;
     Ok(())
@@ -317,7 +317,7 @@ fn deposit_on_device(
 ) -> Result<()> {
     let gradient = gradient.f_contiguous()?.f_view([-1])?;
     let masked = match mask {
-        Some(mask) => mask.on_device(&gradient, parameter)?,
+        Some(mask) => mask.masked_on_device(&gradient, parameter)?,
         None => gradient,
     };
     if libtorch::collects(&masked) {

@@ -82,7 +82,7 @@ pub struct ChildNetwork {
     tensors: Vec<TensorMask>,
     scope: MaskScope,
     /// On CUDA: the bits of a range as booleans on the device, made when they are first needed.
-    on_device: Mutex<HashMap<Range<usize>, Tensor>>,
+    uploaded: Mutex<HashMap<Range<usize>, Tensor>>,
 }
 
 impl ChildNetwork {
@@ -110,7 +110,7 @@ impl ChildNetwork {
             words: vec![u64::MAX; parameters.buffer_len() / WORD],
             tensors,
             scope,
-            on_device: Mutex::default(),
+            uploaded: Mutex::default(),
         })
     }
 
@@ -130,7 +130,7 @@ impl ChildNetwork {
             *last &= (1 << used) - 1;
         }
         self.tensors[index].kept = words.par_iter().map(|word| word.count_ones() as usize).sum();
-        self.on_device = Mutex::default();
+        self.uploaded = Mutex::default();
         Ok(())
     }
 
@@ -203,7 +203,7 @@ impl ChildNetwork {
     ///
     /// # Errors
     /// Fails if libtorch refuses an operation.
-    pub fn on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
+    pub fn masked_on_device(&self, gradient: &Tensor, parameter: &Parameter) -> Result<Tensor> {
         let mask = self.device_mask(parameter.range.clone(), gradient.device())?;
         Ok(gradient.f_mul(&mask.f_view(gradient.size().as_slice())?)?)
     }
@@ -270,12 +270,12 @@ impl ChildNetwork {
 
     /// Returns the bits of a range as booleans on a device, `[range]`, and keeps them for the next time.
     pub(super) fn device_mask(&self, range: Range<usize>, device: Device) -> Result<Tensor> {
-        let mut on_device = locked(&self.on_device);
-        if let Some(mask) = on_device.get(&range) {
+        let mut uploaded = locked(&self.uploaded);
+        if let Some(mask) = uploaded.get(&range) {
             return Ok(mask.shallow_clone());
         }
         let mask = self.upload(&range, device)?;
-        on_device.insert(range, mask.shallow_clone());
+        uploaded.insert(range, mask.shallow_clone());
         Ok(mask)
     }
 

@@ -253,7 +253,7 @@ impl Stage<'_> {
         seed: u64,
         purpose: RunPurpose,
     ) -> Result<Arc<Run>> {
-        if self.freeze == Freeze::Encoder && method.name() != "vanilla" {
+        if self.freeze == Freeze::Encoder && !method.is_vanilla() {
             return Err(Error::configuration(format!(
                 "`freeze: encoder` trains the head only and goes with vanilla, not with {}",
                 method.name()

@@ -37,7 +37,7 @@ impl MethodOptions for Options {
 
 /// Puts methods together. Vanilla as it is adds nothing to the others, and one method alone is that method.
 fn together(mut parts: Vec<Arc<dyn Method>>) -> Result<Arc<dyn Method>> {
-    let is_plain = |part: &Arc<dyn Method>| part.name() == "vanilla" && part.options().is_empty();
+    let is_plain = |part: &Arc<dyn Method>| part.is_vanilla() && part.options().is_empty();
     if !parts.iter().all(is_plain) {
         parts.retain(|part| !is_plain(part));
     }
@@ -119,9 +119,8 @@ impl Composed {
             }
         }
         // Vanilla changes the learning rate at most: the name is that of what it goes with.
-        let others: Vec<_> = parts.iter().map(|part| part.name()).filter(|&name| name != "vanilla").collect();
-        let name = if others.is_empty() { "vanilla".to_owned() } else { others.join("+") };
-        Ok(Self { name, parts })
+        let others: Vec<_> = parts.iter().filter(|part| !part.is_vanilla()).map(|part| part.name()).collect();
+        Ok(Self { name: others.join("+"), parts })
     }
 }
 

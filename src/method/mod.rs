@@ -114,6 +114,11 @@ pub trait Method: Send + Sync {
     /// Returns its options as canonical text, such as `p=0.3 scope=backbone`; equal texts are equal methods.
     fn options(&self) -> String;
 
+    /// Returns whether it is plain fine-tuning, if at another learning rate.
+    fn is_vanilla(&self) -> bool {
+        false
+    }
+
     /// Returns whether it is one of the paper's; the released code trains those without warm-up.
     fn is_child_tuning(&self) -> bool {
         false

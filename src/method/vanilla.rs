@@ -43,6 +43,10 @@ impl Method for Vanilla {
         }
     }
 
+    fn is_vanilla(&self) -> bool {
+        true
+    }
+
     fn rate(&self, _: &Parameter, _layers: usize) -> f64 {
         self.learning_rate_factor
     }

@@ -360,7 +360,7 @@ mod tests {
         let mut expected = vec![1f32; COUNT];
         mask_in_place(&mut expected, mask.on_cpu(), 11);
         let found = Tensor::ones([COUNT as i64], (Kind::Float, Device::Cpu));
-        let stretch = Stretch { first_group: 11, chosen: None, mask: Some(mask.on_device()) };
+        let stretch = Stretch { first_group: 11, chosen: None, mask: Some(mask.for_kernels()) };
         crate::libtorch::mask_in_place(stretch, &found).unwrap();
         assert!(elements::<f32>(&found).unwrap() == expected);
     }
