@@ -11,8 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::mixed_weights::{Factors, MixingMask, Sharing, mixed};
-use super::mixout::StartOfMatrices;
+use super::mixed_weights::{Factors, MixingMask, Sharing, StartOfMatrices, mixed};
 use super::registry::MethodOptions;
 use super::{
     ClipOrder, DecayScope, MaskKind, Method, Parts, Preparation, Prepared, Preset, TrainingPoint,

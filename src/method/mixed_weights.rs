@@ -1,14 +1,18 @@
 //! Weights that passes use in place of those that train: some of these, pushed away from targets, and for the others their targets.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+
 use half::bf16;
 use multiversion::multiversion;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use super::TrainingPoint;
 use crate::child::{CHUNK, StepMask, mask_in_place};
 use crate::error::Result;
 use crate::libtorch::{Number, elements, elements_mut, seed_generators, with_backward};
-use crate::model::{Parameter, ParameterId};
+use crate::model::{Parameter, ParameterId, ParameterKind};
 use crate::random::{Bernoulli, GROUP, Key, Purpose};
 
 /// Returns T + M (W − T) · `factor` for a matrix W and a target T of its values, in the type of W. T is rounded as W is, so that a
@@ -228,6 +232,38 @@ fn multiply<T: Number>(gradient: &Tensor, fill: &Filler) -> Result<Tensor> {
 fn multiply_part<T: Number>(products: &mut [T], gradient: &[T], factors: &[f32]) {
     for ((product, gradient), factor) in products.iter_mut().zip(gradient).zip(factors) {
         *product = T::from_float(gradient.to_float() * factor);
+    }
+}
+
+/// The values of the matrices of linear layers that training starts from.
+#[derive(Default)]
+pub(super) struct StartOfMatrices {
+    /// What matrices had at the first step, where that is not what the checkpoint brought: those of a new head, and of
+    /// layers that were drawn anew or pruned.
+    own: RefCell<HashMap<ParameterId, Tensor>>,
+}
+
+impl StartOfMatrices {
+    /// Copies, at the first step, the values of the matrices that do not start from the checkpoint's.
+    pub(super) fn keep(&self, at: &TrainingPoint) -> Result<()> {
+        let matrices = at.parameters.iter().filter(|(_, own)| own.kind == ParameterKind::Weight);
+        for (id, _) in matrices.filter(|_| at.step == 0) {
+            let values = at.parameters.part(at.parameters.values(), id)?;
+            if !values.f_equal(&at.parameters.part(at.start, id)?)? {
+                let mut copy = values.f_empty_like()?;
+                copy.f_copy_(&values)?;
+                self.own.borrow_mut().insert(id, copy);
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the values of a matrix, `[count]`.
+    pub(super) fn of(&self, id: ParameterId, at: &TrainingPoint) -> Result<Tensor> {
+        match self.own.borrow().get(&id) {
+            Some(own) => Ok(own.shallow_clone()),
+            None => at.parameters.part(at.start, id),
+        }
     }
 }
 

@@ -4,18 +4,16 @@
 //! W′ = [(1 − M) W₀ + M W − q W₀] / (1 − q) for the matrix W of every linear layer, whose mean over M is W. Scoring uses W.
 //! Numbers come from Philox on the CPU; on CUDA libtorch's generator draws, seeded by the same key.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::mixed_weights::{Factors, MixingMask, Sharing, mixed};
+use super::mixed_weights::{Factors, MixingMask, Sharing, StartOfMatrices, mixed};
 use super::registry::MethodOptions;
 use super::{Method, Parts, Preset, TrainingPoint, WeightTransform, WeightsInUse, weights_of};
 use crate::error::Result;
-use crate::model::{ParameterId, ParameterKind};
+use crate::model::ParameterKind;
 use crate::values::{OneOrMany, PartialShare, axis, yaml_name};
 
 /// The options as typed in YAML.
@@ -104,37 +102,5 @@ impl WeightTransform for Mixing {
             }
         }
         Ok(())
-    }
-}
-
-/// The values of the matrices of linear layers that training starts from.
-#[derive(Default)]
-pub(super) struct StartOfMatrices {
-    /// What matrices had at the first step, where that is not what the checkpoint brought: those of a new head, and of
-    /// layers that were drawn anew or pruned.
-    own: RefCell<HashMap<ParameterId, Tensor>>,
-}
-
-impl StartOfMatrices {
-    /// Copies, at the first step, the values of the matrices that do not start from the checkpoint's.
-    pub(super) fn keep(&self, at: &TrainingPoint) -> Result<()> {
-        let matrices = at.parameters.iter().filter(|(_, own)| own.kind == ParameterKind::Weight);
-        for (id, _) in matrices.filter(|_| at.step == 0) {
-            let values = at.parameters.part(at.parameters.values(), id)?;
-            if !values.f_equal(&at.parameters.part(at.start, id)?)? {
-                let mut copy = values.f_empty_like()?;
-                copy.f_copy_(&values)?;
-                self.own.borrow_mut().insert(id, copy);
-            }
-        }
-        Ok(())
-    }
-
-    /// Returns the values of a matrix, `[count]`.
-    pub(super) fn of(&self, id: ParameterId, at: &TrainingPoint) -> Result<Tensor> {
-        match self.own.borrow().get(&id) {
-            Some(own) => Ok(own.shallow_clone()),
-            None => at.parameters.part(at.start, id),
-        }
     }
 }

@@ -50,8 +50,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::child::{ChildNetwork, GradientMask, MaskScope, Uncertainty};
 use crate::data::{EncodedDataset, Order};
-use crate::error::Result;
-use crate::model::{Classifier, Parameter, ParameterTable, Precision};
+use crate::error::{Error, Result};
+use crate::model::{Classifier, Parameter, ParameterTable, Precision, layers_of};
 
 /// Which description of Child-Tuning fills in what the experiment leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -194,13 +194,22 @@ pub trait Method: Send + Sync {
         if self.mask() == Some(MaskKind::Fixed) { weights_of(declared, |_| true).div_ceil(8) } else { 0 }
     }
 
-    /// Checks that the method fits a model that declares the given parameters, before anything trains.
+    /// Checks that the method fits a model that declares the given parameters, before anything trains: by itself that there are
+    /// [`Method::layers_needed`].
     ///
     /// # Errors
     /// Fails, naming the option, if it asks for what the model does not have, or, naming the file, if something that the method
     /// reads belongs to another model.
-    fn check(&self, _declared: &[Parameter]) -> Result<()> {
-        Ok(())
+    fn check(&self, declared: &[Parameter]) -> Result<()> {
+        let (needed, layers) = (self.layers_needed(), layers_of(declared));
+        if needed <= layers {
+            return Ok(());
+        }
+        Err(Error::configuration(format!(
+            "{}: {} takes {needed} layers, but the model has {layers}",
+            self.name(),
+            self.options()
+        )))
     }
 
     /// Returns how many encoder layers a model must have.

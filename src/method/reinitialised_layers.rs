@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::registry::MethodOptions;
-use super::{Method, Preset, top_layers};
+use super::{Method, Preset};
 use crate::error::Result;
 use crate::model::{Classifier, Parameter, ParameterPlace};
 use crate::values::{OneOrMany, axis};
@@ -45,10 +45,6 @@ impl Method for ReinitialisedLayers {
 
     fn layers_needed(&self) -> usize {
         self.layers
-    }
-
-    fn check(&self, declared: &[Parameter]) -> Result<()> {
-        top_layers::check_count("reinitialised_layers: `layers`", self.layers, declared)
     }
 
     fn draws_anew(&self, parameter: &Parameter, layers: usize) -> bool {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use super::registry::MethodOptions;
 use super::{Method, Preset};
 use crate::error::{Error, Result};
-use crate::model::{Parameter, ParameterPlace, layers_of};
+use crate::model::{Parameter, ParameterPlace};
 use crate::values::OneOrMany;
 
 /// The options as typed in YAML.
@@ -53,20 +53,4 @@ impl Method for TopLayers {
     fn layers_needed(&self) -> usize {
         self.k
     }
-
-    fn check(&self, declared: &[Parameter]) -> Result<()> {
-        check_count("top_layers: `k`", self.k, declared)
-    }
-}
-
-/// Refuses more layers than a model has; `what` names method and key.
-///
-/// # Errors
-/// Fails if there are fewer than `count`.
-pub fn check_count(what: &str, count: usize, declared: &[Parameter]) -> Result<()> {
-    let layers = layers_of(declared);
-    if count <= layers {
-        return Ok(());
-    }
-    Err(Error::configuration(format!("{what} is {count}, but the model has {layers} layers")))
 }

@@ -97,7 +97,7 @@ mod tests {
     fn every_method_is_checked() {
         for name in METHODS.iter().filter(|&&name| name != "vanilla") {
             let is_it = |text: &&str| text.split(':').next() == Some(name);
-            assert!(EXACT.iter().chain(REPEATED).any(|text| is_it(text)), "{name}");
+            assert!(EXACT.iter().chain(REPEATED).any(is_it), "{name}");
         }
     }
 }
