@@ -11,6 +11,7 @@ mod memory;
 mod optimizer;
 mod prepare;
 mod pull;
+mod run;
 mod schedule;
 mod sgd;
 mod step_graphs;
@@ -29,6 +30,7 @@ pub use hyperparameters::{
 pub use memory::{MemoryUse, available_memory};
 pub use optimizer::{Clip, Optimizer};
 pub use prepare::prepare;
+pub use run::{Trained, train};
 pub use sgd::Sgd;
 pub use step_variance::{StepVariance, step_variance};
-pub use trainer::{Trained, Trainer, train};
+pub use trainer::Trainer;
