@@ -1,8 +1,7 @@
 //! Files that are never there in part.
 
 use std::ffi::OsStr;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -48,11 +47,6 @@ pub fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Resu
 /// # Errors
 /// Fails if the file cannot be written.
 pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
-    if path.starts_with("/dev") && path.is_file() {
-        // Standard output that a shell has led to a file, which may hold more than what comes now.
-        let file = OpenOptions::new().append(true).open(path);
-        return file.and_then(|mut file| file.write_all(bytes)).map_err(Error::io("write", path));
-    }
     write_whole(path, |temporary| std::fs::write(temporary, bytes).map_err(Error::io("write", path)))
 }
 

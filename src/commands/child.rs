@@ -62,7 +62,7 @@ Examples:
         /// CSV to write, one row for each ordered pair and part of the model
         #[arg(long, value_name = "FILE.csv")]
         output: Option<PathBuf>,
-        /// Granularity of the model in the CSV, besides the whole [default: layer]
+        /// Parts of the model in the CSV, besides the whole [default: layer]
         #[arg(long, value_name = "PARTS", requires = "output")]
         by: Option<By>,
     },
@@ -181,6 +181,9 @@ pub fn child(arguments: ChildArguments) -> Result<ExitCode> {
                         (Some(ratio), Some(error)) => {
                             format!("{label}: variance {ratio:.4} ± {error:.4} of the predicted one")
                         }
+                        _ if variance.predicted_variance > 0.0 => format!(
+                            "{label}: the masks of {draws} draws keep too few weights to tell; take a larger p, or more --draws"
+                        ),
                         _ => format!(
                             "{label}: no variance is predicted, since every step has all {} examples and no mask",
                             variance.examples

@@ -204,7 +204,9 @@ fn show_plan(plan: &Plan, device: Device, speed: &Speed, jobs: usize) -> Result<
         match choice.choose(&rows) {
             Verdict::Chosen { candidate, .. } => chosen.extend(&candidate.reports),
             Verdict::Open => open.push(choice),
-            Verdict::Scoreless => {}
+            Verdict::Scoreless => {
+                show(format_args!("note: {}: nothing is chosen, as no trial has a score", choice.what))?;
+            }
         }
     }
     let runs: Vec<_> = plan.selection.trials.iter().chain(&plan.runs).chain(chosen).collect();

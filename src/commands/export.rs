@@ -7,7 +7,7 @@ use anyhow::Result;
 use child_tuning::data::TokenEncoder;
 use child_tuning::error::Error;
 use child_tuning::hub::model_folder;
-use child_tuning::model::{Classifier, HeadStart, ModelFolder, is_saved};
+use child_tuning::model::{Classifier, HeadStart, ModelFolder};
 use clap::Args;
 use tch::Device;
 
@@ -44,7 +44,7 @@ pub fn export(arguments: ExportArguments) -> Result<ExitCode> {
     let encoder = TokenEncoder::from_folder(&model)?;
     let mut classifier = Classifier::load(&folder, labels, HeadStart::Keep, Device::Cpu)?;
     classifier.reset(arguments.seed)?;
-    let replaces = is_saved(&arguments.output);
+    let replaces = ModelFolder::open(&arguments.output).is_ok();
     classifier.save(&arguments.output, &encoder)?;
     for line in lines_of(&classifier.report, "new, from the seed") {
         tell(line);

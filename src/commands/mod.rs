@@ -163,6 +163,16 @@ fn check_output<'p>(output: &Path, inputs: impl IntoIterator<Item = &'p Path>) -
     if output.as_os_str() == "-" {
         return Err(Error::configuration("--output -: standard output has the rest already; name a file"));
     }
+    // A shell has led a stream to a file, which may hold more than what comes now.
+    let is_stream = ["/dev/stdout", "/dev/stderr", "/dev/fd", "/proc/self/fd"]
+        .iter()
+        .any(|name| output.starts_with(name));
+    if is_stream && output.is_file() {
+        return Err(Error::configuration(format!(
+            "--output {} leads to a file and would be written over it; name the file itself",
+            output.display()
+        )));
+    }
     let real = |path: &Path| path.canonicalize().ok();
     if let Some(file) = real(output).filter(|output| output.is_file())
         && let Some(input) = inputs.into_iter().find(|input| real(input).as_ref() == Some(&file))

@@ -92,7 +92,7 @@ fn in_terms_of(card: &TaskCard, labels: &LabelMap, logits: &Tensor) -> Result<Ve
 }
 
 fn is_standard_output(output: &Path) -> bool {
-    output.as_os_str() == "-"
+    ["-", "/dev/stdout"].iter().any(|name| output.as_os_str() == *name)
 }
 
 fn write(arguments: &PredictArguments, labels: &Labels, logits: &[Vec<f32>]) -> Result<()> {

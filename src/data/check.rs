@@ -6,10 +6,10 @@ use std::path::PathBuf;
 
 use super::encode::TokenEncoder;
 use super::label::Label;
-use super::reader::{Dataset, read_split, roots_of_training};
+use super::reader::{Dataset, read_if_there, roots_of_training};
 use super::sheet::Example;
 use super::task::{Split, TaskCard};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// How many examples are tokenised at once; only their lengths are kept.
 const CHUNK: usize = 4096;
@@ -99,18 +99,13 @@ type LabelsByText<'a> = HashMap<Texts<'a>, Vec<Label>>;
 ///
 /// # Errors
 ///
-/// [`Error::Data`] and [`Error::Io`] if a file that is there cannot be read as the task; as for [`roots_of_training`].
+/// As for [`roots_of_training`], and if a file that is there cannot be read as the task.
 pub fn read_present(card: &TaskCard, roots: &[PathBuf]) -> Result<Vec<(Split, Dataset)>> {
     let mut present = Vec::new();
     let of_training = roots_of_training(card, roots)?;
     for split in Split::ALL {
         let roots = if split == Split::Test { roots } else { &of_training };
-        match read_split(card, roots, split) {
-            Ok(dataset) => present.push((split, dataset)),
-            // The answer where no root holds the split.
-            Err(Error::Configuration(_)) => {}
-            Err(error) => return Err(error),
-        }
+        present.extend(read_if_there(card, roots, split)?.map(|dataset| (split, dataset)));
     }
     Ok(present)
 }
@@ -260,7 +255,8 @@ mod tests {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, "s\t1\t\tx\n").unwrap();
         let read =
-            read_split(&TaskCard::builtin("cola").unwrap(), &[base.path().into()], Split::Train).unwrap();
+            crate::data::read_split(&TaskCard::builtin("cola").unwrap(), &[base.path().into()], Split::Train)
+                .unwrap();
         Dataset { examples, ..read }
     }
 

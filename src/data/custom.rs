@@ -460,7 +460,7 @@ mod tests {
             ),
             (
                 with("labels: [a, b]\nspellings: {C: a, c: b}"),
-                "`spellings` takes `C` for `a` and `c` for `b`, but files may differ in case",
+                "`spellings` takes `C` for `a` and `c` for `b`, but files differ in case: keep one of them",
             ),
             (
                 with("labels: [a, b]\nspellings: {C: a}\nmerges: {c: a}"),

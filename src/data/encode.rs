@@ -159,7 +159,7 @@ fn guarded<T>(folder: &Path, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let text = panic_message(panic.as_ref());
         Err(Error::model(
             folder,
-            format!("the tokenizer's files are damaged ({text}); download or save them again"),
+            format!("the tokenizer failed ({text}); its files may be damaged: download or save them again"),
         ))
     })
 }

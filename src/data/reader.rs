@@ -62,33 +62,47 @@ fn tagged(kind: u8, number: u64) -> [u8; 9] {
 /// [`Error::Configuration`] if no root holds the split, with the places and names tried;
 /// [`Error::Data`] with file and line if a row is not an example of the task.
 pub fn read_split(card: &TaskCard, roots: &[PathBuf], split: Split) -> Result<Dataset> {
+    if let Some(dataset) = read_if_there(card, roots, split)? {
+        return Ok(dataset);
+    }
     let choices = card.splits.get(&split).map_or(&[][..], Vec::as_slice);
-    let Some(only) = choices.first() else {
+    if choices.is_empty() {
         return Err(Error::configuration(match TaskCard::builtin(&card.name) {
             Some(own) if own == *card => {
                 format!("task `{}` has no {split} data: none are published", card.name)
             }
             _ => format!("task `{}` has no {split} data; name a file as `{split}:` in its card", card.name),
         }));
-    };
+    }
+    Err(not_found(card, roots, split, choices))
+}
+
+/// Reads a split of a task from the first root that holds it; nothing if none does.
+///
+/// # Errors
+///
+/// [`Error::Data`] and [`Error::Io`] if a file that is there cannot be read as the task.
+pub(super) fn read_if_there(card: &TaskCard, roots: &[PathBuf], split: Split) -> Result<Option<Dataset>> {
+    let choices = card.splits.get(&split).map_or(&[][..], Vec::as_slice);
+    let Some(only) = choices.first() else { return Ok(None) };
     let purpose = if split == Split::Test { Purpose::Testing } else { Purpose::Learning };
     if card.folders.is_empty() {
         let mut files = Vec::new();
         for pattern in &only.files {
             files.extend(expand_to_some(pattern)?);
         }
-        return read_files(card, Path::new(""), &files, only.rows.as_ref(), purpose);
+        return read_files(card, Path::new(""), &files, only.rows.as_ref(), purpose).map(Some);
     }
     for root in roots {
         for folder in card.folders.iter().map(|folder| root.join(folder)) {
             for choice in choices {
                 if let Some(files) = find(choice, &folder)? {
-                    return read_files(card, &folder, &files, choice.rows.as_ref(), purpose);
+                    return read_files(card, &folder, &files, choice.rows.as_ref(), purpose).map(Some);
                 }
             }
         }
     }
-    Err(not_found(card, roots, split, choices))
+    Ok(None)
 }
 
 /// Returns the roots that train and dev data of a task are looked for in: the first that holds both, if one does, since parts of

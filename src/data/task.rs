@@ -298,7 +298,7 @@ impl TaskCard {
                         "`{key}` takes `{other}` for `{name}`, which is none of its labels"
                     ));
                 }
-                if is_label(other) {
+                if is_label(other) && self.label_id(other) != self.label_id(name) {
                     return Some(format!("`{key}` takes `{other}` for `{name}`, but it is a label itself"));
                 }
             }
@@ -313,7 +313,7 @@ impl TaskCard {
                 };
                 if let Some((alike, label)) = names.iter().find(differs) {
                     return Some(format!(
-                        "`{key}` takes `{other}` for `{name}` and `{alike}` for `{label}`, but files may differ in case"
+                        "`{key}` takes `{other}` for `{name}` and `{alike}` for `{label}`, but files differ in case: keep one of them"
                     ));
                 }
             }

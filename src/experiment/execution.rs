@@ -12,10 +12,11 @@ use super::results::{NeededSources, Recorded, ResultsFile, Row, Status, read};
 use super::run::{Run, RunPurpose};
 use super::runner::{Attempt, RunEvent};
 use super::selection::Verdict;
-use crate::data::{Metric, TaskCard};
+use crate::data::TaskCard;
 use crate::error::{Error, Result};
 use crate::method::MaskKind;
 use crate::model::is_saved;
+use crate::spelling::quoted;
 
 /// Who trains runs: as many at once as it has room for.
 pub trait Executor {
@@ -78,6 +79,13 @@ pub fn execute(plan: &Plan, executor: &mut dyn Executor, interrupted: &AtomicBoo
     let sources = sources(plan);
     let needed = (!sources.is_empty()).then(|| results.need_sources(sources)).transpose()?;
     let recorded = results.recorded()?;
+    if let Some(run) = recorded.mangled_run() {
+        return Err(Error::configuration(format!(
+            "{}: {} is no id of a run, 16 hexadecimal digits; a spreadsheet may have taken it for a number, and runs would be done again",
+            plan.results.display(),
+            quoted(run)
+        )));
+    }
     for note in not_kept(plan, &recorded).chain(not_scored(plan)) {
         executor.report(RunEvent::Note(note));
     }
@@ -135,14 +143,24 @@ fn not_scored(plan: &Plan) -> impl Iterator<Item = String> {
     }
     let mut notes = Vec::new();
     for (name, card) in cards {
-        let mut own: Vec<&mut Row> = rows.iter_mut().filter(|row| row.evaluated_on == name).collect();
-        let lacks = |metric: &&Metric| own.iter_mut().all(|row| row.column_of(**metric).is_none());
-        let missing: Vec<String> = card.metrics.iter().filter(lacks).map(Metric::to_string).collect();
-        if !own.is_empty() && !missing.is_empty() {
+        // Of constant predictions a metric may not be defined.
+        let mut own: Vec<&mut Row> =
+            rows.iter_mut().filter(|row| row.evaluated_on == name && row.degenerate != Some(true)).collect();
+        let (mut missing, mut lacking) = (Vec::new(), HashSet::new());
+        for metric in &card.metrics {
+            let without =
+                own.iter_mut().filter_map(|row| row.column_of(*metric).is_none().then(|| row.run.clone()));
+            let without: Vec<String> = without.collect();
+            if !without.is_empty() {
+                missing.push(metric.to_string());
+                lacking.extend(without);
+            }
+        }
+        if !missing.is_empty() {
             notes.push(format!(
-                "{} runs that had ended before have no {} on {name}: they were not asked for it, or it is not defined for what they \
-                 predict; with another `results` file they are scored again",
-                own.len(),
+                "{} runs that had ended before have no {} on {name}, which the task did not have then; with another `results` file \
+                 they are scored again",
+                lacking.len(),
                 missing.join(", ")
             ));
         }

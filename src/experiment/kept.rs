@@ -35,6 +35,8 @@ pub(super) enum KeptModel {
     Missing,
     /// What the run left.
     Whole,
+    /// Weights of which nothing says what run left them: one may be at it.
+    Nameless,
     /// Other weights, or another config.
     Changed,
 }
@@ -71,10 +73,13 @@ pub(super) fn look_at(folder: &Path, run: &str) -> KeptModel {
         return KeptModel::Missing;
     }
     let origin = std::fs::read(folder.join(ORIGIN)).ok();
-    let origin = origin.and_then(|text| serde_json::from_slice::<Origin>(&text).ok());
-    let is_it =
-        |origin: Origin| origin.run == run && contents(folder).is_ok_and(|found| found == origin.sha256);
-    if origin.is_some_and(is_it) { KeptModel::Whole } else { KeptModel::Changed }
+    let Some(origin) = origin.and_then(|text| serde_json::from_slice::<Origin>(&text).ok()) else {
+        return KeptModel::Nameless;
+    };
+    match origin.run == run && contents(folder).is_ok_and(|found| found == origin.sha256) {
+        true => KeptModel::Whole,
+        false => KeptModel::Changed,
+    }
 }
 
 /// Returns the SHA-256 over what a run that starts from a folder takes of it.

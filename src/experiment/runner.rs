@@ -181,8 +181,8 @@ impl<'a> Runner<'a> {
     /// Makes sure that the weights that a run starts from are at hand, training the run that makes them if they are not.
     fn source_of(&mut self, run: &Run, results: &ResultsFile) -> Result<Source> {
         let Some(source) = run.source_run() else { return Ok(Source::Ready) };
-        if let Some(there) = self.kept_source(source) {
-            return Ok(there);
+        if self.has_left(source) {
+            return Ok(Source::Ready);
         }
         match results.recorded()?.status(&source.id) {
             Some(Status::Ok) => {}
@@ -194,8 +194,11 @@ impl<'a> Runner<'a> {
             None => return Ok(Source::Elsewhere),
         }
         let Some(_claim) = results.claim(&source.id)? else { return Ok(Source::Elsewhere) };
-        if let Some(there) = self.kept_source(source) {
-            return Ok(there);
+        if self.has_left(source) {
+            return Ok(Source::Ready);
+        }
+        if let Some(why) = self.obstacle(source) {
+            return Ok(Source::Lost(Status::Failed, why));
         }
         if let Source::Elsewhere = self.source_of(source, results)? {
             return Ok(Source::Elsewhere);
@@ -210,27 +213,32 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Looks for the weights that a run has left for others; nothing if there are none.
-    fn kept_source(&mut self, source: &Run) -> Option<Source> {
-        if self.seen_sources.contains(&source.id) {
-            return Some(Source::Ready);
-        }
+    /// Returns whether the weights that a run has left for others are there, and what it left.
+    fn has_left(&mut self, source: &Run) -> bool {
         let folder = self.kept(source);
-        match look_at(&folder, &source.id) {
-            KeptModel::Missing => None,
-            KeptModel::Whole => {
-                self.seen_sources.insert(source.id.clone());
-                Some(Source::Ready)
-            }
-            KeptModel::Changed => {
-                let folder = folder.display();
-                let why = format!(
-                    "{folder} has other weights or another config than run {} left there; remove it, and that run is trained again",
-                    source.id
-                );
-                Some(Source::Lost(Status::Failed, why))
-            }
+        if self.seen_sources.contains(&source.id) && is_saved(&folder) {
+            return true;
         }
+        let is_whole = look_at(&folder, &source.id) == KeptModel::Whole;
+        if is_whole {
+            self.seen_sources.insert(source.id.clone());
+        }
+        is_whole
+    }
+
+    /// Says why the weights of a run cannot be trained again in their place, if they cannot: whoever asks has the run's claim, so that
+    /// nobody is writing them.
+    fn obstacle(&self, source: &Run) -> Option<String> {
+        let folder = self.kept(source);
+        let what = match look_at(&folder, &source.id) {
+            KeptModel::Missing | KeptModel::Whole => return None,
+            // Those in a folder of this program's own are of a process that was killed.
+            KeptModel::Nameless if self.plan.save.is_none() => return None,
+            KeptModel::Nameless => "has a model of which nothing says that this run left it",
+            KeptModel::Changed => "has other weights or another config than this run left there",
+        };
+        let (folder, run) = (folder.display(), &source.id);
+        Some(format!("{folder}, of run {run}, {what}; remove the folder, and the run is trained again"))
     }
 
     /// Does one run. Whatever goes wrong inside it becomes part of its rows.

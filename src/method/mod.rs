@@ -114,7 +114,7 @@ pub trait Method: Send + Sync {
     /// Returns its options as canonical text, such as `p=0.3 scope=backbone`; equal texts are equal methods.
     fn options(&self) -> String;
 
-    /// Returns whether it is plain fine-tuning, if at another learning rate.
+    /// Returns whether it is plain fine-tuning, be it at another learning rate.
     fn is_vanilla(&self) -> bool {
         false
     }
@@ -206,7 +206,7 @@ pub trait Method: Send + Sync {
             return Ok(());
         }
         Err(Error::configuration(format!(
-            "{}: {} takes {needed} layers, but the model has {layers}",
+            "{}: the model has {layers} layers, and `{}` needs {needed}; ask for fewer",
             self.name(),
             self.options()
         )))

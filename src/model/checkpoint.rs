@@ -21,7 +21,7 @@ use crate::libtorch::elements;
 /// The file that is written.
 const WEIGHTS: &str = "model.safetensors";
 
-/// Returns whether a folder has a whole model that this program has saved: the weights are written last but the tokenizer.
+/// Returns whether a folder has weights in the file that this program saves them in, behind the config.
 pub fn is_saved(folder: &Path) -> bool {
     folder.join(WEIGHTS).is_file()
 }

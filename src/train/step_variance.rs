@@ -57,12 +57,12 @@ pub struct StepVariance {
     pub predicted_variance: f64,
     /// Σ Var\[Δw\] of the draws (a sum divided by draws − 1).
     pub measured_variance: f64,
-    /// Measured / predicted variance; nothing where none is predicted.
+    /// Measured / predicted variance; nothing where none is predicted, or where the masks of all draws keep too few weights to tell.
     pub ratio: Option<f64>,
     /// Standard error of the ratio.
     pub standard_error_of_ratio: Option<f64>,
     /// Share of the weights with a variance whose mean lies within three standard errors of the predicted one; nothing where none
-    /// varies.
+    /// varies, or as for the ratio.
     pub within_three_standard_errors: Option<f64>,
 }
 
@@ -96,12 +96,6 @@ pub fn step_variance(
     };
     let maskable = classifier.parameters.iter().filter(|(_, parameter)| scope.covers(parameter));
     let kept = p * draws as f64 * maskable.map(|(_, parameter)| parameter.count() as f64).sum::<f64>();
-    if kept < FEWEST_KEPT {
-        return Err(Error::configuration(format!(
-            "with p = {p} the masks of {draws} draws keep {kept:.3} weights in all, of which no variance can be told; take a larger \
-             p, or more --draws"
-        )));
-    }
     let learning_rate = hyperparameters.learning_rate * rate;
     let batch_size = hyperparameters.batch_size.min(data.len());
     let predicted = Moments::new(classifier, data, scope, batch_size, control)?.step(
@@ -129,13 +123,15 @@ pub fn step_variance(
         (control.report)(Event::Step { progress, loss: mean_loss });
     }
 
-    let setting = Setting { p, batch_size, examples: data.len(), learning_rate };
+    let setting = Setting { p, kept, batch_size, examples: data.len(), learning_rate };
     drawn.against(&predicted, setting)
 }
 
 /// What a measurement is of, besides its weights.
 struct Setting {
     p: f64,
+    /// Weights that the masks of all draws let through, on average.
+    kept: f64,
     batch_size: usize,
     examples: usize,
     learning_rate: f64,
@@ -170,14 +166,16 @@ impl Drawn {
 
     /// Compares the draws, two at least, with what was predicted.
     fn against(self, predicted: &Predicted, setting: Setting) -> Result<StepVariance> {
-        let Setting { p, batch_size, examples, learning_rate } = setting;
+        let Setting { p, kept, batch_size, examples, learning_rate } = setting;
         let count = self.lengths.len() as f64;
         let mean_error = self.sums.f_div_scalar(count)?;
         let squared_mean_error = total(&mean_error.f_square()?)?;
         let measured_variance = (total(&self.sums_of_squares)? - count * squared_mean_error) / (count - 1.0);
         let predicted_variance = total(&predicted.variance)?;
         let deviation = standard_deviation(&self.lengths).unwrap_or(f64::NAN);
-        let of_predicted = |number: f64| (predicted_variance > 0.0).then(|| number / predicted_variance);
+        let tells = kept >= FEWEST_KEPT;
+        let of_predicted =
+            |number: f64| (tells && predicted_variance > 0.0).then(|| number / predicted_variance);
         let varies = predicted.variance.f_gt(0.0)?;
         let within = mean_error
             .f_square()?
@@ -198,7 +196,7 @@ impl Drawn {
             ratio: of_predicted(measured_variance),
             standard_error_of_ratio: of_predicted(deviation / count.sqrt()),
             within_three_standard_errors: Some(total(&within)? / total(&varies)?)
-                .filter(|share| share.is_finite()),
+                .filter(|share| tells && share.is_finite()),
         })
     }
 }

@@ -57,7 +57,8 @@ fn a_source_is_trained_once_and_its_encoder_stays_as_it_is() {
             workplace.rows("results.csv").into_iter().filter(|row| row["status"] == "failed").collect();
         assert_eq!(failed.len(), 1);
         assert!(
-            failed[0]["reason"].contains("has other weights or another config"),
+            failed[0]["reason"]
+                .contains("has other weights or another config than this run left there; remove the folder"),
             "{}",
             failed[0]["reason"]
         );

@@ -101,15 +101,10 @@ fn composed_methods_change_what_each_of_them_changes() {
 #[test]
 fn more_layers_than_there_are_is_refused() {
     let classifier = classifier("bert_pair");
-    for (text, start) in [
-        ("top_layers: {k: 4}", "top_layers: k=4"),
-        ("reinitialised_layers: {layers: 4}", "reinitialised_layers: layers=4 pooler="),
-    ] {
+    for (text, option) in [("top_layers: {k: 4}", "`k=4"), ("reinitialised_layers: {layers: 4}", "`layers=4")]
+    {
         let error = method(text).check(classifier.parameters.declared()).unwrap_err().to_string();
-        assert!(
-            error.starts_with(start) && error.ends_with("takes 4 layers, but the model has 3"),
-            "{error}"
-        );
+        assert!(error.contains(option) && error.contains("the model has 3 layers"), "{error}");
     }
 }
 

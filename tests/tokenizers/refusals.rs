@@ -236,7 +236,7 @@ fn a_tokenizer_that_contradicts_itself_is_damaged() {
     std::fs::write(folder.path().join("tokenizer.json"), tokenizer(&template, model)).unwrap();
     let error = TokenEncoder::from_folder(folder.path()).and_then(|encoder| encoder.encode("a", None, 8));
     let error = error.unwrap_err().to_string();
-    assert!(error.contains("the tokenizer's files are damaged"), "{error}");
+    assert!(error.contains("its files may be damaged"), "{error}");
 }
 
 #[test]

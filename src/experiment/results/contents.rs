@@ -44,6 +44,11 @@ pub struct Recorded {
 }
 
 impl Recorded {
+    /// Returns the id of a run that no run has, if there is one: a spreadsheet takes many for numbers.
+    pub fn mangled_run(&self) -> Option<&str> {
+        self.rows.keys().map(String::as_str).find(|run| !is_run_id(run))
+    }
+
     /// Returns how a run ended, if it is there: failed, if any of its rows is.
     pub fn status(&self, run: &str) -> Option<Status> {
         let rows = self.rows.get(run)?;
@@ -60,6 +65,11 @@ impl Recorded {
         };
         self.status(run).is_some_and(|status| status != Status::Failed) && rows.into_iter().all(has)
     }
+}
+
+/// Returns whether a text is the id of a run: 16 hexadecimal digits.
+pub(super) fn is_run_id(text: &str) -> bool {
+    text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 impl Contents {

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::contents::is_run_id;
 use super::row::{Row, SCHEMA_VERSION};
 use crate::csv_lines::{record_line, record_start};
 use crate::error::{Error, Result};
@@ -38,7 +39,7 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<Row>> {
 fn refuse_mangled_runs(path: &Path, rows: &[(usize, Row)]) -> Result<()> {
     let mut first: HashMap<&str, &Row> = HashMap::new();
     for (line, row) in rows {
-        let is_id = row.run.len() == 16 && row.run.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let is_id = is_run_id(&row.run);
         let earlier = first.entry(&row.run).or_insert(row);
         let is_one_run = (&earlier.task, &earlier.method, earlier.seed) == (&row.task, &row.method, row.seed);
         if !is_id || !is_one_run {
