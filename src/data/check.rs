@@ -114,7 +114,7 @@ pub fn read_present(card: &TaskCard, roots: &[PathBuf]) -> Result<Vec<(Split, Da
 ///
 /// # Errors
 ///
-/// [`Error::Model`] if the tokenizer fails.
+/// Fails if the tokenizer does.
 pub fn check_splits(
     card: &TaskCard,
     splits: &[(Split, Dataset)],

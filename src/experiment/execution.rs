@@ -143,9 +143,9 @@ fn not_scored(plan: &Plan) -> impl Iterator<Item = String> {
     }
     let mut notes = Vec::new();
     for (name, card) in cards {
-        // Of constant predictions a metric may not be defined.
+        // Where the score is not defined, since predictions are constant, other metrics may not be either.
         let mut own: Vec<&mut Row> =
-            rows.iter_mut().filter(|row| row.evaluated_on == name && row.degenerate != Some(true)).collect();
+            rows.iter_mut().filter(|row| row.evaluated_on == name && row.score.is_some()).collect();
         let (mut missing, mut lacking) = (Vec::new(), HashSet::new());
         for metric in &card.metrics {
             let without =

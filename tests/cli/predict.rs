@@ -65,7 +65,8 @@ fn what_has_ended_before_is_not_kept_and_a_model_is_not_written_over() {
     let answer = with("accuracy");
     assert!(!answer.stderr.contains("have no"), "{}", answer.stderr);
     let answer = with("accuracy, f1, matthews");
-    let note = "note: 1 runs that had ended before have no f1, matthews on own: ";
+    let note =
+        "note: 1 runs that had ended before have no f1, matthews on own, which the task did not have then";
     assert!(answer.stderr.contains(note), "{}", answer.stderr);
 
     // Of trials none is kept, but of what they chose.
