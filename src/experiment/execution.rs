@@ -131,7 +131,7 @@ fn not_kept(plan: &Plan, recorded: &Recorded) -> impl Iterator<Item = String> {
     model.into_iter().chain(mask)
 }
 
-/// Says which metrics of a data set none of the runs has that had ended before: an experiment may have got them since.
+/// Says which metrics of a data set the runs lack that had ended before: an experiment may have got them since.
 fn not_scored(plan: &Plan) -> impl Iterator<Item = String> {
     // What cannot be read has been edited, which `compare` will say.
     let mut rows = read(&plan.results).unwrap_or_default();
