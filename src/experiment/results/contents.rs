@@ -44,9 +44,10 @@ pub struct Recorded {
 }
 
 impl Recorded {
-    /// Returns the id of a run that no run has, if there is one: a spreadsheet takes many for numbers.
+    /// Returns what stands for a run and is no id, if there is such a thing; the first in order of several. A spreadsheet takes many ids
+    /// for numbers.
     pub fn mangled_run(&self) -> Option<&str> {
-        self.rows.keys().map(String::as_str).find(|run| !is_run_id(run))
+        self.rows.keys().map(String::as_str).filter(|run| !is_run_id(run)).min()
     }
 
     /// Returns how a run ended, if it is there: failed, if any of its rows is.
